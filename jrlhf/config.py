@@ -1,0 +1,244 @@
+"""The schema of a run: frozen dataclasses, and the one place where a default lives. Imports no JAX."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out. The product of the three axes is the number of devices."""
+
+    data: int = -1
+    """Replicas of the parameters; -1 takes all devices that the other axes leave."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters and split the batch."""
+    tensor: int = 1
+    """Devices that split each matrix product."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where weights and tokenizer come from, and how they are computed with."""
+
+    path: str = ""
+    """A Hugging Face folder, a hub id, a stage's run folder, or asset:NAME (shipped with jrlhf). Empty: the stage before."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype. Master weights and optimizer state are float32 always."""
+    remat: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, in optax's form (eps is added outside the square root, as in PyTorch)."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """What follows the warm-up: no decay, or decay to 0 at the last update."""
+    warmup: float = 0.05
+    """Linear warm-up, as a share of all updates."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 is off."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows in, token batches out."""
+
+    train: str = ""
+    """Training rows: a .jsonl, .json, .csv or .parquet file, a hub id (name or name:split), or asset:NAME."""
+    eval: str = ""
+    """Held-out rows, in the same forms. Empty: no evaluation."""
+    max_length: int = 1024
+    """Longest sequence in tokens; longer ones are cut at the end (preferences: at the prompt's start)."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be trained on ends the run, or is counted and left out."""
+    buckets: int = 4
+    """Padded lengths that are compiled for, evenly spaced up to max_length."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When state is saved, and which steps are kept."""
+
+    every: int = 500
+    """Steps between checkpoints (PPO: iterations); the last step is always saved."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+    keep_best: int = 1
+    """Checkpoints kept besides for the best held-out metric; 0 is off."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a stage writes while it runs."""
+
+    every: int = 10
+    """Steps between lines in metrics.jsonl and TensorBoard."""
+    eval_every: int = 200
+    """Steps between held-out evaluations; one is always made before the first and after the last step."""
+    sample_every: int = 0
+    """Steps between sample texts in samples.jsonl; 0: only with the last evaluation."""
+    samples: int = 4
+    """Sample texts each time."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 128
+    """Longest answer in tokens."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 is greedy."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens whose mass reaches p; 1 is off."""
+    stop: tuple[str, ...] = ()
+    """Tokens that end an answer besides the tokenizer's EOS."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the sample texts and the ranking candidates are drawn."""
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    batch_size: int = 32
+    """Rows an update, over all devices."""
+    accumulation: int = 1
+    """Slices a batch is read in; same update, less memory."""
+    train_on: Literal["completion", "assistant", "all"] = "completion"
+    """Which tokens are learnt: the completion or every assistant turn, or the prompt too. Plain text is learnt whole."""
+    candidate_prompts: str = ""
+    """Prompts to sample ranking candidates for after training, as data.train. Empty: none."""
+    candidates: int = 4
+    """Answers sampled for each of candidate_prompts, written to candidates.jsonl for people to rank."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The reward model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    epochs: float = 1.0
+    """Passes over the rankings; more than one tends to overfit (Ouyang et al. 2022, appendix C.2)."""
+    batch_size: int = 16
+    """Prompts an update, each with all its completions, over all devices."""
+    accumulation: int = 1
+    """Slices a batch is read in; same update, less memory."""
+    center_coef: float = 0.0
+    """Weight of (r_better + r_worse)², which keeps scores near 0."""
+    normalise: str = ""
+    """Texts, as data.train, on which scores get mean 0 and std 1. Empty: the SFT stage's candidates, else held-out rows."""
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """The leash to the SFT policy."""
+
+    coef: float = 0.15
+    """beta, or its first value where it adapts."""
+    target: float = 6.0
+    """Nats a sequence that an adaptive beta steers to (Ziegler et al. 2019); 0: beta is fixed."""
+    horizon: int = 10000
+    """Episodes over which beta adapts."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token estimator in the reward."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO against the reward model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The policy at the start, and the reference it is held to. Empty path: the SFT stage."""
+    reward: ModelConfig = field(default_factory=ModelConfig)
+    """The reward model; the value network starts from it. Empty path: the reward stage."""
+    prompts: DataConfig = field(default_factory=DataConfig)
+    """Prompts to train on and held-out ones; max_length is the longest prompt (cut at its start)."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-5, b2=0.999, schedule="constant"))
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=50))
+    log: LogConfig = field(default_factory=lambda: LogConfig(every=1, eval_every=50))
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """top_k and top_p must stay off: the update uses the same distribution as the sampler."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    iterations: int = 100
+    """Rollouts."""
+    episodes: int = 64
+    """Prompts, and so answers, a rollout, over all devices."""
+    epochs: int = 4
+    """Passes over each rollout."""
+    minibatches: int = 1
+    """Updates a pass; divides episodes."""
+    accumulation: int = 1
+    """Slices a minibatch is read in; same update, less memory."""
+    value_lr: float = 0.0
+    """Peak learning rate of the critic; 0: optim.lr."""
+    gamma: float = 1.0
+    """Discount."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    clip: float = 0.2
+    """Policy ratio clip."""
+    dual_clip: float = 0.0
+    """Bound c > 1 on the loss where the advantage is negative (Ye et al. 2020); 0 is off."""
+    value_clip: float = 0.2
+    """Value clip."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    whiten_rewards: bool = False
+    """Divide rewards by their standard deviation before GAE."""
+    missing_eos_penalty: float = 0.0
+    """Taken from the score of an answer that the length limit ended."""
+    target_approx_kl: float = 0.0
+    """Leave a rollout once a minibatch's approximate KL exceeds this; 0 is off."""
+    critic_warmup: int = 0
+    """First iterations in which only the critic learns."""
+    ema_decay: float = 0.0
+    """Average the policy over updates, and export the average; 0 is off."""
+    ptx_coef: float = 0.0
+    """Weight of the SFT loss mixed into the update (PPO-ptx); 0 is off."""
+    ptx: DataConfig = field(default_factory=DataConfig)
+    """The text for it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One YAML file: a whole run of up to three stages."""
+
+    run: str = "runs/default"
+    """The run's folder; each stage writes below it."""
+    seed: int = 0
+    """Of every random choice in the run."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)

@@ -1,0 +1,59 @@
+"""Pure maths over arrays: masks, log-probs, KL, advantages, losses, sampling. JAX only, never a config."""
+
+from jrlhf.core.advantages import gae, shape_rewards
+from jrlhf.core.kl import KLEstimator, kl_penalty, update_kl_coef
+from jrlhf.core.logprobs import (
+    align_to_tokens,
+    from_logits,
+    logprobs_and_entropy,
+    next_token_logprobs,
+    predictable,
+    token_logprobs,
+)
+from jrlhf.core.losses import (
+    importance_ratio,
+    kwise_centering_loss,
+    kwise_ranking_loss,
+    ordered_pairs,
+    ppo_policy_loss,
+    ppo_value_loss,
+    ranking_loss,
+)
+from jrlhf.core.masks import (
+    at_last_token,
+    last_token_mask,
+    masked_mean,
+    masked_sum,
+    masked_whiten,
+    positions_from_mask,
+)
+from jrlhf.core.sampling import sample, truncate_logits
+
+__all__ = [
+    "KLEstimator",
+    "align_to_tokens",
+    "at_last_token",
+    "from_logits",
+    "gae",
+    "importance_ratio",
+    "kl_penalty",
+    "kwise_centering_loss",
+    "kwise_ranking_loss",
+    "last_token_mask",
+    "logprobs_and_entropy",
+    "masked_mean",
+    "masked_sum",
+    "masked_whiten",
+    "next_token_logprobs",
+    "ordered_pairs",
+    "positions_from_mask",
+    "ppo_policy_loss",
+    "ppo_value_loss",
+    "predictable",
+    "ranking_loss",
+    "sample",
+    "shape_rewards",
+    "token_logprobs",
+    "truncate_logits",
+    "update_kl_coef",
+]

@@ -1,0 +1,19 @@
+"""Factories of pure training steps over any model that speaks the protocols of ``jrlhf.types``."""
+
+from jrlhf.steps.experience import make_experience, rollout_metrics
+from jrlhf.steps.generate import make_generate
+from jrlhf.steps.ppo import make_ppo_step
+from jrlhf.steps.reward import make_reward_step, score_completions, score_sequences
+from jrlhf.steps.sft import make_sft_eval, make_sft_step
+
+__all__ = [
+    "make_experience",
+    "make_generate",
+    "make_ppo_step",
+    "make_reward_step",
+    "make_sft_eval",
+    "make_sft_step",
+    "rollout_metrics",
+    "score_completions",
+    "score_sequences",
+]

@@ -1,0 +1,68 @@
+"""Gradients of a batch in equal slices: a bigger batch, not a different loss."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jrlhf.types import Metrics, Params
+
+
+class Sums(NamedTuple):
+    """What a slice contributes. ``total`` is divided by the count of the *whole* batch already, so that slices add up."""
+
+    total: Metrics
+    maximum: Metrics
+
+
+LossFn = Callable[[Params, Any], tuple[jax.Array, Sums]]
+
+
+def split_rows(batch: Any, parts: int) -> Any:
+    """``[B, ...] -> [parts, B / parts, ...]`` on every leaf; slice p holds rows p, p + parts, ... of the batch.
+
+    Strided, so that with rows laid out over devices in blocks every slice still spans all devices.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        rows = x.shape[0]
+        if rows % parts:
+            raise ValueError(f"{rows} rows do not divide into {parts} equal parts")
+        return jnp.swapaxes(x.reshape(rows // parts, parts, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def accumulate_gradients(loss_fn: LossFn, params: Params, batch: Any, *, slices: int) -> tuple[Params, Sums]:
+    """Σ over slices of ∇ loss_fn(params, slice), and of what it reports.
+
+    ``loss_fn`` returns Σ loss / N over its slice, N being the count of the whole batch: then N, and with it the loss, is the
+    same for any number of slices, any padding and any sharding.
+    """
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    if slices == 1:
+        (_, sums), grads = gradient(params, batch)
+        return grads, sums
+
+    def add(carry: tuple[Params, Sums], part: Any) -> tuple[tuple[Params, Sums], None]:
+        grads, sums = carry
+        (_, new), new_grads = gradient(params, part)
+        added = jax.tree.map(jnp.add, (grads, sums.total), (new_grads, new.total))
+        return (added[0], Sums(added[1], jax.tree.map(jnp.maximum, sums.maximum, new.maximum))), None
+
+    parts = split_rows(batch, slices)
+    first = jax.tree.map(lambda x: x[0], parts)
+    rest = jax.tree.map(lambda x: x[1:], parts)
+    (_, sums), grads = gradient(params, first)
+    (grads, sums), _ = jax.lax.scan(add, (grads, sums), rest)
+    return grads, sums
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
+) -> tuple[Params, Any]:
+    """One optimizer update."""
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state

@@ -1,0 +1,105 @@
+"""From scored samples to PPO's training targets."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jrlhf.core import (
+    KLEstimator,
+    align_to_tokens,
+    gae,
+    importance_ratio,
+    kl_penalty,
+    masked_mean,
+    masked_sum,
+    masked_whiten,
+    shape_rewards,
+)
+from jrlhf.types import Generation, LogprobFn, Metrics, Params, Rollout, ScoreFn
+
+def make_experience(
+    logprob_fn: LogprobFn,
+    value_fn: ScoreFn,
+    *,
+    temperature: float,
+    gamma: float,
+    lam: float,
+    kl_estimator: KLEstimator,
+    missing_eos_penalty: float,
+    whiten_rewards: bool,
+) -> Callable[[Params, Params, Params, Generation, Float[Array, "B"], Float[Array, ""]], Rollout]:
+    """A pure function ``(policy, ref, value params, generation, scores, kl_coef) -> Rollout``.
+
+    ``temperature`` must be the sampler's: one probability for sampler, old policy, new policy and reference.
+    ``missing_eos_penalty`` is taken from the score of a response that no stop token ended.
+    Advantages are whitened over the whole rollout; returns are advantages + values before that.
+    """
+
+    def experience(
+        policy: Params,
+        reference: Params,
+        value: Params,
+        generation: Generation,
+        scores: Float[Array, "B"],
+        kl_coef: Float[Array, ""],
+    ) -> Rollout:
+        tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
+        logprobs, entropy = logprob_fn(policy, tokens, mask, temperature=temperature)
+        ref_logprobs, _ = logprob_fn(reference, tokens, mask, temperature=temperature)
+        values = align_to_tokens(value_fn(value, tokens, mask).astype(jnp.float32))
+        kl = kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator)
+        scores = scores.astype(jnp.float32)
+        penalised = scores - jnp.where(generation.stopped, 0.0, missing_eos_penalty)
+        rewards = shape_rewards(penalised, kl, response, kl_coef=kl_coef)
+        if whiten_rewards:
+            rewards = masked_whiten(rewards, response, shift_mean=False)
+        advantages, returns = jax.vmap(lambda r, v, m: gae(r, v, m, gamma=gamma, lam=lam))(rewards, values, response)
+        rollout = Rollout(
+            tokens=tokens,
+            mask=mask,
+            response_mask=response,
+            logprobs=logprobs,
+            ref_logprobs=ref_logprobs,
+            sampler_logprobs=generation.logprobs,
+            entropy=entropy,
+            values=values,
+            rewards=rewards,
+            advantages=masked_whiten(advantages, response, shift_mean=True),
+            returns=returns,
+            scores=scores,
+            stopped=generation.stopped,
+        )
+        # Targets are constants of the update, whatever the caller differentiates.
+        return jax.lax.stop_gradient(rollout)
+
+    return experience
+
+
+def rollout_metrics(rollout: Rollout) -> Metrics:
+    """What a rollout says before anything is trained on it. KL, entropy and lengths count response tokens only."""
+    response = rollout.response_mask
+    kl = jnp.sum(jnp.where(response, kl_penalty(rollout.logprobs, rollout.ref_logprobs, estimator="k1"), 0.0), axis=-1)
+    lengths = jnp.sum(response, axis=-1, dtype=jnp.float32)
+    drift = jnp.where(response, jnp.abs(rollout.logprobs - rollout.sampler_logprobs), 0.0)
+    sampler_ratio = importance_ratio(rollout.logprobs, rollout.sampler_logprobs)
+    residual = masked_sum(jnp.square(_centred(rollout.returns - rollout.values, response)), response)
+    spread = masked_sum(jnp.square(_centred(rollout.returns, response)), response)
+    return {
+        "reward/score_mean": jnp.mean(rollout.scores),
+        "reward/score_std": jnp.std(rollout.scores),
+        "reward/total": jnp.mean(jnp.sum(jnp.where(response, rollout.rewards, 0.0), axis=-1)),
+        "kl": jnp.mean(kl),
+        "entropy": masked_mean(rollout.entropy, response),
+        "length/mean": jnp.mean(lengths),
+        "length/tokens": jnp.sum(lengths),
+        "eos_fraction": jnp.mean(rollout.stopped.astype(jnp.float32)),
+        "value/explained_variance": 1.0 - residual / jnp.maximum(spread, 1e-8),
+        "sampler/max_abs_logprob_diff": jnp.max(drift),
+        "sampler/mean_ratio": masked_mean(sampler_ratio, response),
+    }
+
+
+def _centred(x: Float[Array, "*S"], mask: Array) -> Float[Array, "*S"]:
+    return jnp.where(mask, x - masked_mean(x, mask), 0.0)

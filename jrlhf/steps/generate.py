@@ -1,0 +1,97 @@
+"""Sampling: one prefill, then one ``while_loop`` that ends when every row has stopped."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jrlhf.core import positions_from_mask, sample
+from jrlhf.types import DecodeFns, Generation, Key, Params
+
+
+class SamplingState(NamedTuple):
+    """The loop's carry. Column ``length`` is the next to be written; every row writes the same column."""
+
+    tokens: Int[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    stopped: Bool[Array, "B"]
+    length: Int[Array, ""]
+    logits: Float[Array, "B V"]
+    cache: Any
+
+
+def make_generate(
+    decode_fns: DecodeFns,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    stop_tokens: tuple[int, ...],
+    pad_token: int,
+) -> Callable[[Params, Int[Array, "B P"], Bool[Array, "B P"], Key], Generation]:
+    """A pure sampler of ``max_new_tokens`` at most; a row ends with the first of ``stop_tokens``, which it keeps.
+
+    Prompts are left-padded, so that all rows write their next token to the same column. After its stop token a row holds
+    ``pad_token``, masked: by position, so ``pad_token`` may be a stop token itself.
+    """
+
+    def is_stop(tokens: Int[Array, "B"]) -> Bool[Array, "B"]:
+        if not stop_tokens:
+            return jnp.zeros(tokens.shape, jnp.bool_)
+        return jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32))
+
+    def emit(state: SamplingState, key: Key) -> SamplingState:
+        """Sample the next column; rows that have stopped get padding."""
+        column = state.length
+        drawn, logprobs = sample(
+            state.logits, jax.random.fold_in(key, column), temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        live = ~state.stopped
+        return state._replace(
+            tokens=state.tokens.at[:, column].set(jnp.where(live, drawn, jnp.int32(pad_token))),
+            response_mask=state.response_mask.at[:, column].set(live),
+            logprobs=state.logprobs.at[:, column].set(jnp.where(live, logprobs, 0.0)),
+            stopped=state.stopped | (live & is_stop(drawn)),
+            length=column + 1,
+        )
+
+    def generate(params: Params, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], key: Key) -> Generation:
+        rows, prompt_length = prompts.shape
+        total = prompt_length + max_new_tokens
+        prompt_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        cache = decode_fns.init_cache(rows, total)
+        logits, cache = decode_fns.decode(params, prompts, positions_from_mask(mask), cache)
+
+        def advance(state: SamplingState) -> SamplingState:
+            last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
+            position = prompt_tokens + state.length - 1 - prompt_length
+            position = jnp.where(state.stopped, -1, position)
+            logits, cache = decode_fns.decode(params, last, position[:, None], state.cache)
+            return emit(state._replace(logits=logits, cache=cache), key)
+
+        tail = ((0, 0), (0, max_new_tokens))
+        state = SamplingState(
+            tokens=jnp.pad(prompts, tail, constant_values=pad_token),
+            response_mask=jnp.zeros((rows, total), jnp.bool_),
+            logprobs=jnp.zeros((rows, total), jnp.float32),
+            stopped=jnp.zeros((rows,), jnp.bool_),
+            length=jnp.asarray(prompt_length, jnp.int32),
+            logits=logits,
+            cache=cache,
+        )
+        state = jax.lax.while_loop(
+            lambda s: (s.length < total) & ~jnp.all(s.stopped), advance, emit(state, key)
+        )
+        return Generation(
+            tokens=state.tokens,
+            mask=jnp.pad(mask, tail) | state.response_mask,
+            response_mask=state.response_mask,
+            logprobs=state.logprobs,
+            stopped=state.stopped,
+        )
+
+    return generate

@@ -1,0 +1,203 @@
+"""One PPO iteration over a rollout: several epochs of minibatches, one optimizer for actor and critic."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jrlhf.core import (
+    align_to_tokens,
+    importance_ratio,
+    masked_sum,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
+from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients
+from jrlhf.steps.sft import nll_sum, trained_tokens
+from jrlhf.types import Key, LogprobFn, Metrics, Params, PPOParams, Rollout, ScoreFn, TrainState
+
+
+class PPOLoss(NamedTuple):
+    """The terms of the loss and their weights; see ``make_ppo_step`` for each."""
+
+    temperature: float
+    clip: float
+    dual_clip: float | None
+    value_clip: float
+    value_coef: float
+    entropy_coef: float
+    ptx_coef: float
+
+
+class Progress(NamedTuple):
+    """The carry over minibatches."""
+
+    state: TrainState
+    stopped: Bool[Array, ""]
+    updates: Int[Array, ""]
+    totals: Metrics
+    maxima: Metrics
+
+
+def make_ppo_step(
+    logprob_fn: LogprobFn,
+    value_fn: ScoreFn,
+    tx: optax.GradientTransformation,
+    *,
+    epochs: int,
+    minibatches: int,
+    accumulation: int,
+    temperature: float,
+    clip: float,
+    dual_clip: float | None,
+    value_clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    ptx_coef: float,
+    target_approx_kl: float | None,
+    critic_warmup_updates: int,
+    ema_decay: float | None,
+) -> Callable[[TrainState, Rollout, Key], tuple[TrainState, Metrics]]:
+    """A pure function that does all ``epochs`` x ``minibatches`` updates of one rollout.
+
+    loss = policy + value_coef · value - entropy_coef · entropy + ptx_coef · nll(ptx), each a mean over its own tokens of
+    the minibatch (Ouyang et al. 2022, eq. 2; Huang et al. 2024, arXiv 2403.17031).
+
+    ``minibatches`` divides the rollout's rows, ``accumulation`` a minibatch's; each epoch draws a fresh permutation.
+    ``target_approx_kl``: once a minibatch's mean ½(log π - log π_old)² exceeds it, the rest of the rollout is left
+    (that minibatch's own update included). ``critic_warmup_updates``: for so many updates only the critic moves.
+    ``ema_decay``: ``state.ema`` follows the policy at every update. With ``ptx_coef`` the rollout must carry ``ptx``.
+    """
+    terms = PPOLoss(temperature, clip, dual_clip, value_clip, value_coef, entropy_coef, ptx_coef)
+    loss_of = minibatch_loss(logprob_fn, value_fn, terms)
+
+    def update(state: TrainState, minibatch: Rollout) -> tuple[TrainState, Sums]:
+        tokens = jnp.sum(minibatch.response_mask, dtype=jnp.float32)
+        ptx_tokens = jnp.float32(0.0) if minibatch.ptx is None else jnp.sum(trained_tokens(minibatch.ptx), dtype=jnp.float32)
+        loss_fn = loss_of(tokens, ptx_tokens)
+        grads, sums = accumulate_gradients(loss_fn, state.params, minibatch, slices=accumulation)
+        params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
+        if critic_warmup_updates:
+            # A select, not a factor: weight decay and momentum must not move the policy either.
+            warm = state.step < critic_warmup_updates
+            policy = jax.tree.map(lambda new, old: jnp.where(warm, old, new), params.policy, state.params.policy)
+            params = params._replace(policy=policy)
+        ema = state.ema
+        if ema_decay is not None:
+            ema = optax.incremental_update(params.policy, ema, 1.0 - ema_decay)
+        sums.total["grad_norm"] = optax.global_norm(grads)
+        return TrainState(params, opt_state, state.step + 1, ema), sums
+
+    def step(state: TrainState, rollout: Rollout, key: Key) -> tuple[TrainState, Metrics]:
+        if ptx_coef and rollout.ptx is None:
+            raise ValueError("ptx_coef is set, but the rollout carries no ptx batch")
+        if ema_decay is not None and state.ema is None:
+            raise ValueError("ema_decay is set, but the state has no ema")
+        batches = shuffled_minibatches(rollout, key, epochs=epochs, minibatches=minibatches)
+        shapes = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches))[1]
+        zeros, lowest = (jax.tree.map(lambda s, v=v: jnp.full(s.shape, v, s.dtype), m) for v, m in zip((0.0, -jnp.inf), shapes))
+
+        def visit(progress: Progress, minibatch: Rollout) -> tuple[Progress, Metrics]:
+            new_state, sums = update(progress.state, minibatch)
+            stop = progress.stopped
+            if target_approx_kl is not None:
+                stop = stop | (sums.total["policy/approxkl"] > target_approx_kl)
+            kept = _select(stop, progress.state, new_state)
+            counted = ~progress.stopped
+            totals = jax.tree.map(lambda a, b: a + jnp.where(counted, b, 0.0), progress.totals, sums.total)
+            maxima = jax.tree.map(lambda a, b: jnp.where(counted, jnp.maximum(a, b), a), progress.maxima, sums.maximum)
+            done = Progress(kept, stop, progress.updates + jnp.where(counted, 1, 0), totals, maxima)
+            return done, sums.maximum
+
+        start = Progress(state, jnp.bool_(False), jnp.int32(0), zeros, lowest)
+        end, each = jax.lax.scan(visit, start, batches)
+        seen = end.updates.astype(jnp.float32)
+        metrics = {name: total / seen for name, total in end.totals.items()} | end.maxima
+        metrics["policy/first_minibatch_max_abs_log_ratio"] = each["policy/max_abs_log_ratio"][0]
+        metrics["policy/updates"] = (end.state.step - state.step).astype(jnp.float32)
+        return end.state, metrics
+
+    return step
+
+
+def _select(condition: Array, when_true: Any, when_false: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), when_true, when_false)
+
+
+def shuffled_minibatches(rollout: Rollout, key: Key, *, epochs: int, minibatches: int) -> Rollout:
+    """``[B, ...] -> [epochs · minibatches, B / minibatches, ...]``, a fresh permutation of the rows in every epoch."""
+
+    def shuffle(x: Array, order: Int[Array, "E B"]) -> Array:
+        rows = x.shape[0]
+        return x[order].reshape(epochs * minibatches, rows // minibatches, *x.shape[1:])
+
+    def permutations(rows: int, key: Key) -> Int[Array, "E B"]:
+        if rows % minibatches:
+            raise ValueError(f"{rows} rows do not divide into {minibatches} minibatches")
+        return jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(key, epochs))
+
+    episode_key, ptx_key = jax.random.split(key)
+    order = permutations(rollout.tokens.shape[0], episode_key)
+    shuffled = jax.tree.map(lambda x: shuffle(x, order), rollout._replace(ptx=None))
+    if rollout.ptx is None:
+        return shuffled
+    ptx_order = permutations(rollout.ptx.tokens.shape[0], ptx_key)
+    return shuffled._replace(ptx=jax.tree.map(lambda x: shuffle(x, ptx_order), rollout.ptx))
+
+
+def minibatch_loss(
+    logprob_fn: LogprobFn, value_fn: ScoreFn, terms: PPOLoss
+) -> Callable[[Float[Array, ""], Float[Array, ""]], Callable[[PPOParams, Rollout], tuple[jax.Array, Sums]]]:
+    """``(response tokens, ptx tokens of the whole minibatch) -> loss_fn`` over a slice of that minibatch."""
+
+    def of_counts(tokens: Float[Array, ""], ptx_tokens: Float[Array, ""]):
+        tokens, ptx_tokens = jnp.maximum(tokens, 1.0), jnp.maximum(ptx_tokens, 1.0)
+
+        def loss_fn(params: PPOParams, part: Rollout) -> tuple[jax.Array, Sums]:
+            mask = part.response_mask
+            logprobs, entropy = logprob_fn(params.policy, part.tokens, part.mask, temperature=terms.temperature)
+            values = align_to_tokens(value_fn(params.value, part.tokens, part.mask).astype(jnp.float32))
+            # Masked slots are set to one harmless value before any arithmetic (law 6).
+            logprobs, old_logprobs, advantages, values, old_values, returns = (
+                jnp.where(mask, x, 0.0)
+                for x in (logprobs, part.logprobs, part.advantages, values, part.values, part.returns)
+            )
+            per_token = ppo_policy_loss(
+                logprobs, old_logprobs, advantages, clip=terms.clip, dual_clip=terms.dual_clip
+            )
+            policy = masked_sum(per_token, mask) / tokens
+            value = masked_sum(ppo_value_loss(values, old_values, returns, clip=terms.value_clip), mask) / tokens
+            mean_entropy = masked_sum(entropy, mask) / tokens
+            loss = policy + terms.value_coef * value - terms.entropy_coef * mean_entropy
+            log_ratio = logprobs - old_logprobs
+            ratio = importance_ratio(logprobs, old_logprobs)
+            total = {
+                "loss/policy": policy,
+                "loss/value": value,
+                "policy/entropy": mean_entropy,
+                "policy/approxkl": masked_sum(0.5 * jnp.square(log_ratio), mask) / tokens,
+                "policy/clipfrac": masked_sum(_is_far(ratio, 1.0, terms.clip), mask) / tokens,
+                "policy/ratio_mean": masked_sum(ratio, mask) / tokens,
+                "value/clipfrac": masked_sum(_is_far(values, old_values, terms.value_clip), mask) / tokens,
+            }
+            maximum = {
+                "policy/ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),
+                "policy/max_abs_log_ratio": jnp.max(jnp.abs(log_ratio)),
+            }
+            if terms.ptx_coef and part.ptx is not None:
+                ptx = nll_sum(logprob_fn, params.policy, part.ptx) / ptx_tokens
+                loss += terms.ptx_coef * ptx
+                total["loss/ptx"] = ptx
+            total["loss"] = loss
+            return loss, Sums(total, maximum)
+
+        return loss_fn
+
+    return of_counts
+
+
+def _is_far(x: Array, centre: Array | float, distance: float) -> Array:
+    return (jnp.abs(x - centre) > distance).astype(jnp.float32)

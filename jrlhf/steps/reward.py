@@ -1,0 +1,67 @@
+"""Reward model: scores trained on people's rankings of K completions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jrlhf.core import at_last_token, kwise_centering_loss, kwise_ranking_loss, ordered_pairs
+from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients
+from jrlhf.types import Key, Metrics, Params, RankingBatch, ScoreFn, TrainState
+
+
+def score_sequences(
+    score_fn: ScoreFn, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, "B"]:
+    """The scalar at each row's last real token, in float32."""
+    return at_last_token(score_fn(params, tokens, mask).astype(jnp.float32), mask)
+
+
+def score_completions(score_fn: ScoreFn, params: Params, batch: RankingBatch) -> Float[Array, "B K"]:
+    """One forward a completion: ``[B, K, T]`` is read as ``B · K`` rows."""
+    rows, completions, length = batch.tokens.shape
+    flat = (rows * completions, length)
+    scores = score_sequences(score_fn, params, batch.tokens.reshape(flat), batch.mask.reshape(flat))
+    return scores.reshape(rows, completions)
+
+
+def make_reward_step(
+    score_fn: ScoreFn, tx: optax.GradientTransformation, *, center_coef: float, accumulation: int
+) -> Callable[[TrainState, RankingBatch, Key], tuple[TrainState, Metrics]]:
+    """A pure step on K-wise rankings; a prompt counts once, however many pairs it has, and not at all if it has none.
+
+    ``center_coef``: weight of the mean (sᵢ + sⱼ)² that keeps scores near 0. ``accumulation`` as in ``make_sft_step``.
+    The key is not used, as nothing here is random.
+    """
+
+    def step(state: TrainState, batch: RankingBatch, key: Key) -> tuple[TrainState, Metrics]:
+        del key
+        pairs = ordered_pairs(batch.ranks, batch.valid)
+        prompts = jnp.maximum(jnp.sum(jnp.any(pairs, axis=(1, 2)), dtype=jnp.float32), 1.0)
+        pair_count = jnp.maximum(jnp.sum(pairs, dtype=jnp.float32), 1.0)
+
+        def loss_fn(params: Params, part: RankingBatch) -> tuple[jax.Array, Sums]:
+            scores = score_completions(score_fn, params, part)
+            ranking = kwise_ranking_loss(scores, part.ranks, part.valid, part.margin)
+            loss = jnp.sum(ranking) / prompts
+            if center_coef:
+                loss += center_coef * jnp.sum(kwise_centering_loss(scores, part.ranks, part.valid)) / prompts
+            correct, margin = pair_sums(scores, part)
+            return loss, Sums({"loss": loss, "accuracy": correct / pair_count, "margin": margin / pair_count}, {})
+
+        grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation)
+        params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
+        metrics = sums.total | {"pairs": pair_count, "grad_norm": optax.global_norm(grads)}
+        return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+    return step
+
+
+def pair_sums(scores: Float[Array, "B K"], batch: RankingBatch) -> tuple[jax.Array, jax.Array]:
+    """Over the strictly ordered pairs: how many are scored in the right order, and Σ (s_better - s_worse)."""
+    pairs = ordered_pairs(batch.ranks, batch.valid)
+    difference = scores[:, :, None] - scores[:, None, :]
+    correct = jnp.sum(pairs & (difference > 0.0), dtype=jnp.float32)
+    return correct, jnp.sum(jnp.where(pairs, difference, 0.0))

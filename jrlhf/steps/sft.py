@@ -1,0 +1,57 @@
+"""Supervised fine-tuning: next-token loss on the answers."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jrlhf.core import masked_sum, predictable
+from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients
+from jrlhf.types import Key, LogprobFn, Metrics, Params, SFTBatch, TrainState
+
+
+def trained_tokens(batch: SFTBatch) -> jax.Array:
+    """The tokens that count: in the loss mask, real, and with a real token before them."""
+    return batch.loss_mask & predictable(batch.mask)
+
+
+def nll_sum(logprob_fn: LogprobFn, params: Params, batch: SFTBatch) -> Float[Array, ""]:
+    """Σ -log π(token | tokens before it) over the trained tokens, in nats."""
+    logprobs, _ = logprob_fn(params, batch.tokens, batch.mask, temperature=1.0)
+    return masked_sum(-logprobs, trained_tokens(batch))
+
+
+def make_sft_step(
+    logprob_fn: LogprobFn, tx: optax.GradientTransformation, *, accumulation: int
+) -> Callable[[TrainState, SFTBatch, Key], tuple[TrainState, Metrics]]:
+    """A pure step that lowers the mean negative log-likelihood of the trained tokens.
+
+    ``accumulation``: the batch is read in this many slices (it must divide the rows); the update is the same.
+    The key is not used, as nothing here is random; it is there so that every step is called alike.
+    """
+
+    def step(state: TrainState, batch: SFTBatch, key: Key) -> tuple[TrainState, Metrics]:
+        del key
+        count = jnp.sum(trained_tokens(batch), dtype=jnp.float32)
+
+        def loss_fn(params: Params, part: SFTBatch) -> tuple[jax.Array, Sums]:
+            loss = nll_sum(logprob_fn, params, part) / jnp.maximum(count, 1.0)
+            return loss, Sums({"loss": loss}, {})
+
+        grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation)
+        params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
+        metrics = sums.total | {"tokens": count, "grad_norm": optax.global_norm(grads)}
+        return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+    return step
+
+
+def make_sft_eval(logprob_fn: LogprobFn) -> Callable[[Params, SFTBatch], tuple[jax.Array, jax.Array]]:
+    """``(Σ nll, tokens)`` of a batch, both to be summed over batches before dividing."""
+
+    def evaluate(params: Params, batch: SFTBatch) -> tuple[jax.Array, jax.Array]:
+        return nll_sum(logprob_fn, params, batch), jnp.sum(trained_tokens(batch), dtype=jnp.float32)
+
+    return evaluate

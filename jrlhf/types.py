@@ -1,0 +1,134 @@
+"""What a step needs of a model, and the batches that flow between floors.
+
+Every per-token array is ``[B, T]`` and index ``t`` belongs to ``tokens[:, t]``: ``logprobs[:, t]`` scores token ``t``
+given the tokens before it, ``values[:, t]`` is the value of the prefix before ``t``. Index 0 is always masked.
+
+The containers are ``NamedTuple``s, hence pytrees: they pass through ``jit``, ``vmap``, ``tree.map`` and shardings as they are.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
+
+Params = Any
+"""A pytree of arrays, of whatever structure the user's model has."""
+
+Key = PRNGKeyArray
+Metrics = dict[str, Scalar]
+
+
+class ApplyFn(Protocol):
+    """A language model: logits at every position. ``mask`` marks real tokens; positions follow from it."""
+
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /
+    ) -> Float[Array, "B T V"]: ...
+
+
+class LogprobFn(Protocol):
+    """``(logprobs, entropy)`` of every token under ``softmax(logits / temperature)``, aligned to ``tokens``."""
+
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /, *, temperature: float
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]: ...
+
+
+class ScoreFn(Protocol):
+    """A scalar at every position ``t``, which has seen ``tokens[:, :t + 1]``: a reward, or (shifted by one) a value."""
+
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /
+    ) -> Float[Array, "B T"]: ...
+
+
+class InitCacheFn(Protocol):
+    """An empty cache for ``batch`` rows of at most ``length`` tokens."""
+
+    def __call__(self, batch: int, length: int, /) -> Any: ...
+
+
+class DecodeFn(Protocol):
+    """Append ``T`` tokens to the cache; return the logits that follow the last of them, and the new cache.
+
+    ``positions`` counts a row's real tokens from 0 and is -1 for padding, which no later query attends to.
+    """
+
+    def __call__(
+        self, params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Any, /
+    ) -> tuple[Float[Array, "B V"], Any]: ...
+
+
+class DecodeFns(NamedTuple):
+    """Cached decoding as two pure functions; prefill and single-token decode are the same ``decode``."""
+
+    init_cache: InitCacheFn
+    decode: DecodeFn
+
+
+class SFTBatch(NamedTuple):
+    """Right-padded sequences. ``mask`` marks real tokens, ``loss_mask`` the ones that are trained on."""
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    loss_mask: Bool[Array, "B T"]
+
+
+class RankingBatch(NamedTuple):
+    """``K`` completions of each of ``B`` prompts. Rank 0 is best, equal ranks are ties, ``valid`` marks real completions."""
+
+    tokens: Int[Array, "B K T"]
+    mask: Bool[Array, "B K T"]
+    ranks: Int[Array, "B K"]
+    valid: Bool[Array, "B K"]
+    margin: Float[Array, "B"]
+
+
+class Generation(NamedTuple):
+    """Left-padded prompts followed by sampled responses, as token ids; nothing is ever re-tokenised."""
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    """Real tokens: prompt and response, the stop token included."""
+    response_mask: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    """The sampler's own log-probs of the response tokens, 0 elsewhere."""
+    stopped: Bool[Array, "B"]
+    """True where a stop token ended the response, False where the length limit did."""
+
+
+class Rollout(NamedTuple):
+    """A batch of experience for PPO: what was sampled, how it was scored, and the targets made of it."""
+
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    response_mask: Bool[Array, "B T"]
+    logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"]
+    sampler_logprobs: Float[Array, "B T"]
+    entropy: Float[Array, "B T"]
+    values: Float[Array, "B T"]
+    rewards: Float[Array, "B T"]
+    advantages: Float[Array, "B T"]
+    returns: Float[Array, "B T"]
+    scores: Float[Array, "B"]
+    stopped: Bool[Array, "B"]
+    ptx: SFTBatch | None = None
+    """Text for the PPO-ptx term; its rows are split into as many minibatches as the episodes."""
+
+
+class PPOParams(NamedTuple):
+    """What one optimizer moves in PPO. Actor and critic share nothing, and are saved together."""
+
+    policy: Params
+    value: Params
+
+
+class TrainState(NamedTuple):
+    """Everything an optimizer step reads and replaces. In PPO ``params`` is a ``PPOParams``."""
+
+    params: Params
+    opt_state: Any
+    step: Int[Array, ""]
+    """Optimizer updates done."""
+    ema: Params | None = None
+    """Exponential moving average of the policy's parameters, None where it is off."""

@@ -1,0 +1,23 @@
+"""Eight CPU devices and JAX at its strictest, set before anything imports JAX."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+# From here on every jaxtyping signature of the package is checked at run time.
+install_import_hook("jrlhf", "beartype.beartype")
+
+import jax
+from hypothesis import settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A deadline would make a test's result depend on the machine's speed.
+settings.register_profile("jrlhf", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("jrlhf")
