@@ -86,10 +86,10 @@ class LogConfig:
     """Steps between lines in metrics.jsonl and TensorBoard."""
     eval_every: int = 200
     """Steps between held-out evaluations; one is always made before the first and after the last step."""
-    sample_every: int = 0
-    """Steps between sample texts in samples.jsonl; 0: only with the last evaluation."""
-    samples: int = 4
-    """Sample texts each time."""
+    eval_rows: int = 0
+    """Held-out rows an evaluation reads; 0: all of them."""
+    samples: int = 8
+    """Sample texts written with each evaluation (PPO writes all held-out answers)."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
     progress: bool = True
@@ -242,3 +242,92 @@ class Config:
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answers to a file of prompts, as JSONL."""
+
+    model: str
+    """A Hugging Face folder, a hub id, or a run or stage folder."""
+    prompts: str
+    """A .jsonl, .json, .csv or .parquet file, a hub id (name or name:split), asset:NAME, or - (stdin, one a line)."""
+    out: str = "-"
+    """The JSONL file to write; - is stdout."""
+    samples: int = 1
+    """Answers to each prompt."""
+    seed: int = 0
+    """Of the draws."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch_size: int = 16
+    """Answers drawn at once."""
+    max_length: int = 1024
+    """Longest prompt in tokens; longer ones are cut at their start."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """A reward model's scores of a file of texts, as JSONL."""
+
+    model: str
+    """A reward model: a Hugging Face folder, a hub id, or a run or stage folder."""
+    data: str
+    """Rows, in generate's forms: prompt (optional) and completion, completions, or chosen and rejected; or text."""
+    out: str = "-"
+    """The JSONL file to write; - is stdout."""
+    batch_size: int = 32
+    """Texts scored at once."""
+    max_length: int = 1024
+    """Longest sequence in tokens; longer ones are cut at the prompt's start."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A checkpoint as a Hugging Face folder."""
+
+    run: str
+    """A run folder, or a stage's folder in it."""
+    out: str
+    """The folder to write."""
+    stage: Literal["last", "sft", "reward", "ppo"] = "last"
+    """Which stage of a run folder; last: the furthest one that has a checkpoint."""
+    step: int = -1
+    """Which checkpoint; -1 is the newest."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The invariants of RLHF with PPO, checked on one model."""
+
+    model: str
+    """A Hugging Face folder, a hub id, or a run or stage folder."""
+    prompts: str = ""
+    """Prompts, in the forms of generate's. Empty: a few that come with jrlhf."""
+    temperature: float = 0.7
+    """Of the draws and of every log-prob; other than 1, so that a forgotten division shows."""
+    max_new_tokens: int = 32
+    """Longest answer in tokens."""
+    batch_size: int = 8
+    """Prompts used."""
+    max_length: int = 128
+    """Longest prompt in tokens; longer ones are cut at their start."""
+    seed: int = 0
+    """Of the draws."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; the tolerances are those of float32."""
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """All three stages on the small model and the film reviews that come with jrlhf."""
+
+    out: str = "jrlhf-quickstart"
+    """The run's folder."""
+    seed: int = 0
+    """Of every random choice in the run."""
+    preset: Literal["full", "smoke"] = "full"
+    """full: to the reported figures, up to ten minutes on two CPU cores. smoke: every stage, briefly."""

@@ -3,10 +3,11 @@
 Every per-token array is ``[B, T]`` and index ``t`` belongs to ``tokens[:, t]``: ``logprobs[:, t]`` scores token ``t``
 given the tokens before it, ``values[:, t]`` is the value of the prefix before ``t``. Index 0 is always masked.
 
-The containers are ``NamedTuple``s, hence pytrees: they pass through ``jit``, ``vmap``, ``tree.map`` and shardings as they are.
+The containers are ``NamedTuple``s, hence pytrees: they pass through ``jit``, ``vmap``, ``tree.map`` and shardings as
+they are.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 
@@ -17,6 +18,7 @@ Key = PRNGKeyArray
 Metrics = dict[str, Scalar]
 
 
+@runtime_checkable
 class ApplyFn(Protocol):
     """A language model: logits at every position. ``mask`` marks real tokens; positions follow from it."""
 
@@ -25,6 +27,7 @@ class ApplyFn(Protocol):
     ) -> Float[Array, "B T V"]: ...
 
 
+@runtime_checkable
 class LogprobFn(Protocol):
     """``(logprobs, entropy)`` of every token under ``softmax(logits / temperature)``, aligned to ``tokens``."""
 
@@ -33,6 +36,7 @@ class LogprobFn(Protocol):
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]: ...
 
 
+@runtime_checkable
 class ScoreFn(Protocol):
     """A scalar at every position ``t``, which has seen ``tokens[:, :t + 1]``: a reward, or (shifted by one) a value."""
 
@@ -41,12 +45,14 @@ class ScoreFn(Protocol):
     ) -> Float[Array, "B T"]: ...
 
 
+@runtime_checkable
 class InitCacheFn(Protocol):
     """An empty cache for ``batch`` rows of at most ``length`` tokens."""
 
     def __call__(self, batch: int, length: int, /) -> Any: ...
 
 
+@runtime_checkable
 class DecodeFn(Protocol):
     """Append ``T`` tokens to the cache; return the logits that follow the last of them, and the new cache.
 
@@ -74,7 +80,7 @@ class SFTBatch(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """``K`` completions of each of ``B`` prompts. Rank 0 is best, equal ranks are ties, ``valid`` marks real completions."""
+    """``K`` completions of each of ``B`` prompts; ``valid`` marks real ones. Rank 0 is best, equal ranks are ties."""
 
     tokens: Int[Array, "B K T"]
     mask: Bool[Array, "B K T"]

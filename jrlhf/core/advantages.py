@@ -30,9 +30,10 @@ def gae(
     gamma: float,
     lam: float,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
-    """Aₜ = δₜ + γλ·Aₜ₊₁ with δₜ = rₜ + γ·Vₜ₊₁ - Vₜ, and returns A + V; both 0 where masked. Schulman et al. 2016, eq. 16.
+    """Aₜ = δₜ + γλ·Aₜ₊₁ with δₜ = rₜ + γ·Vₜ₊₁ - Vₜ, and returns A + V; both 0 where masked.
 
-    "Next" means the next unmasked token; after the last one V and A are 0. One trajectory: the caller vmaps.
+    Schulman et al. 2016, eq. 16. "Next" means the next unmasked token; after the last one V and A are 0. One
+    trajectory: the caller vmaps.
 
     Example: mask ``[0, 1, 1, 0]`` (prompt, two response tokens, padding) bootstraps index 1 from ``values[2]`` and
     index 2 from 0; whatever stands at 0 and 3 is never read.

@@ -14,7 +14,8 @@ def kl_penalty(
     """Estimate KL(π ‖ π_ref) per token from one sample, with x = log π - log π_ref, in nats.
 
     k1 = x (unbiased, may be negative), k2 = x²/2 (the one whose gradient is that of the reverse KL),
-    k3 = exp(-x) - 1 + x (unbiased, never negative). Schulman, "Approximating KL divergence" (2020).
+    k3 = exp(-x) - 1 + x (unbiased, never negative; its exponent is clipped to 20 so that it cannot overflow).
+    Schulman, "Approximating KL divergence" (2020).
     """
     x = logprobs - ref_logprobs
     match estimator:
@@ -23,7 +24,7 @@ def kl_penalty(
         case "k2":
             return 0.5 * jnp.square(x)
         case "k3":
-            return jnp.expm1(-x) + x
+            return jnp.expm1(jnp.minimum(-x, 20.0)) + x
 
 
 def update_kl_coef(
@@ -32,7 +33,7 @@ def update_kl_coef(
     n: int | Int[Array, ""],
     *,
     target: float,
-    horizon: float,
+    horizon: int | float,
 ) -> Float[Array, ""]:
     """β ← β · (1 + e · n / horizon), e = clip(KL / target - 1, -0.2, 0.2).
 

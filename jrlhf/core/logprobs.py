@@ -28,9 +28,11 @@ def next_token_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32, not shifted."""
     scaled = logits.astype(jnp.float32) / temperature
-    log_z = jax.nn.logsumexp(scaled, axis=-1)
+    # With the largest logit at 0, both terms of H = log Z - Σ p·x are ≥ 0: large logits cannot cancel below 0.
+    scaled = scaled - jax.lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
+    log_z = jnp.log(jnp.sum(jnp.exp(scaled), axis=-1))
     chosen = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
-    # H = log Z - Σ p·x. A logit of -inf has p = 0, and 0 · -inf would be NaN: it is left out before the product.
+    # A logit of -inf has p = 0, and 0 · -inf would be NaN: it is left out before the product.
     finite = jnp.where(jnp.isneginf(scaled), 0.0, scaled)
     entropy = log_z - jnp.sum(jnp.exp(scaled - log_z[..., None]) * finite, axis=-1)
     return chosen - log_z, entropy
@@ -53,11 +55,15 @@ def token_logprobs(
 
 
 def from_logits(apply_fn: ApplyFn) -> LogprobFn:
-    """The ``LogprobFn`` of any model that returns logits. It holds ``[B, T, V]`` in memory."""
+    """The ``LogprobFn`` of any model that returns logits. It holds ``[B, T, V]`` in memory.
+
+    Logits at padding are never read: attention over nothing may leave NaN there, whose gradient would be NaN too.
+    """
 
     def logprob_fn(
         params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /, *, temperature: float
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        return logprobs_and_entropy(apply_fn(params, tokens, mask), tokens, temperature=temperature)
+        logits = jnp.where(mask[:, :, None], apply_fn(params, tokens, mask), 0.0)
+        return logprobs_and_entropy(logits, tokens, temperature=temperature)
 
     return logprob_fn

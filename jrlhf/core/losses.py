@@ -8,7 +8,10 @@ from jaxtyping import Array, Bool, Float, Int
 def ranking_loss(
     chosen: Float[Array, "B"], rejected: Float[Array, "B"], margin: float | Float[Array, "B"] = 0.0
 ) -> Float[Array, "B"]:
-    """-log σ(r_chosen - r_rejected - margin), in float32. Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023, eq. 2."""
+    """-log σ(r_chosen - r_rejected - margin), in float32.
+
+    Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023, eq. 2.
+    """
     return -jax.nn.log_sigmoid(chosen.astype(jnp.float32) - rejected.astype(jnp.float32) - margin)
 
 

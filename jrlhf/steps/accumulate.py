@@ -11,7 +11,7 @@ from jrlhf.types import Metrics, Params
 
 
 class Sums(NamedTuple):
-    """What a slice contributes. ``total`` is divided by the count of the *whole* batch already, so that slices add up."""
+    """What a slice contributes. ``total`` is already divided by the count of the *whole* batch, so slices add up."""
 
     total: Metrics
     maximum: Metrics
@@ -35,11 +35,19 @@ def split_rows(batch: Any, parts: int) -> Any:
     return jax.tree.map(split, batch)
 
 
+def no_sums(shapes: Sums) -> Sums:
+    """What the first slice is added to, in the given shapes."""
+    return Sums(
+        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.total),
+        jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), shapes.maximum),
+    )
+
+
 def accumulate_gradients(loss_fn: LossFn, params: Params, batch: Any, *, slices: int) -> tuple[Params, Sums]:
     """Σ over slices of ∇ loss_fn(params, slice), and of what it reports.
 
-    ``loss_fn`` returns Σ loss / N over its slice, N being the count of the whole batch: then N, and with it the loss, is the
-    same for any number of slices, any padding and any sharding.
+    ``loss_fn`` returns Σ loss / N over its slice, N being the count of the whole batch: then N, and with it the loss,
+    is the same for any number of slices, any padding and any sharding.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     if slices == 1:
@@ -53,10 +61,10 @@ def accumulate_gradients(loss_fn: LossFn, params: Params, batch: Any, *, slices:
         return (added[0], Sums(added[1], jax.tree.map(jnp.maximum, sums.maximum, new.maximum))), None
 
     parts = split_rows(batch, slices)
-    first = jax.tree.map(lambda x: x[0], parts)
-    rest = jax.tree.map(lambda x: x[1:], parts)
-    (_, sums), grads = gradient(params, first)
-    (grads, sums), _ = jax.lax.scan(add, (grads, sums), rest)
+    (_, sums), grads = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grads), no_sums(sums)
+    # The first slice too goes through the scan: outside of it, its program would be compiled a second time.
+    (grads, sums), _ = jax.lax.scan(add, start, parts)
     return grads, sums
 
 
@@ -64,5 +72,7 @@ def apply_gradients(
     tx: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
 ) -> tuple[Params, Any]:
     """One optimizer update."""
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+    # Optax raises Python floats to integer counts, which strict promotion, where the caller has set it, would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state

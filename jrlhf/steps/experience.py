@@ -19,6 +19,7 @@ from jrlhf.core import (
 )
 from jrlhf.types import Generation, LogprobFn, Metrics, Params, Rollout, ScoreFn
 
+
 def make_experience(
     logprob_fn: LogprobFn,
     value_fn: ScoreFn,

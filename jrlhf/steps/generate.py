@@ -35,8 +35,9 @@ def make_generate(
 ) -> Callable[[Params, Int[Array, "B P"], Bool[Array, "B P"], Key], Generation]:
     """A pure sampler of ``max_new_tokens`` at most; a row ends with the first of ``stop_tokens``, which it keeps.
 
-    Prompts are left-padded, so that all rows write their next token to the same column. After its stop token a row holds
-    ``pad_token``, masked: by position, so ``pad_token`` may be a stop token itself.
+    Prompts are left-padded, so that all rows write their next token to the same column; how wide the padding is does
+    not change what is drawn. After its stop token a row holds ``pad_token``, masked: by position, so ``pad_token`` may
+    be a stop token itself.
     """
 
     def is_stop(tokens: Int[Array, "B"]) -> Bool[Array, "B"]:
@@ -47,9 +48,9 @@ def make_generate(
     def emit(state: SamplingState, key: Key) -> SamplingState:
         """Sample the next column; rows that have stopped get padding."""
         column = state.length
-        drawn, logprobs = sample(
-            state.logits, jax.random.fold_in(key, column), temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        # Counted from the answer's first token: the draw must not depend on how far its prompt was padded.
+        key = jax.random.fold_in(key, column - (state.tokens.shape[1] - max_new_tokens))
+        drawn, logprobs = sample(state.logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
         live = ~state.stopped
         return state._replace(
             tokens=state.tokens.at[:, column].set(jnp.where(live, drawn, jnp.int32(pad_token))),
@@ -83,9 +84,7 @@ def make_generate(
             logits=logits,
             cache=cache,
         )
-        state = jax.lax.while_loop(
-            lambda s: (s.length < total) & ~jnp.all(s.stopped), advance, emit(state, key)
-        )
+        state = jax.lax.while_loop(lambda s: (s.length < total) & ~jnp.all(s.stopped), advance, emit(state, key))
         return Generation(
             tokens=state.tokens,
             mask=jnp.pad(mask, tail) | state.response_mask,

@@ -15,9 +15,9 @@ from jrlhf.core import (
     ppo_policy_loss,
     ppo_value_loss,
 )
-from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients
+from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, no_sums
 from jrlhf.steps.sft import nll_sum, trained_tokens
-from jrlhf.types import Key, LogprobFn, Metrics, Params, PPOParams, Rollout, ScoreFn, TrainState
+from jrlhf.types import Key, LogprobFn, Metrics, PPOParams, Rollout, ScoreFn, TrainState
 
 
 class PPOLoss(NamedTuple):
@@ -63,8 +63,8 @@ def make_ppo_step(
 ) -> Callable[[TrainState, Rollout, Key], tuple[TrainState, Metrics]]:
     """A pure function that does all ``epochs`` x ``minibatches`` updates of one rollout.
 
-    loss = policy + value_coef · value - entropy_coef · entropy + ptx_coef · nll(ptx), each a mean over its own tokens of
-    the minibatch (Ouyang et al. 2022, eq. 2; Huang et al. 2024, arXiv 2403.17031).
+    loss = policy + value_coef · value - entropy_coef · entropy + ptx_coef · nll(ptx), each a mean over its own tokens
+    of the minibatch (Ouyang et al. 2022, eq. 2; Huang et al. 2024, arXiv 2403.17031).
 
     ``minibatches`` divides the rollout's rows, ``accumulation`` a minibatch's; each epoch draws a fresh permutation.
     ``target_approx_kl``: once a minibatch's mean ½(log π - log π_old)² exceeds it, the rest of the rollout is left
@@ -75,8 +75,9 @@ def make_ppo_step(
     loss_of = minibatch_loss(logprob_fn, value_fn, terms)
 
     def update(state: TrainState, minibatch: Rollout) -> tuple[TrainState, Sums]:
-        tokens = jnp.sum(minibatch.response_mask, dtype=jnp.float32)
-        ptx_tokens = jnp.float32(0.0) if minibatch.ptx is None else jnp.sum(trained_tokens(minibatch.ptx), dtype=jnp.float32)
+        tokens, ptx_tokens = jnp.sum(minibatch.response_mask, dtype=jnp.float32), jnp.float32(0.0)
+        if minibatch.ptx is not None:
+            ptx_tokens = jnp.sum(trained_tokens(minibatch.ptx), dtype=jnp.float32)
         loss_fn = loss_of(tokens, ptx_tokens)
         grads, sums = accumulate_gradients(loss_fn, state.params, minibatch, slices=accumulation)
         params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
@@ -86,9 +87,9 @@ def make_ppo_step(
             policy = jax.tree.map(lambda new, old: jnp.where(warm, old, new), params.policy, state.params.policy)
             params = params._replace(policy=policy)
         ema = state.ema
-        if ema_decay is not None:
+        if ema_decay is not None and ema is not None:
             ema = optax.incremental_update(params.policy, ema, 1.0 - ema_decay)
-        sums.total["grad_norm"] = optax.global_norm(grads)
+        sums.total["grad_norm"] = optax.tree.norm(grads)
         return TrainState(params, opt_state, state.step + 1, ema), sums
 
     def step(state: TrainState, rollout: Rollout, key: Key) -> tuple[TrainState, Metrics]:
@@ -97,14 +98,14 @@ def make_ppo_step(
         if ema_decay is not None and state.ema is None:
             raise ValueError("ema_decay is set, but the state has no ema")
         batches = shuffled_minibatches(rollout, key, epochs=epochs, minibatches=minibatches)
-        shapes = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches))[1]
-        zeros, lowest = (jax.tree.map(lambda s, v=v: jnp.full(s.shape, v, s.dtype), m) for v, m in zip((0.0, -jnp.inf), shapes))
+        _, shapes = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches))
 
         def visit(progress: Progress, minibatch: Rollout) -> tuple[Progress, Metrics]:
             new_state, sums = update(progress.state, minibatch)
             stop = progress.stopped
             if target_approx_kl is not None:
-                stop = stop | (sums.total["policy/approxkl"] > target_approx_kl)
+                # Not `>`: a NaN must stop it too.
+                stop = stop | ~(sums.total["policy/approxkl"] <= target_approx_kl)
             kept = _select(stop, progress.state, new_state)
             counted = ~progress.stopped
             totals = jax.tree.map(lambda a, b: a + jnp.where(counted, b, 0.0), progress.totals, sums.total)
@@ -112,7 +113,7 @@ def make_ppo_step(
             done = Progress(kept, stop, progress.updates + jnp.where(counted, 1, 0), totals, maxima)
             return done, sums.maximum
 
-        start = Progress(state, jnp.bool_(False), jnp.int32(0), zeros, lowest)
+        start = Progress(state, jnp.bool_(False), jnp.int32(0), *no_sums(shapes))
         end, each = jax.lax.scan(visit, start, batches)
         seen = end.updates.astype(jnp.float32)
         metrics = {name: total / seen for name, total in end.totals.items()} | end.maxima
@@ -165,9 +166,7 @@ def minibatch_loss(
                 jnp.where(mask, x, 0.0)
                 for x in (logprobs, part.logprobs, part.advantages, values, part.values, part.returns)
             )
-            per_token = ppo_policy_loss(
-                logprobs, old_logprobs, advantages, clip=terms.clip, dual_clip=terms.dual_clip
-            )
+            per_token = ppo_policy_loss(logprobs, old_logprobs, advantages, clip=terms.clip, dual_clip=terms.dual_clip)
             policy = masked_sum(per_token, mask) / tokens
             value = masked_sum(ppo_value_loss(values, old_values, returns, clip=terms.value_clip), mask) / tokens
             mean_entropy = masked_sum(entropy, mask) / tokens

@@ -53,7 +53,7 @@ def make_reward_step(
 
         grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation)
         params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
-        metrics = sums.total | {"pairs": pair_count, "grad_norm": optax.global_norm(grads)}
+        metrics = sums.total | {"pairs": pair_count, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
     return step

@@ -1,0 +1,169 @@
+"""What the benchmarks share: flags for shape and device, timing apart from compilation, measured peaks, one JSON line a figure."""
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrlhf.models import ArchConfig, Rope
+
+SHAPES = {
+    # hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied
+    "XS": (64, 5, 8, 4, 172, 512, True),  # the quick start's model
+    "S": (384, 6, 6, 6, 1024, 8192, False),
+    "M": (576, 30, 9, 3, 1536, 49152, True),  # SmolLM2-135M
+}
+
+
+def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """Flags of every benchmark, and one more for each of ``defaults``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--shape", default="S", choices=SHAPES, help="sizes of the model; the next flags override one each"
+    )
+    for name in ("hidden", "layers", "heads", "kv-heads", "ffn", "vocab"):
+        parser.add_argument(f"--{name}", type=int, default=None)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--device", default=None, help="JAX platform: cpu, gpu or tpu; JAX's choice if not given")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timed calls, after one that compiles and one that warms up"
+    )
+    for name, value in defaults.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
+    args = parser.parse_args()
+    if args.device:
+        jax.config.update("jax_platforms", "cuda" if args.device == "gpu" else args.device)
+    return args
+
+
+def arch_of(args: argparse.Namespace) -> ArchConfig:
+    """The Llama of the flags."""
+    hidden, layers, heads, kv_heads, ffn, vocab, tied = SHAPES[args.shape]
+    hidden, heads = args.hidden or hidden, args.heads or heads
+    return ArchConfig(
+        vocab_size=args.vocab or vocab,
+        hidden_size=hidden,
+        intermediate_size=args.ffn or ffn,
+        num_layers=args.layers or layers,
+        num_heads=heads,
+        num_kv_heads=args.kv_heads or kv_heads,
+        head_dim=hidden // heads,
+        max_positions=65536,
+        norm_eps=1e-5,
+        rope=Rope(kind="default", theta=1e4),
+        activation="silu",
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        tie_embeddings=tied,
+    )
+
+
+def body_parameters(arch: ArchConfig) -> int:
+    """Weights that every token is multiplied by, LM head left out."""
+    attention = 2 * arch.hidden_size * arch.head_dim * (arch.num_heads + arch.num_kv_heads)
+    return arch.num_layers * (attention + 3 * arch.hidden_size * arch.intermediate_size)
+
+
+def forward_flops(arch: ArchConfig, rows: int, length: int, *, logits: int) -> float:
+    """Model FLOPs of a forward pass: 2 a weight and token, attention halved for causality, ``logits`` positions unembedded."""
+    tokens = rows * length
+    attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim * length * tokens
+    return 2.0 * body_parameters(arch) * tokens + 2.0 * arch.vocab_size * arch.hidden_size * logits + attention
+
+
+class Timing(NamedTuple):
+    """Seconds. ``first`` holds tracing, compilation and one call."""
+
+    first: float
+    median: float
+    low: float
+    high: float
+
+
+def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
+    """Time ``call``, which returns device arrays; each timed call is awaited."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        return time.perf_counter() - start
+
+    first = once()
+    once()
+    times = [once() for _ in range(repeats)]
+    return Timing(first, statistics.median(times), min(times), max(times))
+
+
+class Peaks(NamedTuple):
+    """What this device does at best, measured in this run."""
+
+    flops: float
+    bytes: float
+
+
+def measured_peaks(dtype: str, *, size: int = 2048, megabytes: int = 256) -> Peaks:
+    """FLOP/s of a square matrix product in ``dtype``, and bytes/s of reading and writing an array."""
+    side = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+    product = jax.jit(lambda a, b: a @ b)
+    matmul = measure(lambda: product(side, side), repeats=9)
+    array = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return Peaks(2 * size**3 / matmul.median, 2 * array.nbytes / measure(lambda: copy(array), repeats=9).median)
+
+
+def report(figure: str, value: float, unit: str, timing: Timing, args: argparse.Namespace, **more: Any) -> None:
+    """Print one figure as a JSON line, with what it was made on and with."""
+    device = jax.devices()[0]
+    line = {
+        "figure": figure,
+        "value": round(value, 4),
+        "unit": unit,
+        "seconds": timing._asdict(),
+        **more,
+        "peak_memory_mb": peak_memory(),
+        "flags": {k: v for k, v in vars(args).items() if v is not None},
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "cpu": cpu_name(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    print(json.dumps(line, default=float), flush=True)
+
+
+def shares(flops: float, seconds: float, peaks: Peaks) -> dict[str, float]:
+    """Of the measured matmul peak."""
+    return {
+        "gflops": round(flops / seconds / 1e9, 2),
+        "share_of_matmul_peak": round(flops / seconds / peaks.flops, 4),
+        "matmul_peak_gflops": round(peaks.flops / 1e9, 1),
+    }
+
+
+def peak_memory() -> int:
+    """Of the device where it says so, else the process's high-water mark; MB."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return f"{len(names)} x {names[0]}"
+    except (OSError, IndexError):
+        return platform.processor()

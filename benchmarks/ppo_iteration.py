@@ -1,0 +1,108 @@
+"""One PPO iteration through the public steps: rollout, scoring, experience, all updates; seconds in all and by phase."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import arch_of, arguments, forward_flops, measure, measured_peaks, report, shares
+
+from jrlhf.models import decoder_fns, init_params, reward_params
+from jrlhf.steps import make_experience, make_generate, make_ppo_step, score_sequences
+from jrlhf.types import PPOParams, TrainState
+
+
+def main() -> None:
+    args = arguments(__doc__, episodes=32, prompt=64, new=64, epochs=4, minibatches=1, accumulation=1)
+    arch = arch_of(args)
+    fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat)
+    policy = init_params(arch, jax.random.key(0))
+    reward = reward_params(policy, arch, jax.random.key(1))
+    reference = jax.tree.map(jnp.copy, policy)
+    tx = optax.adamw(1e-5, eps=1e-5)
+    generate = jax.jit(
+        make_generate(
+            fns.decode_fns,
+            max_new_tokens=args.new,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            stop_tokens=(),
+            pad_token=0,
+        )
+    )
+    score = jax.jit(lambda params, tokens, mask: score_sequences(fns.score_fn, params, tokens, mask))
+    experience = jax.jit(
+        make_experience(
+            fns.logprob_fn,
+            fns.score_fn,
+            temperature=1.0,
+            gamma=1.0,
+            lam=0.95,
+            kl_estimator="k1",
+            missing_eos_penalty=0.0,
+            whiten_rewards=False,
+        )
+    )
+    step = jax.jit(
+        make_ppo_step(
+            fns.logprob_fn,
+            fns.score_fn,
+            tx,
+            epochs=args.epochs,
+            minibatches=args.minibatches,
+            accumulation=args.accumulation,
+            temperature=1.0,
+            clip=0.2,
+            dual_clip=None,
+            value_clip=0.2,
+            value_coef=0.1,
+            entropy_coef=0.0,
+            ptx_coef=0.0,
+            target_approx_kl=None,
+            critic_warmup_updates=0,
+            ema_decay=None,
+        ),
+        donate_argnums=0,
+    )
+    prompts = np.random.default_rng(0).integers(0, arch.vocab_size, (args.episodes, args.prompt), np.int32)
+    tokens, mask = jnp.asarray(prompts), jnp.ones(prompts.shape, jnp.bool_)
+    # The critic starts from the reward model, which is still needed: the step donates its state.
+    params = PPOParams(policy=policy, value=jax.tree.map(jnp.copy, reward))
+    state, key = TrainState(params, tx.init(params), jnp.int32(0)), jax.random.key(2)
+    kl_coef = jnp.float32(0.05)
+
+    def rollout():
+        return generate(state.params.policy, tokens, mask, key)
+
+    def scoring(generation):
+        scores = score(reward, generation.tokens, generation.mask)
+        return experience(state.params.policy, reference, state.params.value, generation, scores, kl_coef)
+
+    def update(batch):
+        nonlocal state
+        state, metrics = step(state, batch, key)
+        return metrics["loss"]
+
+    timing = measure(lambda: update(scoring(rollout())), repeats=args.repeats)
+    generation = rollout()
+    batch = scoring(generation)
+    phases = {
+        "rollout_seconds": measure(rollout, repeats=args.repeats).median,
+        "scoring_seconds": measure(lambda: scoring(generation), repeats=args.repeats).median,
+        "update_seconds": measure(lambda: update(batch), repeats=args.repeats).median,
+    }
+    used = shares(iteration_flops(arch, args), timing.median, measured_peaks(args.dtype))
+    report("ppo_iteration", timing.median, "s/iteration", timing, args, **phases, **used)
+
+
+def iteration_flops(arch, args) -> float:
+    """Model FLOPs, log-probs counted at response positions only: what PPO needs, not what is computed."""
+    length, responses = args.prompt + args.new, args.episodes * args.new
+    sampling = forward_flops(arch, args.episodes, length, logits=responses)
+    policy = forward_flops(arch, args.episodes, length, logits=responses)
+    value = forward_flops(arch, args.episodes, length, logits=0)
+    return sampling + 2 * policy + 2 * value + args.epochs * 3 * (policy + value)
+
+
+if __name__ == "__main__":
+    main()

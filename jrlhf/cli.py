@@ -1,0 +1,200 @@
+"""`jrlhf <command>`: YAML and flags in, one stage out. JAX is imported only once the arguments have been read.
+
+Exit codes: 0 done, 1 failure, 2 bad usage or data, 130 interrupted.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from jrlhf import __version__
+from jrlhf.cli_args import STAGES, print_help, stage_config, tool_config
+from jrlhf.config import Config, ExportConfig, GenerateConfig, QuickstartConfig, ScoreConfig, VerifyConfig
+from jrlhf.config_io import ConfigError
+from jrlhf.suggest import did_you_mean
+
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+COMMANDS = {
+    "quickstart": "See all three stages at work on a small model and film reviews, in minutes on a CPU.",
+    "pipeline": "Run the stages of one YAML, skipping what is done.",
+    "sft": "Fine-tune a model on answers.",
+    "reward": "Train a reward model on people's rankings.",
+    "ppo": "Optimise the policy on the reward under a KL penalty.",
+    "generate": "Answer a file of prompts with a Hugging Face folder or a run.",
+    "score": "Score a file of answers with a reward model.",
+    "export": "Write a run's checkpoint as a Hugging Face folder.",
+    "verify": "Check the invariants of RLHF on a model, each with its figure.",
+}
+TOOLS: dict[str, type] = {
+    "quickstart": QuickstartConfig,
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "export": ExportConfig,
+    "verify": VerifyConfig,
+}
+"""Commands that read no YAML."""
+RESUMABLE = (*STAGES, "quickstart")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. `argv` is without the program's name."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    match argv:
+        case []:
+            print(overview(), file=sys.stderr)
+            return USAGE
+        case ["-h" | "--help", *_]:
+            print(overview())
+            return OK
+        case ["--version", *_]:
+            print(f"jrlhf {__version__}")
+            return OK
+    command, *rest = argv
+    if command in COMMANDS:
+        return run_reporting(command, rest)
+    kind = "flag" if command.startswith("-") else "command"
+    complain(f"{command}: unknown {kind}{did_you_mean(command, COMMANDS)}")
+    return USAGE
+
+
+def overview() -> str:
+    """What `jrlhf --help` prints."""
+    lines = "\n".join(f"  {name:<12}{summary}" for name, summary in COMMANDS.items())
+    return f"""usage: jrlhf COMMAND [--config FILE.yaml] [--FLAG VALUE ...]
+
+RLHF in JAX: SFT, a reward model from human rankings, and PPO under a KL penalty.
+
+{lines}
+
+jrlhf COMMAND --help lists every flag with its default; a flag is the path of a key in the YAML (--sft.optim.lr 1e-4).
+jrlhf --version prints the version. Exit codes: 0 done, 1 failure, 2 bad usage or data, 130 interrupted.
+JRLHF_DEBUG=1 in the environment shows an error's traceback."""
+
+
+def run_reporting(command: str, argv: Sequence[str]) -> int:
+    """Run a command, and turn whatever ends it into an exit code and a line or two on stderr."""
+    try:
+        if "-h" in argv or "--help" in argv:
+            print_help(command, TOOLS.get(command, Config), COMMANDS[command])
+            return OK
+        code = run(command, argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as error:
+        where = f": {error}" if str(error) else ""
+        complain(f"{command} interrupted{where}{'; the same command resumes it' if command in RESUMABLE else ''}")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output (head, less) has seen enough; the flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        usage = is_usage_error(error)
+        if os.environ.get("JRLHF_DEBUG", "0") != "0":
+            traceback.print_exc()
+        elif usage:
+            complain(message_of(error))
+        else:
+            summary = message_of(error).partition("\n")[0]
+            complain(f"{command} failed: {type(error).__name__}: {summary}\nJRLHF_DEBUG=1 shows the traceback")
+        return USAGE if usage else FAILURE
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Read the arguments, then import the stage, and JAX with it, and run it."""
+    match command:
+        case "generate":
+            generate = tool_config(command, GenerateConfig, argv)
+            from jrlhf.stages.inference import run_generate
+
+            run_generate(generate)
+        case "score":
+            score = tool_config(command, ScoreConfig, argv)
+            from jrlhf.stages.inference import run_score
+
+            run_score(score)
+        case "export":
+            export = tool_config(command, ExportConfig, argv)
+            from jrlhf.stages.export import run_export
+
+            run_export(export)
+        case "verify":
+            verify = tool_config(command, VerifyConfig, argv)
+            from jrlhf.stages.verify import run_verify
+
+            return OK if run_verify(verify) else FAILURE
+        case "quickstart":
+            quickstart = tool_config(command, QuickstartConfig, argv)
+            from jrlhf.stages.quickstart import run_quickstart
+
+            run_quickstart(Path(quickstart.out), quickstart.seed, quickstart.preset)
+        case _:
+            run_stage(command, stage_config(command, argv))
+    return OK
+
+
+def run_stage(command: str, config: Config) -> None:
+    """One stage of the recipe, or all of them; ends with where its results are."""
+    match command:
+        case "sft":
+            require(config.sft.data.train, "sft.data.train")
+            from jrlhf.stages.sft import run_sft
+
+            run_sft(config)
+        case "reward":
+            require(config.reward.data.train, "reward.data.train")
+            from jrlhf.stages.reward import run_reward
+
+            run_reward(config)
+        case "ppo":
+            require(config.ppo.prompts.train, "ppo.prompts.train")
+            from jrlhf.stages.ppo import run_ppo
+
+            run_ppo(config)
+        case _:
+            from jrlhf.stages.pipeline import run_pipeline
+
+            run_pipeline(config)
+    folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
+    print(f"{command} done: {folder / 'summary.json'}")
+
+
+def require(value: str, path: str) -> None:
+    if not value:
+        raise ConfigError(f"{path}: is empty; set it in the YAML (--config) or with --{path}")
+
+
+def is_usage_error(error: Exception) -> bool:
+    """What the user can put right: a ValueError that jrlhf itself raises, a missing file, a run in use.
+
+    A ValueError from inside a library, or from an array operation, is a failure of the program instead.
+    """
+    checkpoint = sys.modules.get("jrlhf.checkpoint")
+    if checkpoint is not None and isinstance(error, checkpoint.RunLocked):
+        return True
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | ConfigError):
+        return True
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    if not isinstance(error, ValueError) or not frames:
+        return False
+    own = str(frames[-1][0].f_globals.get("__name__", "")).startswith("jrlhf.")
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return own and line.startswith("raise")
+
+
+def message_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def complain(message: str) -> None:
+    for line in message.splitlines():
+        print(f"jrlhf: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

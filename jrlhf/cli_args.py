@@ -1,0 +1,116 @@
+"""Command lines into configs, and the help that lists their flags. Imports no JAX."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, field, fields, make_dataclass
+from typing import Annotated, Any, TypeVar, get_origin
+
+from jrlhf.config import Config
+from jrlhf.config_io import ConfigError, apply_flags, check, flag_types, load_config
+from jrlhf.suggest import did_you_mean
+
+T = TypeVar("T")
+
+STAGES = {
+    "pipeline": ("run", "seed", "mesh", "sft", "reward", "ppo"),
+    "sft": ("run", "seed", "mesh", "sft"),
+    "reward": ("run", "seed", "mesh", "reward"),
+    "ppo": ("run", "seed", "mesh", "ppo"),
+}
+"""Commands that read a YAML, and the parts of it that each sets by flags."""
+
+
+def stage_config(command: str, argv: Sequence[str]) -> Config:
+    """The defaults, under the YAML, under the flags."""
+    flags = read_flags(command, argv, stage_flags(command))
+    if "config" in flags:
+        [path] = flags.pop("config")
+        return load_config(path, flags)
+    config = apply_flags(Config(), flags)
+    check(config)
+    return config
+
+
+def stage_flags(command: str) -> dict[str, Any]:
+    """Flag -> type; the parts of other stages are the YAML's alone."""
+    kept = {path: hint for path, hint in flag_types(Config).items() if path.split(".")[0] in STAGES[command]}
+    return {"config": str, **kept}
+
+
+def tool_config(command: str, cls: type[T], argv: Sequence[str]) -> T:
+    """The arguments of a command that reads no YAML; what has no default comes first, without a flag."""
+    required = required_fields(cls)
+    flags = read_flags(command, argv, flag_types(cls), positional=required)
+    if missing := [name for name in required if name not in flags]:
+        order = " ".join(name.upper() for name in required)
+        raise ConfigError(f"{missing[0]}: is missing; usage: jrlhf {command} {order} [--FLAG VALUE ...]")
+    config = apply_flags(cls(**dict.fromkeys(required, "")), flags)
+    check(config)
+    return config
+
+
+def required_fields(cls: Any) -> list[str]:
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def read_flags(
+    command: str, argv: Sequence[str], types: Mapping[str, Any], *, positional: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Texts by path, of `--a.b VALUE`, `--a.b=VALUE`, `--list X Y` and `--switch [true|false]`; a later one wins."""
+    flags: dict[str, list[str]] = {}
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "-" or not argument.startswith("-"):
+            name = next((name for name in positional if name not in flags), None)
+            if name is None:
+                raise ConfigError(f"{argument}: unexpected; a value follows its flag, as in --seed 1")
+            flags[name] = [argument]
+            continue
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if name not in types or not flag.startswith("--"):
+            meant = did_you_mean(flag.lstrip("-"), types, "--") if len(flag) > 2 else ""
+            # Beside a top-level flag stand whole sections too, so a list of the flags there would say too little.
+            known = meant if "." in name or "did you mean" in meant else f"; jrlhf {command} --help lists them"
+            raise ConfigError(f"{flag}: unknown flag{known}")
+        if equals:
+            flags[name] = [value]
+        elif get_origin(types[name]) is tuple:
+            flags[name] = []
+            while rest and not rest[0].startswith("--"):
+                flags[name].append(rest.pop(0))
+        elif types[name] is bool:
+            flags[name] = [rest.pop(0)] if rest and rest[0].lower() in ("true", "false") else ["true"]
+        elif rest and not rest[0].startswith("--"):
+            flags[name] = [rest.pop(0)]
+        else:
+            raise ConfigError(f"{flag}: expected a value")
+    return flags
+
+
+def print_help(command: str, cls: type, about: str) -> None:
+    """Every flag with its type, meaning and default, from the dataclasses and their docstrings; no other stage's."""
+    import tyro
+
+    if command in STAGES:
+        config_help = tyro.conf.arg(help="A recipe; it may hold the other stages too.", metavar="FILE.yaml")
+        changed: list[Any] = [("config", Annotated[str, config_help], field(default=""))]
+        for f in fields(Config):
+            if f.name not in STAGES[command]:
+                suppressed = Annotated[f.type, tyro.conf.Suppress]  # pyright: ignore[reportInvalidTypeForm]
+                changed += [(f.name, suppressed, field(default_factory=f.default_factory))]
+        cls = make_dataclass("Shown", changed, bases=(Config,), frozen=True)
+        about += " Flags win over the YAML, and the YAML over the defaults shown here."
+    elif required := required_fields(cls):
+        named = " ".join(f"--{name} {name.upper()}" for name in required)
+        about += f" The positional arguments may be named instead: {named}."
+    markers = (
+        tyro.conf.FlagConversionOff,
+        tyro.conf.PositionalRequiredArgs,
+        tyro.conf.PositionalMetavarFromFieldName,
+    )
+    try:
+        tyro.cli(cls, prog=f"jrlhf {command}", description=about, args=["--help"], use_underscores=True, config=markers)
+    except SystemExit as done:
+        if done.code:
+            raise

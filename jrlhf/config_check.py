@@ -1,0 +1,190 @@
+"""What a config's values must satisfy, alone and together, before any device or file is touched. Imports no JAX."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jrlhf.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    GenerateConfig,
+    LogConfig,
+    MeshConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScoreConfig,
+    SFTConfig,
+    VerifyConfig,
+)
+
+Rule = tuple[bool, str, Any, str]
+"""Whether it holds, the field's name, its value, and what the value must be."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. Each line of the message begins with the place and path of one mistake."""
+
+
+def check(config: Any) -> None:
+    """ConfigError with every field whose value is out of range or does not fit another's, one a line."""
+    problems = [f"{name}: must be {must}, got {value!r}" for holds, name, value, must in _rules(config) if not holds]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _rules(config: Any) -> Iterator[Rule]:
+    match config:
+        case Config():
+            yield bool(config.run.strip()), "run", config.run, "a folder"
+            yield _seed(config.seed)
+            yield from _mesh("mesh", config.mesh)
+            yield from _sft("sft", config.sft)
+            yield from _reward("reward", config.reward)
+            yield from _ppo("ppo", config.ppo)
+        case GenerateConfig():
+            yield config.samples >= 1, "samples", config.samples, "1 or more"
+            yield _seed(config.seed)
+            yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
+            yield config.max_length >= 1, "max_length", config.max_length, "1 or more"
+            yield from _sampling("sampling", config.sampling)
+        case ScoreConfig():
+            yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
+            yield config.max_length >= 1, "max_length", config.max_length, "1 or more"
+        case VerifyConfig():
+            yield _seed(config.seed)
+            yield config.temperature > 0, "temperature", config.temperature, "above 0"
+            yield config.max_new_tokens >= 1, "max_new_tokens", config.max_new_tokens, "1 or more"
+            yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
+            yield config.max_length >= 1, "max_length", config.max_length, "1 or more"
+        case _:
+            return
+
+
+def _seed(seed: int) -> Rule:
+    return 0 <= seed < 2**32, "seed", seed, "from 0 to 2³² - 1"
+
+
+def _mesh(path: str, mesh: MeshConfig) -> Iterator[Rule]:
+    yield mesh.data >= 1 or mesh.data == -1, f"{path}.data", mesh.data, "1 or more, or -1 for all that are left"
+    yield mesh.fsdp >= 1, f"{path}.fsdp", mesh.fsdp, "1 or more"
+    yield mesh.tensor >= 1, f"{path}.tensor", mesh.tensor, "1 or more"
+
+
+def _optim(path: str, optim: OptimConfig) -> Iterator[Rule]:
+    yield optim.lr >= 0, f"{path}.lr", optim.lr, "0 or more"
+    yield 0 <= optim.warmup <= 1, f"{path}.warmup", optim.warmup, "a share of the updates, from 0 to 1"
+    yield 0 <= optim.b1 < 1, f"{path}.b1", optim.b1, "from 0 to below 1"
+    yield 0 <= optim.b2 < 1, f"{path}.b2", optim.b2, "from 0 to below 1"
+    yield optim.eps > 0, f"{path}.eps", optim.eps, "above 0"
+    yield optim.weight_decay >= 0, f"{path}.weight_decay", optim.weight_decay, "0 or more"
+    yield optim.max_grad_norm >= 0, f"{path}.max_grad_norm", optim.max_grad_norm, "0 or more"
+
+
+def _data(path: str, data: DataConfig) -> Iterator[Rule]:
+    yield data.max_length >= 1, f"{path}.max_length", data.max_length, "1 or more"
+    yield data.buckets >= 1, f"{path}.buckets", data.buckets, "1 or more"
+
+
+def _checkpoint(path: str, checkpoint: CheckpointConfig) -> Iterator[Rule]:
+    yield checkpoint.every >= 1, f"{path}.every", checkpoint.every, "1 or more"
+    yield checkpoint.keep >= 1, f"{path}.keep", checkpoint.keep, "1 or more"
+    yield checkpoint.keep_best >= 0, f"{path}.keep_best", checkpoint.keep_best, "0 or more"
+
+
+def _log(path: str, log: LogConfig) -> Iterator[Rule]:
+    yield log.every >= 1, f"{path}.every", log.every, "1 or more"
+    yield log.eval_every >= 1, f"{path}.eval_every", log.eval_every, "1 or more"
+    yield log.eval_rows >= 0, f"{path}.eval_rows", log.eval_rows, "0 or more"
+    yield log.samples >= 0, f"{path}.samples", log.samples, "0 or more"
+
+
+def _sampling(path: str, sampling: SamplingConfig) -> Iterator[Rule]:
+    yield sampling.max_new_tokens >= 1, f"{path}.max_new_tokens", sampling.max_new_tokens, "1 or more"
+    yield sampling.temperature >= 0, f"{path}.temperature", sampling.temperature, "0 or more"
+    yield sampling.top_k >= 0, f"{path}.top_k", sampling.top_k, "0 or more"
+    yield 0 < sampling.top_p <= 1, f"{path}.top_p", sampling.top_p, "above 0 and at most 1"
+    yield all(sampling.stop), f"{path}.stop", sampling.stop, "without empty strings"
+
+
+def _batches(path: str, rows: int, accumulation: int) -> Iterator[Rule]:
+    yield rows >= 1, f"{path}.batch_size", rows, "1 or more"
+    yield accumulation >= 1, f"{path}.accumulation", accumulation, "1 or more"
+    divides = accumulation < 1 or rows % accumulation == 0
+    yield divides, f"{path}.accumulation", accumulation, f"a divisor of {path}.batch_size ({rows})"
+
+
+def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
+    yield from _data(f"{path}.data", sft.data)
+    yield from _optim(f"{path}.optim", sft.optim)
+    yield from _checkpoint(f"{path}.checkpoint", sft.checkpoint)
+    yield from _log(f"{path}.log", sft.log)
+    yield from _sampling(f"{path}.sampling", sft.sampling)
+    yield sft.epochs > 0, f"{path}.epochs", sft.epochs, "above 0"
+    yield from _batches(path, sft.batch_size, sft.accumulation)
+    yield sft.candidates >= 1, f"{path}.candidates", sft.candidates, "1 or more"
+
+
+def _reward(path: str, reward: RewardConfig) -> Iterator[Rule]:
+    yield from _data(f"{path}.data", reward.data)
+    yield from _optim(f"{path}.optim", reward.optim)
+    yield from _checkpoint(f"{path}.checkpoint", reward.checkpoint)
+    yield from _log(f"{path}.log", reward.log)
+    yield reward.epochs > 0, f"{path}.epochs", reward.epochs, "above 0"
+    yield from _batches(path, reward.batch_size, reward.accumulation)
+    yield reward.center_coef >= 0, f"{path}.center_coef", reward.center_coef, "0 or more"
+
+
+def _ppo(path: str, ppo: PPOConfig) -> Iterator[Rule]:
+    yield from _data(f"{path}.prompts", ppo.prompts)
+    yield from _optim(f"{path}.optim", ppo.optim)
+    yield from _checkpoint(f"{path}.checkpoint", ppo.checkpoint)
+    yield from _log(f"{path}.log", ppo.log)
+    yield from _data(f"{path}.ptx", ppo.ptx)
+    yield from _ppo_sampling(f"{path}.sampling", ppo.sampling)
+    yield from _ppo_batches(path, ppo)
+    yield from _ppo_loss(path, ppo)
+    yield ppo.kl.coef >= 0, f"{path}.kl.coef", ppo.kl.coef, "0 or more"
+    yield ppo.kl.target >= 0, f"{path}.kl.target", ppo.kl.target, "0 or more"
+    yield ppo.kl.horizon >= 1, f"{path}.kl.horizon", ppo.kl.horizon, "1 or more"
+
+
+def _ppo_sampling(path: str, sampling: SamplingConfig) -> Iterator[Rule]:
+    same = "as the update uses the same distribution as the sampler"
+    yield from _sampling(path, sampling)
+    yield sampling.temperature != 0, f"{path}.temperature", sampling.temperature, f"above 0, {same}"
+    yield sampling.top_k == 0, f"{path}.top_k", sampling.top_k, f"0 (off), {same}"
+    yield sampling.top_p == 1, f"{path}.top_p", sampling.top_p, f"1 (off), {same}"
+
+
+def _ppo_batches(path: str, ppo: PPOConfig) -> Iterator[Rule]:
+    yield ppo.iterations >= 1, f"{path}.iterations", ppo.iterations, "1 or more"
+    yield ppo.episodes >= 1, f"{path}.episodes", ppo.episodes, "1 or more"
+    yield ppo.epochs >= 1, f"{path}.epochs", ppo.epochs, "1 or more"
+    yield ppo.minibatches >= 1, f"{path}.minibatches", ppo.minibatches, "1 or more"
+    yield ppo.accumulation >= 1, f"{path}.accumulation", ppo.accumulation, "1 or more"
+    if ppo.minibatches < 1 or ppo.accumulation < 1:
+        return
+    rows, rest = divmod(ppo.episodes, ppo.minibatches)
+    yield rest == 0, f"{path}.minibatches", ppo.minibatches, f"a divisor of {path}.episodes ({ppo.episodes})"
+    divides = rest != 0 or rows % ppo.accumulation == 0
+    yield divides, f"{path}.accumulation", ppo.accumulation, f"a divisor of a minibatch's {rows} episodes"
+
+
+def _ppo_loss(path: str, ppo: PPOConfig) -> Iterator[Rule]:
+    yield ppo.value_lr >= 0, f"{path}.value_lr", ppo.value_lr, "0 or more"
+    yield 0 <= ppo.gamma <= 1, f"{path}.gamma", ppo.gamma, "from 0 to 1"
+    yield 0 <= ppo.lam <= 1, f"{path}.lam", ppo.lam, "from 0 to 1"
+    yield 0 < ppo.clip < 1, f"{path}.clip", ppo.clip, "above 0 and below 1"
+    yield ppo.dual_clip == 0 or ppo.dual_clip > 1, f"{path}.dual_clip", ppo.dual_clip, "above 1, or 0 (off)"
+    yield ppo.value_clip > 0, f"{path}.value_clip", ppo.value_clip, "above 0"
+    yield ppo.value_coef >= 0, f"{path}.value_coef", ppo.value_coef, "0 or more"
+    yield ppo.entropy_coef >= 0, f"{path}.entropy_coef", ppo.entropy_coef, "0 or more"
+    yield ppo.missing_eos_penalty >= 0, f"{path}.missing_eos_penalty", ppo.missing_eos_penalty, "0 or more"
+    yield ppo.target_approx_kl >= 0, f"{path}.target_approx_kl", ppo.target_approx_kl, "0 or more"
+    yield ppo.critic_warmup >= 0, f"{path}.critic_warmup", ppo.critic_warmup, "0 or more"
+    yield 0 <= ppo.ema_decay < 1, f"{path}.ema_decay", ppo.ema_decay, "from 0 to below 1"
+    yield ppo.ptx_coef >= 0, f"{path}.ptx_coef", ppo.ptx_coef, "0 or more"
+    has_text = ppo.ptx_coef <= 0 or bool(ppo.ptx.train)
+    yield has_text, f"{path}.ptx.train", ppo.ptx.train, f"set, as {path}.ptx_coef is {ppo.ptx_coef}"

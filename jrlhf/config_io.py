@@ -1,0 +1,225 @@
+"""YAML files and command-line flags into the dataclasses of `config`, strictly, and back. Imports no JAX.
+
+Both come in as YAML nodes and are read by the same functions, so an error reads alike wherever it was made. Nodes are
+read but never constructed: no tag (`!!python/object`) can do anything, and `1e-5`, to YAML a string, becomes a float.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from jrlhf.config import Config
+from jrlhf.config_check import ConfigError, check
+from jrlhf.suggest import did_you_mean, either
+
+__all__ = ["ConfigError", "apply_flags", "check", "config_path", "diff_configs", "flag_types", "load_config", "to_yaml"]
+
+T = TypeVar("T")
+TAG = "tag:yaml.org,2002:"
+EXPECTED: dict[Any, str] = {str: "a string", bool: "true or false", int: "a whole number", float: "a finite number"}
+KINDS = {"str": "a string", "bool": "a boolean", "int": "a whole number", "float": "a number", "timestamp": "a date"}
+
+
+def load_config(path: str | Path, flags: Mapping[str, Sequence[str]] | None = None) -> Config:
+    """The YAML file's values over the defaults, then `flags` over both; checked. An empty file is all defaults.
+
+    ConfigError names file, line and key of every mistake, one a line.
+    """
+    config = _load_unchecked(Path(path))
+    config = apply_flags(config, flags or {})
+    check(config)
+    return config
+
+
+def apply_flags(config: T, flags: Mapping[str, Sequence[str]]) -> T:
+    """`config` with values as typed on a command line: `{"seed": ["1"], "sft.sampling.stop": ["a", "b"]}`.
+
+    ConfigError names every value of a wrong type, one a line. The names are those of `flag_types`.
+    """
+    types, problems = flag_types(type(config)), []
+    for name, texts in flags.items():
+        try:
+            value = _read_value(_flag_node(texts, types[name]), types[name])
+        except _WrongValueError as error:
+            problems.append(f"--{name}: {error}")
+        else:
+            config = _replace_at(config, name.split("."), value)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """Every field of a config, defaults too; `load_config` reads it back to an equal one."""
+    return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def diff_configs(old: T, new: T) -> list[str]:
+    """`path: old -> new` for every field that differs."""
+    before, after = (dict(_leaves(asdict(c))) for c in (old, new))  # pyright: ignore[reportArgumentType]
+    return [f"{path}: {before[path]!r} -> {value!r}" for path, value in after.items() if before[path] != value]
+
+
+def config_path(name: str) -> Path:
+    """A recipe that comes with jrlhf, such as `quickstart/full.yaml`, in a checkout or an installed package."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"{name}: no such recipe in {package / 'configs'} or {package.parent / 'configs'}")
+
+
+def schema(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> type, of every section (`mesh`) and every value in it (`mesh.fsdp`)."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        found[prefix + name] = hint
+        if isinstance(hint, type) and is_dataclass(hint):
+            found |= schema(hint, f"{prefix}{name}.")
+    return found
+
+
+def flag_types(cls: type) -> dict[str, Any]:
+    """Dotted path -> type, of the values alone: what a command line can set."""
+    return {path: hint for path, hint in schema(cls).items() if not is_dataclass(hint)}
+
+
+class _WrongValueError(ValueError):
+    """Says what was expected and what stands there, but not yet where."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Tuples as lists, so that no Python tag is written."""
+
+
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(list(value)))
+
+
+def _load_unchecked(path: Path) -> Config:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"{mark.line + 1}:{mark.column + 1}" if mark else "1"
+        raise ConfigError(f"{path}:{line}: bad YAML: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{line}: bad YAML: {error.reason} (#x{error.character:04x})") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: bad YAML: nested too deeply") from error
+    problems: list[str] = []
+    config = _read_section(node, Config(), "", str(path), problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _read_section(node: yaml.Node | None, current: T, path: str, file: str, problems: list[str]) -> T:
+    """`current` with the values of a YAML mapping put in; a section without any is left as it is."""
+    if node is None or node.tag == TAG + "null":
+        return current
+    if not isinstance(node, yaml.MappingNode) or node.tag != TAG + "map":
+        where = f"{file}:{node.start_mark.line + 1}: {path + ': ' if path else ''}"
+        problems.append(f"{where}expected a section of keys, got {_describe(node)}")
+        return current
+    hints = get_type_hints(type(current))
+    changes: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
+        line, name = key_node.start_mark.line + 1, f"{path}.{key}" if path else key
+        where = f"{file}:{line}: {name}"
+        if key in lines:
+            problems.append(f"{where}: set twice, first on line {lines[key]}")
+        elif key not in hints:
+            problems.append(f"{where}: unknown key{did_you_mean(name, schema(Config))}")
+        elif is_dataclass(hints[key]):
+            changes[key] = _read_section(value_node, vars(current)[key], name, file, problems)
+        else:
+            try:
+                changes[key] = _read_value(value_node, hints[key])
+            except _WrongValueError as error:
+                problems.append(f"{where}: {error}")
+        lines.setdefault(key, line)
+    return replace(current, **changes)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _read_value(node: yaml.Node, hint: Any) -> Any:
+    """A field's value, or an error that says what was expected."""
+    if get_origin(hint) is tuple:
+        if not isinstance(node, yaml.SequenceNode) or node.tag != TAG + "seq":
+            raise _WrongValueError(f"expected a list, got {_describe(node)}")
+        return tuple(_read_value(item, get_args(hint)[0]) for item in node.value)
+    options = get_args(hint) if get_origin(hint) is Literal else ()
+    if not isinstance(node, yaml.ScalarNode) or not node.tag.startswith(TAG):
+        raise _WrongValueError(f"expected {either(options) if options else EXPECTED[hint]}, got {_describe(node)}")
+    if options:
+        if node.value in options:
+            return node.value
+        raise _WrongValueError(f"expected {either(options)}, got {_describe(node)}")
+    value = _scalar(node, hint)
+    if value is None:
+        hint_text = "; put it in quotes" if hint is str and node.value else ""
+        raise _WrongValueError(f"expected {EXPECTED[hint]}, got {_describe(node)}{hint_text}")
+    return value
+
+
+def _scalar(node: yaml.ScalarNode, hint: type) -> str | bool | int | float | None:
+    """None where the text is not of the type. Text in quotes is a string, never a number."""
+    if hint is str:
+        return node.value if node.tag == TAG + "str" else None
+    if hint is bool:
+        return yaml.SafeLoader.bool_values[node.value.lower()] if node.tag == TAG + "bool" else None
+    if node.style is not None:
+        return None
+    if hint is int:
+        # Not YAML's own rule, to which 010 is 8 and 1:30 is 90.
+        return int(node.value) if re.fullmatch(r"[-+]?\d+(_\d+)*", node.value) else None
+    try:
+        value = float(node.value)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _flag_node(texts: Sequence[str], hint: Any) -> yaml.Node:
+    if get_origin(hint) is tuple:
+        items = [_flag_node([text], get_args(hint)[0]) for text in texts]
+        return yaml.SequenceNode(TAG + "seq", items)
+    [text] = texts
+    # The shell took the quotes away, so what a flag means is decided by its field: a run may be called 2026.
+    is_text = hint is str or get_origin(hint) is Literal
+    tag = TAG + "str" if is_text else yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
+    return yaml.ScalarNode(tag, text)
+
+
+def _describe(node: yaml.Node) -> str:
+    kind = node.tag.removeprefix(TAG)
+    if isinstance(node, yaml.ScalarNode) and kind in KINDS:
+        return f"{node.value!r} ({KINDS[kind]})"
+    plain = {"null": "nothing", "seq": "a list", "map": "a section", "merge": "a merge key (<<)"}
+    return plain.get(kind, f"the tag {node.tag.replace(TAG, '!!')}, which is never read")
+
+
+def _replace_at(config: Any, path: Sequence[str], value: Any) -> Any:
+    head, *rest = path
+    return replace(config, **{head: _replace_at(vars(config)[head], rest, value) if rest else value})
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

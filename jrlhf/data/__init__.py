@@ -1,0 +1,26 @@
+"""Rows in, padded token batches out: formats, chat templates, tokenising, masks, order."""
+
+from jrlhf.data.errors import BadRow, DataError
+from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data.order import Order, epoch_batches, steps_per_epoch
+from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
+from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
+
+__all__ = [
+    "BadRow",
+    "DataError",
+    "Order",
+    "PromptRows",
+    "RankingRows",
+    "SFTRows",
+    "TextRows",
+    "bucket_lengths",
+    "epoch_batches",
+    "load_prompts",
+    "load_rankings",
+    "load_sft",
+    "load_texts",
+    "load_tokenizer",
+    "steps_per_epoch",
+    "stop_token_ids",
+]

@@ -1,0 +1,61 @@
+"""The tokenizer of a model folder, with a pad token that is not its EOS, and the tokens that end an answer."""
+
+import logging
+import os
+from typing import Any
+
+from jrlhf.data.errors import DataError
+
+log = logging.getLogger("jrlhf.data")
+
+Tokenizer = Any
+"""A transformers tokenizer; the library is imported only when one is loaded."""
+
+PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """From a Hugging Face folder or a hub id; never with code of its own.
+
+    Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
+    pad == EOS other libraries mask the EOS away and the model never learns to stop.
+    """
+    # Only tokenizers are wanted; that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        known = tokenizer.get_vocab()
+        others = (tokenizer.unk_token, *tokenizer.all_special_tokens)
+        usable = (token for token in (*PADS, *others) if token in known and token != tokenizer.eos_token)
+        # Masks go by position, so any token may pad; token 0 is the last resort.
+        tokenizer.pad_token = next(usable, tokenizer.convert_ids_to_tokens(0))
+        log.warning("%s: no pad token apart from EOS; padding with %r", path, tokenizer.pad_token)
+    return tokenizer
+
+
+def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
+    """What ends an answer: EOS, the chat template's end of an assistant turn, and the tokens named in ``extra``."""
+    known = tokenizer.get_vocab()
+    for token in extra:
+        if token not in known:
+            raise DataError(f"sampling.stop: {token!r} is not a token of this tokenizer")
+    found = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(known[token] for token in extra)]
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The special token that the chat template puts after an assistant's answer; None without template or token."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
+    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in after if token in specials), None)

@@ -1,0 +1,199 @@
+"""What a stage tells while it runs: metrics.jsonl, TensorBoard, and a progress bar."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, SupportsFloat
+
+LINES_WITHOUT_TERMINAL = 20
+
+
+class MetricsLog:
+    """``{"step": .., "time": .., name: value, ...}``, a line each, in ``folder/metrics.jsonl``; and TensorBoard.
+
+    ``time`` is in seconds since 1970. JSON has no NaN and no infinity: they are written as the strings ``"nan"``,
+    ``"inf"`` and ``"-inf"``, which ``float()`` and ``read_metrics`` read back.
+
+    ``resume_step``: the step a run goes on from; what was logged after it is dropped, as it will be logged again. None:
+    the run starts from the beginning, and nothing of an earlier one is kept.
+    """
+
+    def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        _drop_after(self.path, -1 if resume_step is None else resume_step)
+        # O_APPEND and one write a line: a reader, or a run that is killed, never sees lines mixed up.
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._board = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
+
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Log values at a step; the line is on its way to the disk when this returns."""
+        values = {name: float(value) for name, value in metrics.items()}
+        row = {"step": step, "time": round(time.time(), 3)}
+        row |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        os.write(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
+        if self._board is not None:
+            for name, value in values.items():
+                # TensorBoard's curves have no use for a NaN, and its writer prints a warning for each.
+                if math.isfinite(value):
+                    self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the files; nothing may be written after it."""
+        os.close(self._file)
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a ``metrics.jsonl``, numbers as numbers; a last line that was cut short is left out."""
+    return [{name: float(value) for name, value in row.items()} for _, row in _rows(path)]
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each whole line with what it says."""
+    if not path.exists():
+        return
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield line, json.loads(line)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite the file without the rows after ``step``, and without a last line that a killed run left unfinished."""
+    kept = "".join(line for line, row in _rows(path) if row["step"] <= step)
+    if path.exists() and path.read_text() != kept:
+        new = path.with_suffix(".jsonl.new")
+        new.write_text(kept)
+        new.replace(path)
+
+
+def _open_tensorboard(folder: Path, resume_step: int | None) -> Any:
+    # Imported here: it takes half a second, and most commands log nothing.
+    from tensorboardX import SummaryWriter
+
+    if resume_step is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return SummaryWriter(str(folder), flush_secs=10)
+    # Files are named by the second: without a suffix a run resumed within one would overwrite its own past.
+    return SummaryWriter(str(folder), flush_secs=10, purge_step=resume_step + 1, filename_suffix=f".from-{resume_step}")
+
+
+class ProgressReport(Protocol):
+    """How far a loop has come."""
+
+    def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
+        """``step`` steps are done. ``metrics``: the few to show; None leaves the last ones."""
+
+
+@contextmanager
+def progress(total: int, description: str, *, start: int, enabled: bool) -> Iterator[ProgressReport]:
+    """A bar with key metrics, steps/s and the time left, from step ``start`` to ``total``; silent if not ``enabled``.
+
+    steps/s leaves out everything up to the first update, which compiles. Where standard output is not a terminal, a
+    plain line is printed now and then, 20 at most. The terminal is put right however the block is left.
+    """
+    speed = Speed()
+    if not enabled:
+        yield _Silent()
+    elif not sys.stdout.isatty():
+        yield _Lines(total, description, start, speed)
+    else:
+        with _Bar(total, description, start, speed) as bar:
+            yield bar
+
+
+class Speed:
+    """Steps per second since the first update."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+        self._last = (0, 0.0)
+
+    def update(self, step: int) -> None:
+        """``step`` steps are done now."""
+        self._last = (step, self._clock())
+        self._first = self._first or self._last
+
+    def describe(self, total: int) -> str:
+        """``"3.2 steps/s, 0:01:05 left"``; empty before the second update."""
+        if self._first is None or self._last[0] <= self._first[0]:
+            return ""
+        rate = (self._last[0] - self._first[0]) / max(self._last[1] - self._first[1], 1e-9)
+        left = round(max(total - self._last[0], 0) / rate)
+        return f"{rate:.3g} steps/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+
+
+def format_metrics(metrics: Mapping[str, SupportsFloat]) -> str:
+    """``{"loss": 1.23456, "kl": 0.5} -> "loss 1.235  kl 0.5"``."""
+    return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+
+
+class _Silent:
+    def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
+        del step, metrics
+
+
+class _Lines:
+    """A line whenever another twentieth of all steps is done."""
+
+    def __init__(self, total: int, description: str, start: int, speed: Speed) -> None:
+        self._total, self._description, self._speed = total, description, speed
+        self._metrics, self._printed = "", self._twentieths(start)
+
+    def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
+        self._speed.update(step)
+        self._metrics = self._metrics if metrics is None else format_metrics(metrics)
+        done = self._twentieths(step)
+        if done > self._printed:
+            self._printed = done
+            parts = (f"{self._description} {step}/{self._total}", self._metrics, self._speed.describe(self._total))
+            print("  ".join(part for part in parts if part), flush=True)
+
+    def _twentieths(self, step: int) -> int:
+        return step * LINES_WITHOUT_TERMINAL // max(self._total, 1)
+
+
+class _Bar:
+    """A rich progress bar."""
+
+    def __init__(self, total: int, description: str, start: int, speed: Speed) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._total, self._speed, self._metrics = total, speed, ""
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}", markup=False),
+            TextColumn("{task.fields[speed]}", style="dim", markup=False),
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task(description, total=total, completed=start, metrics="", speed="")
+
+    def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
+        self._speed.update(step)
+        self._metrics = self._metrics if metrics is None else format_metrics(metrics)
+        speed = self._speed.describe(self._total)
+        self._progress.update(self._task, completed=step, metrics=self._metrics, speed=speed)
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()

@@ -1,0 +1,49 @@
+"""Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
+
+from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
+from jrlhf.models.arch import ArchConfig, Rope, arch_from_hf
+from jrlhf.models.decoder import Decoder, KVCache
+from jrlhf.models.functions import (
+    DecoderFns,
+    abstract_params,
+    abstract_reward_params,
+    decoder_fns,
+    init_params,
+    reward_params,
+)
+from jrlhf.models.names import RULES
+from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
+from jrlhf.models.reward import (
+    RewardModel,
+    load_reward_model,
+    normalise_reward,
+    reward_from_pretrained,
+    save_reward_model,
+)
+
+__all__ = [
+    "RULES",
+    "ArchConfig",
+    "Decoder",
+    "DecoderFns",
+    "KVCache",
+    "Pretrained",
+    "RewardModel",
+    "Rope",
+    "abstract_params",
+    "abstract_reward_params",
+    "arch_from_hf",
+    "decoder_fns",
+    "from_equinox",
+    "from_linen",
+    "from_nnx",
+    "init_params",
+    "load_pretrained",
+    "load_reward_model",
+    "normalise_reward",
+    "reward_from_pretrained",
+    "reward_params",
+    "save_pretrained",
+    "save_reward_model",
+    "uncached_decode_fns",
+]

@@ -1,0 +1,91 @@
+"""A user's own module as the protocols of ``jrlhf.types``. Equinox is imported only by those who use it.
+
+A module is called with ``tokens`` and the mask of real tokens, and returns logits (an ``ApplyFn``) or one scalar at
+every position (a ``ScoreFn``). Positions and attention must follow from the mask: ``jrlhf.core.positions_from_mask``.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jrlhf.types import ApplyFn, DecodeFns, Params
+
+ModuleFn = Callable[[Params, Array, Array], Array]
+"""``(params, tokens [B, T], mask [B, T]) -> [B, T, V]`` or ``[B, T]``: an ``ApplyFn`` or a ``ScoreFn``."""
+
+
+def from_linen(module: nn.Module) -> ModuleFn:
+    """Flax Linen: ``module(tokens, mask)`` on a batch. Its params are ``module.init(key, tokens, mask)["params"]``."""
+
+    def fn(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /) -> Float[Array, "B T *V"]:
+        output: Any = module.apply({"params": params}, tokens, mask)
+        return output
+
+    return fn
+
+
+def from_nnx(module: nnx.Module) -> tuple[Params, ModuleFn]:
+    """Flax NNX: ``module(tokens, mask)`` on a batch. The module itself stays as it is.
+
+    The params are its ``nnx.Param`` state; other state is held as it is now, and the module is in evaluation mode.
+    """
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def fn(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /) -> Float[Array, "B T *V"]:
+        merged = nnx.merge(graphdef, params, rest)
+        merged.eval()
+        return merged(tokens, mask)
+
+    return params, fn
+
+
+def from_equinox(module: Any) -> tuple[Params, ModuleFn]:
+    """Equinox: ``module(tokens, mask)`` on one sequence, as is the custom there; it is vmapped over the batch.
+
+    The params are its floating-point arrays; the rest is held as it is now, in inference mode.
+    """
+    import equinox as eqx
+
+    params, static = eqx.partition(eqx.nn.inference_mode(module), eqx.is_inexact_array)
+
+    def fn(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /) -> Float[Array, "B T *V"]:
+        return jax.vmap(eqx.combine(params, static))(tokens, mask)
+
+    return params, fn
+
+
+class UncachedTokens(NamedTuple):
+    """All tokens so far, instead of keys and values."""
+
+    tokens: Int[Array, "B S"]
+    mask: Bool[Array, "B S"]
+    used: Int[Array, ""]
+
+
+def uncached_decode_fns(apply_fn: ApplyFn) -> DecodeFns:
+    """Decoding for a model without a cache: every step is a full forward over the tokens so far.
+
+    Simple and slow: as many forwards as tokens. A model with a cache of its own brings its own ``DecodeFns``.
+    """
+
+    def init_cache(batch: int, length: int, /) -> UncachedTokens:
+        empty = (batch, length)
+        return UncachedTokens(jnp.zeros(empty, jnp.int32), jnp.zeros(empty, jnp.bool_), jnp.zeros((), jnp.int32))
+
+    def decode(
+        params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: UncachedTokens, /
+    ) -> tuple[Float[Array, "B V"], UncachedTokens]:
+        slot = (jnp.int32(0), cache.used)
+        written = lax.dynamic_update_slice(cache.tokens, tokens.astype(jnp.int32), slot)
+        mask = lax.dynamic_update_slice(cache.mask, positions >= 0, slot)
+        used = cache.used + jnp.int32(tokens.shape[1])
+        logits = lax.dynamic_index_in_dim(apply_fn(params, written, mask), used - 1, axis=1, keepdims=False)
+        return logits, UncachedTokens(written, mask, used)
+
+    return DecodeFns(init_cache, decode)

@@ -1,0 +1,141 @@
+"""Reward models: a decoder with a scalar head, in Hugging Face's sequence-classification form."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from jrlhf.core import at_last_token
+from jrlhf.models.arch import SEQUENCE_CLASSIFICATION, ArchConfig, arch_from_hf
+from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_params
+from jrlhf.models.hf import (
+    TOKENIZER_FILES,
+    find_folder,
+    open_tensors,
+    read_config,
+    read_tree,
+    their_tensors,
+    write_folder,
+)
+from jrlhf.models.names import RULES, reward_model_table
+from jrlhf.models.pretrained import Pretrained
+from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.types import Key, Params, ScoreFn
+
+_OURS = "jrlhf"
+"""The key of config.json under which stands what their form has no place for."""
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A scalar for every prefix. After training, export ``dataclasses.replace(model, params=trained)``."""
+
+    params: Params = field(repr=False)
+    """``{"decoder": ..., "head": {"kernel", "bias"}}`` in float32. The normalisation is folded into the head."""
+    score_fn: ScoreFn
+    config: dict[str, Any]
+    arch: ArchConfig
+    source: Path
+    rules: Rules
+    dtypes: Mapping[str, str] = field(repr=False)
+    gain: float = 1.0
+    """What the head was multiplied by to normalise it, and then shifted by: a record, already applied."""
+    bias: float = 0.0
+
+    def score(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
+        """The scalar at each row's last real token; 0 for a row that has none."""
+        return at_last_token(self.score_fn(params, tokens, mask), mask)
+
+
+def reward_from_pretrained(pretrained: Pretrained, key: Key) -> RewardModel:
+    """A reward model that starts from a language model's decoder; head kernel normal with std 1/√(d+1), bias 0.
+
+    It holds the decoder's very arrays, not copies: donating one model's parameters takes them from the other.
+    """
+    return RewardModel(
+        params=reward_params(pretrained.params, pretrained.arch, key),
+        score_fn=pretrained.score_fn,
+        config=pretrained.config,
+        arch=pretrained.arch,
+        source=pretrained.source,
+        rules=pretrained.rules,
+        dtypes=pretrained.dtypes,
+    )
+
+
+def normalise_reward(model: RewardModel, *, gain: float, bias: float) -> RewardModel:
+    """Fold r → gain · r + bias into the head, so that every reader of the scores gets it. Ziegler et al. 2019, 2.2."""
+    if not (math.isfinite(gain) and math.isfinite(bias) and gain > 0.0):
+        raise ValueError(f"gain must be positive and both finite: gain={gain}, bias={bias}")
+    head = model.params["head"]
+    folded = {"kernel": head["kernel"] * gain, "bias": head["bias"] * gain + bias}
+    params = {"decoder": model.params["decoder"], "head": folded}
+    return replace(model, params=params, gain=model.gain * gain, bias=model.bias * gain + bias)
+
+
+def load_reward_model(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, remat: bool = False) -> RewardModel:
+    """Read a sequence-classification folder or hub id with one label; the rest is as in ``load_pretrained``."""
+    folder = find_folder(path)
+    config = read_config(folder)
+    arch = arch_from_hf(config)
+    gain, bias, head_bias = _check_head(folder, config)
+    shapes = abstract_reward_params(arch)
+    shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
+    with open_tensors(folder) as tensors:
+        params = read_tree(tensors, reward_model_table(arch), shapes, shardings)
+        dtypes = tensors.dtypes
+    # A NumPy scalar, not a JAX one: every host can put its own copy onto a mesh that spans hosts.
+    scalar = np.float32(head_bias)
+    params["head"]["bias"] = (
+        jax.device_put(scalar) if shardings is None else jax.device_put(scalar, shardings["head"]["bias"])
+    )
+    return RewardModel(
+        params=params,
+        score_fn=decoder_fns(arch, dtype=dtype, remat=remat).score_fn,
+        config=config,
+        arch=arch,
+        source=folder,
+        rules=RULES,
+        dtypes=dtypes,
+        gain=gain,
+        bias=bias,
+    )
+
+
+def _check_head(folder: Path, config: Mapping[str, Any]) -> tuple[float, float, float]:
+    if SEQUENCE_CLASSIFICATION not in (config.get("architectures") or ()):
+        raise ValueError(f"{folder}: architectures: a reward model is a {SEQUENCE_CLASSIFICATION}")
+    # transformers counts the names of the labels, and takes two labels where it finds neither.
+    labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+    if labels != 1:
+        raise ValueError(f"{folder}: num_labels: a reward model has 1 label, this one has {labels}")
+    ours = config.get(_OURS, {})
+    values = [ours.get(name, default) for name, default in (("gain", 1.0), ("bias", 0.0), ("head_bias", 0.0))]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        raise ValueError(f"{folder}: {_OURS}: gain, bias and head_bias must be finite numbers, found {ours}")
+    gain, bias, head_bias = (float(value) for value in values)
+    return gain, bias, head_bias
+
+
+def save_reward_model(model: RewardModel, path: str | Path) -> None:
+    """Write ``LlamaForSequenceClassification`` with one label: transformers' score is ours less the head's bias.
+
+    That bias, and the record of the normalisation, stand in config.json under "jrlhf" and are read back.
+    """
+    ours = {"gain": model.gain, "bias": model.bias, "head_bias": float(model.params["head"]["bias"])}
+    config = model.config | {
+        "architectures": [SEQUENCE_CLASSIFICATION],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    }
+    # A folder that never held a bias keeps its config as it was.
+    if _OURS in config or ours != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0}:
+        config[_OURS] = ours
+    tensors = their_tensors(model.params, reward_model_table(model.arch), model.dtypes)
+    write_folder(Path(path), config, tensors, model.source, TOKENIZER_FILES)

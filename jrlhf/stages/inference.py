@@ -1,0 +1,65 @@
+"""A trained model on files: prompts in, answers out; texts in, scores out."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from jrlhf import assets
+from jrlhf.config import DataConfig, GenerateConfig, ScoreConfig
+from jrlhf.data import load_prompts, load_texts, load_tokenizer
+from jrlhf.models import load_pretrained, load_reward_model
+from jrlhf.parallel import make_mesh
+from jrlhf.stages.reward import score_texts
+from jrlhf.stages.run import exported_folder, json_line
+from jrlhf.stages.sampling import answers, jit_generate
+from jrlhf.stages.start import check_length
+
+
+def run_generate(args: GenerateConfig) -> None:
+    """One JSON line a prompt, in the order of the prompts: ``{"prompt", "completions": [...]}``."""
+    source = exported_folder(assets.resolve(args.model), stages=("ppo", "sft"))
+    tokenizer = load_tokenizer(source)
+    data = DataConfig(train=args.prompts, max_length=args.max_length)
+    prompts = load_prompts(data, args.prompts, tokenizer)
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    model = load_pretrained(source, dtype=args.dtype, mesh=mesh)
+    check_length(model.arch, int(prompts.lengths.max()) + args.sampling.max_new_tokens, key="sampling.max_new_tokens")
+    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh)
+    drawn = answers(
+        generate,
+        model.params,
+        prompts,
+        tokenizer,
+        samples=args.samples,
+        seed=args.seed,
+        mesh=mesh,
+        batch_size=args.batch_size,
+    )
+    with _output(args.out) as out:
+        out.writelines(json_line(row | {"completions": c}) for row, c in zip(prompts.shown, drawn, strict=True))
+
+
+def run_score(args: ScoreConfig) -> None:
+    """One JSON line an answer, in the order of the rows: ``{"prompt"?, "completion", "score"}``."""
+    source = exported_folder(assets.resolve(args.model), stages=("reward",))
+    tokenizer = load_tokenizer(source)
+    data = DataConfig(train=args.data, max_length=args.max_length)
+    texts = load_texts(data, args.data, tokenizer)
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    model = load_reward_model(source, dtype=args.dtype, mesh=mesh)
+    check_length(model.arch, int(texts.lengths.max()), key="max_length")
+    scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size)
+    with _output(args.out) as out:
+        out.writelines(json_line(row | {"score": float(s)}) for row, s in zip(texts.shown, scores, strict=True))
+
+
+@contextmanager
+def _output(path: str) -> Iterator[TextIO]:
+    if path == "-":
+        yield sys.stdout
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w", encoding="utf-8") as out:
+        yield out

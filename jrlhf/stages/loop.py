@@ -1,0 +1,185 @@
+"""The loop that all stages share: step, log, evaluate, save; and come back where it left."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jrlhf.checkpoint import BestMode, Checkpoints
+from jrlhf.config import CheckpointConfig, LogConfig
+from jrlhf.metrics import MetricsLog, progress
+from jrlhf.types import Key, Metrics, TrainState
+
+
+class RunState(NamedTuple):
+    """All state of a run. What is not in here is not in the checkpoint, and does not exist."""
+
+    train: TrainState
+    key: Key
+    """The run's key; step i uses ``fold_in(key, i)``."""
+    cursor: Int[Array, ""]
+    """Steps (PPO: iterations) done; with the seed it decides the next batch."""
+    kl_coef: Float[Array, ""]
+    """PPO's beta; 0 in the other stages."""
+
+
+class Loop(NamedTuple):
+    """What differs between stages."""
+
+    title: str
+    total: int
+    advance: Callable[[RunState, int], tuple[RunState, Metrics]]
+    """Step number i. It may return before the device is done: nothing here waits except to log."""
+    evaluate: Callable[[RunState, int], dict[str, float]]
+    """Held-out metrics after i steps; empty where there is nothing to evaluate on."""
+    learning_rate: Callable[[int], Any]
+    rates: Mapping[str, str]
+    """``{"tokens": "tokens_per_second"}``: metrics that are counts, and the name their rate is logged under."""
+    best_metric: str
+    best_mode: BestMode
+    shown: tuple[str, ...]
+    """The metrics that the progress bar shows."""
+
+
+class Outcome(NamedTuple):
+    state: RunState
+    first: dict[str, float]
+    """Evaluation before the first step."""
+    last: dict[str, float]
+    seconds: float
+    """Wall time of the loop over all attempts, compilation and evaluation included."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, and has saved its state."""
+
+
+@contextmanager
+def _stop_request() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM until the step in progress is whole; a second one stops at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's business
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_loop(
+    loop: Loop, state: RunState, *, folder: Path, log: LogConfig, checkpoint: CheckpointConfig, metadata: dict[str, Any]
+) -> Outcome:
+    """Take ``state`` to ``loop.total`` steps, or from the newest checkpoint in ``folder`` where there is one.
+
+    ``metadata`` is saved with every checkpoint. Raises ``FloatingPointError`` when a logged metric is not finite (such a
+    state is not saved) and ``Interrupted`` on SIGINT or SIGTERM (the state is).
+    """
+    saved = Checkpoints(
+        folder / "checkpoints",
+        keep=checkpoint.keep,
+        keep_best=checkpoint.keep_best,
+        best_metric=loop.best_metric,
+        best_mode=loop.best_mode,
+    )
+    with saved as checkpoints, _stop_request() as stop:
+        state, past = _resume(checkpoints, state)
+        start = int(state.cursor)
+        first, last, spent = past["first"], past["last"], past["seconds"]
+        with (
+            MetricsLog(folder, tensorboard=log.tensorboard, resume_step=start or None) as writer,
+            progress(loop.total, loop.title, start=start, enabled=log.progress) as bar,
+        ):
+            clock = time.perf_counter
+            began = clock() - spent
+            if not first:
+                first = last = loop.evaluate(state, start)
+                writer.write(start, first)
+            window = Window(loop.rates)
+            for done in range(start + 1, loop.total + 1):
+                state, metrics = loop.advance(state, done - 1)
+                window.add(metrics)
+                ends = done == loop.total or bool(stop)
+                if ends or done % log.every == 0:
+                    line = window.close() | {"lr": float(loop.learning_rate(int(state.train.step) - 1))}
+                    writer.write(done, line)
+                    bar.update(done, {name: line[name] for name in loop.shown if name in line})
+                    _refuse_non_finite(line, done)
+                if done == loop.total or done % log.eval_every == 0:
+                    last = loop.evaluate(state, done)
+                    writer.write(done, last)
+                if ends or done % checkpoint.every == 0:
+                    past = {"first": first, "last": last, "seconds": clock() - began}
+                    checkpoints.save(done, state, metadata=metadata | past, metrics=last)
+                if stop and done < loop.total:
+                    checkpoints.wait()
+                    raise Interrupted(f"stopped at step {done} of {loop.total}, saved in {folder / 'checkpoints'}")
+                window.restart()
+            checkpoints.wait()
+            return Outcome(state, first, last, clock() - began)
+
+
+def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
+    """The newest saved state and what was known then, or ``state`` and nothing."""
+    newest = checkpoints.latest_step()
+    if newest is None:
+        return state, {"first": {}, "last": {}, "seconds": 0.0}
+    return checkpoints.restore(newest, abstract(state)), checkpoints.metadata(newest)
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree, to restore into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class Window:
+    """The metrics of the steps since the last log line: means, maxima, and counts as rates a second."""
+
+    def __init__(self, rates: Mapping[str, str]) -> None:
+        self._rates = rates
+        self._steps: list[Metrics] = []
+        self._since = time.perf_counter()
+
+    def add(self, metrics: Metrics) -> None:
+        self._steps.append(metrics)
+
+    def restart(self) -> None:
+        """Leave out the time that went into evaluating and saving."""
+        if not self._steps:
+            self._since = time.perf_counter()
+
+    def close(self) -> dict[str, float]:
+        """Wait for the device, and start anew."""
+        steps = jax.device_get(self._steps)
+        seconds = time.perf_counter() - self._since
+        line: dict[str, float] = {}
+        for name in steps[0]:
+            values = np.asarray([step[name] for step in steps], np.float64)
+            if name in self._rates:
+                line[self._rates[name]] = float(values.sum() / seconds)
+            else:
+                line[name] = float(values.max() if "max" in name else values.mean())
+        self._steps = []
+        self._since = time.perf_counter()
+        return line
+
+
+def _refuse_non_finite(line: Mapping[str, float], step: int) -> None:
+    wrong = sorted(name for name, value in line.items() if not np.isfinite(value))
+    if wrong:
+        raise FloatingPointError(f"step {step}: {', '.join(wrong)} not finite; the state is not saved")

@@ -1,0 +1,45 @@
+"""The stages of one config, one after the other, skipping what is done."""
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jrlhf import __version__
+from jrlhf.config import Config
+from jrlhf.config_io import ConfigError
+from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.reward import run_reward
+from jrlhf.stages.run import write_json
+from jrlhf.stages.sft import run_sft
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def run_pipeline(config: Config) -> dict[str, Any]:
+    """Run each stage that has training data; write and return ``<run>/summary.json``.
+
+    A stage's part is what the stage itself found; ``seconds`` are its wall time over all attempts.
+    """
+    stages = {
+        "sft": (config.sft.data.train, run_sft),
+        "reward": (config.reward.data.train, run_reward),
+        "ppo": (config.ppo.prompts.train, run_ppo),
+    }
+    asked = {name: run for name, (data, run) in stages.items() if data}
+    if not asked:
+        raise ConfigError("nothing to run: set sft.data.train, reward.data.train or ppo.prompts.train")
+    start = time.perf_counter()
+    summary: dict[str, Any] = {name: run(config) for name, run in asked.items()}
+    seconds = {name: part["seconds"] for name, part in summary.items()}
+    # A stage that was done before keeps its time, and the total is never less than the sum of its parts.
+    seconds["total"] = max(time.perf_counter() - start, sum(seconds.values()))
+    summary |= {"seconds": seconds, "seed": config.seed, "versions": versions()}
+    write_json(Path(config.run) / "summary.json", summary)
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    return {"jrlhf": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

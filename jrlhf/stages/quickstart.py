@@ -1,0 +1,110 @@
+"""All three stages on real weights and data that ship with the package, and a judge the reward model never saw."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+
+from jrlhf import assets
+from jrlhf.config import Config
+from jrlhf.config_io import config_path, load_config
+from jrlhf.metrics import read_metrics
+from jrlhf.stages.evaluation import (
+    Ranking,
+    bag_of_words_accuracy,
+    distinct_n,
+    lexicon_scores,
+    load_opinion_lexicon,
+    paired_difference,
+    words,
+)
+from jrlhf.stages.pipeline import run_pipeline
+from jrlhf.stages.report import print_summary, write_report
+from jrlhf.stages.run import write_json
+
+BAG_OF_WORDS_L2 = 1e-4
+
+
+def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> dict[str, Any]:
+    """``jrlhf pipeline`` on configs/quickstart/<preset>.yaml, then the judge; writes summary.json and report.html."""
+    config = replace(load_config(config_path(f"quickstart/{preset}.yaml")), run=str(out), seed=seed)
+    summary = judge(config, run_pipeline(config))
+    write_json(out / "summary.json", summary)
+    samples = before_and_after(config)
+    write_report(out, summary, samples)
+    print_summary(Console(), summary, samples)
+    return summary
+
+
+def judge(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary in the quick start's terms: each stage before and after, beside its baselines."""
+    before, after = read_answers(config, 0), read_answers(config, config.ppo.iterations)
+    lexicon = load_opinion_lexicon()
+    gold_before, gold_after = (lexicon_scores([whole_text(r) for r in rows], lexicon) for rows in (before, after))
+    _, stderr = paired_difference(gold_before, gold_after)
+    log = read_metrics(Path(config.run) / "ppo" / "metrics.jsonl")
+    sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
+    return {
+        "sft": {"base_nll": sft["base_nll"], "heldout_nll": sft["heldout_nll"]},
+        "reward": {
+            "heldout_accuracy": reward["accuracy"],
+            "bag_of_words_accuracy": bag_of_words_accuracy(
+                read_rankings(config.reward.data.train), read_rankings(config.reward.data.eval), l2=BAG_OF_WORDS_L2
+            ),
+            "longer_wins_accuracy": reward["longer_wins_accuracy"],
+            "ece": reward["ece"],
+        },
+        "ppo": {
+            "reward_before": ppo["before"]["eval/score_mean"],
+            "reward_after": ppo["after"]["eval/score_mean"],
+            "gold_before": float(np.mean(gold_before)),
+            "gold_after": float(np.mean(gold_after)),
+            "gold_stderr": stderr,
+            "kl": ppo["after"]["eval/kl"],
+            "entropy_before": ppo["before"]["eval/entropy"],
+            "entropy_after": ppo["after"]["eval/entropy"],
+            "distinct2_before": distinct2(before),
+            "distinct2_after": distinct2(after),
+            "max_abs_logprob_diff": largest(log, "sampler/max_abs_logprob_diff"),
+            "first_minibatch_max_abs_log_ratio": largest(log, "policy/first_minibatch_max_abs_log_ratio"),
+        },
+        "seconds": summary["seconds"],
+        "seed": summary["seed"],
+        "versions": summary["versions"],
+    }
+
+
+def whole_text(row: dict[str, Any]) -> str:
+    return row["prompt"] + row["completion"]
+
+
+def distinct2(rows: list[dict[str, Any]]) -> float:
+    return distinct_n([words(row["completion"]) for row in rows], n=2)
+
+
+def largest(log: Iterable[dict[str, Any]], name: str) -> float:
+    return max(line[name] for line in log if name in line)
+
+
+def read_answers(config: Config, iteration: int) -> list[dict[str, Any]]:
+    """The held-out answers that PPO wrote after so many iterations."""
+    path = Path(config.run) / "ppo" / "evals" / f"{iteration:06d}.jsonl"
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+def read_rankings(source: str) -> list[Ranking]:
+    rows = [json.loads(line) for line in Path(assets.resolve(source)).open(encoding="utf-8")]
+    return [(row["completions"], row["ranks"]) for row in rows]
+
+
+def before_and_after(config: Config) -> list[dict[str, str]]:
+    """The first three held-out prompts, each with the SFT model's answer and the PPO policy's."""
+    pairs = zip(read_answers(config, 0)[:3], read_answers(config, config.ppo.iterations)[:3], strict=True)
+    return [
+        {"prompt": before["prompt"], "before": before["completion"], "after": after["completion"]}
+        for before, after in pairs
+    ]

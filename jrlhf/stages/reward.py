@@ -1,0 +1,175 @@
+"""Stage 2: a reward model from people's rankings."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Int, Shaped
+
+from jrlhf.config import Config, RewardConfig
+from jrlhf.data import (
+    Order,
+    RankingRows,
+    TextRows,
+    load_rankings,
+    load_texts,
+    load_tokenizer,
+)
+from jrlhf.models import RewardModel, load_pretrained, normalise_reward, reward_from_pretrained, save_reward_model
+from jrlhf.parallel import shard_batch
+from jrlhf.stages.batches import covering_batches, device_multiple, require_divisible
+from jrlhf.stages.evaluation import (
+    accuracy_by_length_difference,
+    expected_calibration_error,
+    longer_wins_accuracy,
+    pair_accuracy,
+)
+from jrlhf.stages.loop import Loop, RunState, run_loop
+from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.run import model_source, open_stage, read_summary, stage_folder, write_json
+from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, start_training
+from jrlhf.steps import make_reward_step, score_completions
+from jrlhf.types import Params
+
+
+def run_reward(config: Config) -> dict[str, Any]:
+    """Train, evaluate, normalise and export; returns the stage's summary. Goes on where an earlier call left, if it did.
+
+    Writes ``<run>/reward/{config.yaml, metrics.jsonl, checkpoints/, hf/, summary.json}``.
+    """
+    reward = config.reward
+    with open_stage(config, "reward") as folder:
+        if summary := read_summary(folder):
+            return summary
+        mesh = mesh_of(config)
+        require_divisible(reward.batch_size, mesh, slices=reward.accumulation, key="reward.batch_size")
+        source = model_source(config, reward.model.path, key="reward.model.path", stage="sft")
+        tokenizer = load_tokenizer(source)
+        rows = load_rankings(reward.data, reward.data.train, tokenizer)
+        heldout = load_rankings(reward.data, reward.data.eval, tokenizer) if reward.data.eval else None
+        base = load_pretrained(source, dtype=reward.model.dtype, mesh=mesh, remat=reward.model.remat)
+        model = reward_from_pretrained(base, jax.random.key(config.seed))
+        check_length(model.arch, int(rows.lengths.max()), key="reward.data.max_length")
+
+        order = Order(config.seed, batch_size=reward.batch_size, lengths=rows.lengths)
+        total = math.ceil(reward.epochs * order.steps_per_epoch)
+        tx, schedule = make_optimizer(reward.optim, updates=total)
+        step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=reward.accumulation)
+        state, update = start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=config.seed)
+
+        def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+            batch = shard_batch(rows.batch(order[number]), mesh)
+            train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
+            return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
+
+        score = _evaluator(reward, model, heldout, mesh)
+        loop = Loop(
+            title="Reward model",
+            total=total,
+            advance=advance,
+            evaluate=lambda state, number: score(state.train.params),
+            learning_rate=schedule,
+            rates={"pairs": "pairs_per_second"},
+            best_metric="eval/accuracy",
+            best_mode="max",
+            shown=("loss", "accuracy", "pairs_per_second"),
+        )
+        outcome = run_loop(loop, state, folder=folder, log=reward.log, checkpoint=reward.checkpoint, metadata={})
+        model = replace(model, params=outcome.state.train.params)
+        model, normalised_on = _normalise(config, model, tokenizer, mesh)
+        save_reward_model(model, folder / "hf")
+        export_tokenizer(tokenizer, folder / "hf")
+        summary = {
+            **{name.removeprefix("eval/"): value for name, value in outcome.last.items()},
+            "gain": model.gain,
+            "bias": model.bias,
+            "normalised_on": normalised_on,
+            "steps": total,
+            "rows": len(rows),
+            "skipped": rows.skipped,
+            "seconds": outcome.seconds,
+        }
+        write_json(folder / "summary.json", summary)
+        return summary
+
+
+def _evaluator(
+    reward: RewardConfig, model: RewardModel, heldout: RankingRows | None, mesh: Mesh
+) -> Callable[[Params], dict[str, float]]:
+    """Accuracy, loss, margin and calibration over all held-out pairs, with the "longer wins" baseline beside them."""
+    if heldout is None:
+        return lambda params: {}
+    score = jax.jit(lambda params, batch: score_completions(model.score_fn, params, batch))
+    rows, batch_size = heldout, device_multiple(reward.batch_size, mesh)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        parts = []
+        for indices, real in covering_batches(rows.lengths, batch_size=batch_size, limit=reward.log.eval_rows):
+            batch = rows.batch(indices)
+            scores = np.asarray(score(params, shard_batch(batch, mesh)))
+            ranks, valid, lengths = (np.asarray(x) for x in (batch.ranks, batch.valid, batch.mask.sum(axis=-1)))
+            parts.append(ordered_differences(ranks, valid & real[:, None], scores, lengths))
+        margins, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return {f"eval/{name}": value for name, value in pair_metrics(margins, lengths).items()}
+
+    return evaluate
+
+
+def ordered_differences(
+    ranks: Int[np.ndarray, "B K"], valid: Bool[np.ndarray, "B K"], *columns: Shaped[np.ndarray, "B K"]
+) -> tuple[np.ndarray, ...]:
+    """For each column its value at the better completion minus that at the worse one, over all strictly ordered pairs."""
+    better = (ranks[:, :, None] < ranks[:, None, :]) & valid[:, :, None] & valid[:, None, :]
+    row, winner, loser = np.nonzero(better)
+    return tuple(column[row, winner] - column[row, loser] for column in columns)
+
+
+def pair_metrics(margins: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """How well scores order pairs, given the differences in score and in length (better minus worse)."""
+    by_length = accuracy_by_length_difference(margins, lengths, edges=(0, 1))
+    names = {-np.inf: "shorter", 0.0: "as_long", 1.0: "longer"}
+    return {
+        "accuracy": pair_accuracy(margins),
+        "loss": float(np.mean(np.logaddexp(0.0, -margins))),
+        "margin": float(np.mean(margins)),
+        "ece": expected_calibration_error(margins, bins=10),
+        "longer_wins_accuracy": longer_wins_accuracy(lengths),
+        "pairs": float(len(margins)),
+    } | {f"accuracy_better_is_{names[part.low]}": part.accuracy for part in by_length}
+
+
+def _normalise(config: Config, model: RewardModel, tokenizer: Any, mesh: Mesh) -> tuple[RewardModel, str]:
+    """Mean 0 and standard deviation 1 on the SFT policy's own answers, so that beta means the same in every run."""
+    source = _normalising_texts(config)
+    if source is None:
+        return model, ""
+    # A sampler may answer with nothing, or with a byte that is no text: such answers are counted and left out.
+    texts = load_texts(replace(config.reward.data, on_bad_row="skip"), source, tokenizer)
+    scores = score_texts(model, texts, mesh=mesh, batch_size=config.reward.batch_size)
+    spread = float(scores.std())
+    if not spread > 0:
+        raise ValueError(f"reward.normalise: all {len(scores)} texts of {source} have the same score")
+    return normalise_reward(model, gain=1.0 / spread, bias=-float(scores.mean()) / spread), source
+
+
+def _normalising_texts(config: Config) -> str | None:
+    candidates = stage_folder(config, "sft") / "candidates.jsonl"
+    if config.reward.normalise:
+        return config.reward.normalise
+    return str(candidates) if candidates.exists() else config.reward.data.eval or None
+
+
+def score_texts(model: RewardModel, texts: TextRows, *, mesh: Mesh, batch_size: int) -> np.ndarray:
+    """One score a text, in the order of the rows."""
+    score = jax.jit(model.score)
+    scores = np.zeros(len(texts), np.float64)
+    batch_size = device_multiple(min(batch_size, len(texts)), mesh)
+    for indices, real in covering_batches(texts.lengths, batch_size=batch_size, limit=0):
+        tokens, mask = shard_batch(texts.batch(indices), mesh)
+        scores[indices[real]] = np.asarray(score(model.params, tokens, mask))[real]
+    return scores

@@ -1,0 +1,93 @@
+"""A stage's folder: who may write there, what it was started with, and what is finished."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from jrlhf import assets
+from jrlhf.checkpoint import run_lock
+from jrlhf.config import CheckpointConfig, Config, LogConfig, MeshConfig, PPOConfig, RewardConfig, SFTConfig
+from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
+
+StageName = Literal["sft", "reward", "ppo"]
+BEFORE: Mapping[StageName, StageName] = {"reward": "sft", "ppo": "sft"}
+"""Whose weights a stage starts from where its config names no others."""
+
+
+def stage_folder(config: Config, stage: StageName) -> Path:
+    return Path(config.run) / stage
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage found, or None for one that is not finished."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all: written beside, then renamed over."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def model_source(config: Config, path: str, *, key: str, stage: StageName | None) -> str:
+    """Where a model is read from: an asset, a run's or stage's folder, an HF folder or a hub id.
+
+    An empty ``path`` is what ``stage`` of the same run exported; ``key`` is the config path to name in an error.
+    """
+    if path:
+        return exported_folder(assets.resolve(path))
+    if stage is None:
+        raise ConfigError(f"{key}: is empty; name a Hugging Face folder, a hub id or asset:stories260k")
+    folder = stage_folder(config, stage) / "hf"
+    if not folder.is_dir():
+        raise ConfigError(f"{key}: is empty and {folder} does not exist; run the {stage} stage first or name a model")
+    return str(folder)
+
+
+def exported_folder(path: str, *, stages: tuple[StageName, ...] = ()) -> str:
+    """The HF folder in a stage's folder, or of the first of ``stages`` that a run's folder has, or ``path`` itself."""
+    for inside in (Path(path) / "hf", *(Path(path) / stage / "hf" for stage in stages)):
+        if (inside / "config.json").exists():
+            return str(inside)
+    return path
+
+
+def comparable(config: Config, stage: StageName) -> Config:
+    """Only what decides the result of ``stage``: not where it runs, what it logs or how often it saves."""
+
+    def neutral(part: Any) -> Any:
+        return replace(part, log=LogConfig(), checkpoint=CheckpointConfig())
+
+    parts: dict[StageName, Any] = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
+    blank: dict[StageName, Any] = {"sft": SFTConfig(), "reward": RewardConfig(), "ppo": PPOConfig()}
+    chosen = {name: neutral(parts[name] if name == stage else blank[name]) for name in parts}
+    return replace(config, run="", mesh=MeshConfig(), **chosen)
+
+
+@contextmanager
+def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
+    """The stage's folder, locked, with the config inside; refused if it holds a run of another config."""
+    folder = stage_folder(config, stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(folder):
+        saved = folder / "config.yaml"
+        if saved.exists():
+            differences = diff_configs(comparable(load_config(saved), stage), comparable(config, stage))
+            if differences:
+                listed = "\n  ".join(differences)
+                raise ConfigError(
+                    f"{folder} holds a run with another config:\n  {listed}\n"
+                    "choose another --run, or take the old values to go on with it"
+                )
+        else:
+            saved.write_text(to_yaml(config), encoding="utf-8")
+        yield folder

@@ -1,0 +1,82 @@
+"""Answers for a set of prompts, batch by batch, as tokens and as text."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jrlhf.config import SamplingConfig
+from jrlhf.data import PromptRows, stop_token_ids
+from jrlhf.parallel import batch_sharding, shard_batch
+from jrlhf.stages.batches import covering_batches, device_multiple
+from jrlhf.steps import make_generate
+from jrlhf.types import DecodeFns, Generation, Key, Params
+
+GenerateFn = Callable[..., Generation]
+
+
+def jit_generate(decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Any, mesh: Mesh) -> GenerateFn:
+    """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are."""
+    generate = make_generate(
+        decode_fns,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_tokens=stop_token_ids(tokenizer, config.stop),
+        pad_token=int(tokenizer.pad_token_id),
+    )
+    return jax.jit(generate, out_shardings=batch_sharding(mesh))
+
+
+def generate_all(
+    generate: GenerateFn, params: Params, prompts: PromptRows, *, key: Key, mesh: Mesh, batch_size: int, limit: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, Generation]]:
+    """``(indices, real, generation)`` over the first ``limit`` prompts (0: all); see ``covering_batches``.
+
+    The batch of a prompt and its place in it depend on the prompts alone: the same key gives the same draws to two policies.
+    """
+    batches = covering_batches(prompts.lengths, batch_size=batch_size, limit=limit)
+    for number, (indices, real) in enumerate(batches):
+        tokens, mask = shard_batch(prompts.batch(indices), mesh)
+        yield indices, real, generate(params, tokens, mask, jax.random.fold_in(key, number))
+
+
+def texts_of(tokenizer: Any, generation: Generation) -> list[tuple[str, str]]:
+    """``(prompt, answer)`` of each row, special tokens left out.
+
+    The answer is what the whole text has beyond the prompt: decoded alone it would lose its leading space.
+    """
+    tokens, mask, response = (np.asarray(x) for x in (generation.tokens, generation.mask, generation.response_mask))
+    pairs = []
+    for row in range(len(tokens)):
+        prompt = tokenizer.decode(tokens[row][mask[row] & ~response[row]], skip_special_tokens=True)
+        whole = tokenizer.decode(tokens[row][mask[row]], skip_special_tokens=True)
+        pairs.append((prompt, whole[len(prompt) :]))
+    return pairs
+
+
+def answers(
+    generate: GenerateFn,
+    params: Params,
+    prompts: PromptRows,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seed: int,
+    mesh: Mesh,
+    batch_size: int,
+) -> list[list[str]]:
+    """``samples`` answers to each prompt, as text, in the order of the prompts."""
+    found: list[list[str]] = [[] for _ in range(len(prompts))]
+    batch_size = device_multiple(min(batch_size, len(prompts)), mesh)
+    for draw in range(samples):
+        key = jax.random.fold_in(jax.random.key(seed), draw)
+        batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)
+        for indices, real, generation in batches:
+            for index, keep, (_, answer) in zip(indices, real, texts_of(tokenizer, generation), strict=True):
+                if keep:
+                    found[index].append(answer)
+    return found

@@ -1,0 +1,150 @@
+"""Stage 1: teach a pretrained model how to answer."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jrlhf.config import Config, SFTConfig
+from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer
+from jrlhf.models import Pretrained, load_pretrained, save_pretrained
+from jrlhf.parallel import shard_batch
+from jrlhf.stages.batches import covering_batches, device_multiple, require_divisible
+from jrlhf.stages.loop import Loop, RunState, run_loop
+from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, write_json
+from jrlhf.stages.sampling import answers, jit_generate
+from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, start_training
+from jrlhf.steps import make_sft_eval, make_sft_step
+from jrlhf.types import Params, SFTBatch
+
+
+def run_sft(config: Config) -> dict[str, Any]:
+    """Train, evaluate and export; returns the stage's summary. Goes on where an earlier call left, if it did.
+
+    Writes ``<run>/sft/{config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, hf/, summary.json}``, and
+    ``candidates.jsonl`` where the config asks for ranking candidates.
+    """
+    sft = config.sft
+    with open_stage(config, "sft") as folder:
+        if summary := read_summary(folder):
+            return summary
+        mesh = mesh_of(config)
+        require_divisible(sft.batch_size, mesh, slices=sft.accumulation, key="sft.batch_size")
+        source = model_source(config, sft.model.path, key="sft.model.path", stage=None)
+        tokenizer = load_tokenizer(source)
+        rows = load_sft(sft.data, sft.data.train, tokenizer, train_on=sft.train_on)
+        heldout = load_sft(sft.data, sft.data.eval, tokenizer, train_on=sft.train_on) if sft.data.eval else None
+        model = load_pretrained(source, dtype=sft.model.dtype, mesh=mesh, remat=sft.model.remat)
+        check_length(model.arch, int(rows.lengths.max()), key="sft.data.max_length")
+
+        order = Order(config.seed, batch_size=sft.batch_size, lengths=rows.lengths)
+        total = math.ceil(sft.epochs * order.steps_per_epoch)
+        tx, schedule = make_optimizer(sft.optim, updates=total)
+        step = make_sft_step(model.logprob_fn, tx, accumulation=sft.accumulation)
+        state, update = start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=config.seed)
+
+        def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+            batch = shard_batch(rows.batch(order[number]), mesh)
+            train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
+            return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
+
+        samples = _sample_writer(sft, model, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
+        score = _evaluator(sft, model, heldout, mesh)
+
+        def evaluate(state: RunState, number: int) -> dict[str, float]:
+            samples(state.train.params, number)
+            return score(state.train.params)
+
+        loop = Loop(
+            title="SFT",
+            total=total,
+            advance=advance,
+            evaluate=evaluate,
+            learning_rate=schedule,
+            rates={"tokens": "tokens_per_second"},
+            best_metric="eval/nll",
+            best_mode="min",
+            shown=("loss", "tokens_per_second"),
+        )
+        outcome = run_loop(loop, state, folder=folder, log=sft.log, checkpoint=sft.checkpoint, metadata={})
+        model = replace(model, params=outcome.state.train.params)
+        save_pretrained(model, folder / "hf")
+        export_tokenizer(tokenizer, folder / "hf")
+        if sft.candidate_prompts:
+            _write_candidates(config, model, tokenizer, folder, mesh)
+        summary = {
+            "base_nll": outcome.first.get("eval/nll"),
+            "heldout_nll": outcome.last.get("eval/nll"),
+            "steps": total,
+            "rows": len(rows),
+            "skipped": rows.skipped,
+            "seconds": outcome.seconds,
+        }
+        write_json(folder / "summary.json", summary)
+        return summary
+
+
+def _evaluator(
+    sft: SFTConfig, model: Pretrained, heldout: SFTRows | None, mesh: Mesh
+) -> Callable[[Params], dict[str, float]]:
+    """Held-out negative log-likelihood per token, in nats; nothing where there are no held-out rows."""
+    if heldout is None:
+        return lambda params: {}
+    sums = jax.jit(make_sft_eval(model.logprob_fn))
+    rows, batch_size = heldout, device_multiple(sft.batch_size, mesh)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        parts = []
+        for indices, real in covering_batches(rows.lengths, batch_size=batch_size, limit=sft.log.eval_rows):
+            batch: SFTBatch = rows.batch(indices)
+            batch = batch._replace(loss_mask=batch.loss_mask & real[:, None])
+            parts.append(sums(params, shard_batch(batch, mesh)))
+        nll, tokens = (float(sum(x)) for x in zip(*jax.device_get(parts), strict=True))
+        return {"eval/nll": nll / max(tokens, 1.0), "eval/perplexity": math.exp(min(nll / max(tokens, 1.0), 80.0))}
+
+    return evaluate
+
+
+def _sample_writer(
+    sft: SFTConfig, model: Pretrained, tokenizer: Any, heldout: SFTRows | None, folder: Path, *, mesh: Mesh, seed: int
+) -> Callable[[Params, int], None]:
+    """Appends answers to the prompts of the first held-out rows (plain text has only a BOS) to samples.jsonl."""
+    if heldout is None or sft.log.samples == 0:
+        return lambda params, number: None
+    generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
+    prompts = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer)
+
+    def write(params: Params, number: int) -> None:
+        drawn = answers(
+            generate, params, prompts, tokenizer, samples=1, seed=seed, mesh=mesh, batch_size=sft.batch_size
+        )
+        rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, drawn, strict=True)]
+        with (folder / "samples.jsonl").open("a", encoding="utf-8") as out:
+            out.writelines(json_line(row) for row in rows)
+
+    return write
+
+
+def _write_candidates(config: Config, model: Pretrained, tokenizer: Any, folder: Path, mesh: Mesh) -> None:
+    """Several answers to each prompt, for people to rank: add ``"ranks"`` to a row and it is a row of reward data."""
+    sft = config.sft
+    prompts = load_prompts(sft.data, sft.candidate_prompts, tokenizer)
+    generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
+    drawn = answers(
+        generate,
+        model.params,
+        prompts,
+        tokenizer,
+        samples=sft.candidates,
+        seed=config.seed,
+        mesh=mesh,
+        batch_size=sft.batch_size,
+    )
+    rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
+    (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")

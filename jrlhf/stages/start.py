@@ -1,0 +1,65 @@
+"""What every stage does before its loop: mesh, state, jitted step."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jrlhf.config import Config
+from jrlhf.config_io import ConfigError
+from jrlhf.models import ArchConfig
+from jrlhf.parallel import Rules, init_sharded, jit_step, make_mesh, tree_shardings
+from jrlhf.stages.batches import tree_copy
+from jrlhf.stages.loop import RunState
+from jrlhf.types import Key, Metrics, Params, TrainState
+
+JittedStep = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The mesh a config asks for, over all devices."""
+    axes = config.mesh
+    return make_mesh(data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
+
+
+def start_training(
+    step: JittedStep,
+    tx: optax.GradientTransformation,
+    params: Params,
+    *,
+    mesh: Mesh,
+    rules: Rules,
+    seed: int,
+    ema: Params | None = None,
+    kl_coef: float = 0.0,
+) -> tuple[RunState, JittedStep]:
+    """The state before the first step, sharded by the same rules as its parameters, and the step jitted for it."""
+
+    def init(params: Params, ema: Params | None) -> TrainState:
+        return TrainState(params, tx.init(params), jnp.int32(0), ema)
+
+    # Copies: the jitted step donates its state, and the caller keeps the model it loaded.
+    train = init_sharded(init, tree_copy(params), tree_copy(ema), mesh=mesh, rules=rules)
+    shardings = tree_shardings(jax.eval_shape(lambda: train), mesh, rules)
+    state = RunState(
+        train=train,
+        key=jax.random.key(seed),
+        cursor=jnp.int32(0),
+        kl_coef=jnp.float32(kl_coef),
+    )
+    return state, jit_step(step, mesh=mesh, state_shardings=shardings)
+
+
+def check_length(arch: ArchConfig, tokens: int, *, key: str) -> None:
+    """Positions beyond what the model was trained for give garbage without an error; so this is one."""
+    if tokens > arch.max_positions:
+        raise ConfigError(f"{key}: sequences of {tokens} tokens, but the model has {arch.max_positions} positions")
+
+
+def export_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Beside the weights, with whatever pad token was chosen."""
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,44 @@
+"""The right name for a mistyped one. Imports no JAX."""
+
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
+
+
+def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean ...?` with the likest of the dotted paths `known`, else the names beside `wrong`, else nothing.
+
+    A like last part counts most, a like way to it second: sft.optim.learning_rate and optim.lr both find sft.optim.lr.
+    """
+    parent, _, leaf = wrong.replace("-", "_").lower().rpartition(".")
+    scores: dict[str, float] = {}
+    siblings: list[str] = []
+    for path in known:
+        right_parent, _, right_leaf = path.rpartition(".")
+        likeness = _likeness(leaf, right_leaf)
+        if likeness >= 0.6:
+            scores[path] = likeness + 0.5 * SequenceMatcher(None, parent, right_parent).ratio()
+        if parent == right_parent:
+            siblings.append(right_leaf)
+    if scores:
+        best = [prefix + path for path, score in scores.items() if score == max(scores.values())]
+        return f"; did you mean {either(best[:3])}?"
+    return f"; there are {', '.join(siblings)}" if siblings else ""
+
+
+def either(options: Sequence[str]) -> str:
+    """`a, b or c`."""
+    *head, last = options
+    return f"{', '.join(head)} or {last}" if head else last
+
+
+def _likeness(wrong: str, right: str) -> float:
+    """1.5 for the same name, 1 for its initials (learning_rate, lr), 0.9 for whole words of it (num_epochs, epochs)."""
+    if wrong == right:
+        return 1.5
+    words, right_words = wrong.split("_"), right.split("_")
+    initials = ["".join(word[:1] for word in ws) for ws in (words, right_words) if len(ws) > 1]
+    if right in initials or wrong in initials:
+        return 1.0
+    if set(words) <= set(right_words) or set(right_words) <= set(words):
+        return 0.9
+    return SequenceMatcher(None, wrong, right).ratio()

@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from jrlhf.core import sample, token_logprobs, truncate_logits
+
+from . import oracles
+from .strategies import floats, seeds
+
+SETTINGS = [  # temperature, top_k, top_p
+    (1.0, 0, 1.0),
+    (0.7, 0, 1.0),
+    (1.0, 3, 1.0),
+    (1.0, 0, 0.6),
+    (0.7, 4, 0.8),
+    (2.0, 20, 0.95),
+]
+
+
+def draw(logits, count, temperature, top_k, top_p):
+    """``count`` tokens from one row of logits, with the log-probs reported for them."""
+    keys = jax.random.split(jax.random.key(42), count)
+    one = lambda key: sample(logits[None], key, temperature=temperature, top_k=top_k, top_p=top_p)  # noqa: E731
+    tokens, logprobs = jax.jit(jax.vmap(one))(keys)
+    return np.asarray(tokens)[:, 0], np.asarray(logprobs)[:, 0]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_frequencies_and_logprobs_are_those_of_the_renormalised_distribution(setting):
+    logits = jnp.asarray(floats(0, 8, scale=1.5))
+    expected = oracles.truncated_distribution(np.asarray(logits), *setting)
+    tokens, logprobs = draw(logits, 4000, *setting)
+    assert (expected[tokens] > 0.0).all()
+    np.testing.assert_allclose(logprobs, np.log(expected[tokens]), rtol=1e-4, atol=1e-5)
+    kept = expected > 0.0
+    counts = np.bincount(tokens, minlength=8)[kept]
+    # A fixed key, so this cannot flicker; a wrong temperature or truncation gives p < 1e-20.
+    assert stats.chisquare(counts, 4000 * expected[kept]).pvalue > 1e-3
+
+
+@given(seeds, st.sampled_from(SETTINGS[2:]))
+def test_the_kept_set_equals_the_loop(seed, setting):
+    temperature, top_k, top_p = setting
+    logits = floats(seed, 3, 8, scale=2.0)
+    kept = jnp.isfinite(truncate_logits(jnp.asarray(logits) / temperature, top_k=top_k, top_p=top_p))
+    for row, mask in zip(logits, kept, strict=True):
+        np.testing.assert_array_equal(mask, oracles.truncated_distribution(row, *setting) > 0.0)
+
+
+def test_truncation_by_hand():
+    logits = jnp.log(jnp.array([[0.2, 0.5, 0.3]]))
+    keep = lambda **how: np.isfinite(truncate_logits(logits, **how)).tolist()  # noqa: E731
+    assert keep(top_k=2, top_p=1.0) == [[False, True, True]]
+    assert keep(top_k=0, top_p=0.45) == [[False, True, False]]
+    assert keep(top_k=0, top_p=0.6) == [[False, True, True]]
+    assert keep(top_k=0, top_p=0.9) == [[True, True, True]]
+    # After top-k 2 the masses are .625 and .375, so p = 0.6 is reached by the first alone.
+    assert keep(top_k=2, top_p=0.6) == [[False, True, False]]
+
+
+def test_ties_go_to_the_lower_id_so_that_exactly_k_stay():
+    logits = jnp.zeros((1, 5))
+    assert np.isfinite(truncate_logits(logits, top_k=2, top_p=1.0)).tolist() == [[True, True, False, False, False]]
+    assert np.isfinite(truncate_logits(logits, top_k=0, top_p=0.5)).tolist() == [[True, True, True, False, False]]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-9])
+def test_the_likeliest_token_is_always_kept(top_p):
+    tokens, logprobs = sample(jnp.array([[1.0, 3.0, 2.0]]), jax.random.key(0), temperature=1.0, top_k=0, top_p=top_p)
+    assert tokens.tolist() == [1]
+    np.testing.assert_allclose(logprobs, [0.0], atol=1e-7)
+
+
+def test_off_means_off():
+    logits = jnp.asarray(floats(1, 2, 8))
+    assert truncate_logits(logits, top_k=0, top_p=1.0) is logits
+    np.testing.assert_array_equal(truncate_logits(logits, top_k=8, top_p=1.0), logits)
+    np.testing.assert_array_equal(truncate_logits(logits, top_k=100, top_p=1.0), logits)
+
+
+def test_greedy_takes_the_first_of_the_likeliest():
+    logits = jnp.array([[0.0, 2.0, 2.0], [5.0, 1.0, 0.0]])
+    tokens, logprobs = sample(logits, jax.random.key(0), temperature=0.0, top_k=0, top_p=1.0)
+    assert tokens.tolist() == [1, 0]
+    assert logprobs.tolist() == [0.0, 0.0]
+    one, _ = sample(logits, jax.random.key(0), temperature=0.7, top_k=1, top_p=1.0)
+    assert one.tolist() == tokens.tolist()
+
+
+def test_sampler_and_trainer_have_one_probability():
+    logits = jnp.asarray(floats(3, 4, 16, scale=2.0))
+    tokens, logprobs = sample(logits, jax.random.key(5), temperature=0.7, top_k=0, top_p=1.0)
+    two = jnp.stack([logits, logits], axis=1)
+    trainer = token_logprobs(two, jnp.stack([tokens, tokens], axis=1), temperature=0.7)[:, 1]
+    np.testing.assert_allclose(logprobs, trainer, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_huge_and_forbidden_logits(setting):
+    temperature, top_k, top_p = setting
+    logits = jnp.array([[1e4, -1e4, 0.0, 1e4], [-jnp.inf, 0.0, -jnp.inf, -1e4]])
+    tokens, logprobs = sample(logits, jax.random.key(0), temperature=temperature, top_k=top_k, top_p=top_p)
+    assert tokens[0] in (0, 3)
+    assert tokens[1] == 1
+    assert jnp.isfinite(logprobs).all()
+
+
+def test_same_key_twice_is_the_same_draw_and_half_precision_is_read_in_float32():
+    logits = jnp.asarray(floats(4, 64, 32))
+    args = {"temperature": 0.9, "top_k": 10, "top_p": 0.9}
+    first, second = (sample(logits, jax.random.key(7), **args) for _ in range(2))
+    np.testing.assert_array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[1], second[1])
+    assert (sample(logits, jax.random.key(8), **args)[0] != first[0]).any()
+    tokens, logprobs = sample(logits.astype(jnp.bfloat16), jax.random.key(7), **args)
+    assert (tokens.dtype, logprobs.dtype) == (jnp.int32, jnp.float32)

@@ -1,0 +1,14 @@
+import pytest
+
+from .tiny_models import MODELS
+
+
+@pytest.fixture(scope="session", params=sorted(MODELS))
+def model(request):
+    """Each of the three users' models in turn."""
+    return MODELS[request.param]()
+
+
+@pytest.fixture(scope="session")
+def plain():
+    return MODELS["plain"]()

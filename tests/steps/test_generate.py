@@ -1,0 +1,172 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrlhf.core import from_logits, sample
+from jrlhf.steps import make_generate
+from jrlhf.types import DecodeFns
+
+from .batches import assert_same
+from .tiny_models import VOCABULARY, plain_decode, plain_init_cache, recomputing_decode
+
+KEY, NEW = jax.random.key(3), 8
+LENGTHS = (1, 4, 2, 3, 4, 1)
+PLAIN = DecodeFns(plain_init_cache, plain_decode)
+
+
+def prompts(width=4):
+    """Left-padded prompts of different lengths."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, VOCABULARY, n) for n in LENGTHS]
+    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+    for b, row in enumerate(rows):
+        tokens[b, width - len(row) :], mask[b, width - len(row) :] = row, True
+    return jnp.asarray(tokens), jnp.asarray(mask)
+
+
+def generator(decode_fns, **changes):
+    settings = {
+        "max_new_tokens": NEW,
+        "temperature": 0.7,
+        "top_k": 0,
+        "top_p": 1.0,
+        "stop_tokens": (2,),
+        "pad_token": 0,
+    } | changes
+    return jax.jit(make_generate(decode_fns, **settings))
+
+
+def simulate(model, key, *, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(2,)):
+    """Right-padded and without a cache, unlike the sampler: responses with their log-probs, and which were stopped."""
+    tokens, mask = (np.asarray(x) for x in prompts())
+    rows = [list(t[m]) for t, m in zip(tokens, mask, strict=True)]
+    out = [([], []) for _ in rows]
+    done = [False] * len(rows)
+    width = max(LENGTHS) + NEW
+    apply_fn = jax.jit(model.apply_fn)
+    for n in range(NEW):
+        whole = [row + response for row, (response, _) in zip(rows, out, strict=True)]
+        padded = jnp.array([w + [6] * (width - len(w)) for w in whole], jnp.int32)
+        lengths = np.array([len(w) for w in whole])
+        logits = apply_fn(model.params, padded, jnp.asarray(np.arange(width)[None] < lengths[:, None]))
+        last = logits[np.arange(len(rows)), lengths - 1]
+        drawn = sample(last, jax.random.fold_in(key, n), temperature=temperature, top_k=top_k, top_p=top_p)
+        for b, (token, logprob) in enumerate(zip(*map(np.asarray, drawn), strict=True)):
+            if not done[b]:
+                out[b][0].append(int(token))
+                out[b][1].append(float(logprob))
+                done[b] = int(token) in stop_tokens
+    return out, done
+
+
+def check(generation, expected, pad_token=0):
+    """The generation holds exactly the expected responses, padded and masked by position."""
+    responses, stopped = expected
+    tokens, mask = prompts()
+    width = tokens.shape[1]
+    np.testing.assert_array_equal(generation.tokens[:, :width], tokens)
+    np.testing.assert_array_equal(generation.mask[:, :width], mask)
+    np.testing.assert_array_equal(generation.stopped, stopped)
+    for b, (response, logprobs) in enumerate(responses):
+        padded = response + [pad_token] * (NEW - len(response))
+        np.testing.assert_array_equal(generation.tokens[b, width:], padded)
+        real = np.arange(NEW) < len(response)
+        np.testing.assert_array_equal(generation.response_mask[b], [False] * width + real.tolist())
+        np.testing.assert_array_equal(generation.mask[b, width:], real)
+        np.testing.assert_allclose(generation.logprobs[b, width:][real], logprobs, atol=1e-5)
+        assert not generation.logprobs[b][~np.asarray(generation.response_mask[b])].any()
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}], ids=["sampled", "greedy"])
+def test_equals_a_simulation_that_is_right_padded_and_has_no_cache(model, how):
+    generate = generator(DecodeFns(*recomputing_decode(model.apply_fn)), **how)
+    check(generate(model.params, *prompts(), KEY), simulate(model, KEY, **how))
+
+
+@pytest.mark.parametrize("pad_token", [0, 2], ids=["own pad", "pad is the stop token"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"stop_tokens": ()},
+        {"stop_tokens": (2, 5)},
+        {"stop_tokens": tuple(range(VOCABULARY))},
+        {"top_k": 3, "top_p": 0.9},
+        {"temperature": 0.0},
+    ],
+    ids=["one stop", "no stop", "two stops", "all stop", "truncated", "greedy"],
+)
+def test_cached_decode_equals_the_simulation(plain, how, pad_token):
+    generate = generator(PLAIN, pad_token=pad_token, **how)
+    expected = simulate(plain, KEY, **how)
+    check(generate(plain.params, *prompts(), KEY), expected, pad_token)
+    if how == {}:  # the key is fixed: rows stop at different times, and one does not stop at all
+        lengths = {len(tokens) for tokens, _ in expected[0]}
+        assert len(lengths) >= 3
+        assert {True, False} == set(expected[1])
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}], ids=["sampled", "greedy"])
+def test_width_of_the_padding_does_not_matter(plain, how):
+    generate = generator(PLAIN, **how)
+    narrow, wide = (generate(plain.params, *prompts(width), KEY) for width in (4, 9))
+    np.testing.assert_array_equal(narrow.tokens[:, 4:], wide.tokens[:, 9:])
+    np.testing.assert_array_equal(narrow.response_mask[:, 4:], wide.response_mask[:, 9:])
+    np.testing.assert_allclose(narrow.logprobs[:, 4:], wide.logprobs[:, 9:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("stop_tokens", "calls"), [(tuple(range(VOCABULARY)), 1), ((), NEW)])
+def test_the_loop_ends_when_all_rows_have_stopped(plain, stop_tokens, calls):
+    seen = []
+
+    def counted(params, tokens, positions, cache):
+        jax.debug.callback(lambda: seen.append(1))
+        return plain_decode(params, tokens, positions, cache)
+
+    generate = generator(DecodeFns(plain_init_cache, counted), stop_tokens=stop_tokens)
+    jax.block_until_ready(generate(plain.params, *prompts(), KEY))
+    jax.effects_barrier()
+    assert len(seen) == calls  # the prefill is the first; the last token is never decoded
+
+
+def test_rows_that_have_stopped_are_decoded_as_padding(plain):
+    seen = []
+
+    def watched(params, tokens, positions, cache):
+        jax.debug.callback(lambda p: seen.append(np.asarray(p)), positions, ordered=True)
+        return plain_decode(params, tokens, positions, cache)
+
+    generate = generator(DecodeFns(plain_init_cache, watched))
+    lengths = np.asarray(jax.block_until_ready(generate(plain.params, *prompts(), KEY)).response_mask).sum(-1)
+    jax.effects_barrier()
+    for n, positions in enumerate(seen[1:]):
+        live = n + 1 < lengths
+        stopping = n + 1 == lengths  # a row's last token is fed only when another row goes on; then as padding
+        np.testing.assert_array_equal(positions[live, 0], np.array(LENGTHS)[live] + n)
+        ended_by_limit = n + 1 == NEW
+        assert (positions[stopping, 0] == -1).all() or ended_by_limit
+
+
+def test_sampler_and_trainer_agree_on_the_logprobs(model):
+    generate = generator(DecodeFns(*recomputing_decode(model.apply_fn)))
+    generation = generate(model.params, *prompts(), KEY)
+    trainer, _ = jax.jit(lambda p, t, m: from_logits(model.apply_fn)(p, t, m, temperature=0.7))(
+        model.params, generation.tokens, generation.mask
+    )
+    difference = jnp.where(generation.response_mask, trainer - generation.logprobs, 0.0)
+    assert jnp.abs(difference).max() < 1e-5
+
+
+def test_same_key_is_bitwise_the_same_and_another_key_is_not(plain):
+    generate = generator(PLAIN)
+    first = generate(plain.params, *prompts(), KEY)
+    assert_same(first, generate(plain.params, *prompts(), KEY))
+    assert (generate(plain.params, *prompts(), jax.random.key(4)).tokens != first.tokens).any()
+
+
+def test_one_row_one_token(plain):
+    tokens, mask = (x[:1] for x in prompts())
+    generation = generator(PLAIN, max_new_tokens=1, stop_tokens=())(plain.params, tokens, mask, KEY)
+    assert generation.response_mask.tolist() == [[False] * 4 + [True]]
+    assert generation.stopped.tolist() == [False]

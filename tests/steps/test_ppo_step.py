@@ -1,0 +1,297 @@
+"""The update itself. What can be switched on is in ``test_ppo_options``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jrlhf.core import from_logits
+from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
+from jrlhf.steps.ppo import shuffled_minibatches
+from jrlhf.types import DecodeFns, PPOParams, SFTBatch
+
+from .batches import (
+    KEY,
+    all_finite,
+    assert_close,
+    assert_same,
+    descend,
+    moved,
+    new_state,
+    pad_columns,
+    ppo_settings,
+    rollout_batch,
+    sft_batch,
+    take,
+)
+from .tiny_models import VOCABULARY, recomputing_decode
+
+
+def reference_loss(model, params, rollout, *, clip=0.2, dual_clip=None, entropy_coef=0.0, temperature=0.7):
+    """Every response token for itself, from the formulas. Returns the loss and its parts."""
+    logp = jax.nn.log_softmax(model.apply_fn(params.policy, rollout.tokens, rollout.mask) / temperature)
+    scalars = model.score_fn(params.value, rollout.tokens, rollout.mask)
+    mask = rollout.response_mask[:, 1:]
+    mean = lambda x: jnp.sum(jnp.where(mask, x, 0.0)) / jnp.sum(mask, dtype=jnp.float32)  # noqa: E731
+    new = jnp.take_along_axis(logp[:, :-1], rollout.tokens[:, 1:, None], axis=-1)[:, :, 0]
+    old, advantage = rollout.logprobs[:, 1:], rollout.advantages[:, 1:]
+    ratio = jnp.exp(new - old)
+    bounded = jnp.where(ratio > 1 + clip, 1 + clip, jnp.where(ratio < 1 - clip, 1 - clip, ratio))
+    gain = jnp.minimum(advantage * ratio, advantage * bounded)
+    if dual_clip is not None:
+        gain = jnp.where(advantage < 0, jnp.maximum(gain, advantage * dual_clip), gain)
+    value, old_value, target = scalars[:, :-1], rollout.values[:, 1:], rollout.returns[:, 1:]
+    near = old_value + jnp.clip(value - old_value, -0.2, 0.2)
+    value_loss = 0.5 * mean(jnp.maximum((value - target) ** 2, (near - target) ** 2))
+    entropy = -mean(jnp.sum(jnp.exp(logp) * logp, axis=-1)[:, :-1])
+    parts = {
+        "loss/policy": -mean(gain),
+        "loss/value": value_loss,
+        "policy/entropy": entropy,
+        "policy/approxkl": mean((new - old) ** 2) / 2,
+        "policy/clipfrac": mean((jnp.abs(ratio - 1) > clip).astype(jnp.float32)),
+        "policy/ratio_mean": mean(ratio),
+        "policy/ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),
+        "policy/max_abs_log_ratio": jnp.max(jnp.where(mask, jnp.abs(new - old), 0.0)),
+        "value/clipfrac": mean((jnp.abs(value - old_value) > 0.2).astype(jnp.float32)),
+    }
+    loss = parts["loss/policy"] + 0.1 * value_loss - entropy_coef * entropy
+    return loss, parts | {"loss": loss}
+
+
+def reference_update(model, **how):
+    """``(params, rollout)`` -> the parameters after one step of gradient descent with rate 1, and its report."""
+    gradient_fn = jax.jit(jax.grad(lambda p, rollout: reference_loss(model, p, rollout, **how), has_aux=True))
+
+    def update(params, rollout):
+        gradient, parts = gradient_fn(params, rollout)
+        return descend(params, gradient), parts
+
+    return update
+
+
+def start(model, tx=None, ema=None):
+    return new_state(PPOParams(model.params, model.value_params), tx or optax.sgd(1.0), ema)
+
+
+def ppo_step(model, tx=None, **changes):
+    step = make_ppo_step(from_logits(model.apply_fn), model.score_fn, tx or optax.sgd(1.0), **ppo_settings(**changes))
+    return jax.jit(step)
+
+
+def test_first_update_equals_the_reference(model):
+    how = {"dual_clip": 1.3, "entropy_coef": 0.5}
+    rollout = rollout_batch(model.apply_fn, model.params)
+    state = start(model)
+    expected, parts = reference_update(model, **how)(state.params, rollout)
+    after, metrics = ppo_step(model, **how)(state, rollout, KEY)
+    assert_close(after.params, expected)
+    for name, value in parts.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert 0.0 < metrics["policy/clipfrac"] < 1.0  # the clip binds somewhere, so it is tested
+    assert (int(after.step), int(metrics["policy/updates"])) == (1, 1)
+
+
+def test_several_epochs_are_the_reference_over_the_shuffled_minibatches(plain):
+    rollout = rollout_batch(plain.apply_fn, plain.params)
+    state = start(plain)
+    expected = state.params
+    batches = shuffled_minibatches(rollout, KEY, epochs=2, minibatches=2)
+    update, losses = reference_update(plain), []
+    for i in range(4):
+        expected, parts = update(expected, take(batches, i))
+        losses.append(parts["loss"])
+    after, metrics = ppo_step(plain, epochs=2, minibatches=2)(state, rollout, KEY)
+    assert_close(after.params, expected, atol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-4)
+    assert (int(after.step), int(metrics["policy/updates"])) == (4, 4)
+
+
+def test_accumulation_is_a_bigger_batch(model):
+    rollout = rollout_batch(model.apply_fn, model.params, rows=8)._replace(ptx=sft_batch((2, 10, 3, 1, 9, 4, 2, 7)))
+    how = {"minibatches": 2, "ptx_coef": 0.5, "entropy_coef": 0.1}
+    whole, metrics = ppo_step(model, **how)(start(model), rollout, KEY)
+    sliced, sliced_metrics = ppo_step(model, accumulation=4, **how)(start(model), rollout, KEY)
+    assert_close(sliced.params, whole.params, atol=2e-6)
+    assert_close(sliced_metrics, metrics, atol=2e-6)
+
+
+def experience(model, params, reward, key):
+    """One rollout of six prompts, as a stage makes it."""
+    generate = make_generate(
+        DecodeFns(*recomputing_decode(model.apply_fn)),
+        max_new_tokens=5,
+        temperature=0.7,
+        top_k=0,
+        top_p=1.0,
+        stop_tokens=(2,),
+        pad_token=0,
+    )
+    make = make_experience(
+        from_logits(model.apply_fn),
+        model.score_fn,
+        temperature=0.7,
+        gamma=1.0,
+        lam=0.95,
+        kl_estimator="k1",
+        missing_eos_penalty=0.0,
+        whiten_rewards=False,
+    )
+    prompts = jnp.array([[0, 1], [0, 2], [3, 1], [4, 4], [0, 5], [6, 3]] * 4, jnp.int32)
+    mask = jnp.array([[False, True], [False, True], [True, True], [True, True], [False, True], [True, True]] * 4)
+    generation = generate(params.policy, prompts, mask, key)
+    return make(params.policy, model.params, params.value, generation, reward(generation), jnp.float32(0.01))
+
+
+def share_of_threes(generation):
+    hits = jnp.sum((generation.tokens == 3) & generation.response_mask, axis=-1, dtype=jnp.float32)
+    return hits / jnp.sum(generation.response_mask, axis=-1, dtype=jnp.float32)
+
+
+def test_it_learns_to_please(model):
+    tx = optax.adam(3e-2)
+    rollout_of = jax.jit(lambda params, key: experience(model, params, share_of_threes, key))
+    step, state, scores = ppo_step(model, tx, epochs=2, minibatches=2), start(model, tx), []
+    for i in range(20):
+        rollout = rollout_of(state.params, jax.random.key(i))
+        scores.append(float(rollout.scores.mean()))
+        state, metrics = step(state, rollout, jax.random.key(100 + i))
+        assert metrics["policy/first_minibatch_max_abs_log_ratio"] < 1e-5
+    assert np.mean(scores[-3:]) > 0.8 > 0.5 > np.mean(scores[:2])
+
+
+def test_lr_zero_moves_nothing_and_the_ratio_is_one(plain):
+    rollout = jax.jit(lambda p, k: experience(plain, p, share_of_threes, k))(start(plain).params, KEY)
+    assert rollout_metrics(rollout)["kl"] == 0.0
+    tx = optax.adam(0.0)
+    state = start(plain, tx)
+    after, metrics = ppo_step(plain, tx, epochs=2, minibatches=3)(state, rollout, KEY)
+    assert_same(after.params, state.params)
+    assert metrics["policy/max_abs_log_ratio"] < 1e-5
+    assert metrics["policy/approxkl"] < 1e-10
+    assert metrics["policy/clipfrac"] == 0.0
+    for name in ("policy/ratio_mean", "policy/ratio_max"):
+        np.testing.assert_allclose(metrics[name], 1.0, atol=1e-5)
+    forgetful = ppo_step(plain, tx, temperature=1.0)(state, rollout, KEY)[1]
+    assert forgetful["policy/first_minibatch_max_abs_log_ratio"] > 1e-2
+
+
+def test_each_epoch_visits_each_row_once(plain):
+    rollout = rollout_batch(plain.apply_fn, plain.params, rows=6)
+    rollout = rollout._replace(scores=jnp.arange(6.0), ptx=sft_batch((1, 2, 3)))
+    batches = shuffled_minibatches(rollout, KEY, epochs=4, minibatches=3)
+    order = np.asarray(batches.scores).reshape(4, 6).astype(int)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(6), (4, 1)))
+    assert len({tuple(epoch) for epoch in order}) == 4
+    # A row's arrays stay together.
+    np.testing.assert_array_equal(batches.tokens.reshape(24, -1), rollout.tokens[order.ravel()])
+    np.testing.assert_array_equal(batches.logprobs.reshape(24, -1), rollout.logprobs[order.ravel()])
+    lengths = np.asarray(batches.ptx.mask.sum(-1)).reshape(4, 3)
+    np.testing.assert_array_equal(np.sort(lengths, axis=1), np.tile([1, 2, 3], (4, 1)))
+
+
+def test_the_step_itself_visits_each_row_once_an_epoch(plain):
+    """A policy with one parameter a row, and an optimizer that only counts which gradients are not zero."""
+    rollout = rollout_batch(plain.apply_fn, plain.params, rows=6)
+    rollout = rollout._replace(
+        tokens=rollout.tokens.at[:, 0].set(jnp.arange(6)),
+        logprobs=jnp.zeros((6, 9)),
+        advantages=jnp.ones((6, 9)),
+    )
+
+    def logprob_fn(params, tokens, mask, *, temperature):
+        logprobs = jnp.broadcast_to(params[tokens[:, 0]][:, None], tokens.shape)
+        return logprobs, jnp.zeros(tokens.shape)
+
+    count = optax.GradientTransformation(
+        lambda params: jnp.zeros(6),
+        lambda grads, seen, params: (jax.tree.map(jnp.zeros_like, grads), seen + (grads.policy != 0.0)),
+    )
+    step = make_ppo_step(logprob_fn, plain.score_fn, count, **ppo_settings(epochs=3, minibatches=3))
+    after, _ = jax.jit(step)(new_state(PPOParams(jnp.zeros(6), plain.value_params), count), rollout, KEY)
+    np.testing.assert_array_equal(after.opt_state, np.full(6, 3.0))
+
+
+def test_padding_columns_and_row_order_change_nothing(plain):
+    rollout = rollout_batch(plain.apply_fn, plain.params)
+    step, state = ppo_step(plain), start(plain)
+    after, metrics = step(state, rollout, KEY)
+    order = jnp.array([3, 1, 0, 2])
+    for other in (
+        pad_columns(rollout, 3, 0, fill=4),
+        pad_columns(rollout, 1, 4),
+        take(rollout, order),
+    ):
+        again, other_metrics = step(state, other, KEY)
+        assert_close(again.params, after.params)
+        assert_close(other_metrics, metrics)
+
+
+def test_nan_behind_the_mask_changes_nothing(plain):
+    rollout = rollout_batch(plain.apply_fn, plain.params)
+    hide = lambda x: jnp.where(rollout.response_mask, x, jnp.nan)  # noqa: E731
+    floats = ("logprobs", "ref_logprobs", "sampler_logprobs", "entropy", "values", "rewards", "advantages", "returns")
+    dirty = rollout._replace(**{name: hide(getattr(rollout, name)) for name in floats})
+    step, state = ppo_step(plain, minibatches=2, accumulation=2), start(plain)
+    clean = step(state, rollout, KEY)
+    assert_same(step(state, dirty, KEY), clean)
+    assert all_finite(clean)
+
+    def nan_logprobs(params, tokens, mask, *, temperature):
+        pair = from_logits(plain.apply_fn)(params, tokens, mask, temperature=temperature)
+        return tuple(jnp.where(mask & (jnp.cumsum(mask, axis=1) > 1), x, jnp.nan) for x in pair)
+
+    nan_step = make_ppo_step(nan_logprobs, plain.score_fn, optax.sgd(1.0), **ppo_settings(entropy_coef=0.1))
+    got = jax.jit(nan_step)(state, rollout, KEY)
+    assert_close(got, ppo_step(plain, entropy_coef=0.1)(state, rollout, KEY))
+    assert all_finite(got)
+
+
+@pytest.mark.parametrize("case", ["one row", "masked row", "all masked", "no advantage", "far log-probs"])
+def test_degenerate_rollouts_are_finite(plain, case):
+    rollout = rollout_batch(plain.apply_fn, plain.params)
+    mask = rollout.response_mask
+    rollout = {
+        "one row": take(rollout, slice(1)),
+        "masked row": rollout._replace(response_mask=mask.at[0].set(False)),
+        "all masked": rollout._replace(response_mask=mask & False),
+        "no advantage": rollout._replace(advantages=jnp.zeros(mask.shape)),
+        "far log-probs": rollout._replace(logprobs=jnp.where(mask, -1e4, rollout.logprobs)),
+    }[case]
+    state = start(plain)
+    after, metrics = ppo_step(plain, dual_clip=3.0)(state, rollout, KEY)
+    finite_metrics = {k: v for k, v in metrics.items() if case != "all masked" or not k.endswith("max")}
+    assert all_finite((after.params, finite_metrics))
+    if case == "all masked":
+        assert not moved(after.params, state.params)
+
+
+def test_bitwise_repeatable_and_traced_once(plain):
+    traces = []
+
+    def counted(params, tokens, mask):
+        traces.append(1)
+        return plain.apply_fn(params, tokens, mask)
+
+    tx = optax.adamw(1e-2)
+    step = ppo_step(plain._replace(apply_fn=counted), tx, epochs=2, minibatches=2, accumulation=2)
+    rollouts = [rollout_batch(plain.apply_fn, plain.params, seed=i) for i in range(2)]
+    first = step(start(plain, tx), rollouts[0], KEY)
+    count = len(traces)
+    step(first[0], rollouts[1], jax.random.key(1))
+    assert len(traces) == count
+    assert_same(step(start(plain, tx), rollouts[0], KEY), first)
+    assert moved(step(start(plain, tx), rollouts[0], jax.random.key(1))[0].params, first[0].params)
+
+
+def test_bfloat16_models_keep_float32_state_and_metrics(plain):
+    half = plain._replace(
+        apply_fn=lambda *args: plain.apply_fn(*args).astype(jnp.bfloat16),
+        score_fn=lambda *args: plain.score_fn(*args).astype(jnp.bfloat16),
+    )
+    rollout = rollout_batch(plain.apply_fn, plain.params)._replace(ptx=SFTBatch(*sft_batch()))
+    after, metrics = ppo_step(half, ptx_coef=0.1, accumulation=2)(start(plain), rollout, KEY)
+    assert {x.dtype for x in jax.tree.leaves((after.params, metrics))} == {jnp.dtype("float32")}
+    assert all_finite((after.params, metrics))
+    assert rollout.tokens.max() < VOCABULARY

@@ -1,0 +1,302 @@
+"""YAML in and out, each mistake named by file, line and path; and the rules between fields."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jrlhf.config import (
+    Config,
+    GenerateConfig,
+    KLConfig,
+    OptimConfig,
+    PPOConfig,
+    SamplingConfig,
+    ScoreConfig,
+    SFTConfig,
+    VerifyConfig,
+)
+from jrlhf.config_io import (
+    ConfigError,
+    apply_flags,
+    check,
+    config_path,
+    diff_configs,
+    flag_types,
+    load_config,
+    to_yaml,
+)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def load(tmp_path: Path, text: str) -> Config:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path)
+
+
+def problems(tmp_path: Path, text: str) -> list[str]:
+    """The messages, without the folder."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+def test_values_are_put_over_the_stage_s_own_defaults(tmp_path):
+    config = load(
+        tmp_path, "run: a\nppo:\n  optim: {lr: 3.0e-6}\n  sampling: {stop: [x, '1']}\n  whiten_rewards: yes\n"
+    )
+    assert config.run == "a"
+    assert config.ppo.optim == OptimConfig(lr=3e-6, eps=1e-5, b2=0.999, schedule="constant")
+    assert config.ppo.sampling.stop == ("x", "1")
+    assert config.ppo.whiten_rewards is True
+    assert config.sft == SFTConfig()
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", "1.0e-5", "0.00001", ".1e-4", "+1e-5"])
+def test_every_way_to_write_a_float_is_one(tmp_path, text):
+    assert load(tmp_path, f"sft: {{optim: {{lr: {text}}}}}").sft.optim.lr == 1e-5
+
+
+def test_an_integer_is_a_float_too(tmp_path):
+    epochs = load(tmp_path, "sft: {epochs: 3}").sft.epochs
+    assert epochs == 3.0
+    assert isinstance(epochs, float)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "mesh:\nsft:\n  optim:\n"])
+def test_an_empty_file_or_section_is_all_defaults(tmp_path, text):
+    assert load(tmp_path, text) == Config()
+
+
+def test_a_byte_order_mark_and_crlf_do_no_harm(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfrun: a\r\nseed: 7\r\n")
+    assert load_config(path) == replace(Config(), run="a", seed=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("sft:\n  optim:\n    learning_rate: 1",
+         "run.yaml:3: sft.optim.learning_rate: unknown key; did you mean sft.optim.lr?"),
+        ("sft: {num_train_epochs: 1}", "run.yaml:1: sft.num_train_epochs: unknown key; did you mean sft.epochs?"),
+        ("ppo: {lr: 1}", "run.yaml:1: ppo.lr: unknown key; did you mean ppo.optim.lr?"),
+        ("rewrad: {}", "run.yaml:1: rewrad: unknown key; did you mean reward?"),
+        ("mesh: {zzz: 1}", "run.yaml:1: mesh.zzz: unknown key; there are data, fsdp, tensor"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_names_its_path_and_the_nearest_right_one(tmp_path, text, problem):
+    assert problems(tmp_path, text) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("seed: 1.5", "seed: expected a whole number, got '1.5' (a number)"),
+        ("seed: true", "seed: expected a whole number, got 'true' (a boolean)"),
+        ("seed: '1'", "seed: expected a whole number, got '1' (a string)"),
+        ("seed: 1:30", "seed: expected a whole number, got '1:30' (a whole number)"),
+        ("seed:", "seed: expected a whole number, got nothing"),
+        ("seed: [1]", "seed: expected a whole number, got a list"),
+        ("run: 2026", "run: expected a string, got '2026' (a whole number); put it in quotes"),
+        ("run: 2026-01-01", "run: expected a string, got '2026-01-01' (a date); put it in quotes"),
+        ("run: {a: 1}", "run: expected a string, got a section"),
+        ("sft: {epochs: fast}", "sft.epochs: expected a finite number, got 'fast' (a string)"),
+        ("sft: {epochs: '1e-5'}", "sft.epochs: expected a finite number, got '1e-5' (a string)"),
+        ("sft: {epochs: .nan}", "sft.epochs: expected a finite number, got '.nan' (a number)"),
+        ("sft: {epochs: inf}", "sft.epochs: expected a finite number, got 'inf' (a string)"),
+        ("sft: {epochs: true}", "sft.epochs: expected a finite number, got 'true' (a boolean)"),
+        ("ppo: {whiten_rewards: 1}", "ppo.whiten_rewards: expected true or false, got '1' (a whole number)"),
+        ("sft: {model: {dtype: fp16}}", "sft.model.dtype: expected float32 or bfloat16, got 'fp16' (a string)"),
+        ("ppo: {kl: {estimator: [k1]}}", "ppo.kl.estimator: expected k1, k2 or k3, got a list"),
+        ("sft: {sampling: {stop: x}}", "sft.sampling.stop: expected a list, got 'x' (a string)"),
+        ("sft: {sampling: {stop: [1]}}",
+         "sft.sampling.stop: expected a string, got '1' (a whole number); put it in quotes"),
+        ("mesh: 8", "mesh: expected a section of keys, got '8' (a whole number)"),
+        ("- run", "expected a section of keys, got a list"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_names_path_value_and_what_was_expected(tmp_path, text, problem):
+    assert problems(tmp_path, text) == [f"run.yaml:1: {problem}"]
+
+
+def test_yaml_s_octal_and_underscores_are_read_as_people_mean_them(tmp_path):
+    assert load(tmp_path, "seed: 010").seed == 10
+    assert load(tmp_path, "ppo: {kl: {horizon: 10_000}}").ppo.kl.horizon == 10000
+
+
+def test_every_mistake_is_told_at_once(tmp_path):
+    text = "seed: x\nsft:\n  epoch: 1\n  optim:\n    lr: y\n"
+    assert [p.split(": ")[:2] for p in problems(tmp_path, text)] == [
+        ["run.yaml:1", "seed"],
+        ["run.yaml:3", "sft.epoch"],
+        ["run.yaml:5", "sft.optim.lr"],
+    ]
+
+
+def test_a_key_set_twice_names_both_lines(tmp_path):
+    assert problems(tmp_path, "seed: 1\nrun: a\nseed: 2\n") == ["run.yaml:3: seed: set twice, first on line 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("run: [a\nseed: 1\n", "run.yaml:2:5: bad YAML: "),
+        ("run: a\n\tseed: 1\n", "run.yaml:2:1: bad YAML: "),
+        ("run: *nobody\n", "run.yaml:1:6: bad YAML: found undefined alias"),
+        ("run: a\n---\nrun: b\n", "run.yaml:2:1: bad YAML: "),
+        ("seed: 1\nrun: a\0b\n", "run.yaml:2: bad YAML: "),
+        ("[" * 5000, "run.yaml: bad YAML: nested too deeply"),
+    ],
+)
+def test_bad_yaml_names_the_place(tmp_path, text, place):
+    assert problems(tmp_path, text)[0].startswith(place)
+
+
+def test_a_python_tag_is_refused_and_runs_nothing(tmp_path):
+    canary = tmp_path / "canary"
+    for text in (f"run: !!python/object/apply:os.mkdir ['{canary}']", "run: !!python/name:os.getcwd ''"):
+        [problem] = problems(tmp_path, text)
+        assert problem.startswith("run.yaml:1: run: expected a string, got the tag !!python/")
+    assert not canary.exists()
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: No such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"run: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8 \(byte 8\)"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_flags_win_over_the_file_and_may_repair_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 3\nppo: {episodes: 10, minibatches: 4}\n")
+    with pytest.raises(ConfigError, match=r"ppo\.minibatches"):
+        load_config(path)
+    config = load_config(path, {"ppo.minibatches": ["5"], "run": ["2026"], "sft.sampling.stop": ["a", "1"]})
+    assert (config.seed, config.ppo.episodes, config.ppo.minibatches) == (3, 10, 5)
+    assert (config.run, config.sft.sampling.stop) == ("2026", ("a", "1"))
+
+
+def test_flags_are_read_like_yaml():
+    config = apply_flags(
+        Config(), {"sft.optim.lr": ["1e-4"], "ppo.whiten_rewards": ["True"], "ppo.kl.estimator": ["k3"]}
+    )
+    assert (config.sft.optim.lr, config.ppo.whiten_rewards, config.ppo.kl.estimator) == (1e-4, True, "k3")
+    with pytest.raises(ConfigError) as caught:
+        apply_flags(Config(), {"seed": ["x"], "ppo.kl.estimator": ["k4"], "sft.epochs": [""]})
+    assert str(caught.value).splitlines() == [
+        "--seed: expected a whole number, got 'x' (a string)",
+        "--ppo.kl.estimator: expected k1, k2 or k3, got 'k4' (a string)",
+        "--sft.epochs: expected a finite number, got nothing",
+    ]
+
+
+plain = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=20)
+
+
+@given(
+    run=plain.filter(str.strip),
+    seed=st.integers(0, 2**32 - 1),
+    rate=st.floats(0, 1e300),
+    stop=st.lists(plain.filter(bool), max_size=3),
+)
+def test_to_yaml_reads_back_to_the_same_config(tmp_path_factory, run, seed, rate, stop):
+    sft = SFTConfig(optim=OptimConfig(lr=rate), sampling=SamplingConfig(stop=tuple(stop)))
+    config = replace(Config(), run=run, seed=seed, sft=sft)
+    path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
+    path.write_bytes(to_yaml(config).encode())
+    assert load_config(path) == config
+
+
+def test_to_yaml_writes_every_field_and_no_tag():
+    text = to_yaml(Config())
+    assert "!!" not in text
+    assert text.startswith("run: runs/default\nseed: 0\nmesh:\n  data: -1\n")
+    assert sum(not line.endswith(":") for line in text.splitlines()) == len(flag_types(Config))
+
+
+def test_diff_configs_names_what_differs():
+    old = Config()
+    new = replace(old, seed=1, ppo=replace(old.ppo, kl=KLConfig(target=0.0), sampling=SamplingConfig(stop=("x",))))
+    assert diff_configs(old, old) == []
+    assert diff_configs(old, new) == [
+        "seed: 0 -> 1",
+        "ppo.sampling.stop: () -> ('x',)",
+        "ppo.kl.target: 6.0 -> 0.0",
+    ]
+
+
+def test_the_defaults_pass():
+    for config in (Config(), GenerateConfig("m", "p"), ScoreConfig("m", "d"), VerifyConfig("m")):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run", " "), ("seed", "-1"), ("mesh.data", "0"), ("mesh.fsdp", "0"), ("mesh.tensor", "-1"),
+        ("sft.optim.lr", "-1e-5"), ("sft.optim.warmup", "1.5"), ("sft.optim.b1", "1"), ("reward.optim.b2", "-0.1"),
+        ("ppo.optim.eps", "0"), ("sft.optim.weight_decay", "-1"), ("sft.optim.max_grad_norm", "-1"),
+        ("sft.data.max_length", "0"), ("reward.data.buckets", "0"), ("ppo.ptx.buckets", "0"),
+        ("sft.checkpoint.every", "0"), ("sft.checkpoint.keep", "0"), ("ppo.checkpoint.keep_best", "-1"),
+        ("sft.log.every", "0"), ("reward.log.eval_every", "0"), ("ppo.log.eval_rows", "-1"), ("sft.log.samples", "-1"),
+        ("sft.sampling.max_new_tokens", "0"), ("sft.sampling.temperature", "-1"), ("sft.sampling.top_k", "-1"),
+        ("sft.sampling.top_p", "0"), ("sft.sampling.stop", ""), ("sft.epochs", "0"), ("sft.batch_size", "0"),
+        ("sft.accumulation", "0"), ("sft.accumulation", "5"), ("sft.candidates", "0"), ("reward.epochs", "-1"),
+        ("reward.accumulation", "3"), ("reward.center_coef", "-1"), ("ppo.sampling.temperature", "0"),
+        ("ppo.sampling.top_k", "50"), ("ppo.sampling.top_p", "0.9"), ("ppo.kl.coef", "-1"), ("ppo.kl.target", "-1"),
+        ("ppo.kl.horizon", "0"), ("ppo.iterations", "0"), ("ppo.episodes", "0"), ("ppo.epochs", "0"),
+        ("ppo.minibatches", "0"), ("ppo.minibatches", "3"), ("ppo.accumulation", "0"), ("ppo.accumulation", "3"),
+        ("ppo.value_lr", "-1"), ("ppo.gamma", "1.1"), ("ppo.lam", "-0.1"), ("ppo.clip", "0"), ("ppo.dual_clip", "0.5"),
+        ("ppo.dual_clip", "1"), ("ppo.value_clip", "0"), ("ppo.value_coef", "-1"), ("ppo.entropy_coef", "-1"),
+        ("ppo.missing_eos_penalty", "-1"), ("ppo.target_approx_kl", "-1"), ("ppo.critic_warmup", "-1"),
+        ("ppo.ema_decay", "1"), ("ppo.ptx_coef", "-1"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_named(name, text):
+    with pytest.raises(ConfigError) as caught:
+        check(apply_flags(Config(), {name: [text]}))
+    assert f"{name}: must be " in str(caught.value)
+
+
+def test_rules_between_fields_name_both():
+    ppo = PPOConfig(episodes=64, minibatches=4, accumulation=3, ptx_coef=1.0)
+    with pytest.raises(ConfigError) as caught:
+        check(replace(Config(), sft=SFTConfig(batch_size=30, accumulation=4), ppo=ppo))
+    assert str(caught.value).splitlines() == [
+        "sft.accumulation: must be a divisor of sft.batch_size (30), got 4",
+        "ppo.accumulation: must be a divisor of a minibatch's 16 episodes, got 3",
+        "ppo.ptx.train: must be set, as ppo.ptx_coef is 1.0, got ''",
+    ]
+
+
+def test_the_tools_values_are_checked_too():
+    with pytest.raises(ConfigError, match="samples: must be 1 or more, got 0"):
+        check(GenerateConfig("m", "p", samples=0))
+    with pytest.raises(ConfigError, match="batch_size: must be 1 or more, got 0"):
+        check(ScoreConfig("m", "d", batch_size=0))
+    with pytest.raises(ConfigError, match="temperature: must be above 0, got 0"):
+        check(VerifyConfig("m", temperature=0.0))
+
+
+def test_config_path_finds_recipes_and_names_a_missing_one():
+    assert config_path("quickstart/full.yaml") == CONFIGS / "quickstart" / "full.yaml"
+    with pytest.raises(ConfigError, match=r"nope\.yaml: no such recipe"):
+        config_path("nope.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_recipe_is_strictly_valid_and_names_its_data(path):
+    config = load_config(path)
+    assert config.sft.model.path
+    assert all((config.sft.data.train, config.reward.data.train, config.ppo.prompts.train))
+    assert all((config.sft.data.eval, config.reward.data.eval, config.ppo.prompts.eval))
+    assert config.run != Config().run
