@@ -21,7 +21,7 @@ class ModelConfig:
     """Where weights and tokenizer come from, and how they are computed with."""
 
     path: str = ""
-    """A Hugging Face folder, a hub id, a stage's run folder, or asset:NAME (shipped with jrlhf). Empty: the stage before."""
+    """A Hugging Face folder, hub id, stage folder or asset:NAME (shipped with jrlhf). Empty: the stage before."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Master weights and optimizer state are float32 always."""
     remat: bool = False
@@ -130,7 +130,7 @@ class SFTConfig:
     accumulation: int = 1
     """Slices a batch is read in; same update, less memory."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
-    """Which tokens are learnt: the completion or every assistant turn, or the prompt too. Plain text is learnt whole."""
+    """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
     candidate_prompts: str = ""
     """Prompts to sample ranking candidates for after training, as data.train. Empty: none."""
     candidates: int = 4
@@ -155,7 +155,7 @@ class RewardConfig:
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)², which keeps scores near 0."""
     normalise: str = ""
-    """Texts, as data.train, on which scores get mean 0 and std 1. Empty: the SFT stage's candidates, else held-out rows."""
+    """Texts, as data.train, on which scores get mean 0 and std 1. Empty: the SFT stage's candidates, else data.eval."""
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ class Entry:
     """One parameter in both worlds.
 
     ``path`` is its place in our tree, where layers are stacked on axis 0; ``name`` its name there, with ``{layer}``
-    where there is one tensor a layer. ``form``: torch's linear maps are ``[out, in]``, ours ``[in, out]`` ("transposed");
-    a scalar head's ``[1, in]`` is our ``[in]`` ("row").
+    where there is one tensor a layer. ``form``: torch's linear maps are ``[out, in]``, ours ``[in, out]``
+    ("transposed"); a scalar head's ``[1, in]`` is our ``[in]`` ("row").
     """
 
     path: tuple[str, ...]

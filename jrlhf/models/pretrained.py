@@ -49,7 +49,8 @@ def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, r
     """Read a folder or hub id. With ``mesh`` the parameters are born sharded by the family's rules.
 
     ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: recompute
-    a layer's activations in the backward pass. ValueError where config or tensors do not fit, FileNotFoundError for none.
+    a layer's activations in the backward pass. ValueError where config or tensors do not fit, FileNotFoundError where
+    they are missing.
     """
     folder = find_folder(path)
     config = read_config(folder)

@@ -56,7 +56,7 @@ def ticks(low: float, high: float) -> list[float]:
     """Some round numbers from at most ``low`` to at least ``high``: multiples of 1, 2 or 5 times a power of ten."""
     if high <= low:
         low, high = low - max(abs(low), 1e-6) / 2, low + max(abs(low), 1e-6) / 2
-    rough = (high - low) / 3
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough * 0.999)
     return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]

@@ -23,7 +23,8 @@ _WORD = re.compile(r"[^\W_]+(?:['*-]+[^\W_]+)*\+?")
 def words(text: str) -> list[str]:
     """Lower-case runs of letters and digits, with ``'``, ``-`` and ``*`` inside them and a ``+`` after them.
 
-    ``"Well-made, isn't it? A+" -> ["well-made", "isn't", "it", "a+"]``: every entry of the opinion lexicon is one word.
+    ``"Well-made, isn't it? A+" -> ["well-made", "isn't", "it", "a+"]``. The opinion lexicon's entries are words too,
+    but for ``anti-``, ``bull----`` and ``bull****``.
     """
     return _WORD.findall(text.lower())
 
@@ -71,7 +72,7 @@ class ReliabilityCurve(NamedTuple):
 
     confidence: Float[np.ndarray, "M"]
     accuracy: Float[np.ndarray, "M"]
-    count: Int[np.ndarray, "M"]
+    pairs: Int[np.ndarray, "M"]
 
 
 def reliability_curve(margins: Float[np.ndarray, "N"], *, bins: int) -> ReliabilityCurve:
@@ -92,7 +93,7 @@ def reliability_curve(margins: Float[np.ndarray, "N"], *, bins: int) -> Reliabil
 def expected_calibration_error(margins: Float[np.ndarray, "N"], *, bins: int) -> float:
     """Σ_b n_b / N · |accuracy_b - confidence_b| over the bins of ``reliability_curve``. Guo et al. 2017, eq. 3."""
     curve = reliability_curve(margins, bins=bins)
-    return float(np.sum(curve.count * np.abs(curve.accuracy - curve.confidence)) / np.sum(curve.count))
+    return float(np.sum(curve.pairs * np.abs(curve.accuracy - curve.confidence)) / np.sum(curve.pairs))
 
 
 class LengthBin(NamedTuple):
@@ -101,11 +102,11 @@ class LengthBin(NamedTuple):
     low: float
     high: float
     accuracy: float
-    count: int
+    pairs: int
 
 
 def accuracy_by_length_difference(
-    margins: Float[np.ndarray, "N"], length_differences: Int[np.ndarray, "N"], *, edges: Sequence[float]
+    margins: Float[np.ndarray, "N"], length_differences: Int[np.ndarray, "N"], *, edges: Sequence[int]
 ) -> list[LengthBin]:
     """Accuracy where the better completion is shorter, as long, longer: a model that has learnt length shows a slope.
 

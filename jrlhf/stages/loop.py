@@ -87,8 +87,8 @@ def run_loop(
 ) -> Outcome:
     """Take ``state`` to ``loop.total`` steps, or from the newest checkpoint in ``folder`` where there is one.
 
-    ``metadata`` is saved with every checkpoint. Raises ``FloatingPointError`` when a logged metric is not finite (such a
-    state is not saved) and ``Interrupted`` on SIGINT or SIGTERM (the state is).
+    ``metadata`` is saved with every checkpoint. Raises ``FloatingPointError`` when a logged metric is not finite (such
+    a state is not saved) and ``Interrupted`` on SIGINT or SIGTERM (the state is).
     """
     saved = Checkpoints(
         folder / "checkpoints",

@@ -10,6 +10,7 @@ from jrlhf import __version__
 from jrlhf.config import Config
 from jrlhf.config_io import ConfigError
 from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.report import write_report
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.run import write_json
 from jrlhf.stages.sft import run_sft
@@ -18,7 +19,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 
 
 def run_pipeline(config: Config) -> dict[str, Any]:
-    """Run each stage that has training data; write and return ``<run>/summary.json``.
+    """Run each stage that has training data; write ``<run>/{summary.json, report.html}`` and return the summary.
 
     A stage's part is what the stage itself found; ``seconds`` are its wall time over all attempts.
     """
@@ -37,6 +38,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     seconds["total"] = max(time.perf_counter() - start, sum(seconds.values()))
     summary |= {"seconds": seconds, "seed": config.seed, "versions": versions()}
     write_json(Path(config.run) / "summary.json", summary)
+    write_report(Path(config.run), summary, [])
     return summary
 
 

@@ -26,7 +26,8 @@ from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.report import print_summary, write_report
 from jrlhf.stages.run import write_json
 
-BAG_OF_WORDS_L2 = 1e-4
+BAG_OF_WORDS_L2 = 1e-3
+"""The baseline's best on the held-out pairs themselves: a choice in its favour."""
 
 
 def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> dict[str, Any]:
@@ -93,12 +94,15 @@ def largest(log: Iterable[dict[str, Any]], name: str) -> float:
 def read_answers(config: Config, iteration: int) -> list[dict[str, Any]]:
     """The held-out answers that PPO wrote after so many iterations."""
     path = Path(config.run) / "ppo" / "evals" / f"{iteration:06d}.jsonl"
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_rankings(source: str) -> list[Ranking]:
-    rows = [json.loads(line) for line in Path(assets.resolve(source)).open(encoding="utf-8")]
-    return [(row["completions"], row["ranks"]) for row in rows]
+    return [(row["completions"], row["ranks"]) for row in read_lines(Path(assets.resolve(source)))]
 
 
 def before_and_after(config: Config) -> list[dict[str, str]]:

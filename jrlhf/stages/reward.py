@@ -38,7 +38,7 @@ from jrlhf.types import Params
 
 
 def run_reward(config: Config) -> dict[str, Any]:
-    """Train, evaluate, normalise and export; returns the stage's summary. Goes on where an earlier call left, if it did.
+    """Train, evaluate, normalise and export; returns the summary. Goes on where an earlier call left, if it did.
 
     Writes ``<run>/reward/{config.yaml, metrics.jsonl, checkpoints/, hf/, summary.json}``.
     """
@@ -123,7 +123,7 @@ def _evaluator(
 def ordered_differences(
     ranks: Int[np.ndarray, "B K"], valid: Bool[np.ndarray, "B K"], *columns: Shaped[np.ndarray, "B K"]
 ) -> tuple[np.ndarray, ...]:
-    """For each column its value at the better completion minus that at the worse one, over all strictly ordered pairs."""
+    """For each column its value at the better completion minus that at the worse, over all strictly ordered pairs."""
     better = (ranks[:, :, None] < ranks[:, None, :]) & valid[:, :, None] & valid[:, None, :]
     row, winner, loser = np.nonzero(better)
     return tuple(column[row, winner] - column[row, loser] for column in columns)

@@ -13,8 +13,6 @@ from jrlhf.config import CheckpointConfig, Config, LogConfig, MeshConfig, PPOCon
 from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
 
 StageName = Literal["sft", "reward", "ppo"]
-BEFORE: Mapping[StageName, StageName] = {"reward": "sft", "ppo": "sft"}
-"""Whose weights a stage starts from where its config names no others."""
 
 
 def stage_folder(config: Config, stage: StageName) -> Path:

@@ -36,7 +36,7 @@ def generate_all(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Generation]]:
     """``(indices, real, generation)`` over the first ``limit`` prompts (0: all); see ``covering_batches``.
 
-    The batch of a prompt and its place in it depend on the prompts alone: the same key gives the same draws to two policies.
+    A prompt's batch and place in it depend on the prompts alone: one key gives the same draws to two policies.
     """
     batches = covering_batches(prompts.lengths, batch_size=batch_size, limit=limit)
     for number, (indices, real) in enumerate(batches):
@@ -45,7 +45,7 @@ def generate_all(
 
 
 def texts_of(tokenizer: Any, generation: Generation) -> list[tuple[str, str]]:
-    """``(prompt, answer)`` of each row, special tokens left out.
+    """``(prompt, answer)`` of each row, special tokens and NUL bytes, which are no text, left out.
 
     The answer is what the whole text has beyond the prompt: decoded alone it would lose its leading space.
     """
@@ -54,7 +54,7 @@ def texts_of(tokenizer: Any, generation: Generation) -> list[tuple[str, str]]:
     for row in range(len(tokens)):
         prompt = tokenizer.decode(tokens[row][mask[row] & ~response[row]], skip_special_tokens=True)
         whole = tokenizer.decode(tokens[row][mask[row]], skip_special_tokens=True)
-        pairs.append((prompt, whole[len(prompt) :]))
+        pairs.append((prompt, whole[len(prompt) :].replace("\x00", "")))
     return pairs
 
 

@@ -67,13 +67,13 @@ def arch() -> ArchConfig:
 
 @pytest.fixture(scope="session")
 def spread() -> Callable[[Any], Any]:
-    """Untrained parameters with five times the usual spread (norms and biases as they are), so that differences show."""
+    """Untrained parameters with five times the usual spread (not norms and biases), to make differences show."""
     return lambda params: jax.tree.map(lambda x: x * 5.0 if float(jnp.std(x)) > 0.0 else x, params)
 
 
 @pytest.fixture(scope="session")
 def write_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
-    """``(variant, reward=False, dtype="float32", **save) -> (folder, torch model)``, biases and norms made random too."""
+    """``(variant, reward=False, dtype="float32", **save) -> (folder, torch model)``, biases and norms random too."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
 

@@ -31,20 +31,18 @@ def test_words_by_hand() -> None:
     assert words(" ... ") == []
 
 
-def test_every_entry_of_the_lexicon_is_one_word() -> None:
+def test_the_entries_of_the_lexicon_are_words() -> None:
     lexicon = load_opinion_lexicon()
     assert (len(lexicon.positive), len(lexicon.negative)) == (2006, 4783)
     entries = lexicon.positive | lexicon.negative
-    assert {entry for entry in entries if words(entry) != [entry]} == set()
+    assert {entry for entry in entries if words(entry) != [entry]} == {"anti-", "bull----", "bull****"}
 
 
 def test_lexicon_scores_count_every_occurrence() -> None:
     lexicon = Lexicon(frozenset({"good", "odd"}), frozenset({"bad", "odd"}))
     texts = ["Good, good and bad.", "odd", "", "Goodness", "BAD bad bad good"]
     np.testing.assert_array_equal(lexicon_scores(texts, lexicon), [1, 0, 0, 0, -2])
-    shipped = lexicon_scores(
-        ["A wonderful, moving film.", "A dull mess.", "The film is a film."], load_opinion_lexicon()
-    )
+    shipped = lexicon_scores(["A wonderful film.", "A dull mess.", "The film is a film."], load_opinion_lexicon())
     assert shipped[0] > 0 > shipped[1]
     assert shipped[2] == 0
 
@@ -70,7 +68,7 @@ def test_reliability_against_a_loop_over_pairs() -> None:
     curve = reliability_curve(margins, bins=10)
     expected = [np.mean(bins[b], axis=0) for b in sorted(bins)]
     np.testing.assert_allclose(np.stack([curve.confidence, curve.accuracy], 1), expected, rtol=1e-12)
-    np.testing.assert_array_equal(curve.count, [len(bins[b]) for b in sorted(bins)])
+    np.testing.assert_array_equal(curve.pairs, [len(bins[b]) for b in sorted(bins)])
     gap = sum(len(part) * abs(np.mean([c for c, _ in part]) - np.mean([r for _, r in part])) for part in bins.values())
     assert expected_calibration_error(margins, bins=10) == pytest.approx(gap / 500, rel=1e-12)
 
@@ -82,11 +80,7 @@ def test_calibration_by_hand() -> None:
     assert expected_calibration_error(np.full(4, sure), bins=10) == pytest.approx(0.25)
     # Zero margins sit in the first bin, and certainty in the last.
     curve = reliability_curve(np.asarray([0.0, 0.0, 100.0]), bins=2)
-    assert (curve.confidence.tolist(), curve.accuracy.tolist(), curve.count.tolist()) == (
-        [0.5, 1.0],
-        [0.0, 1.0],
-        [2, 1],
-    )
+    assert [part.tolist() for part in curve] == [[0.5, 1.0], [0.0, 1.0], [2, 1]]
 
 
 def test_accuracy_by_length_difference_by_hand() -> None:
@@ -95,7 +89,7 @@ def test_accuracy_by_length_difference_by_hand() -> None:
     parts = accuracy_by_length_difference(margins, lengths, edges=(0, 1))
     inf = float("inf")
     assert parts == [(-inf, 0.0, 0.5, 2), (0.0, 1.0, 1.0, 1), (1.0, inf, pytest.approx(2 / 3), 3)]
-    assert [part.count for part in accuracy_by_length_difference(margins, lengths, edges=(100,))] == [6]
+    assert [part.pairs for part in accuracy_by_length_difference(margins, lengths, edges=(100,))] == [6]
 
 
 def test_longer_wins_by_hand() -> None:
@@ -112,9 +106,7 @@ def test_paired_difference_by_hand() -> None:
 
 
 def test_ordered_pairs_leave_ties_out() -> None:
-    texts, better, worse = ordered_text_pairs(
-        [(["a", "b", "c"], [1, 0, 1]), (["d", "e"], [0, 0]), (["f", "g"], [0, 2])]
-    )
+    texts, better, worse = ordered_text_pairs([("abc", [1, 0, 1]), ("de", [0, 0]), ("fg", [0, 2])])
     assert texts == list("abcdefg")
     assert sorted(zip(better.tolist(), worse.tolist(), strict=True)) == [(1, 0), (1, 2), (5, 6)]
 
@@ -151,15 +143,13 @@ def test_the_bag_of_words_model_is_the_penalised_logistic_fit() -> None:
 
     train, heldout = draw(200), draw(300)
     w = fit_by_newton(train, vocabulary, 0.03)
-    margins = [
-        sum(w[vocabulary.index(v)] * ((v in b.split()) - (v in a.split())) for v in vocabulary) for b, a in heldout
-    ]
+    weight = dict(zip(vocabulary, w, strict=True))
+    margins = [sum(weight[v] for v in set(b.split())) - sum(weight[v] for v in set(a.split())) for b, a in heldout]
     # Scores closer than the optimiser's tolerance may fall either way.
     assert np.sum(np.abs(margins) < 1e-3) == sum(set(b.split()) == set(a.split()) for b, a in heldout)
     expected = float(np.mean(np.asarray(margins) > 1e-3))
-    assert bag_of_words_accuracy(as_rankings(train), as_rankings(heldout), l2=0.03) == pytest.approx(
-        expected, abs=1e-12
-    )
+    found = bag_of_words_accuracy(as_rankings(train), as_rankings(heldout), l2=0.03)
+    assert found == pytest.approx(expected, abs=1e-12)
     assert 0.6 < expected < 1.0
 
 

@@ -199,7 +199,7 @@ def test_a_chart_of_nothing_finite_is_empty_and_of_one_value_is_flat() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0.0, 10.0, [0.0, 5.0, 10.0]), (0.13, 0.41, [0.1, 0.2, 0.3, 0.4, 0.5]), (-1.0, 1.0, [-1.0, 0.0, 1.0])],
+    [(0.0, 10.0, [0.0, 5.0, 10.0]), (0.13, 0.41, [0.1, 0.2, 0.3, 0.4, 0.5]), (-1.0, 1.0, [-1.0, -0.5, 0.0, 0.5, 1.0])],
 )
 def test_ticks_are_round_and_enclose(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)

@@ -33,10 +33,8 @@ def test_early_stop_leaves_the_last_good_update(plain, rollout):
     assert_close(after, good, atol=1e-5)
     assert (int(after.step), int(metrics["policy/updates"])) == (1, 1)
     assert metrics["policy/approxkl"] > 1e-4 / 2  # the mean over the two that were looked at
-    free, free_metrics = ppo_step(plain, tx, **how)(state, rollout, KEY)
-    assert (int(free.step), int(free_metrics["policy/updates"])) == (4, 4)
-    wide, _ = ppo_step(plain, tx, target_approx_kl=1e6, **how)(state, rollout, KEY)
-    assert_close(wide, free)
+    free, metrics = ppo_step(plain, tx, target_approx_kl=1e6, **how)(state, rollout, KEY)
+    assert (int(free.step), int(metrics["policy/updates"])) == (4, 4)
 
 
 def test_a_nan_stops_before_it_lands(plain, rollout):
