@@ -240,10 +240,17 @@ def ranked(group: Sequence[Review]) -> dict[str, Any]:
 
 
 def group_reviews(reviews: Sequence[Review], size: int, rng: np.random.Generator) -> list[list[Review]]:
-    """Random groups of ``size``, each sentence in one; fewer than two left over are dropped."""
-    order = rng.permutation(len(reviews))
-    groups = [[reviews[j] for j in order[i : i + size]] for i in range(0, len(order), size)]
-    return [g for g in groups if len(g) > 1]
+    """Groups of ``size`` sentences of like length, each sentence in one, in random order.
+
+    Like length, so that length tells nothing of rank and little of a padded batch is padding. Fewer than two left over
+    are dropped.
+    """
+    shuffled = [reviews[i] for i in rng.permutation(len(reviews))]
+    by_length = sorted(shuffled, key=lambda review: len(review.text))
+    groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    # A group keeps the order of the draw: its longest sentence must not always come last.
+    mixed = [[group[i] for i in rng.permutation(len(group))] for group in groups if len(group) > 1]
+    return [mixed[i] for i in rng.permutation(len(mixed))]
 
 
 def rating_pairs(reviews: Sequence[Review], rng: np.random.Generator) -> list[list[Review]]:

@@ -4,14 +4,18 @@ PPO generates after the ids of a prompt; SFT and the reward model must have seen
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from jrlhf.data.errors import BadRow
-from jrlhf.data.formats import Answered, Content, Message
+from jrlhf.data.formats import Answered, Content, Message, last_assistant
 from jrlhf.data.tokenizer import Tokenizer, end_of_turn
 
 # A piece of text is tokenised behind one of these where the tokenizer treats the start of a text in its own way.
 ANCHORS = ("\n", "a", ".")
+TAIL = 32
+"""Characters before a piece of text that decide how it is tokenised: no shorter than any token but runs of spaces."""
+CHANGED = "the chat template changes earlier turns when later ones come, so what is learnt cannot be marked"
 
 
 class Segment(NamedTuple):
@@ -32,65 +36,84 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self.bos: list[int] = [int(bos)] if bos is not None and probe[:1] == [bos] else []
         self._turn_end = end_of_turn(tokenizer)
+        # The answers to a prompt come one after the other, each with its prompt.
+        self._ids = lru_cache(maxsize=64)(self._tokenized)
 
     def prompt(self, prompt: Content) -> list[int]:
         """The ids that an answer follows: BOS and text, or the chat template up to the assistant's turn."""
         if isinstance(prompt, str):
-            return self.bos + self._ids(prompt)
+            return self._begun(prompt, "prompt")
         return self._ids(self._render(prompt, opens=True, column="prompt"))
 
     def answered(self, row: Answered) -> tuple[list[int], list[int]]:
         """Ids of the prompt (BOS alone where there is none) and of the answer, which ends with its stop token."""
-        prompt, completion = row
-        if prompt is None and isinstance(completion, str):
-            return self.bos, [*self._ids(completion), self._eos]
-        if prompt is None:
-            segments = self.conversation(self._messages(completion))
-            answer = segments.pop().ids
-            return [token for segment in segments for token in segment.ids], answer
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return self.bos + self._ids(prompt), [*self._continuation(prompt, completion), self._eos]
-        turns = self._messages(prompt, role="user")
-        opening = self._render(turns, opens=True, column="prompt")
-        whole = self._render(turns + self._messages(completion, role="assistant"), opens=False, column="completion")
-        if not whole.startswith(opening):
-            raise BadRow("prompt", "the chat template changes the prompt once the answer is there; it cannot be masked")
-        return self._ids(opening), self._closed(self._continuation(opening, whole[len(opening) :]))
+        if row.prompt is None and isinstance(row.completion, list):
+            last = last_assistant(row.completion)
+            row = Answered(row.completion[:last], row.completion[last:])
+        before, *after = self.segments(row, every_turn=False)
+        return before.ids, [token for segment in after for token in segment.ids]
 
-    def conversation(self, messages: list[Message]) -> list[Segment]:
-        """A whole conversation cut before and after every assistant turn; it ends with the last of them.
+    def segments(self, row: Answered, *, every_turn: bool) -> list[Segment]:
+        """The row's ids cut into what is an answer and what is not, a prompt (maybe of no ids) first.
 
-        A turn reaches from where the template asks for it to the end of what it adds for it: its stop token included.
+        ``every_turn``: the assistant's turns in a prompt of messages are answers too.
         """
-        ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not ends:
-            raise BadRow("messages", "no assistant turn, so nothing to learn from")
-        done, segments = "", list[Segment]()
-        for i in ends:
-            opening = self._render(messages[:i], opens=True, column="messages")
-            closing = self._render(messages[: i + 1], opens=False, column="messages")
+        prompt, completion = row
+        if prompt is None and isinstance(completion, list):
+            return self._conversation(completion, "messages", first=0)
+        if isinstance(prompt, list):
+            turns = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
+            return self._conversation(prompt + turns, "completion", first=0 if every_turn else len(prompt))
+        if isinstance(completion, list):
+            raise BadRow("completion", "messages, but the prompt is a string; both must be of one kind")
+        if prompt is None:
+            whole = self._begun(completion, "text")
+            before, answer = whole[: len(self.bos)], whole[len(self.bos) :]
+        else:
+            before, answer = self._begun(prompt, "prompt"), self._continuation(prompt, completion)
+        if not answer:
+            raise BadRow("completion", "the tokenizer makes no tokens of it")
+        closed = answer if answer[-1] == self._eos else [*answer, self._eos]
+        return [Segment(before, answer=False), Segment(closed, answer=True)]
+
+    def _conversation(self, messages: list[Message], column: str, *, first: int) -> list[Segment]:
+        """Cut before and after every assistant turn from message ``first`` on; it ends with the last of them.
+
+        A turn reaches from where the template asks for it to its stop token. What the template puts after that
+        belongs to no answer: the sampler has stopped by then.
+        """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
+        if not turns:
+            raise BadRow(column, "no assistant turn, so nothing to learn from")
+        done, rest, segments = "", list[int](), list[Segment]()
+        for i in turns:
+            opening = self._render(messages[:i], opens=True, column=column)
+            closing = self._render(messages[: i + 1], opens=False, column=column)
             if not (opening.startswith(done) and closing.startswith(opening)):
-                raise BadRow(
-                    f"messages[{i}]",
-                    "the chat template changes earlier turns when later ones come; it cannot be masked",
-                )
+                raise BadRow(column, CHANGED, f" (message {i})")
             between = self._continuation(done, opening[len(done) :]) if done else self._ids(opening)
-            answer = self._continuation(opening, closing[len(opening) :])
-            last = i == ends[-1]
-            segments.append(Segment(between, answer=False))
-            segments.append(Segment(self._closed(answer) if last else answer, answer=True))
-            done = closing
+            answer, tail = self._cut(self._continuation(opening, closing[len(opening) :]), last=i == turns[-1])
+            segments += [Segment(rest + between, answer=False), Segment(answer, answer=True)]
+            done, rest = closing, tail
         return segments
 
-    def _closed(self, ids: list[int]) -> list[int]:
-        """Up to and with the stop token, as the sampler would have ended; EOS is added where there is none."""
+    def _cut(self, ids: list[int], *, last: bool) -> tuple[list[int], list[int]]:
+        """A turn up to and with its stop token, and what follows that. A last turn without one gets an EOS."""
         for stop in (self._turn_end, self._eos):
             if stop is not None and stop in ids:
-                return ids[: len(ids) - ids[::-1].index(stop)]
-        return [*ids, self._eos]
+                end = len(ids) - ids[::-1].index(stop)
+                return ids[:end], ids[end:]
+        return [*ids, self._eos] if last else ids, []
 
-    def _ids(self, text: str) -> list[int]:
+    def _tokenized(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _begun(self, text: str, column: str) -> list[int]:
+        """The ids of a sequence that begins with ``text``: one BOS in front, be it in the text or not."""
+        ids = self._ids(text)
+        if not ids:
+            raise BadRow(column, "the tokenizer makes no tokens of it")
+        return ids if self.bos and ids[:1] == self.bos else self.bos + ids
 
     def _continuation(self, before: str, text: str) -> list[int]:
         """Ids of ``text`` as it stands after ``before``, whose own ids stay what they are.
@@ -100,17 +123,11 @@ class Encoder:
         """
         if not text:
             return []
-        head, whole = self._ids(before), self._ids(before + text)
-        if whole[: len(head)] == head:
-            return whole[len(head) :]
-        for anchor in ANCHORS:
+        for anchor in (before[-TAIL:], *ANCHORS):
             head, whole = self._ids(anchor), self._ids(anchor + text)
             if whole[: len(head)] == head:
                 return whole[len(head) :]
         return self._ids(text)
-
-    def _messages(self, content: Content, role: str = "assistant") -> list[Message]:
-        return [{"role": role, "content": content}] if isinstance(content, str) else content
 
     def _render(self, messages: Sequence[Message], *, opens: bool, column: str) -> str:
         if not self._tokenizer.chat_template:
@@ -120,5 +137,5 @@ class Encoder:
                 list(messages), tokenize=False, add_generation_prompt=opens
             )
         except Exception as error:  # whatever the template raises: it is somebody's program
-            raise BadRow(column, f"the chat template refuses it: {error}") from error
+            raise BadRow(column, "the chat template refuses it", f": {error}") from error
         return rendered

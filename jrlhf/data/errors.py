@@ -1,10 +1,10 @@
 """What is wrong with a row, and where it stands."""
 
 import logging
-from collections import Counter
-from collections.abc import Callable
 
 log = logging.getLogger("jrlhf.data")
+
+REASONS_SHOWN = 20
 
 
 class DataError(ValueError):
@@ -12,10 +12,14 @@ class DataError(ValueError):
 
 
 class BadRow(ValueError):
-    """One row that cannot be used: the column to blame, and why. Becomes a ``DataError`` or a counted skip."""
+    """One row that cannot be used: the column to blame (None: the whole row), and why. It ends the run or is skipped.
 
-    def __init__(self, column: str, reason: str) -> None:
-        super().__init__(f"{column}: {reason}")
+    Skips are counted by column and reason; ``detail`` is what differs from row to row.
+    """
+
+    def __init__(self, column: str | None, reason: str, detail: str = "") -> None:
+        self.reason = reason if column is None else f"{column}: {reason}"
+        super().__init__(self.reason + detail)
 
 
 class Skips:
@@ -24,18 +28,26 @@ class Skips:
     def __init__(self, name: str, *, skip: bool) -> None:
         self._name = name
         self._skip = skip
-        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
 
-    def add(self, error: BadRow, where: Callable[[], str]) -> None:
+    def add(self, error: BadRow, place: str) -> None:
         """Raise ``DataError`` with the row's place, or count it."""
         if not self._skip:
-            raise DataError(f"{where()}: {error}") from None
-        self.counts[str(error)] += 1
+            raise DataError(f"{place}: {error}") from None
+        self._first.setdefault(error.reason, place)
+        self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
 
     def close(self, kept: int) -> dict[str, int]:
-        """Say what was left out; an error where nothing remains."""
-        for reason, count in self.counts.most_common():
-            log.warning("%s: %d rows skipped: %s", self._name, count, reason)
+        """Say what was left out, and where first; an error where nothing remains."""
+        reasons = sorted(self.counts, key=self.counts.__getitem__, reverse=True)
+        for reason in reasons[:REASONS_SHOWN]:
+            rows = self.counts[reason]
+            log.warning("%s: skipped %d rows: %s (first: %s)", self._name, rows, reason, self._first[reason])
+        if others := reasons[REASONS_SHOWN:]:
+            rows = sum(self.counts[reason] for reason in others)
+            log.warning("%s: skipped %d rows for %d other reasons", self._name, rows, len(others))
         if kept == 0:
-            raise DataError(f"{self._name}: no rows" + (" left after skips" if self.counts else ""))
-        return dict(self.counts)
+            worst = f"; all {sum(self.counts.values())} were skipped, most for: {reasons[0]}" if reasons else ""
+            raise DataError(f"{self._name}: no rows{worst}")
+        return self.counts

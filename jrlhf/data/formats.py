@@ -1,8 +1,9 @@
 """The shapes in which people keep their data, each brought to one form.
 
-TRL's names: ``{"text"}``, ``{"messages"}``, ``{"prompt", "completion"}``, ``{"prompt"?, "chosen", "rejected", "margin"?}``,
-``{"prompt"}``; ours besides: ``{"prompt"?, "completions": [...], "ranks": [...], "margin"?}``. Prompts and answers are strings or
-chat messages; hh-rlhf transcripts imply their prompt.
+TRL's names: ``{"text"}``, ``{"messages"}``, ``{"prompt", "completion"}``,
+``{"prompt"?, "chosen", "rejected", "margin"?}``, ``{"prompt"}``; ours besides:
+``{"prompt"?, "completions": [...], "ranks": [...], "margin"?}``. Prompts and answers are strings or chat messages;
+conversations and hh-rlhf transcripts imply their prompt.
 """
 
 from collections.abc import Mapping
@@ -13,11 +14,14 @@ from jrlhf.data.errors import BadRow
 Message = dict[str, Any]
 Content = str | list[Message]
 
+LARGEST = 2**31
+"""Ranks and margins stay below it, as they become int32 and float32."""
+
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 class Answered(NamedTuple):
-    """A prompt, if there is one, and an answer to it. A text or a conversation on its own is an answer without a prompt."""
+    """A prompt, if there is one, and an answer to it. A text or conversation alone is an answer without a prompt."""
 
     prompt: Content | None
     completion: Content
@@ -35,27 +39,25 @@ class Ranking(NamedTuple):
 def parse_sft(row: Mapping[str, Any]) -> Answered:
     """A row to learn from; of a preference, the chosen answer."""
     if _has(row, "messages"):
-        return Answered(None, _content(row, "messages"))
+        return Answered(None, _messages(row))
     if _has(row, "completion"):
-        return Answered(_content(row, "prompt"), _content(row, "completion"))
+        return Answered(_prompt(row), _content(row, "completion"))
     if _has(row, "text"):
         return Answered(None, _string(row, "text"))
     if _has(row, "chosen"):
-        ranking = parse_ranking(row)
-        return Answered(ranking.prompt, ranking.completions[0])
+        prompt, chosen, _ = _preference(row)
+        return Answered(prompt, chosen)
     raise BadRow("text", f"no such column, nor messages, completion or chosen; the row has {_columns(row)}")
 
 
 def parse_ranking(row: Mapping[str, Any]) -> Ranking:
     """A preference is a ranking of two. ``BadRow`` where no answer is strictly better than another."""
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-        raise BadRow("margin", f"expected a number, found {type(margin).__name__}")
+    margin = _margin(row.get("margin"))
     if _has(row, "chosen") or _has(row, "rejected"):
         prompt, chosen, rejected = _preference(row)
         if chosen == rejected:
             raise BadRow("chosen", "the same as rejected")
-        return Ranking(prompt, [chosen, rejected], [0, 1], float(margin or 0.0))
+        return Ranking(prompt, [chosen, rejected], [0, 1], margin)
     if not _has(row, "completions"):
         raise BadRow("chosen", f"no such column, nor completions; the row has {_columns(row)}")
     completions = row["completions"]
@@ -67,31 +69,30 @@ def parse_ranking(row: Mapping[str, Any]) -> Ranking:
     ranks = _ranks(row, len(answers))
     if len(set(ranks)) == 1:
         raise BadRow("ranks", "all tied, so there is no pair")
-    return Ranking(_optional_prompt(row), answers, ranks, float(margin or 0.0))
+    if any(a == b and r != s for a, r in zip(answers, ranks, strict=True) for b, s in zip(answers, ranks, strict=True)):
+        raise BadRow("completions", "two of them are the same and of unequal rank")
+    return Ranking(_prompt(row) if _has(row, "prompt") else None, answers, ranks, margin)
 
 
 def parse_prompt(row: Mapping[str, Any]) -> Content:
-    """The prompt alone; of a conversation, all before its last assistant turn; of a preference, what both share."""
-    if _has(row, "prompt"):
-        return _content(row, "prompt")
+    """The prompt that ``parse_sft`` would see; of a conversation, all before its last assistant turn."""
     if _has(row, "messages"):
-        messages = _content(row, "messages")
-        if isinstance(messages, str):
-            return messages
-        ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return _checked(messages[: ends[-1]] if ends else messages, "messages")
-    if _has(row, "chosen"):
+        messages = _messages(row)
+        return messages[: last_assistant(messages)] or _checked([], "messages")
+    if _has(row, "chosen") and _has(row, "rejected"):
         prompt, _, _ = _preference(row)
         if prompt is not None:
             return prompt
         raise BadRow("prompt", "no such column, and chosen and rejected do not imply one")
-    raise BadRow("prompt", f"no such column, nor messages or chosen; the row has {_columns(row)}")
+    if _has(row, "prompt"):
+        return _prompt(row)
+    raise BadRow("prompt", f"no such column, nor messages or chosen and rejected; the row has {_columns(row)}")
 
 
 def parse_answers(row: Mapping[str, Any]) -> list[Answered]:
     """Every answer in a row, to be scored one by one."""
     if _has(row, "completions"):
-        prompt = _optional_prompt(row)
+        prompt = _prompt(row) if _has(row, "prompt") else None
         completions = row["completions"]
         if not isinstance(completions, list) or not completions:
             raise BadRow("completions", "expected a list with at least one answer")
@@ -104,16 +105,31 @@ def parse_answers(row: Mapping[str, Any]) -> list[Answered]:
 
 def _preference(row: Mapping[str, Any]) -> tuple[Content | None, Content, Content]:
     chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return _conversations(row, chosen, rejected)
+    if isinstance(chosen, list) or isinstance(rejected, list):
         raise BadRow("rejected", "chosen and rejected are not of one kind (string or messages)")
     if _has(row, "prompt"):
-        return _content(row, "prompt"), chosen, rejected
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-        return (chosen[:shared] or None), chosen[shared:], rejected[shared:]
-    return _transcripts(str(chosen), str(rejected))
+        return _prompt(row), chosen, rejected
+    return _transcripts(chosen, rejected)
+
+
+def _conversations(
+    row: Mapping[str, Any], chosen: list[Message], rejected: list[Message]
+) -> tuple[Content | None, Content, Content]:
+    """Both may hold the prompt too, beside a column for it or without one; then it is what they share."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
+    if _has(row, "prompt"):
+        prompt = _prompt(row)
+        if isinstance(prompt, list) and prompt != chosen[:shared][: len(prompt)]:
+            return prompt, chosen, rejected
+        if isinstance(prompt, str) and prompt not in [message["content"] for message in chosen[:shared]]:
+            raise BadRow("prompt", "a string, but chosen and rejected are messages that do not share it")
+    return (chosen[:shared] or None), chosen[shared:], rejected[shared:]
 
 
 def _transcripts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
@@ -134,14 +150,27 @@ def _transcripts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
+def _margin(value: Any) -> float:
+    """A number, also as CSV has it; 0 where there is none."""
+    if value is None or value == "":
+        return 0.0
+    try:
+        margin = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
+        margin = None
+    if margin is None or not abs(margin) < LARGEST:
+        raise BadRow("margin", "expected a number", f", found {value!r}")
+    return margin
+
+
 def _ranks(row: Mapping[str, Any], count: int) -> list[int]:
     ranks = row.get("ranks")
     if ranks is None:
         raise BadRow("ranks", "no such column; give each completion its rank, 0 for the best")
     if not isinstance(ranks, list) or len(ranks) != count:
         raise BadRow("ranks", f"expected {count} ranks, one a completion")
-    if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
-        raise BadRow("ranks", "expected whole numbers, 0 for the best")
+    if any(isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < LARGEST for rank in ranks):
+        raise BadRow("ranks", "expected whole numbers, 0 for the best", f", found {ranks}")
     return ranks
 
 
@@ -154,8 +183,23 @@ def _columns(row: Mapping[str, Any]) -> str:
     return ", ".join(column for column in row if _has(row, column)) or "no columns"
 
 
-def _optional_prompt(row: Mapping[str, Any]) -> Content | None:
-    return _content(row, "prompt") if _has(row, "prompt") else None
+def _prompt(row: Mapping[str, Any]) -> Content:
+    prompt = _content(row, "prompt")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise BadRow("prompt", "ends with an assistant turn, so there is nothing left to answer")
+    return prompt
+
+
+def _messages(row: Mapping[str, Any]) -> list[Message]:
+    messages = _content(row, "messages")
+    if isinstance(messages, str):
+        raise BadRow("messages", "expected a list of messages, found a string")
+    return messages
+
+
+def last_assistant(messages: list[Message]) -> int:
+    """Its index; the number of messages where there is none."""
+    return max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
 
 
 def _content(row: Mapping[str, Any], column: str) -> Content:
@@ -173,15 +217,7 @@ def _string(row: Mapping[str, Any], column: str) -> str:
 
 def _checked(value: Any, column: str) -> Content:
     if isinstance(value, str):
-        if not value.strip():
-            raise BadRow(column, "is empty")
-        if "\x00" in value:
-            raise BadRow(column, "holds a NUL character")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise BadRow(column, "holds half of a surrogate pair, which is no text") from None
-        return value
+        return _text(value, column)
     if not isinstance(value, list):
         raise BadRow(column, f"expected a string or a list of messages, found {type(value).__name__}")
     if not value:
@@ -191,4 +227,19 @@ def _checked(value: Any, column: str) -> Content:
             raise BadRow(f"{column}[{i}]", 'expected a message {"role", "content"}')
         if not isinstance(message.get("content"), str):
             raise BadRow(f"{column}[{i}].content", "expected a string")
+        # Some data sets give every conversation a system turn that says nothing.
+        if message["content"] or message["role"] != "system":
+            _text(message["content"], f"{column}[{i}].content")
     return [{key: field for key, field in message.items() if field is not None} for message in value]
+
+
+def _text(value: str, column: str) -> str:
+    if not value.strip():
+        raise BadRow(column, "is empty")
+    if "\x00" in value:
+        raise BadRow(column, "holds a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(column, "holds half of a surrogate pair, which is no text") from None
+    return value

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from jrlhf.config import DataConfig
-from jrlhf.data.encode import Encoder, Segment
+from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, Skips
 from jrlhf.data.formats import Answered, Content, parse_answers, parse_prompt, parse_ranking, parse_sft
 from jrlhf.data.rows import PromptRows, Ragged, RankingRows, SFTRows, TextRows, bucket_lengths
@@ -23,43 +23,35 @@ def load_sft(config: DataConfig, source: str, tokenizer: Tokenizer, *, train_on:
     """
     encoder = Encoder(tokenizer)
 
-    def encode(row: Row) -> tuple[list[int], list[bool]]:
-        segments = _segments(encoder, parse_sft(row), train_on)
-        tokens = [token for segment in segments for token in segment.ids][: config.max_length]
-        learnt = [segment.answer or train_on == "all" for segment in segments for _ in segment.ids]
+    def encode(row: Row) -> tuple[np.ndarray, np.ndarray]:
+        segments = encoder.segments(parse_sft(row), every_turn=train_on == "assistant")
+        tokens = np.asarray([token for segment in segments for token in segment.ids], np.int32)
+        learnt = np.repeat([s.answer or train_on == "all" for s in segments], [len(s.ids) for s in segments])
         # Nothing predicts a row's first token.
-        learnt = [False, *learnt[1 : config.max_length]]
-        if not any(learnt):
-            raise BadRow("max_length", f"the answer begins beyond {config.max_length} tokens, so nothing is learnt")
-        return tokens, learnt
+        learnt[0] = False
+        if not learnt[: config.max_length].any():
+            reason = f"the first token to learn is beyond max_length ({config.max_length}), so nothing would be learnt"
+            raise BadRow("completion", reason)
+        return tokens[: config.max_length], learnt[: config.max_length]
 
     kept, skipped = _each(config, source, encode)
     tokens = Ragged([tokens for tokens, _ in kept])
     buckets = bucket_lengths(int(tokens.lengths.max()), config.buckets)
-    return SFTRows(tokens, Ragged([learnt for _, learnt in kept], np.bool_), buckets, _pad(tokenizer), skipped)
-
-
-def _segments(encoder: Encoder, row: Answered, train_on: TrainOn) -> list[Segment]:
-    prompt, completion = row
-    if isinstance(completion, list) and prompt is None:
-        return encoder.conversation(completion)
-    if isinstance(prompt, list) and train_on == "assistant":
-        answer = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        return encoder.conversation(prompt + answer)
-    before, after = encoder.answered(row)
-    return [Segment(before, answer=False), Segment(after, answer=True)]
+    return SFTRows(tokens, Ragged([learnt for _, learnt in kept]), buckets, _pad(tokenizer), skipped)
 
 
 def load_rankings(config: DataConfig, source: str, tokenizer: Tokenizer) -> RankingRows:
     """Rankings and preferences; a prompt that is too long is cut at its start, so that the answers stay."""
     encoder = Encoder(tokenizer)
 
-    def encode(row: Row) -> tuple[list[list[int]], list[int], float]:
+    def encode(row: Row) -> tuple[list[np.ndarray], list[int], float]:
         prompt, completions, ranks, margin = parse_ranking(row)
         pairs = [encoder.answered(Answered(prompt, completion)) for completion in completions]
         tokens = [_fit(encoder, before, after, config.max_length) for before, after in pairs]
-        if len({(tuple(t), r) for t, r in zip(tokens, ranks, strict=True)}) > len({tuple(t) for t in tokens}):
-            raise BadRow("max_length", f"cut to {config.max_length} tokens, two answers of unequal rank are the same")
+        texts = [ids.tobytes() for ids in tokens]
+        if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
+            reason = f"two answers of unequal rank have the same tokens, of which max_length allows {config.max_length}"
+            raise BadRow("completions" if "completions" in row else "chosen", reason)
         return tokens, ranks, margin
 
     kept, skipped = _each(config, source, encode)
@@ -79,7 +71,7 @@ def load_prompts(config: DataConfig, source: str, tokenizer: Tokenizer) -> Promp
     """Prompts; one that is longer than ``max_length`` is cut at its start, a BOS kept."""
     encoder = Encoder(tokenizer)
 
-    def encode(row: Row) -> tuple[list[int], Content]:
+    def encode(row: Row) -> tuple[np.ndarray, Content]:
         prompt = parse_prompt(row)
         return _fit(encoder, encoder.prompt(prompt), [], config.max_length), prompt
 
@@ -93,7 +85,7 @@ def load_texts(config: DataConfig, source: str, tokenizer: Tokenizer) -> TextRow
     """Every answer in the rows, one after the other, to be scored."""
     encoder = Encoder(tokenizer)
 
-    def encode(row: Row) -> list[tuple[list[int], dict[str, Any]]]:
+    def encode(row: Row) -> list[tuple[np.ndarray, dict[str, Any]]]:
         texts = []
         for answer in parse_answers(row):
             before, after = encoder.answered(answer)
@@ -113,22 +105,24 @@ def _each(config: DataConfig, source: str, encode: Callable[[Row], Parsed]) -> t
     opened = open_source(source)
     skips = Skips(opened.name, skip=config.on_bad_row == "skip")
     kept: list[Parsed] = []
-    for number, row in enumerate(opened.rows):
+    for place, row in opened.rows:
         try:
+            if isinstance(row, BadRow):
+                raise row
             kept.append(encode(row))
         except BadRow as error:
-            skips.add(error, lambda number=number: opened.where(number))
+            skips.add(error, place)
     return kept, skips.close(len(kept))
 
 
-def _fit(encoder: Encoder, before: list[int], after: list[int], max_length: int) -> list[int]:
+def _fit(encoder: Encoder, before: list[int], after: list[int], max_length: int) -> np.ndarray:
     """Cut the prompt at its start, after the BOS; only an answer that is too long by itself is cut at its end."""
     over = len(before) + len(after) - max_length
     if over > 0:
         bos = encoder.bos if before[: len(encoder.bos)] == encoder.bos else []
         rest = before[len(bos) :]
         before = bos + rest[min(over, len(rest)) :]
-    return (before + after)[:max_length]
+    return np.asarray((before + after)[:max_length], np.int32)
 
 
 def _pad(tokenizer: Tokenizer) -> int:

@@ -17,8 +17,9 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
 class Order:
     """``order[step]`` are the rows of batch ``step`` of an endless run over the data.
 
-    Every epoch is a fresh permutation; rows of like length go together, and the batches then come in random order. Each row is
-    seen once an epoch; only the last batch is filled up with rows that are seen twice, as is a data set under one batch.
+    Every epoch is a fresh permutation; rows of like length go together, and the batches then come in random order. Each
+    row is seen once an epoch; the batch of those left over is filled up with others, and a row is twice in a batch only
+    where there are fewer rows than places.
     """
 
     def __init__(self, seed: int, *, batch_size: int, lengths: Int[np.ndarray, "N"]) -> None:
@@ -38,9 +39,13 @@ def epoch_batches(
 ) -> Int[np.ndarray, "steps B"]:
     """All batches of one epoch."""
     rng = np.random.default_rng([seed, epoch])
-    steps = steps_per_epoch(len(lengths), batch_size)
-    order = np.resize(rng.permutation(len(lengths)), steps * batch_size)
+    order = rng.permutation(len(lengths))
+    whole = len(order) - len(order) % batch_size
+    body, rest = order[:whole], order[whole:]
     span = WINDOW * batch_size
-    windows = [order[start : start + span] for start in range(0, len(order), span)]
-    by_length = [window[np.argsort(lengths[window], kind="stable")] for window in windows]
-    return np.concatenate(by_length).reshape(steps, batch_size)[rng.permutation(steps)]
+    windows = [body[start : start + span] for start in range(0, whole, span)]
+    batches = [window[np.argsort(lengths[window], kind="stable")] for window in windows]
+    if len(rest):
+        batches.append(np.resize(np.concatenate([rest, body]), batch_size))
+    steps = steps_per_epoch(len(lengths), batch_size)
+    return np.concatenate(batches).reshape(steps, batch_size)[rng.permutation(steps)]

@@ -14,10 +14,10 @@ from jrlhf.types import RankingBatch, SFTBatch
 class Ragged:
     """Rows of different lengths in one flat array: as much memory as the tokens themselves."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], dtype: Any = np.int32) -> None:
+    def __init__(self, rows: Sequence[np.ndarray]) -> None:
         self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
         self._ends = np.cumsum(self.lengths)
-        self._flat = np.fromiter((value for row in rows for value in row), dtype, int(self.lengths.sum()))
+        self._flat = np.concatenate(rows)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -35,7 +35,7 @@ class Ragged:
         for place, row in enumerate(rows):
             length = int(self.lengths[row])
             columns = slice(width - length, width) if left else slice(0, length)
-            values[place, columns] = self[row]
+            values[place, columns] = self[int(row)]
             mask[place, columns] = True
         return values, mask
 
@@ -78,7 +78,7 @@ class SFTRows:
         heads = []
         for row in range(count):
             first = int(np.argmax(self.loss_mask[row]))
-            heads.append(self.tokens[row][: max(first, 1)].tolist())
+            heads.append(self.tokens[row][: max(first, 1)])
         shown = [{"prompt": tokenizer.decode(head, skip_special_tokens=True)} for head in heads]
         tokens = Ragged(heads)
         return PromptRows(tokens, shown, bucket_lengths(int(tokens.lengths.max()), 1), self.pad, {})

@@ -1,131 +1,219 @@
-"""Rows from a file, the hub or stdin, each with a place that an error can name."""
+"""Rows from a file, the hub or stdin, each with its place, for errors to name.
 
+JSON and CSV are read here, a line at a time: a loader that guesses the type of a whole column turns the answer "007"
+into 7, "NA" into nothing and "2020-01-01" into a date, keeps one of two equal keys, and cannot leave out a bad line.
+"""
+
+import csv
 import gzip
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from glob import escape
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrlhf import assets
-from jrlhf.data.errors import DataError
-from jrlhf.suggest import did_you_mean
+from jrlhf.data.errors import BadRow, DataError
+from jrlhf.suggest import either
 
 Row = dict[str, Any]
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+Placed = tuple[str, Row | BadRow]
+"""Where a row stands, and the row, or why it is none."""
+
+BOM = b"\xef\xbb\xbf"
+WIDEST_CELL = 2**31 - 1
 
 
 class Source(NamedTuple):
-    """Rows, the name they go by, and where row i stands."""
+    """Rows, to be passed over once, and the name they go by together."""
 
     name: str
-    rows: Iterable[Row]
-    where: Callable[[int], str]
+    rows: Iterable[Placed]
 
 
 def open_source(source: str) -> Source:
-    """Open ``FILE.jsonl|.jsonl.gz|.json|.csv|.parquet``, ``asset:NAME``, ``-`` (a prompt a line on stdin), or a hub id.
+    """Open ``FILE.jsonl|.json|.csv|.parquet`` (text also as .gz), ``asset:NAME``, ``-`` (a prompt a line), or a hub id.
 
     A hub id is ``name``, ``name:split`` or ``name:config:split``; the split is "train" unless given.
     """
     if source == "-":
-        prompts = [{"prompt": line.rstrip("\r\n")} for line in sys.stdin]
-        return Source("stdin", prompts, lambda i: f"stdin:{i + 1}")
-    path = Path(assets.resolve(source))
-    if path.is_file() or _reader(path) or len(path.parts) > 2:
+        return Source("stdin", _stdin_rows())
+    path = Path(assets.resolve(source)).expanduser()
+    if path.is_file() or path.is_dir() or _kind(path) or source[:1] in "./~" or len(path.parts) > 2:
         return _open_file(path)
     return _open_hub(source)
 
 
-def _reader(path: Path) -> str | None:
-    """Which loader reads a file of this name; ``.gz`` is looked through."""
+def _kind(path: Path) -> str | None:
+    """The suffix that says how a file of this name is read; ``.gz`` is looked through."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
-    return READERS.get(suffixes[-1]) if suffixes else None
+    return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
 
 
 def _open_file(path: Path) -> Source:
-    import datasets
-
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; name a file in it")
     if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        raise DataError(f"{path}: no such file{did_you_mean(path.name, siblings)}")
-    reader = _reader(path)
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file; known: {', '.join(READERS)}, and each with .gz")
+        raise DataError(f"{path}: no such file{_near(path)}")
+    kind = _kind(path)
+    if kind is None:
+        raise DataError(f"{path}: unknown kind of file; known: {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
+    return Source(str(path), _guarded(path, READERS[kind](path)))
+
+
+def _near(path: Path) -> str:
+    """What the missing file may have been meant to be."""
+    if not path.parent.is_dir():
+        return f", nor a folder {path.parent}"
+    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_file()], 3)
+    return f"; did you mean {either(near)}?" if near else ""
+
+
+def _guarded(path: Path, rows: Iterator[Placed]) -> Iterator[Placed]:
+    try:
+        yield from rows
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _json_rows(path: Path) -> Iterator[Placed]:
+    """An array of objects, or an object a line: whichever the file holds, as people give both either suffix."""
+    with _opened(path) as file:
+        begun = False
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(BOM) if number == 1 else line
+            if not text.strip():
+                continue
+            if not begun and text.lstrip().startswith(b"["):
+                yield from _array_rows(path, b"\n" * (number - 1) + text + file.read())
+                return
+            begun = True
+            try:
+                yield f"{path}:{number}", _object(_parsed(text.rstrip()))
+            except json.JSONDecodeError as error:
+                yield f"{path}:{number}", BadRow(None, "not a JSON object a line", f": {error.msg} at {error.colno}")
+            except BadRow as error:
+                yield f"{path}:{number}", error
+
+
+def _array_rows(path: Path, text: bytes) -> Iterator[Placed]:
+    try:
+        rows = _parsed(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not a JSON array: {error.msg} at {error.colno}") from error
+    except BadRow as error:
+        raise DataError(f"{path}: {error}") from error
+    for number, row in enumerate(rows, 1):
+        try:
+            yield f"{path}: row {number}", _object(row)
+        except BadRow as error:
+            yield f"{path}: row {number}", error
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise BadRow(None, "not UTF-8", f" at byte {error.start + 1}") from error
+    except RecursionError as error:
+        raise BadRow(None, "nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise BadRow(next(name for name in names if names.count(name) > 1), "given twice in one object")
+    return row
+
+
+def _object(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise BadRow(None, f"expected an object with a value a column, found {type(value).__name__}")
+    return value
+
+
+def _csv_rows(path: Path) -> Iterator[Placed]:
+    """Cells are text as they stand; an empty one is an empty text, not a missing column."""
+    csv.field_size_limit(WIDEST_CELL)
+    with _opened(path) as file:
+        reader = csv.reader(_text_lines(path, file), strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}:1: two columns of one name: {', '.join(header)}")
+            line = reader.line_num
+            for cells in reader:
+                place, line = f"{path}:{line + 1}", reader.line_num
+                if len(cells) == len(header):
+                    yield place, dict(zip(header, cells, strict=True))
+                elif cells:
+                    yield place, BadRow(None, f"{len(cells)} cells under a header of {len(header)}")
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+
+
+def _text_lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start + 1}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Placed]:
+    import datasets
+
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(reader, data_files=str(path), split="train")
-    except Exception as error:
-        if reader == "json":
-            _blame_line(path)
+        rows = datasets.load_dataset("parquet", data_files=escape(str(path)), split="train")
+    except Exception as error:  # whatever the reader raises, wrapped in the loader's own
         raise DataError(f"{path}: cannot be read: {_root(error)}") from error
-    return Source(str(path), rows, lambda i: _place(path, i))
+    yield from ((f"{path}: row {i}", dict(row)) for i, row in enumerate(rows, 1))
+
+
+READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
+def _stdin_rows() -> Iterator[Placed]:
+    try:
+        for number, line in enumerate(sys.stdin, 1):
+            yield f"stdin:{number}", {"prompt": line.rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        raise DataError(f"stdin: not UTF-8: {error.reason}") from error
 
 
 def _open_hub(source: str) -> Source:
     import datasets
 
-    name, config, split = source, None, "train"
-    match source.split(":"):
-        case [name, split]:
-            pass
-        case [name, config, split]:
-            pass
+    parts = source.split(":")
+    if len(parts) > 3 or not all(parts):
+        raise DataError(f"{source!r}: a hub id is name, name:split or name:config:split")
+    name, split = parts[0], parts[-1] if len(parts) > 1 else "train"
+    config = parts[1] if len(parts) == 3 else None
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, config, split=split)
-    except Exception as error:
-        raise DataError(f"{source}: neither a file nor a data set on the hub: {_root(error)}") from error
-    return Source(source, rows, lambda i: f"{source}: row {i + 1}")
+    except Exception as error:  # the network's, the hub's, or the loader's own
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{source}: neither a file nor a data set on the hub: {reason}") from error
+    return Source(source, ((f"{source}: row {i}", dict(row)) for i, row in enumerate(rows, 1)))
 
 
 def _root(error: BaseException) -> str:
-    """The first line of the error at the bottom of the chain: the loaders wrap it in their own."""
+    """The first line of the error at the bottom of the chain."""
     while (below := error.__cause__ or error.__context__) is not None:
         error = below
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _lines(path: Path) -> Sequence[bytes]:
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    with opener(path, "rb") as file:
-        return file.read().split(b"\n")
-
-
-def _is_lines(path: Path) -> bool:
-    return ".jsonl" in (suffix.lower() for suffix in path.suffixes)
-
-
-def _blame_line(path: Path) -> None:
-    """The loader says that something is wrong, not where: read line by line until it shows."""
-    if not _is_lines(path):
-        return
-    columns: dict[str, tuple[str, int]] = {}
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start}") from None
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: expected an object, found {type(row).__name__}")
-        for column, value in row.items():
-            kind, first = columns.setdefault(column, (type(value).__name__, number))
-            if value is not None and type(value).__name__ != kind:
-                found = f"{type(value).__name__} here, {kind} on line {first}"
-                raise DataError(f"{path}:{number}: {column}: {found}")
-
-
-def _place(path: Path, row: int) -> str:
-    """``file:line`` for JSON lines, blank lines counted; ``file: row n`` otherwise."""
-    if not _is_lines(path):
-        return f"{path}: row {row + 1}"
-    numbers = [number for number, line in enumerate(_lines(path), 1) if line.strip()]
-    return f"{path}:{numbers[row]}" if row < len(numbers) else f"{path}: row {row + 1}"

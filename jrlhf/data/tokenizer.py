@@ -12,6 +12,8 @@ Tokenizer = Any
 """A transformers tokenizer; the library is imported only when one is loaded."""
 
 PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+NUL_BYTE = ("<0x00>", "Ā")
+"""The byte 0, as Llama's and GPT-2's vocabularies write it: no text that is let in holds one."""
 
 
 def load_tokenizer(path: str) -> Tokenizer:
@@ -26,18 +28,24 @@ def load_tokenizer(path: str) -> Tokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a missing file, JSON, the Rust library's own
         raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        known = tokenizer.get_vocab()
-        others = (tokenizer.unk_token, *tokenizer.all_special_tokens)
-        usable = (token for token in (*PADS, *others) if token in known and token != tokenizer.eos_token)
-        # Masks go by position, so any token may pad; token 0 is the last resort.
-        tokenizer.pad_token = next(usable, tokenizer.convert_ids_to_tokens(0))
+        tokenizer.pad_token = _spare_token(tokenizer, path)
         log.warning("%s: no pad token apart from EOS; padding with %r", path, tokenizer.pad_token)
     return tokenizer
+
+
+def _spare_token(tokenizer: Tokenizer, path: str) -> str:
+    """Masks go by position, so any token may pad; but one that ends answers, or stands in texts, is lost elsewhere."""
+    known, end = tokenizer.get_vocab(), end_of_turn(tokenizer)
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    for token in (*PADS, tokenizer.unk_token, *added, *NUL_BYTE):
+        if token in known and known[token] not in (tokenizer.eos_token_id, end):
+            return token
+    raise DataError(f"{path}: the tokenizer has no token to pad with: set pad_token to one that is not its EOS")
 
 
 def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
@@ -55,7 +63,10 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        text: Any = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # whatever the template raises: it is somebody's program
+        raise DataError(f"the tokenizer's chat template refuses a question and its answer: {error}") from error
     after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
     specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in after if token in specials), None)

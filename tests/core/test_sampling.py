@@ -66,6 +66,8 @@ def test_ties_go_to_the_lower_id_so_that_exactly_k_stay():
     logits = jnp.zeros((1, 5))
     assert np.isfinite(truncate_logits(logits, top_k=2, top_p=1.0)).tolist() == [[True, True, False, False, False]]
     assert np.isfinite(truncate_logits(logits, top_k=0, top_p=0.5)).tolist() == [[True, True, True, False, False]]
+    # Half of the mass of four is reached by two exactly, so a third is not needed.
+    assert np.isfinite(truncate_logits(jnp.zeros((1, 4)), top_k=0, top_p=0.5)).tolist() == [[True, True, False, False]]
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-9])

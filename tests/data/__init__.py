@@ -1,0 +1,1 @@
+"""Rows in, padded batches out. A package, so that its file names need not be unique."""

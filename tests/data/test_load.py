@@ -1,0 +1,265 @@
+"""Files to batches, end to end: what is learnt, what is compared, what is cut, and what is refused or counted."""
+
+import csv
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_texts
+
+HH = "\n\nHuman: hi\n\nAssistant:"
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def row_of(rows: Any, i: int) -> tuple[list[int], list[bool]]:
+    return rows.tokens[i].tolist(), rows.loss_mask[i].tolist()
+
+
+def written(rows: list[dict[str, Any]], kind: str, folder: Path) -> str:
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind == "csv":
+        out = io.StringIO()
+        table = csv.DictWriter(out, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+        path.write_text(out.getvalue())
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+KINDS = ["jsonl", "json", "csv", "parquet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompt_and_completion_from_every_kind_of_file(tokenizer, config, tmp_path, kind):
+    given = [("Hello", " there"), ("What is\n", "the answer?"), ("\n\nHuman: hi", "\n\n42!")]
+    source = written([{"prompt": p, "completion": c} for p, c in given], kind, tmp_path)
+    rows = load_sft(config(), source, tokenizer, train_on="completion")
+    prompts = load_prompts(config(), source, tokenizer)
+    assert len(rows) == len(prompts) == 3
+    for i, (prompt, completion) in enumerate(given):
+        tokens, learnt = row_of(rows, i)
+        head = tokenizer(prompt)["input_ids"]
+        assert tokens[: len(head)] == head == prompts.tokens[i].tolist()
+        assert learnt == [False] * len(head) + [True] * (len(tokens) - len(head))
+        assert tokens[-1] == tokenizer.eos_token_id
+        before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (head, tokens))
+        assert after == before + completion
+        assert prompts.shown[i] == {"prompt": prompt}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_preferences_from_every_kind_of_file(tokenizer, config, tmp_path, kind):
+    given = [{"prompt": "Q", "chosen": " yes", "rejected": " no way", "margin": 0.5}]
+    rows = load_rankings(config(), written(given, kind, tmp_path), tokenizer)
+    batch = rows.batch([0])
+    texts = [
+        tokenizer.decode(t[m], skip_special_tokens=True) for t, m in zip(batch.tokens[0], batch.mask[0], strict=True)
+    ]
+    assert [text.strip() for text in texts] == ["Q yes", "Q no way"]
+    assert batch.tokens[0][batch.mask[0]].tolist().count(tokenizer.eos_token_id) == 2
+    assert (batch.ranks.tolist(), batch.valid.tolist(), batch.margin.tolist()) == ([[0, 1]], [[True, True]], [0.5])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_rankings_and_messages_from_every_kind_that_has_lists(chat, config, tmp_path, kind):
+    user, answers = {"role": "user", "content": "hi"}, ["hello", "well", "42"]
+    said = [[{"role": "assistant", "content": answer}] for answer in answers]
+    source = written([{"prompt": [user], "completions": said, "ranks": [1, 0, 1]}], kind, tmp_path)
+    rows = load_rankings(config(), source, chat)
+    head = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert [rows.tokens[i].tolist() for i in range(3)] == [ids(chat, head + a + "<|im_end|>") for a in answers]
+    assert rows.batch([0]).ranks.tolist() == [[1, 0, 1]]
+    assert load_prompts(config(), source, chat).tokens[0].tolist() == ids(chat, head)
+    texts = load_texts(config(), source, chat)
+    assert [texts.tokens[i].tolist() for i in range(3)] == [rows.tokens[i].tolist() for i in range(3)]
+    assert texts.shown == [{"prompt": [user], "completion": answer} for answer in said]
+
+
+def test_rows_of_different_formats_in_one_file(chat, config, write):
+    rows = [{"text": "hi"}, {"prompt": "a", "completion": "b"}, {"chosen": HH + " x", "rejected": HH + " y"}]
+    loaded = load_sft(config(), write(rows), chat, train_on="completion")
+    eos = [chat.eos_token_id]
+    assert row_of(loaded, 0)[0] == ids(chat, "hi") + eos
+    assert row_of(loaded, 1)[0] == ids(chat, "a") + ids(chat, "b") + eos
+    assert row_of(loaded, 2)[0] == ids(chat, HH) + ids(chat, " x") + eos
+
+
+def test_a_prompt_may_be_absent(metaspace, config, write):
+    rows = load_rankings(config(), write([{"chosen": "Hello", "rejected": "hi there"}]), metaspace)
+    eos = [metaspace.eos_token_id]
+    assert rows.tokens[0].tolist() == metaspace("Hello")["input_ids"] + eos
+    assert rows.tokens[1].tolist() == metaspace("hi there")["input_ids"] + eos
+
+
+MESSAGES = [
+    {"role": role, "content": content}
+    for role, content in [("user", "hi"), ("assistant", "hello"), ("user", "well"), ("assistant", "42")]
+]
+
+
+def test_train_on(chat, config, write):
+    source = write([{"prompt": MESSAGES[:3], "completion": MESSAGES[3:]}, {"messages": MESSAGES}])
+    text = chat.apply_chat_template(MESSAGES, tokenize=False).removesuffix("\n")
+    whole = ids(chat, text)
+    first, last = ids(chat, "hello<|im_end|>"), ids(chat, "42<|im_end|>")
+    start = next(i for i in range(len(whole)) if whole[i : i + len(first)] == first)
+    inner = set(range(start, start + len(first)))
+    answer = set(range(len(whole) - len(last), len(whole)))
+    learnt = {
+        "completion": (answer, inner | answer),
+        "assistant": (inner | answer,) * 2,
+        "all": (set(range(1, len(whole))),) * 2,
+    }
+    for train_on, (of_prompt, of_messages) in learnt.items():
+        rows = load_sft(config(), source, chat, train_on=train_on)
+        for i, expected in enumerate((of_prompt, of_messages)):
+            tokens, mask = row_of(rows, i)
+            assert tokens == whole
+            assert {at for at, inside in enumerate(mask) if inside} == expected
+
+
+@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
+def test_a_text_is_learnt_whole_but_for_its_first_token(tokenizer, config, write, train_on):
+    rows = load_sft(config(), write([{"text": "Hello there"}]), tokenizer, train_on=train_on)
+    tokens, learnt = row_of(rows, 0)
+    assert tokens == [*tokenizer("Hello there")["input_ids"], tokenizer.eos_token_id]
+    assert learnt == [False] + [True] * (len(tokens) - 1)
+
+
+def test_answers_are_cut_at_their_end_and_prompts_at_their_start(metaspace, config, write):
+    source = write([{"prompt": "What is the answer", "completion": " The answer is 42!"}])
+    full = load_sft(config(), source, metaspace, train_on="completion")
+    tokens, learnt = row_of(full, 0)
+    head, answer = learnt.index(True), len(tokens) - learnt.index(True)
+    cut = load_sft(config(max_length=head + 3), source, metaspace, train_on="completion")
+    assert row_of(cut, 0) == (tokens[: head + 3], learnt[: head + 3])
+    prompts = load_prompts(config(max_length=4), source, metaspace)
+    assert prompts.tokens[0].tolist() == [tokens[0], *tokens[head - 3 : head]]
+    for length in (answer + 3, answer, 3):
+        texts = load_texts(config(max_length=length), source, metaspace)
+        # BOS, as much of the prompt's end as there is room for, and the answer.
+        expected = [tokens[0], *tokens[min(len(tokens) - length + 1, head) :]]
+        assert texts.tokens[0].tolist() == expected[:length]
+
+
+def test_cut_until_nothing_is_left(metaspace, config, write):
+    source = write([{"prompt": "What is the answer", "completion": " 42"}])
+    with pytest.raises(DataError) as error:
+        load_sft(config(max_length=4), source, metaspace, train_on="completion")
+    reason = "completion: the first token to learn is beyond max_length (4), so nothing would be learnt"
+    assert str(error.value) == f"{source}:1: {reason}"
+    source = write([{"chosen": "Hello there, one", "rejected": "Hello there, two"}])
+    with pytest.raises(DataError) as error:
+        load_rankings(config(max_length=3), source, metaspace)
+    reason = "chosen: two answers of unequal rank have the same tokens, of which max_length allows 3"
+    assert str(error.value) == f"{source}:1: {reason}"
+
+
+def test_tied_answers_may_be_the_same_once_cut(chat, config, write):
+    source = write([{"completions": ["hello one", "hello two", "42"], "ranks": [0, 0, 1]}])
+    rows = load_rankings(config(max_length=2), source, chat)
+    assert rows.tokens[0].tolist() == rows.tokens[1].tolist()
+
+
+BAD = [
+    '{"prompt": "a", "chosen": "b"',
+    '{"prompt": "a", "chosen": "b", "rejected": "b"}',
+    '{"prompt": "", "chosen": "b", "rejected": "c"}',
+    '{"prompt": "a", "chosen": "b", "rejected": "b"}',
+    '{"prompt": 5, "chosen": "b", "rejected": "c"}',
+]
+GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_row_ends_the_run_with_its_line(chat, config, write, bad):
+    source = write(f"{GOOD}\n\n{bad}\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: "):
+        load_rankings(config(), source, chat)
+
+
+def test_bad_rows_are_counted_and_reported_where_they_are_skipped(chat, config, write, caplog):
+    source = write("\n".join([GOOD, *BAD, GOOD]))
+    with caplog.at_level(logging.WARNING, logger="jrlhf.data"):
+        rows = load_rankings(config(on_bad_row="skip"), source, chat)
+    assert len(rows) == 2
+    assert rows.skipped == {
+        "chosen: the same as rejected": 2,
+        "not a JSON object a line": 1,
+        "prompt: is empty": 1,
+        "prompt: expected a string or a list of messages, found int": 1,
+    }
+    assert f"{source}: skipped 2 rows: chosen: the same as rejected (first: {source}:3)" in caplog.messages
+    assert f"{source}: skipped 1 rows: prompt: is empty (first: {source}:4)" in caplog.messages
+    assert len(caplog.messages) == 4
+
+
+def test_many_reasons_are_summed_up(chat, config, write, caplog):
+    bad = [{"messages": [{"role": "user", "content": "hi"}] * i + [{"role": "x"}]} for i in range(25)]
+    with caplog.at_level(logging.WARNING, logger="jrlhf.data"):
+        rows = load_prompts(config(on_bad_row="skip"), write([*bad, {"prompt": "hi"}]), chat)
+    assert sum(rows.skipped.values()) == len(rows.skipped) == 25
+    assert len(caplog.messages) == 21
+    assert caplog.messages[-1].endswith("skipped 5 rows for 5 other reasons")
+
+
+@pytest.mark.parametrize("load", [load_prompts, load_rankings, load_texts])
+def test_nothing_left_is_an_error(chat, config, write, load):
+    source = write([{"question": "a"}] * 3)
+    with pytest.raises(DataError, match=r": no rows; all 3 were skipped, most for: \w+: no such column, .*question$"):
+        load(config(on_bad_row="skip"), source, chat)
+    for empty, name in (("\n\n", "rows.jsonl"), ("[]", "rows.json"), ("prompt,completion\n", "rows.csv")):
+        with pytest.raises(DataError, match=r": no rows$"):
+            load(config(), write(empty, name), chat)
+
+
+def test_empty_cells_are_empty_and_not_absent(chat, config, write):
+    with pytest.raises(DataError, match=r"rows\.csv:2: prompt: is empty$"):
+        load_rankings(config(), write("prompt,chosen,rejected\n,a,b\n", "rows.csv"), chat)
+    rows = load_rankings(config(), write("chosen,rejected,margin\na,007,\nNA,null,2\n", "rows.csv"), chat)
+    texts = [chat.decode(rows.tokens[i], skip_special_tokens=True) for i in range(4)]
+    assert texts == ["a", "007", "NA", "null"]
+    assert rows.batch([0, 1]).margin.tolist() == [0.0, 2.0]
+
+
+def test_messages_need_a_template(metaspace, config, write):
+    with pytest.raises(DataError, match=r":1: messages: chat messages, but the tokenizer has no chat template$"):
+        load_sft(config(), write([{"messages": MESSAGES}]), metaspace, train_on="completion")
+
+
+def test_prompts_from_stdin_are_left_padded(metaspace, config, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once\nOnce upon a time\n"))
+    prompts = load_prompts(config(), "-", metaspace)
+    tokens, mask = prompts.batch([0, 1])
+    assert tokens.shape == (2, prompts.buckets[-1])
+    assert tokens[mask].tolist() == metaspace("Once")["input_ids"] + metaspace("Once upon a time")["input_ids"]
+    assert mask[:, -1].all()
+    assert (np.diff(mask.astype(int), axis=1) >= 0).all()
+    assert (tokens[~mask] == metaspace.pad_token_id).all()
+
+
+@pytest.mark.parametrize("asset", ["prompts_train", "prompts_heldout"])
+def test_shipped_prompts_come_back_as_text(metaspace, config, asset):
+    prompts = load_prompts(config(), f"asset:{asset}", metaspace)
+    assert len(prompts) == {"prompts_train": 1490, "prompts_heldout": 512}[asset]
+    assert prompts.skipped == {}
+    decoded = [metaspace.decode(prompts.tokens[i], skip_special_tokens=True) for i in range(0, 500, 7)]
+    assert decoded == [row["prompt"] for row in prompts.shown[0:500:7]]

@@ -1,0 +1,44 @@
+"""Importing touches no device, no global JAX config and nothing heavy. Each case in a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def run(code):
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def loaded_by(module):
+    return set(run(f"import sys, {module}; print(*sys.modules)"))
+
+
+@pytest.mark.parametrize("module", ["jrlhf.types", "jrlhf.core", "jrlhf.steps"])
+def test_importing_initialises_no_backend_and_sets_no_config(module):
+    code = f"""
+import jax
+before = dict(jax.config.values)
+import {module}
+from jax._src import xla_bridge
+print(not xla_bridge._backends, dict(jax.config.values) == before)
+jax.devices("cpu")
+print(bool(xla_bridge._backends))
+"""
+    # The last line shows that the first looks at the right thing.
+    assert run(code) == ["True", "True", "True"]
+
+
+@pytest.mark.parametrize("module", ["jrlhf", "jrlhf.config", "jrlhf.config_io", "jrlhf.cli"])
+def test_the_command_line_starts_without_jax(module):
+    assert not {"jax", "flax", "orbax", "transformers", "datasets"} & loaded_by(module)
+
+
+def test_steps_need_neither_flax_nor_orbax_nor_transformers():
+    loaded = loaded_by("jrlhf.steps")
+    assert not {"flax", "orbax", "transformers", "datasets"} & loaded
+    assert "jax" in loaded
