@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, PPOConfig
@@ -26,7 +27,7 @@ from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, 
 from jrlhf.stages.sampling import GenerateFn, generate_all, jit_generate, texts_of
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, start_training
 from jrlhf.steps import make_experience, make_ppo_step, rollout_metrics
-from jrlhf.types import Generation, Params, PPOParams, Rollout, TrainState
+from jrlhf.types import Generation, LogprobFn, Params, PPOParams, Rollout, ScoreFn, TrainState
 
 SHOWN = ("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second")
 
@@ -61,7 +62,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         tx, schedule = make_actor_critic_optimizer(
             ppo.optim, value_lr=ppo.value_lr, updates=ppo.iterations * ppo.epochs * ppo.minibatches
         )
-        step = _make_step(ppo, actors, tx)
+        step = make_step(ppo, actors.policy.logprob_fn, actors.reward.score_fn, tx)
         state, update = start_training(
             step,
             tx,
@@ -116,10 +117,11 @@ def _load_actors(config: Config, mesh: Mesh) -> Actors:
     return Actors(policy, reward, tokenizer)
 
 
-def _make_step(ppo: PPOConfig, actors: Actors, tx: Any) -> Callable[..., Any]:
+def make_step(ppo: PPOConfig, logprob_fn: LogprobFn, value_fn: ScoreFn, tx: optax.GradientTransformation) -> JittedStep:
+    """``make_ppo_step`` with a config's settings: 0 is off there, None here."""
     return make_ppo_step(
-        actors.policy.logprob_fn,
-        actors.reward.score_fn,
+        logprob_fn,
+        value_fn,
         tx,
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,

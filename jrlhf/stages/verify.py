@@ -18,6 +18,7 @@ from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.stages.run import exported_folder
+from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
 from jrlhf.types import Generation, PPOParams, Rollout, TrainState
 
@@ -44,6 +45,8 @@ class Subject(NamedTuple):
     critic: RewardModel
     generation: Generation
     rollout: Rollout
+    step: JittedStep
+    """One update on a whole rollout."""
     temperature: float
 
 
@@ -83,7 +86,9 @@ def _prepare(args: VerifyConfig) -> Subject:
     )
     generation = jax.jit(generate)(model.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(args.seed))
     scores = jax.jit(critic.score)(critic.params, generation.tokens, generation.mask)
-    return Subject(model, critic, generation, _experience(model, critic, generation, scores, args), args.temperature)
+    rollout = _experience(model, critic, generation, scores, args)
+    step = jax.jit(_make_step(model, critic, temperature=args.temperature, accumulation=1))
+    return Subject(model, critic, generation, rollout, step, args.temperature)
 
 
 def _experience(
@@ -107,12 +112,12 @@ def _findings(subject: Subject) -> Iterator[Finding]:
     stats = jax.device_get(jax.jit(rollout_metrics)(subject.rollout))
     yield Finding("KL(policy, reference) at step 0, nats a sequence", abs(float(stats["kl"])), EXACT)
     yield Finding("sampler and trainer: max |Δ log-prob|", float(stats["sampler/max_abs_logprob_diff"]), LOGITS)
-    state, metrics = _update(subject, rate=0.0, accumulation=1)
+    state, metrics = _update(subject, rate=0.0, rollout=subject.rollout)
     yield Finding("first minibatch: max |log ratio|", float(metrics["policy/max_abs_log_ratio"]), FLOAT32)
     yield Finding("first minibatch: approximate KL", float(metrics["policy/approxkl"]), FLOAT32)
     yield Finding("learning rate 0: max |Δ parameter|", _distance(state.params, _params(subject)), EXACT)
-    whole, _ = _update(subject, rate=1.0, accumulation=1)
-    sliced, _ = _update(subject, rate=1.0, accumulation=2)
+    whole, _ = _update(subject, rate=1.0, rollout=subject.rollout)
+    sliced = _sliced_update(subject)
     scale = _distance(whole.params, _params(subject))
     yield Finding("2 slices or 1: |Δ update| / |update|", _distance(sliced.params, whole.params) / scale, FLOAT32)
     if jax.device_count() > 1:
@@ -133,17 +138,16 @@ def _params(subject: Subject) -> PPOParams:
     return PPOParams(policy=subject.model.params, value=subject.critic.params)
 
 
-def _step(subject: Subject, rate: float, accumulation: int) -> tuple[Any, optax.GradientTransformation]:
-    # Plain gradient descent: Adam would blow rounding up to full size wherever a gradient is almost 0.
-    ppo, tx = PPOConfig(), optax.sgd(rate)
-    step = make_ppo_step(
-        subject.model.logprob_fn,
-        subject.critic.score_fn,
-        tx,
+def _make_step(model: Pretrained, critic: RewardModel, *, temperature: float, accumulation: int) -> JittedStep:
+    ppo = PPOConfig()
+    return make_ppo_step(
+        model.logprob_fn,
+        critic.score_fn,
+        _optimizer(1.0),
         epochs=1,
         minibatches=1,
         accumulation=accumulation,
-        temperature=subject.temperature,
+        temperature=temperature,
         clip=ppo.clip,
         dual_clip=None,
         value_clip=ppo.value_clip,
@@ -154,31 +158,39 @@ def _step(subject: Subject, rate: float, accumulation: int) -> tuple[Any, optax.
         critic_warmup_updates=0,
         ema_decay=None,
     )
-    return step, tx
 
 
-def _start(tx: optax.GradientTransformation, params: PPOParams) -> TrainState:
-    return TrainState(params, tx.init(params), jnp.int32(0))
+def _optimizer(rate: float) -> optax.GradientTransformation:
+    """Plain gradient descent: Adam would blow rounding up to full size wherever a gradient is almost 0.
+
+    The rate is part of the state, so that one compiled step serves for every rate.
+    """
+    return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
 
 
-def _update(
-    subject: Subject, *, rate: float, accumulation: int, rollout: Rollout | None = None
-) -> tuple[TrainState, Any]:
-    step, tx = _step(subject, rate, accumulation)
-    state = _start(tx, _params(subject))
-    return jax.jit(step)(state, subject.rollout if rollout is None else rollout, jax.random.key(0))
+def _start(rate: float, params: PPOParams) -> TrainState:
+    return TrainState(params, _optimizer(rate).init(params), jnp.int32(0))
+
+
+def _update(subject: Subject, *, rate: float, rollout: Rollout) -> tuple[TrainState, Any]:
+    return subject.step(_start(rate, _params(subject)), rollout, jax.random.key(0))
+
+
+def _sliced_update(subject: Subject) -> TrainState:
+    step = _make_step(subject.model, subject.critic, temperature=subject.temperature, accumulation=2)
+    return jax.jit(step)(_start(1.0, _params(subject)), subject.rollout, jax.random.key(0))[0]
 
 
 def _update_over_devices(subject: Subject) -> TrainState:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    step, tx = _step(subject, 1.0, 1)
     rules = subject.model.rules
     copies = jax.tree.map(jnp.copy, _params(subject))
-    state = init_sharded(partial(_start, tx), copies, mesh=mesh, rules=rules)
+    state = init_sharded(partial(_start, 1.0), copies, mesh=mesh, rules=rules)
     shardings = tree_shardings(jax.eval_shape(lambda: state), mesh, rules)
     # Whole copies of the batch, so that any number of devices divides it; the mean stays what it is.
     parts = mesh.shape["data"]
     rollout = jax.tree.map(lambda x: np.concatenate([np.asarray(x)] * parts), subject.rollout)
+    step = _make_step(subject.model, subject.critic, temperature=subject.temperature, accumulation=1)
     return jit_step(step, mesh=mesh, state_shardings=shardings)(state, shard_batch(rollout, mesh), jax.random.key(0))[0]
 
 
@@ -265,6 +277,6 @@ def _degenerate(subject: Subject) -> Iterator[tuple[str, float]]:
         "a row all masked": lambda: rollout._replace(response_mask=rollout.response_mask.at[0].set(False)),
     }
     for name, make in cases.items():
-        state, metrics = _update(subject, rate=1.0, accumulation=1, rollout=make())
+        state, metrics = _update(subject, rate=1.0, rollout=make())
         leaves = jax.tree.leaves((state.params, metrics))
         yield name, float(sum(np.sum(~np.isfinite(np.asarray(x))) for x in leaves))

@@ -1,5 +1,7 @@
 """Small batches of uneven rows, and comparisons of trees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,9 @@ from jrlhf.types import RankingBatch, Rollout, SFTBatch, TrainState
 from .tiny_models import VOCABULARY
 
 KEY = jax.random.key(0)
+
+# Compiling is most of what these tests do: nothing here runs long enough to be worth optimising.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def new_state(params, tx, ema=None):
@@ -50,7 +55,7 @@ def rollout_batch(apply_fn, params, *, rows=4, prompt=3, response=6, temperature
     lengths = np.linspace(1, response, rows).astype(int)[:, None]
     mask = (at >= starts) & (at < prompt + lengths)
     real = lambda scale: (rng.normal(size=(rows, width)) * scale).astype(np.float32)  # noqa: E731
-    logits = np.asarray(jax.jit(apply_fn)(params, tokens, mask)) / temperature
+    logits = np.asarray(jit(apply_fn)(params, tokens, mask)) / temperature
     logp = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     logprobs = real(noise)
     logprobs[:, 1:] += np.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[:, :, 0]

@@ -7,7 +7,7 @@ from jrlhf.core import from_logits, gae
 from jrlhf.steps import make_experience, make_generate, rollout_metrics
 from jrlhf.types import DecodeFns, Generation
 
-from .batches import all_finite, assert_close, assert_same
+from .batches import all_finite, assert_close, assert_same, jit
 from .test_generate import prompts
 from .tiny_models import VOCABULARY, plain_decode, plain_init, plain_init_cache, recomputing_decode
 
@@ -20,7 +20,7 @@ def generation_of(model, decode_fns=None, key=3):
     generate = make_generate(
         decode_fns, max_new_tokens=6, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(2,), pad_token=0
     )
-    return jax.jit(generate)(model.params, *prompts(), jax.random.key(key))
+    return jit(generate)(model.params, *prompts(), jax.random.key(key))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def experience_of(model, **changes):
         "missing_eos_penalty": 0.0,
         "whiten_rewards": False,
     } | changes
-    return jax.jit(make_experience(from_logits(model.apply_fn), model.score_fn, **settings))
+    return jit(make_experience(from_logits(model.apply_fn), model.score_fn, **settings))
 
 
 def reference():
@@ -49,7 +49,7 @@ def by_hand(model, ref, generation, *, estimator="k1", penalty=0.0, whiten=False
     """With γ = λ = 1 an advantage is the reward to go less the value. Loops in double precision."""
     tokens, response = np.asarray(generation.tokens), np.asarray(generation.response_mask)
     rows, width = tokens.shape
-    apply_fn, score_fn = jax.jit(model.apply_fn), jax.jit(model.score_fn)
+    apply_fn, score_fn = jit(model.apply_fn), jit(model.score_fn)
     out = {name: np.zeros((rows, width)) for name in ("logprobs", "ref_logprobs", "values", "rewards", "returns")}
     for b in range(rows):
         real = np.asarray(generation.mask[b])
@@ -128,7 +128,7 @@ def test_lambda_and_gamma_reach_gae(plain, generation):
 
 def test_metrics_equal_the_loop(plain, generation):
     rollout = experience_of(plain)(plain.params, reference(), plain.value_params, generation, SCORES, BETA)
-    metrics = jax.jit(rollout_metrics)(rollout)
+    metrics = jit(rollout_metrics)(rollout)
     response = np.asarray(generation.response_mask)
     r = jax.tree.map(np.asarray, rollout)
     difference = np.where(response, r.logprobs - r.ref_logprobs, 0.0)
@@ -204,5 +204,5 @@ def test_targets_are_constants(plain, generation):
         rollout = make(policy, reference(), value, generation, SCORES, BETA)
         return jnp.sum(rollout.advantages) + jnp.sum(rollout.returns) + jnp.sum(rollout.logprobs)
 
-    gradient = jax.jit(jax.grad(total, argnums=(0, 1)))(plain.params, plain.value_params)
+    gradient = jit(jax.grad(total, argnums=(0, 1)))(plain.params, plain.value_params)
     assert all(not x.any() for x in jax.tree.leaves(gradient))

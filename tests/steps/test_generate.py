@@ -7,7 +7,7 @@ from jrlhf.core import from_logits, sample
 from jrlhf.steps import make_generate
 from jrlhf.types import DecodeFns
 
-from .batches import assert_same
+from .batches import assert_same, jit
 from .tiny_models import VOCABULARY, plain_decode, plain_init_cache, recomputing_decode
 
 KEY, NEW = jax.random.key(3), 8
@@ -34,7 +34,7 @@ def generator(decode_fns, **changes):
         "stop_tokens": (2,),
         "pad_token": 0,
     } | changes
-    return jax.jit(make_generate(decode_fns, **settings))
+    return jit(make_generate(decode_fns, **settings))
 
 
 def simulate(model, key, *, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(2,)):
@@ -44,7 +44,7 @@ def simulate(model, key, *, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(2,
     out = [([], []) for _ in rows]
     done = [False] * len(rows)
     width = max(LENGTHS) + NEW
-    apply_fn = jax.jit(model.apply_fn)
+    apply_fn = jit(model.apply_fn)
     for n in range(NEW):
         whole = [row + response for row, (response, _) in zip(rows, out, strict=True)]
         padded = jnp.array([w + [6] * (width - len(w)) for w in whole], jnp.int32)
@@ -151,7 +151,7 @@ def test_rows_that_have_stopped_are_decoded_as_padding(plain):
 def test_sampler_and_trainer_agree_on_the_logprobs(model):
     generate = generator(DecodeFns(*recomputing_decode(model.apply_fn)))
     generation = generate(model.params, *prompts(), KEY)
-    trainer, _ = jax.jit(lambda p, t, m: from_logits(model.apply_fn)(p, t, m, temperature=0.7))(
+    trainer, _ = jit(lambda p, t, m: from_logits(model.apply_fn)(p, t, m, temperature=0.7))(
         model.params, generation.tokens, generation.mask
     )
     difference = jnp.where(generation.response_mask, trainer - generation.logprobs, 0.0)

@@ -8,7 +8,7 @@ import pytest
 
 from jrlhf.steps.ppo import shuffled_minibatches
 
-from .batches import KEY, all_finite, assert_close, assert_same, descend, moved, rollout_batch, sft_batch
+from .batches import KEY, all_finite, assert_close, assert_same, descend, jit, moved, rollout_batch, sft_batch
 from .test_ppo_step import ppo_step, reference_loss, start
 from .test_sft_step import reference_loss as sft_reference_loss
 
@@ -82,7 +82,7 @@ def test_ptx_adds_its_own_gradient(plain, rollout):
     text = sft_batch()
     without, _ = ppo_step(plain)(start(plain), rollout, KEY)
     with_text, metrics = ppo_step(plain, ptx_coef=0.3)(start(plain), rollout._replace(ptx=text), KEY)
-    nll, gradient = jax.jit(jax.value_and_grad(lambda p: sft_reference_loss(plain.apply_fn, p, text)))(plain.params)
+    nll, gradient = jit(jax.value_and_grad(lambda p: sft_reference_loss(plain.apply_fn, p, text)))(plain.params)
     expected = descend(without.params.policy, gradient, lr=0.3)
     assert_close(with_text.params.policy, expected)
     assert_same(with_text.params.value, without.params.value)
@@ -104,7 +104,7 @@ def test_the_entropy_bonus_raises_entropy(plain, rollout):
     state = start(plain)
     after, before = step(state, flat, KEY)
     assert step(after, flat, KEY)[1]["policy/entropy"] > before["policy/entropy"] + 1e-3
-    gradient = jax.jit(jax.grad(lambda p: reference_loss(plain, p, flat)[1]["policy/entropy"]))(state.params)
+    gradient = jit(jax.grad(lambda p: reference_loss(plain, p, flat)[1]["policy/entropy"]))(state.params)
     expected = descend(plain.params, gradient.policy, lr=-0.5)
     assert_close(after.params.policy, expected)
 

@@ -8,7 +8,19 @@ from jrlhf.core import from_logits
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.types import SFTBatch
 
-from .batches import KEY, all_finite, assert_close, assert_same, descend, moved, new_state, pad_columns, sft_batch, take
+from .batches import (
+    KEY,
+    all_finite,
+    assert_close,
+    assert_same,
+    descend,
+    jit,
+    moved,
+    new_state,
+    pad_columns,
+    sft_batch,
+    take,
+)
 from .tiny_models import VOCABULARY
 
 
@@ -24,14 +36,14 @@ def reference_loss(apply_fn, params, batch):
 
 def sgd_step(model, accumulation=1, lr=1.0):
     tx = optax.sgd(lr)
-    step = jax.jit(make_sft_step(from_logits(model.apply_fn), tx, accumulation=accumulation))
+    step = jit(make_sft_step(from_logits(model.apply_fn), tx, accumulation=accumulation))
     return step, new_state(model.params, tx)
 
 
 def test_first_update_equals_the_reference_gradient(model):
     step, state = sgd_step(model)
     batch = sft_batch()
-    loss, gradient = jax.jit(jax.value_and_grad(lambda p: reference_loss(model.apply_fn, p, batch)))(model.params)
+    loss, gradient = jit(jax.value_and_grad(lambda p: reference_loss(model.apply_fn, p, batch)))(model.params)
     after, metrics = step(state, batch, KEY)
     assert_close(after.params, descend(model.params, gradient))
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
@@ -45,7 +57,7 @@ def test_it_learns_to_count(model):
     tokens = (jnp.arange(8)[:, None] + jnp.arange(6)[None]).astype(jnp.int32) % VOCABULARY
     batch = SFTBatch(tokens, jnp.ones(tokens.shape, bool), jnp.ones(tokens.shape, bool))
     tx = optax.adam(3e-2)
-    step = jax.jit(make_sft_step(from_logits(model.apply_fn), tx, accumulation=1))
+    step = jit(make_sft_step(from_logits(model.apply_fn), tx, accumulation=1))
     state, losses = new_state(model.params, tx), []
     for _ in range(60):
         state, metrics = step(state, batch, KEY)
@@ -95,7 +107,7 @@ def test_nan_logits_at_padding_reach_no_gradient(plain):
         return hidden + params["bias"]
 
     params, tx, batch = {"model": plain.params, "bias": jnp.zeros((1, 1, VOCABULARY))}, optax.sgd(1.0), sft_batch()
-    dirty = jax.jit(make_sft_step(from_logits(with_nan_hidden), tx, accumulation=2))
+    dirty = jit(make_sft_step(from_logits(with_nan_hidden), tx, accumulation=2))
     after, metrics = dirty(new_state(params, tx), batch, KEY)
     step, state = sgd_step(plain, accumulation=2)
     clean, clean_metrics = step(state, batch, KEY)
@@ -114,7 +126,7 @@ def test_rows_without_a_trained_token_are_no_loss(plain, lengths):
 
 
 def test_eval_sums_add_up_over_batches(plain):
-    evaluate = jax.jit(make_sft_eval(from_logits(plain.apply_fn)))
+    evaluate = jit(make_sft_eval(from_logits(plain.apply_fn)))
     batches = [sft_batch(seed=i, lengths=lengths) for i, lengths in enumerate([(2, 9, 3, 5), (1, 1, 7, 10)])]
     nll, tokens = (sum(x) for x in zip(*(evaluate(plain.params, b) for b in batches), strict=True))
     whole = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
@@ -126,7 +138,7 @@ def test_bfloat16_model_float32_loss(plain):
         return plain.apply_fn(params, tokens, mask).astype(jnp.bfloat16)
 
     tx = optax.sgd(0.1)
-    after, metrics = jax.jit(make_sft_step(from_logits(half), tx, accumulation=2))(
+    after, metrics = jit(make_sft_step(from_logits(half), tx, accumulation=2))(
         new_state(plain.params, tx), sft_batch(), KEY
     )
     assert {x.dtype for x in jax.tree.leaves((after.params, metrics))} == {jnp.dtype("float32")}
@@ -140,7 +152,7 @@ def test_traced_once_and_bitwise_repeatable(plain):
         return plain.apply_fn(params, tokens, mask)
 
     tx = optax.adamw(1e-2)
-    step = jax.jit(make_sft_step(from_logits(counted), tx, accumulation=1))
+    step = jit(make_sft_step(from_logits(counted), tx, accumulation=1))
     start = new_state(plain.params, tx)
     state, _ = step(start, sft_batch(seed=0), KEY)
     before = len(traces)

@@ -1,0 +1,94 @@
+"""A run small enough for tests: the shipped model, a few dozen sentences, a handful of steps, on all eight devices."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jrlhf import assets
+from jrlhf.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    KLConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    SFTConfig,
+)
+from jrlhf.stages.pipeline import run_pipeline
+
+
+def first_rows(name: str, count: int, folder: Path) -> str:
+    """The first rows of a shipped file, as a file of their own."""
+    lines = Path(assets.resolve(f"asset:{name}")).read_text(encoding="utf-8").splitlines()[:count]
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def small_config(folder: Path, run: str) -> Config:
+    """Two SFT epochs of two steps, four reward steps, three PPO iterations."""
+    data = folder / "data"
+    data.mkdir(exist_ok=True)
+
+    def rows(train: str, train_rows: int, heldout: str) -> DataConfig:
+        files = first_rows(train, train_rows, data), first_rows(heldout, 16, data)
+        return DataConfig(train=files[0], eval=files[1], max_length=32, buckets=1)
+
+    log = LogConfig(every=1, eval_every=2, samples=2, progress=False)
+    checkpoint = CheckpointConfig(every=1, keep=3, keep_best=1)
+    common = {"log": log, "checkpoint": checkpoint}
+    prompts = rows("prompts_train", 16, "prompts_heldout")
+    return Config(
+        run=str(folder / run),
+        seed=3,
+        sft=SFTConfig(
+            model=ModelConfig(path="asset:stories260k"),
+            data=rows("sft_train", 32, "sft_heldout"),
+            optim=OptimConfig(lr=3e-3),
+            epochs=2,
+            batch_size=16,
+            sampling=SamplingConfig(max_new_tokens=8),
+            candidate_prompts=prompts.eval,
+            candidates=2,
+            **common,
+        ),
+        reward=RewardConfig(
+            data=rows("rankings_train", 16, "rankings_heldout"),
+            optim=OptimConfig(lr=1e-3),
+            batch_size=8,
+            epochs=2,
+            **common,
+        ),
+        ppo=PPOConfig(
+            prompts=replace(prompts, max_length=12),
+            sampling=SamplingConfig(max_new_tokens=8, temperature=0.7),
+            optim=OptimConfig(lr=1e-3, eps=1e-5),
+            kl=KLConfig(coef=0.1, target=1.0, horizon=100),
+            iterations=3,
+            episodes=16,
+            epochs=2,
+            minibatches=2,
+            ema_decay=0.9,
+            ptx_coef=0.1,
+            ptx=rows("sft_train", 32, "sft_heldout"),
+            missing_eos_penalty=0.5,
+            **common,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict]:
+    """A whole run, once; tests read it and start their own copies."""
+    config = small_config(tmp_path_factory.mktemp("run"), "whole")
+    return config, run_pipeline(config)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,191 @@
+"""All three stages on the shipped model: what they write, that they repeat to the bit, and that they come back."""
+
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jrlhf.checkpoint import Checkpoints, run_lock
+from jrlhf.config import Config, ExportConfig, GenerateConfig, SamplingConfig, ScoreConfig
+from jrlhf.config_io import ConfigError
+from jrlhf.metrics import read_metrics
+from jrlhf.models import load_pretrained, load_reward_model
+from jrlhf.stages import ppo, sft
+from jrlhf.stages.export import run_export
+from jrlhf.stages.inference import run_generate, run_score
+from jrlhf.stages.loop import Interrupted
+from jrlhf.stages.pipeline import run_pipeline
+from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.sft import run_sft
+
+from .conftest import read_jsonl
+
+Finished = tuple[Config, dict[str, Any]]
+
+PPO_LOG = {
+    "reward/score_mean", "reward/score_std", "reward/total", "kl", "kl_coef", "entropy", "policy/approxkl",
+    "policy/clipfrac", "policy/ratio_mean", "policy/ratio_max", "loss/policy", "loss/value", "value/explained_variance",
+    "value/clipfrac", "length/mean", "eos_fraction", "lr", "grad_norm", "tokens_per_second", "seconds/rollout",
+    "seconds/scoring", "seconds/update", "sampler/max_abs_logprob_diff", "policy/first_minibatch_max_abs_log_ratio",
+}  # fmt: skip
+
+
+def test_every_stage_leaves_its_folder_and_figures(finished: Finished) -> None:
+    config, summary = finished
+    run = Path(config.run)
+    for stage in ("sft", "reward", "ppo"):
+        for name in (
+            "config.yaml",
+            "metrics.jsonl",
+            "summary.json",
+            "checkpoints",
+            "hf/model.safetensors",
+            "tensorboard",
+        ):
+            assert (run / stage / name).exists(), (stage, name)
+    assert (run / "report.html").stat().st_size > 0
+    assert summary["sft"]["heldout_nll"] < summary["sft"]["base_nll"]
+    assert summary["versions"]["jax"] == jax.__version__
+    assert summary["seconds"]["total"] >= max(summary["seconds"][stage] for stage in ("sft", "reward", "ppo"))
+    candidates = read_jsonl(run / "sft" / "candidates.jsonl")
+    assert len(candidates) == 16
+    assert all(len(row["completions"]) == 2 for row in candidates)
+
+
+def test_ppo_logs_the_whole_list_and_starts_on_policy(finished: Finished) -> None:
+    config, summary = finished
+    lines = [line for line in read_metrics(Path(config.run) / "ppo" / "metrics.jsonl") if "kl" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line.keys() >= PPO_LOG, PPO_LOG - line.keys()
+        assert line["policy/first_minibatch_max_abs_log_ratio"] <= 1e-5
+        assert line["sampler/max_abs_logprob_diff"] <= 1e-4
+        assert line["entropy"] >= 0
+    assert abs(lines[0]["kl"]) == 0.0
+    assert summary["ppo"]["before"]["eval/kl"] == 0.0
+    assert lines[1]["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 16 / 100), rel=1e-6)  # KL 0 is under the target
+
+
+def test_scores_are_normalised_on_the_sft_policy_s_answers(finished: Finished, tmp_path: Path) -> None:
+    config, summary = finished
+    out = tmp_path / "scores.jsonl"
+    run_score(ScoreConfig(model=config.run, data=summary["reward"]["normalised_on"], out=str(out), max_length=32))
+    scores = np.asarray([row["score"] for row in read_jsonl(out)])
+    assert len(scores) > 16
+    np.testing.assert_allclose((scores.mean(), scores.std()), (0.0, 1.0), atol=1e-3)
+
+
+def test_what_is_done_is_skipped(finished: Finished) -> None:
+    config, summary = finished
+    before = (Path(config.run) / "ppo" / "metrics.jsonl").stat().st_mtime_ns
+    again = run_pipeline(config)
+    assert (Path(config.run) / "ppo" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert again["ppo"] == summary["ppo"]
+
+
+def deterministic(line: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in line.items() if k != "time" and "second" not in k}
+
+
+def compare_runs(a: Path, b: Path) -> None:
+    """The same metrics and the same weights, to the bit."""
+    first, second = (list(map(deterministic, read_metrics(folder / "metrics.jsonl"))) for folder in (a, b))
+    assert first == second
+    assert (a / "hf/model.safetensors").read_bytes() == (b / "hf/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", [sft, ppo], ids=["sft", "ppo"])
+def test_an_interrupted_run_ends_as_the_unbroken_one(
+    stage: Any, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT in the second step: it is finished and saved; the same call goes on, to the same metrics and weights.
+
+    The unbroken run in another folder is also what shows that the same seed gives the same run.
+    """
+    whole, _ = finished
+    config = replace(whole, run=str(tmp_path / "run"))
+    name = stage.__name__.rpartition(".")[2]
+    if name == "ppo":
+        for before in ("sft", "reward"):
+            shutil.copytree(Path(whole.run) / before, tmp_path / "run" / before)
+    run: Callable[[Config], Any] = {"sft": run_sft, "ppo": run_ppo}[name]
+    place, calls = stage.shard_batch, []
+
+    def place_and_interrupt(batch: Any, mesh: Any) -> Any:
+        if isinstance(batch, sft.SFTBatch):
+            calls.append(batch)
+            if len(calls) == (5 if name == "sft" else 2):
+                signal.raise_signal(signal.SIGINT)
+        return place(batch, mesh)
+
+    monkeypatch.setattr(stage, "shard_batch", place_and_interrupt)
+    with pytest.raises(Interrupted, match="stopped at step"):
+        run(config)
+    monkeypatch.setattr(stage, "shard_batch", place)
+    assert not (tmp_path / "run" / name / "summary.json").exists()
+    run(config)
+    compare_runs(Path(whole.run) / name, tmp_path / "run" / name)
+
+
+def test_another_config_is_refused_by_name(finished: Finished) -> None:
+    config, _ = finished
+    other = replace(config, sft=replace(config.sft, epochs=5.0), seed=4)
+    with pytest.raises(ConfigError, match=r"(?s)seed: 3 -> 4.*sft\.epochs: 2\S* -> 5\.0"):
+        run_sft(other)
+    # What only says where and how it is watched may change.
+    run_sft(replace(config, sft=replace(config.sft, log=replace(config.sft.log, every=7))))
+
+
+def test_a_folder_in_use_is_refused(finished: Finished) -> None:
+    config, _ = finished
+    with run_lock(Path(config.run) / "sft"), pytest.raises(RuntimeError, match="in use by process"):
+        run_sft(config)
+
+
+def test_a_checkpoint_exports_to_what_the_stage_exported(finished: Finished, tmp_path: Path) -> None:
+    config, _ = finished
+    for stage in ("sft", "ppo"):
+        run_export(ExportConfig(run=config.run, out=str(tmp_path / stage), stage=stage, step=-1))
+        with Checkpoints(
+            Path(config.run) / stage / "checkpoints", keep=1, keep_best=0, best_metric=None, best_mode="min"
+        ) as saved:
+            newest = saved.latest_step()
+        run_export(ExportConfig(run=config.run, out=str(tmp_path / f"{stage}-step"), stage=stage, step=newest))
+        weights = [tmp_path / name / "model.safetensors" for name in (stage, f"{stage}-step")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+        assert load_pretrained(tmp_path / f"{stage}-step", dtype="float32").arch.num_layers == 5
+    with pytest.raises(ConfigError, match="is not empty"):
+        run_export(ExportConfig(run=config.run, out=str(tmp_path / "sft")))
+
+
+def test_answers_can_be_generated_and_scored(finished: Finished, tmp_path: Path) -> None:
+    config, _ = finished
+    answers, scores = tmp_path / "answers.jsonl", tmp_path / "scores.jsonl"
+    sampling = SamplingConfig(max_new_tokens=6, temperature=0.8, top_k=50, top_p=0.9)
+    run_generate(
+        GenerateConfig(
+            model=config.run, prompts=config.ppo.prompts.eval, out=str(answers), samples=2, sampling=sampling
+        )
+    )
+    rows = read_jsonl(answers)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_jsonl(Path(prompts))]
+    assert all(len(row["completions"]) == 2 for row in rows)
+    run_score(ScoreConfig(model=config.run, data=str(answers), out=str(scores)))
+    assert all(math.isfinite(row["score"]) for row in read_jsonl(scores))
+
+
+def test_the_exports_load_and_the_policy_has_moved(finished: Finished) -> None:
+    config, _ = finished
+    run = Path(config.run)
+    before = load_pretrained(run / "sft" / "hf", dtype="float32")
+    after = load_pretrained(run / "ppo" / "hf", dtype="float32")
+    gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), before.params, after.params)
+    assert max(jax.tree.leaves(gaps)) > 1e-4
+    assert load_reward_model(run / "reward" / "hf", dtype="float32").gain > 0

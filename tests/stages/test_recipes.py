@@ -1,0 +1,101 @@
+"""Every recipe fits together: shapes of a whole update of each stage, without a weight in memory."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jrlhf.config import Config
+from jrlhf.config_io import load_config
+from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_params, decoder_fns
+from jrlhf.models.names import RULES
+from jrlhf.parallel import make_mesh, tree_shardings
+from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
+from jrlhf.stages.ppo import make_step
+from jrlhf.steps import make_reward_step, make_sft_step
+from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+LLAMA3 = Rope("llama3", 5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
+SHARED = {"norm_eps": 1e-5, "activation": "silu", "tie_embeddings": True} | dict.fromkeys(
+    ("qkv_bias", "attention_out_bias", "mlp_bias"), False
+)
+ARCHS = {  # from the models' own config.json
+    "HuggingFaceTB/SmolLM2-135M": ArchConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, rope=Rope("default", 1e5), **SHARED),
+    "meta-llama/Llama-3.2-1B": ArchConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope=LLAMA3, **SHARED),
+    "asset:stories260k": ArchConfig(512, 64, 172, 5, 8, 4, 8, 512, rope=Rope("default", 1e4), **SHARED),
+}
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def struct(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def start(params, tx) -> TrainState:
+    return jax.eval_shape(lambda p: TrainState(p, tx.init(p), jnp.int32(0)), params)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_stage_of_a_recipe_has_the_shapes_it_needs(path: Path) -> None:
+    config = load_config(path)
+    arch = ARCHS[config.sft.model.path]
+    assert max(config.sft.data.max_length, config.reward.data.max_length) <= arch.max_positions
+    assert config.ppo.prompts.max_length + config.ppo.sampling.max_new_tokens <= arch.max_positions
+    for check in (check_sft, check_reward, check_ppo):
+        state = check(config, arch)
+        # The recipe's mesh on as many devices as there are here, each axis as large as fits.
+        fsdp, tensor = min(config.mesh.fsdp, 2), min(config.mesh.tensor, 2)
+        mesh = make_mesh(data=-1, fsdp=fsdp, tensor=tensor)
+        shardings = tree_shardings(state, mesh, RULES)
+        for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+            sharding.shard_shape(leaf.shape)  # raises where it does not divide
+
+
+def check_sft(config: Config, arch: ArchConfig) -> TrainState:
+    sft = config.sft
+    fns = decoder_fns(arch, dtype=sft.model.dtype, remat=sft.model.remat)
+    tx, _ = make_optimizer(sft.optim, updates=100)
+    state = start(abstract_params(arch), tx)
+    shape = (sft.batch_size, sft.data.max_length)
+    batch = SFTBatch(struct(shape, jnp.int32), struct(shape, jnp.bool_), struct(shape, jnp.bool_))
+    step = make_sft_step(fns.logprob_fn, tx, accumulation=sft.accumulation)
+    after, _ = jax.eval_shape(step, state, batch, KEY)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    return state
+
+
+def check_reward(config: Config, arch: ArchConfig) -> TrainState:
+    reward = config.reward
+    fns = decoder_fns(arch, dtype=reward.model.dtype, remat=reward.model.remat)
+    tx, _ = make_optimizer(reward.optim, updates=100)
+    state = start(abstract_reward_params(arch), tx)
+    shape = (reward.batch_size, 4, reward.data.max_length)
+    batch = RankingBatch(
+        struct(shape, jnp.int32),
+        struct(shape, jnp.bool_),
+        struct(shape[:2], jnp.int32),
+        struct(shape[:2], jnp.bool_),
+        struct(shape[:1]),
+    )
+    step = make_reward_step(fns.score_fn, tx, center_coef=reward.center_coef, accumulation=reward.accumulation)
+    after, _ = jax.eval_shape(step, state, batch, KEY)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    return state
+
+
+def check_ppo(config: Config, arch: ArchConfig) -> TrainState:
+    ppo = config.ppo
+    fns = decoder_fns(arch, dtype=ppo.model.dtype, remat=ppo.model.remat)
+    tx, _ = make_actor_critic_optimizer(ppo.optim, value_lr=ppo.value_lr, updates=100)
+    state = start(PPOParams(abstract_params(arch), abstract_reward_params(arch)), tx)
+    rows, length = ppo.episodes, ppo.prompts.max_length + ppo.sampling.max_new_tokens
+    per_token = struct((rows, length))
+    marks = struct((rows, length), jnp.bool_)
+    rollout = Rollout(
+        struct((rows, length), jnp.int32), marks, marks, *[per_token] * 8, struct((rows,)), struct((rows,), jnp.bool_)
+    )
+    after, _ = jax.eval_shape(make_step(ppo, fns.logprob_fn, fns.score_fn, tx), state, rollout, KEY)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    return state
