@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags for shape and device, timing apart from compilation, measured peaks, one JSON line a figure."""
+"""What the benchmarks share: flags, timing apart from compilation, measured peaks, one JSON line a figure."""
 
 import argparse
 import datetime
@@ -76,7 +76,7 @@ def body_parameters(arch: ArchConfig) -> int:
 
 
 def forward_flops(arch: ArchConfig, rows: int, length: int, *, logits: int) -> float:
-    """Model FLOPs of a forward pass: 2 a weight and token, attention halved for causality, ``logits`` positions unembedded."""
+    """Model FLOPs of a forward pass: 2 a weight and token; attention halved for causality; ``logits`` positions."""
     tokens = rows * length
     attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim * length * tokens
     return 2.0 * body_parameters(arch) * tokens + 2.0 * arch.vocab_size * arch.hidden_size * logits + attention

@@ -1,4 +1,4 @@
-"""One PPO iteration through the public steps: rollout, scoring, experience, all updates; seconds in all and by phase."""
+"""One PPO iteration through the public steps: rollout, scoring, all updates; seconds in all and by phase."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""One reward-model step on K-wise rankings: pairs and completions a second, compile seconds, share of the matmul peak."""
+"""One reward-model step on K-wise rankings: pairs and completions a second, share of the matmul peak."""
 
 import jax
 import jax.numpy as jnp

@@ -12,8 +12,8 @@ from jaxtyping import install_import_hook
 # From here on every jaxtyping signature of the package is checked at run time.
 install_import_hook("jrlhf", "beartype.beartype")
 
-import jax
-from hypothesis import settings
+import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

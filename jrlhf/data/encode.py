@@ -71,9 +71,9 @@ class Encoder:
             before, answer = whole[: len(self.bos)], whole[len(self.bos) :]
         else:
             before, answer = self._begun(prompt, "prompt"), self._continuation(prompt, completion)
-        if not answer:
+        if completion.strip() and not answer:
             raise BadRow("completion", "the tokenizer makes no tokens of it")
-        closed = answer if answer[-1] == self._eos else [*answer, self._eos]
+        closed = answer if answer[-1:] == [self._eos] else [*answer, self._eos]
         return [Segment(before, answer=False), Segment(closed, answer=True)]
 
     def _conversation(self, messages: list[Message], column: str, *, first: int) -> list[Segment]:

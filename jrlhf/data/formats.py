@@ -90,13 +90,17 @@ def parse_prompt(row: Mapping[str, Any]) -> Content:
 
 
 def parse_answers(row: Mapping[str, Any]) -> list[Answered]:
-    """Every answer in a row, to be scored one by one."""
+    """Every answer in a row, to be scored one by one. A policy may answer with nothing: that has a score too."""
     if _has(row, "completions"):
         prompt = _prompt(row) if _has(row, "prompt") else None
         completions = row["completions"]
         if not isinstance(completions, list) or not completions:
             raise BadRow("completions", "expected a list with at least one answer")
-        return [Answered(prompt, _checked(answer, f"completions[{i}]")) for i, answer in enumerate(completions)]
+        silent = [prompt is not None and isinstance(answer, str) and not answer.strip() for answer in completions]
+        return [
+            Answered(prompt, answer if silent[i] else _checked(answer, f"completions[{i}]"))
+            for i, answer in enumerate(completions)
+        ]
     if _has(row, "chosen") and _has(row, "rejected"):
         prompt, chosen, rejected = _preference(row)
         return [Answered(prompt, chosen), Answered(prompt, rejected)]

@@ -115,7 +115,9 @@ def run_loop(
                 state, metrics = loop.advance(state, done - 1)
                 window.add(metrics)
                 ends = done == loop.total or bool(stop)
-                if ends or done % log.every == 0:
+                saves = ends or done % checkpoint.every == 0
+                # What is saved is looked at first: a state that is not finite must not get there.
+                if saves or done % log.every == 0:
                     line = window.close() | {"lr": float(loop.learning_rate(int(state.train.step) - 1))}
                     writer.write(done, line)
                     bar.update(done, {name: line[name] for name in loop.shown if name in line})
@@ -123,7 +125,7 @@ def run_loop(
                 if done == loop.total or done % log.eval_every == 0:
                     last = loop.evaluate(state, done)
                     writer.write(done, last)
-                if ends or done % checkpoint.every == 0:
+                if saves:
                     past = {"first": first, "last": last, "seconds": clock() - began}
                     checkpoints.save(done, state, metadata=metadata | past, metrics=last)
                 if stop and done < loop.total:

@@ -82,6 +82,8 @@ def run_reward(config: Config) -> dict[str, Any]:
         outcome = run_loop(loop, state, folder=folder, log=reward.log, checkpoint=reward.checkpoint, metadata={})
         model = replace(model, params=outcome.state.train.params)
         model, normalised_on = _normalise(config, model, tokenizer, mesh)
+        # transformers scores a batch by finding the last token that is not padding.
+        model = replace(model, config=model.config | {"pad_token_id": int(tokenizer.pad_token_id)})
         save_reward_model(model, folder / "hf")
         export_tokenizer(tokenizer, folder / "hf")
         summary = {

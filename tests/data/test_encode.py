@@ -206,3 +206,9 @@ def test_kinds_are_not_mixed(chat):
         Encoder(chat).answered(Answered("hi", [{"role": "assistant", "content": "hello"}]))
     with pytest.raises(BadRow, match=r"^messages: no assistant turn, so nothing to learn from$"):
         Encoder(chat).segments(Answered(None, turns("hi")), every_turn=False)
+
+
+def test_an_empty_answer_is_its_stop_token_alone(metaspace):
+    before, after = Encoder(metaspace).answered(Answered("Hello", ""))
+    assert before == Encoder(metaspace).prompt("Hello")
+    assert after == [metaspace.eos_token_id]

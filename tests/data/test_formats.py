@@ -95,6 +95,10 @@ def test_what_is_scored():
     assert parse_answers({"prompt": "P", "completions": ["A", "B"]}) == [Answered("P", "A"), Answered("P", "B")]
     assert parse_answers({"prompt": "P", "chosen": "A", "rejected": "A"}) == [Answered("P", "A"), Answered("P", "A")]
     assert parse_answers({"text": "T"}) == [Answered(None, "T")]
+    # What a policy answered is scored even where it is nothing; only data to learn from must say something.
+    assert parse_answers({"prompt": "P", "completions": ["", "A"]}) == [Answered("P", ""), Answered("P", "A")]
+    with pytest.raises(BadRow, match="is empty"):
+        parse_answers({"completions": ["", "A"]})
     with pytest.raises(BadRow, match=r"^completions: expected a list with at least one answer$"):
         parse_answers({"completions": []})
 

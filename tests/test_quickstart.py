@@ -1,0 +1,53 @@
+"""The quick start as a user starts it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from jrlhf.cli import main
+
+KEYS = {
+    "sft": {"base_nll", "heldout_nll"},
+    "reward": {"heldout_accuracy", "bag_of_words_accuracy", "longer_wins_accuracy", "ece"},
+    "ppo": {
+        "reward_before", "reward_after", "gold_before", "gold_after", "gold_stderr", "kl", "entropy_after",
+        "distinct2_before", "distinct2_after", "max_abs_logprob_diff", "first_minibatch_max_abs_log_ratio",
+    },
+    "seconds": {"sft", "reward", "ppo", "total"},
+}  # fmt: skip
+
+
+def run(out: Path, *flags: str) -> dict:
+    assert main(["quickstart", "--out", str(out), *flags]) == 0
+    return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run(tmp_path, "--preset", "smoke", "--seed", "5")
+    for part, names in KEYS.items():
+        assert names <= summary[part].keys()
+        assert all(math.isfinite(value) for value in summary[part].values())
+    assert summary["seed"] == 5
+    assert {"python", "jax", "jrlhf"} <= summary["versions"].keys()
+    assert summary["sft"]["heldout_nll"] < summary["sft"]["base_nll"]
+    assert 0.75 < summary["reward"]["bag_of_words_accuracy"] < 0.87
+    assert summary["ppo"]["first_minibatch_max_abs_log_ratio"] <= 1e-5
+    assert "gold" in capsys.readouterr().out
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_full_reaches_its_targets(tmp_path: Path, seed: int) -> None:
+    """The figures that the README promises, for three seeds in a row."""
+    summary = run(tmp_path, "--seed", str(seed))
+    sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
+    assert sft["heldout_nll"] <= 0.6 * sft["base_nll"]
+    assert reward["heldout_accuracy"] >= 0.77
+    assert ppo["reward_after"] - ppo["reward_before"] >= 1.0  # scores have standard deviation 1
+    assert ppo["gold_after"] - ppo["gold_before"] > 4 * ppo["gold_stderr"]
+    assert ppo["distinct2_after"] >= 0.6 * ppo["distinct2_before"]
+    assert ppo["kl"] <= 20.0
