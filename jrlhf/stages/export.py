@@ -10,14 +10,14 @@ import jax
 from jrlhf.checkpoint import Checkpoints
 from jrlhf.config import Config, ExportConfig
 from jrlhf.config_io import ConfigError, load_config
-from jrlhf.data import load_tokenizer
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_pretrained, save_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.stages.loop import abstract
 from jrlhf.stages.run import StageName, model_source
-from jrlhf.stages.start import export_tokenizer
 
 FURTHEST: tuple[StageName, ...] = ("ppo", "reward", "sft")
+RUN_CONFIG = "jrlhf.yaml"
+"""Beside the weights of a checkpoint: the config of the run that made them."""
 
 
 def run_export(args: ExportConfig) -> None:
@@ -74,4 +74,7 @@ def _export_step(config: Config, stage: StageName, checkpoints: Checkpoints, ste
             model = load_pretrained(source, dtype="float32", mesh=mesh)
             part = "train/ema" if config.ppo.ema_decay else "train/params/policy"
             save_pretrained(replace(model, params=stored(model.params, part)), out)
-    export_tokenizer(load_tokenizer(source), out)
+    saved = checkpoints.metadata(step)
+    for name, text in saved["tokenizer"].items():
+        (out / name).write_text(text, encoding="utf-8")
+    (out / RUN_CONFIG).write_text(saved["config"], encoding="utf-8")

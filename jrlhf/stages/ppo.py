@@ -25,7 +25,7 @@ from jrlhf.stages.loop import Loop, RunState, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
 from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, write_json
 from jrlhf.stages.sampling import GenerateFn, generate_all, jit_generate, texts_of
-from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, start_training
+from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.steps import make_experience, make_ppo_step, rollout_metrics
 from jrlhf.types import Generation, LogprobFn, Params, PPOParams, Rollout, ScoreFn, TrainState
 
@@ -86,7 +86,14 @@ def run_ppo(config: Config) -> dict[str, Any]:
             best_mode="max",
             shown=SHOWN,
         )
-        outcome = run_loop(loop, state, folder=folder, log=ppo.log, checkpoint=ppo.checkpoint, metadata={})
+        outcome = run_loop(
+            loop,
+            state,
+            folder=folder,
+            log=ppo.log,
+            checkpoint=ppo.checkpoint,
+            metadata=provenance(config, actors.tokenizer),
+        )
         train = outcome.state.train
         learnt = train.params.policy if train.ema is None else train.ema
         save_pretrained(replace(actors.policy, params=learnt), folder / "hf")

@@ -32,7 +32,7 @@ from jrlhf.stages.evaluation import (
 from jrlhf.stages.loop import Loop, RunState, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.run import model_source, open_stage, read_summary, stage_folder, write_json
-from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, start_training
+from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.steps import make_reward_step, score_completions
 from jrlhf.types import Params
 
@@ -79,7 +79,14 @@ def run_reward(config: Config) -> dict[str, Any]:
             best_mode="max",
             shown=("loss", "accuracy", "pairs_per_second"),
         )
-        outcome = run_loop(loop, state, folder=folder, log=reward.log, checkpoint=reward.checkpoint, metadata={})
+        outcome = run_loop(
+            loop,
+            state,
+            folder=folder,
+            log=reward.log,
+            checkpoint=reward.checkpoint,
+            metadata=provenance(config, tokenizer),
+        )
         model = replace(model, params=outcome.state.train.params)
         model, normalised_on = _normalise(config, model, tokenizer, mesh)
         # transformers scores a batch by finding the last token that is not padding.

@@ -19,7 +19,7 @@ from jrlhf.stages.loop import Loop, RunState, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, write_json
 from jrlhf.stages.sampling import answers, jit_generate
-from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, start_training
+from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.types import Params, SFTBatch
 
@@ -72,7 +72,14 @@ def run_sft(config: Config) -> dict[str, Any]:
             best_mode="min",
             shown=("loss", "tokens_per_second"),
         )
-        outcome = run_loop(loop, state, folder=folder, log=sft.log, checkpoint=sft.checkpoint, metadata={})
+        outcome = run_loop(
+            loop,
+            state,
+            folder=folder,
+            log=sft.log,
+            checkpoint=sft.checkpoint,
+            metadata=provenance(config, tokenizer),
+        )
         model = replace(model, params=outcome.state.train.params)
         save_pretrained(model, folder / "hf")
         export_tokenizer(tokenizer, folder / "hf")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config
-from jrlhf.config_io import ConfigError
+from jrlhf.config_io import ConfigError, to_yaml
 from jrlhf.models import ArchConfig
-from jrlhf.parallel import Rules, init_sharded, jit_step, make_mesh, tree_shardings
+from jrlhf.parallel import Rules, init_sharded, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.stages.batches import tree_copy
 from jrlhf.stages.loop import RunState
 from jrlhf.types import Key, Metrics, Params, TrainState
@@ -45,19 +46,24 @@ def start_training(
     # Copies: the jitted step donates its state, and the caller keeps the model it loaded.
     train = init_sharded(init, tree_copy(params), tree_copy(ema), mesh=mesh, rules=rules)
     shardings = tree_shardings(jax.eval_shape(lambda: train), mesh, rules)
-    state = RunState(
-        train=train,
-        key=jax.random.key(seed),
-        cursor=jnp.int32(0),
-        kl_coef=jnp.float32(kl_coef),
-    )
-    return state, jit_step(step, mesh=mesh, state_shardings=shardings)
+    # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
+    scalars = jax.random.key(seed), jnp.int32(0), jnp.float32(kl_coef)
+    key, cursor, beta = jax.device_put(scalars, replicated(mesh))
+    return RunState(train, key, cursor, beta), jit_step(step, mesh=mesh, state_shardings=shardings)
 
 
 def check_length(arch: ArchConfig, tokens: int, *, key: str) -> None:
     """Positions beyond what the model was trained for give garbage without an error; so this is one."""
     if tokens > arch.max_positions:
         raise ConfigError(f"{key}: sequences of {tokens} tokens, but the model has {arch.max_positions} positions")
+
+
+def provenance(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """What a checkpoint says of itself: the run's config, and the tokenizer's files by name."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir() if path.is_file()}
+    return {"config": to_yaml(config), "tokenizer": files}
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> None:

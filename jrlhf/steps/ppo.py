@@ -106,7 +106,7 @@ def make_ppo_step(
             if target_approx_kl is not None:
                 # Not `>`: a NaN must stop it too.
                 stop = stop | ~(sums.total["policy/approxkl"] <= target_approx_kl)
-            kept = _select(stop, progress.state, new_state)
+            kept = new_state if target_approx_kl is None else _select(stop, progress.state, new_state)
             counted = ~progress.stopped
             totals = jax.tree.map(lambda a, b: a + jnp.where(counted, b, 0.0), progress.totals, sums.total)
             maxima = jax.tree.map(lambda a, b: jnp.where(counted, jnp.maximum(a, b), a), progress.maxima, sums.maximum)

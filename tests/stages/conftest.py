@@ -51,7 +51,7 @@ def small_config(folder: Path, run: str) -> Config:
             model=ModelConfig(path="asset:stories260k"),
             data=rows("sft_train", 32, "sft_heldout"),
             optim=OptimConfig(lr=3e-3),
-            epochs=2,
+            epochs=2.0,
             batch_size=16,
             sampling=SamplingConfig(max_new_tokens=8),
             candidate_prompts=prompts.eval,
@@ -62,7 +62,7 @@ def small_config(folder: Path, run: str) -> Config:
             data=rows("rankings_train", 16, "rankings_heldout"),
             optim=OptimConfig(lr=1e-3),
             batch_size=8,
-            epochs=2,
+            epochs=2.0,
             **common,
         ),
         ppo=PPOConfig(

@@ -14,7 +14,8 @@ import pytest
 
 from jrlhf.checkpoint import Checkpoints, run_lock
 from jrlhf.config import Config, ExportConfig, GenerateConfig, SamplingConfig, ScoreConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config_io import ConfigError, to_yaml
+from jrlhf.data import load_tokenizer
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.stages import ppo, sft
@@ -161,24 +162,25 @@ def test_a_checkpoint_exports_to_what_the_stage_exported(finished: Finished, tmp
         weights = [tmp_path / name / "model.safetensors" for name in (stage, f"{stage}-step")]
         assert weights[0].read_bytes() == weights[1].read_bytes()
         assert load_pretrained(tmp_path / f"{stage}-step", dtype="float32").arch.num_layers == 5
+        assert load_tokenizer(str(tmp_path / f"{stage}-step")).eos_token == "</s>"
+        assert (tmp_path / f"{stage}-step" / "jrlhf.yaml").read_text() == to_yaml(config)
     with pytest.raises(ConfigError, match="is not empty"):
         run_export(ExportConfig(run=config.run, out=str(tmp_path / "sft")))
 
 
 def test_answers_can_be_generated_and_scored(finished: Finished, tmp_path: Path) -> None:
     config, _ = finished
+    prompts = config.ppo.prompts.eval
     answers, scores = tmp_path / "answers.jsonl", tmp_path / "scores.jsonl"
     sampling = SamplingConfig(max_new_tokens=6, temperature=0.8, top_k=50, top_p=0.9)
-    run_generate(
-        GenerateConfig(
-            model=config.run, prompts=config.ppo.prompts.eval, out=str(answers), samples=2, sampling=sampling
-        )
-    )
+    run_generate(GenerateConfig(config.run, prompts, out=str(answers), samples=2, sampling=sampling))
     rows = read_jsonl(answers)
     assert [row["prompt"] for row in rows] == [row["prompt"] for row in read_jsonl(Path(prompts))]
     assert all(len(row["completions"]) == 2 for row in rows)
-    run_score(ScoreConfig(model=config.run, data=str(answers), out=str(scores)))
-    assert all(math.isfinite(row["score"]) for row in read_jsonl(scores))
+    run_score(ScoreConfig(config.run, str(answers), out=str(scores)))
+    scored = read_jsonl(scores)
+    assert [row["completion"] for row in scored] == [answer for row in rows for answer in row["completions"]]
+    assert all(math.isfinite(row["score"]) for row in scored)
 
 
 def test_the_exports_load_and_the_policy_has_moved(finished: Finished) -> None:
