@@ -144,8 +144,8 @@ def test_ranks_are_the_order_of_the_ratings(name: str) -> None:
 
 def test_groups_and_pairs_have_the_sizes_they_say() -> None:
     train, heldout = rows("rankings_train"), rows("rankings_heldout")
-    assert {len(row["ranks"]) for row in train} == {8}
-    assert any(len(set(row["ranks"])) < 8 for row in train)  # people's ratings have ties
+    assert {len(row["ranks"]) for row in train} == {16}
+    assert any(len(set(row["ranks"])) < 16 for row in train)  # people's ratings have ties
     assert {len(row["ranks"]) for row in heldout} == {2}
     assert min(abs(np.subtract(*row["ratings"])) for row in heldout) >= 1.0
     uses = np.unique(ranked_sentences("rankings_heldout"), return_counts=True)[1]

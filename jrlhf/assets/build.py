@@ -21,7 +21,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 SEED = 20020501
 HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT = 1000, 1490, 512
-RANKING_SIZE = 8
+RANKING_SIZE = 16
+LENGTH_SPREAD = 0.15
+"""How far, as a standard deviation of log length, a sentence strays from the group of its own length."""
 PAIRS_PER_SENTENCE = 2
 PAIR_GAP = 1.0
 
@@ -242,11 +244,12 @@ def ranked(group: Sequence[Review]) -> dict[str, Any]:
 def group_reviews(reviews: Sequence[Review], size: int, rng: np.random.Generator) -> list[list[Review]]:
     """Groups of ``size`` sentences of like length, each sentence in one, in random order.
 
-    Like length, so that length tells nothing of rank and little of a padded batch is padding. Fewer than two left over
-    are dropped.
+    Like length, so that length tells little of rank and little of a padded batch is padding; but not the same, so that
+    long and short sentences meet too. Fewer than two left over are dropped.
     """
-    shuffled = [reviews[i] for i in rng.permutation(len(reviews))]
-    by_length = sorted(shuffled, key=lambda review: len(review.text))
+    lengths = np.asarray([len(review.text) for review in reviews])
+    strayed = lengths * np.exp(LENGTH_SPREAD * rng.standard_normal(len(reviews)))
+    by_length = [reviews[i] for i in np.argsort(strayed, kind="stable")]
     groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
     # A group keeps the order of the draw: its longest sentence must not always come last.
     mixed = [[group[i] for i in rng.permutation(len(group))] for group in groups if len(group) > 1]

@@ -159,4 +159,4 @@ def test_the_bag_of_words_model_on_the_shipped_rankings() -> None:
         return [(row["completions"], row["ranks"]) for row in map(json.loads, text.splitlines())]
 
     accuracy = bag_of_words_accuracy(read("rankings_train"), read("rankings_heldout"), l2=3e-4)
-    assert accuracy == pytest.approx(0.807, abs=0.005)
+    assert accuracy == pytest.approx(0.817, abs=0.005)
