@@ -71,6 +71,12 @@ def comparable(config: Config, stage: StageName) -> Config:
     return replace(config, run="", mesh=MeshConfig(), **chosen)
 
 
+def _has_begun(folder: Path) -> bool:
+    """Whether there is anything to go on from: a run that failed before its first checkpoint may start anew."""
+    checkpoints = folder / "checkpoints"
+    return read_summary(folder) is not None or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
 @contextmanager
 def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
     """The stage's folder, locked, with the config inside; refused if it holds a run of another config."""
@@ -78,7 +84,7 @@ def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
         saved = folder / "config.yaml"
-        if saved.exists():
+        if saved.exists() and _has_begun(folder):
             differences = diff_configs(comparable(load_config(saved), stage), comparable(config, stage))
             if differences:
                 listed = "\n  ".join(differences)

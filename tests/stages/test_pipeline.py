@@ -24,6 +24,7 @@ from jrlhf.stages.inference import run_generate, run_score
 from jrlhf.stages.loop import Interrupted
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.run import open_stage
 from jrlhf.stages.sft import run_sft
 
 from .conftest import read_jsonl
@@ -142,6 +143,13 @@ def test_another_config_is_refused_by_name(finished: Finished) -> None:
         run_sft(other)
     # What only says where and how it is watched may change.
     run_sft(replace(config, sft=replace(config.sft, log=replace(config.sft.log, every=7))))
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_may_start_anew(tmp_path: Path) -> None:
+    with open_stage(Config(run=str(tmp_path)), "sft") as folder:
+        pass
+    with open_stage(Config(run=str(tmp_path), seed=7), "sft"):
+        assert "seed: 7" in (folder / "config.yaml").read_text()
 
 
 def test_a_folder_in_use_is_refused(finished: Finished) -> None:
