@@ -33,7 +33,7 @@ def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {"python", "jax", "jrlhf"} <= summary["versions"].keys()
     assert summary["sft"]["heldout_nll"] < summary["sft"]["base_nll"]
     assert 0.75 < summary["reward"]["bag_of_words_accuracy"] < 0.87
-    assert summary["ppo"]["first_minibatch_max_abs_log_ratio"] <= 1e-5
+    assert summary["ppo"]["first_minibatch_max_abs_log_ratio"] <= 5e-5  # rounding of log-probs down to -20
     assert "gold" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
 
