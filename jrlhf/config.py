@@ -127,8 +127,8 @@ class SFTConfig:
     """Passes over the training rows."""
     batch_size: int = 32
     """Rows an update, over all devices."""
-    accumulation: int = 1
-    """Slices a batch is read in; same update, less memory."""
+    microbatch: int = 0
+    """Rows a device takes at a time; 0: its whole share of the batch. Same update, less memory."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
     candidate_prompts: str = ""
@@ -150,8 +150,8 @@ class RewardConfig:
     """Passes over the rankings; more than one tends to overfit (Ouyang et al. 2022, appendix C.2)."""
     batch_size: int = 16
     """Prompts an update, each with all its completions, over all devices."""
-    accumulation: int = 1
-    """Slices a batch is read in; same update, less memory."""
+    microbatch: int = 0
+    """Prompts a device takes at a time; 0: its whole share of the batch. Same update, less memory."""
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)², which keeps scores near 0."""
     normalise: str = ""
@@ -196,8 +196,8 @@ class PPOConfig:
     """Passes over each rollout."""
     minibatches: int = 1
     """Updates a pass; divides episodes."""
-    accumulation: int = 1
-    """Slices a minibatch is read in; same update, less memory."""
+    microbatch: int = 0
+    """Episodes a device takes at a time; 0: its whole share of the minibatch. Same update, less memory."""
     value_lr: float = 0.0
     """Peak learning rate of the critic; 0: optim.lr."""
     gamma: float = 1.0

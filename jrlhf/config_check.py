@@ -108,11 +108,9 @@ def _sampling(path: str, sampling: SamplingConfig) -> Iterator[Rule]:
     yield all(sampling.stop), f"{path}.stop", sampling.stop, "without empty strings"
 
 
-def _batches(path: str, rows: int, accumulation: int) -> Iterator[Rule]:
+def _batches(path: str, rows: int, microbatch: int) -> Iterator[Rule]:
     yield rows >= 1, f"{path}.batch_size", rows, "1 or more"
-    yield accumulation >= 1, f"{path}.accumulation", accumulation, "1 or more"
-    divides = accumulation < 1 or rows % accumulation == 0
-    yield divides, f"{path}.accumulation", accumulation, f"a divisor of {path}.batch_size ({rows})"
+    yield microbatch >= 0, f"{path}.microbatch", microbatch, "0 (all) or more"
 
 
 def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
@@ -122,7 +120,7 @@ def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
     yield from _log(f"{path}.log", sft.log)
     yield from _sampling(f"{path}.sampling", sft.sampling)
     yield sft.epochs > 0, f"{path}.epochs", sft.epochs, "above 0"
-    yield from _batches(path, sft.batch_size, sft.accumulation)
+    yield from _batches(path, sft.batch_size, sft.microbatch)
     yield sft.candidates >= 1, f"{path}.candidates", sft.candidates, "1 or more"
 
 
@@ -132,7 +130,7 @@ def _reward(path: str, reward: RewardConfig) -> Iterator[Rule]:
     yield from _checkpoint(f"{path}.checkpoint", reward.checkpoint)
     yield from _log(f"{path}.log", reward.log)
     yield reward.epochs > 0, f"{path}.epochs", reward.epochs, "above 0"
-    yield from _batches(path, reward.batch_size, reward.accumulation)
+    yield from _batches(path, reward.batch_size, reward.microbatch)
     yield reward.center_coef >= 0, f"{path}.center_coef", reward.center_coef, "0 or more"
 
 
@@ -163,13 +161,9 @@ def _ppo_batches(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield ppo.episodes >= 1, f"{path}.episodes", ppo.episodes, "1 or more"
     yield ppo.epochs >= 1, f"{path}.epochs", ppo.epochs, "1 or more"
     yield ppo.minibatches >= 1, f"{path}.minibatches", ppo.minibatches, "1 or more"
-    yield ppo.accumulation >= 1, f"{path}.accumulation", ppo.accumulation, "1 or more"
-    if ppo.minibatches < 1 or ppo.accumulation < 1:
-        return
-    rows, rest = divmod(ppo.episodes, ppo.minibatches)
-    yield rest == 0, f"{path}.minibatches", ppo.minibatches, f"a divisor of {path}.episodes ({ppo.episodes})"
-    divides = rest != 0 or rows % ppo.accumulation == 0
-    yield divides, f"{path}.accumulation", ppo.accumulation, f"a divisor of a minibatch's {rows} episodes"
+    divides = ppo.minibatches < 1 or ppo.episodes % ppo.minibatches == 0
+    yield divides, f"{path}.minibatches", ppo.minibatches, f"a divisor of {path}.episodes ({ppo.episodes})"
+    yield ppo.microbatch >= 0, f"{path}.microbatch", ppo.microbatch, "0 (all) or more"
 
 
 def _ppo_loss(path: str, ppo: PPOConfig) -> Iterator[Rule]:

@@ -250,11 +250,11 @@ def test_the_defaults_pass():
         ("sft.log.every", "0"), ("reward.log.eval_every", "0"), ("ppo.log.eval_rows", "-1"), ("sft.log.samples", "-1"),
         ("sft.sampling.max_new_tokens", "0"), ("sft.sampling.temperature", "-1"), ("sft.sampling.top_k", "-1"),
         ("sft.sampling.top_p", "0"), ("sft.sampling.stop", ""), ("sft.epochs", "0"), ("sft.batch_size", "0"),
-        ("sft.accumulation", "0"), ("sft.accumulation", "5"), ("sft.candidates", "0"), ("reward.epochs", "-1"),
-        ("reward.accumulation", "3"), ("reward.center_coef", "-1"), ("ppo.sampling.temperature", "0"),
+        ("sft.microbatch", "-1"), ("sft.candidates", "0"), ("reward.epochs", "-1"),
+        ("reward.microbatch", "-1"), ("reward.center_coef", "-1"), ("ppo.sampling.temperature", "0"),
         ("ppo.sampling.top_k", "50"), ("ppo.sampling.top_p", "0.9"), ("ppo.kl.coef", "-1"), ("ppo.kl.target", "-1"),
         ("ppo.kl.horizon", "0"), ("ppo.iterations", "0"), ("ppo.episodes", "0"), ("ppo.epochs", "0"),
-        ("ppo.minibatches", "0"), ("ppo.minibatches", "3"), ("ppo.accumulation", "0"), ("ppo.accumulation", "3"),
+        ("ppo.minibatches", "0"), ("ppo.minibatches", "3"), ("ppo.microbatch", "-1"),
         ("ppo.value_lr", "-1"), ("ppo.gamma", "1.1"), ("ppo.lam", "-0.1"), ("ppo.clip", "0"), ("ppo.dual_clip", "0.5"),
         ("ppo.dual_clip", "1"), ("ppo.value_clip", "0"), ("ppo.value_coef", "-1"), ("ppo.entropy_coef", "-1"),
         ("ppo.missing_eos_penalty", "-1"), ("ppo.target_approx_kl", "-1"), ("ppo.critic_warmup", "-1"),
@@ -268,12 +268,11 @@ def test_a_value_out_of_range_is_named(name, text):
 
 
 def test_rules_between_fields_name_both():
-    ppo = PPOConfig(episodes=64, minibatches=4, accumulation=3, ptx_coef=1.0)
+    ppo = PPOConfig(episodes=64, minibatches=3, ptx_coef=1.0)
     with pytest.raises(ConfigError) as caught:
-        check(replace(Config(), sft=SFTConfig(batch_size=30, accumulation=4), ppo=ppo))
+        check(replace(Config(), ppo=ppo))
     assert str(caught.value).splitlines() == [
-        "sft.accumulation: must be a divisor of sft.batch_size (30), got 4",
-        "ppo.accumulation: must be a divisor of a minibatch's 16 episodes, got 3",
+        "ppo.minibatches: must be a divisor of ppo.episodes (64), got 3",
         "ppo.ptx.train: must be set, as ppo.ptx_coef is 1.0, got ''",
     ]
 

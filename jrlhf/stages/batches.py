@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jrlhf.config_io import ConfigError
+
 
 def covering_batches(
     lengths: Int[np.ndarray, "N"], *, batch_size: int, limit: int
@@ -29,11 +31,16 @@ def device_multiple(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     return -(-batch_size // parts) * parts
 
 
-def require_divisible(rows: int, mesh: jax.sharding.Mesh, *, slices: int, key: str) -> None:
-    """Every slice of a batch must spread evenly over the devices that split it."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * slices
-    if rows % parts:
-        raise ValueError(f"{key}: {rows} rows do not divide over {parts} (devices on data and fsdp, times slices)")
+def gradient_slices(rows: int, mesh: jax.sharding.Mesh, *, microbatch: int, key: str) -> int:
+    """In how many equal slices an update reads its rows, so that a device takes ``microbatch`` at most (0: any number).
+
+    8 rows with ``microbatch`` 3: on one device 4 slices of 2, on four devices 1 slice of 2 each.
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    share, rest = divmod(rows, devices)
+    if rest:
+        raise ConfigError(f"{key}: {rows} rows do not divide over {devices} devices (mesh.data times mesh.fsdp)")
+    return 1 if not microbatch else next(n for n in range(1, share + 1) if share % n == 0 and share // n <= microbatch)
 
 
 def tree_copy(tree: Any) -> Any:

@@ -19,7 +19,7 @@ from jrlhf.core import kl_penalty, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows, load_prompts, load_sft, load_tokenizer
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model, save_pretrained
 from jrlhf.parallel import batch_sharding, shard_batch
-from jrlhf.stages.batches import device_multiple, require_divisible
+from jrlhf.stages.batches import device_multiple, gradient_slices
 from jrlhf.stages.evaluation import distinct_n, words
 from jrlhf.stages.loop import Loop, RunState, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
@@ -51,7 +51,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
         if summary := read_summary(folder):
             return summary
         mesh = mesh_of(config)
-        require_divisible(ppo.episodes, mesh, slices=ppo.minibatches * ppo.accumulation, key="ppo.episodes")
+        minibatch = ppo.episodes // ppo.minibatches
+        slices = gradient_slices(minibatch, mesh, microbatch=ppo.microbatch, key="ppo.episodes / ppo.minibatches")
         actors = _load_actors(config, mesh)
         prompts = load_prompts(ppo.prompts, ppo.prompts.train, actors.tokenizer)
         heldout = load_prompts(ppo.prompts, ppo.prompts.eval, actors.tokenizer) if ppo.prompts.eval else None
@@ -62,7 +63,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         tx, schedule = make_actor_critic_optimizer(
             ppo.optim, value_lr=ppo.value_lr, updates=ppo.iterations * ppo.epochs * ppo.minibatches
         )
-        step = make_step(ppo, actors.policy.logprob_fn, actors.reward.score_fn, tx)
+        step = make_step(ppo, actors.policy.logprob_fn, actors.reward.score_fn, tx, accumulation=slices)
         state, update = start_training(
             step,
             tx,
@@ -124,7 +125,9 @@ def _load_actors(config: Config, mesh: Mesh) -> Actors:
     return Actors(policy, reward, tokenizer)
 
 
-def make_step(ppo: PPOConfig, logprob_fn: LogprobFn, value_fn: ScoreFn, tx: optax.GradientTransformation) -> JittedStep:
+def make_step(
+    ppo: PPOConfig, logprob_fn: LogprobFn, value_fn: ScoreFn, tx: optax.GradientTransformation, *, accumulation: int
+) -> JittedStep:
     """``make_ppo_step`` with a config's settings: 0 is off there, None here."""
     return make_ppo_step(
         logprob_fn,
@@ -132,7 +135,7 @@ def make_step(ppo: PPOConfig, logprob_fn: LogprobFn, value_fn: ScoreFn, tx: opta
         tx,
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,
-        accumulation=ppo.accumulation,
+        accumulation=accumulation,
         temperature=ppo.sampling.temperature,
         clip=ppo.clip,
         dual_clip=ppo.dual_clip or None,

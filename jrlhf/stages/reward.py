@@ -22,7 +22,7 @@ from jrlhf.data import (
 )
 from jrlhf.models import RewardModel, load_pretrained, normalise_reward, reward_from_pretrained, save_reward_model
 from jrlhf.parallel import shard_batch
-from jrlhf.stages.batches import covering_batches, device_multiple, require_divisible
+from jrlhf.stages.batches import covering_batches, device_multiple, gradient_slices
 from jrlhf.stages.evaluation import (
     accuracy_by_length_difference,
     expected_calibration_error,
@@ -47,7 +47,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         if summary := read_summary(folder):
             return summary
         mesh = mesh_of(config)
-        require_divisible(reward.batch_size, mesh, slices=reward.accumulation, key="reward.batch_size")
+        slices = gradient_slices(reward.batch_size, mesh, microbatch=reward.microbatch, key="reward.batch_size")
         source = model_source(config, reward.model.path, key="reward.model.path", stage="sft")
         tokenizer = load_tokenizer(source)
         rows = load_rankings(reward.data, reward.data.train, tokenizer)
@@ -59,7 +59,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         order = Order(config.seed, batch_size=reward.batch_size, lengths=rows.lengths)
         total = math.ceil(reward.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(reward.optim, updates=total)
-        step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=reward.accumulation)
+        step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
         state, update = start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=config.seed)
 
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:

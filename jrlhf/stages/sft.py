@@ -14,7 +14,7 @@ from jrlhf.config import Config, SFTConfig
 from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
 from jrlhf.parallel import shard_batch
-from jrlhf.stages.batches import covering_batches, device_multiple, require_divisible
+from jrlhf.stages.batches import covering_batches, device_multiple, gradient_slices
 from jrlhf.stages.loop import Loop, RunState, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, write_json
@@ -35,7 +35,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         if summary := read_summary(folder):
             return summary
         mesh = mesh_of(config)
-        require_divisible(sft.batch_size, mesh, slices=sft.accumulation, key="sft.batch_size")
+        slices = gradient_slices(sft.batch_size, mesh, microbatch=sft.microbatch, key="sft.batch_size")
         source = model_source(config, sft.model.path, key="sft.model.path", stage=None)
         tokenizer = load_tokenizer(source)
         rows = load_sft(sft.data, sft.data.train, tokenizer, train_on=sft.train_on)
@@ -46,7 +46,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         order = Order(config.seed, batch_size=sft.batch_size, lengths=rows.lengths)
         total = math.ceil(sft.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(sft.optim, updates=total)
-        step = make_sft_step(model.logprob_fn, tx, accumulation=sft.accumulation)
+        step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
         state, update = start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=config.seed)
 
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:

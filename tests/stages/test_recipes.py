@@ -11,6 +11,7 @@ from jrlhf.config_io import load_config
 from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_params, decoder_fns
 from jrlhf.models.names import RULES
 from jrlhf.parallel import make_mesh, tree_shardings
+from jrlhf.stages.batches import gradient_slices
 from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.stages.ppo import make_step
 from jrlhf.steps import make_reward_step, make_sft_step
@@ -53,6 +54,10 @@ def test_every_stage_of_a_recipe_has_the_shapes_it_needs(path: Path) -> None:
             sharding.shard_shape(leaf.shape)  # raises where it does not divide
 
 
+def slices(rows: int, microbatch: int) -> int:
+    return gradient_slices(rows, make_mesh(data=-1, fsdp=1, tensor=1), microbatch=microbatch, key="rows")
+
+
 def check_sft(config: Config, arch: ArchConfig) -> TrainState:
     sft = config.sft
     fns = decoder_fns(arch, dtype=sft.model.dtype, remat=sft.model.remat)
@@ -60,7 +65,7 @@ def check_sft(config: Config, arch: ArchConfig) -> TrainState:
     state = start(abstract_params(arch), tx)
     shape = (sft.batch_size, sft.data.max_length)
     batch = SFTBatch(struct(shape, jnp.int32), struct(shape, jnp.bool_), struct(shape, jnp.bool_))
-    step = make_sft_step(fns.logprob_fn, tx, accumulation=sft.accumulation)
+    step = make_sft_step(fns.logprob_fn, tx, accumulation=slices(sft.batch_size, sft.microbatch))
     after, _ = jax.eval_shape(step, state, batch, KEY)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     return state
@@ -79,7 +84,8 @@ def check_reward(config: Config, arch: ArchConfig) -> TrainState:
         struct(shape[:2], jnp.bool_),
         struct(shape[:1]),
     )
-    step = make_reward_step(fns.score_fn, tx, center_coef=reward.center_coef, accumulation=reward.accumulation)
+    parts = slices(reward.batch_size, reward.microbatch)
+    step = make_reward_step(fns.score_fn, tx, center_coef=reward.center_coef, accumulation=parts)
     after, _ = jax.eval_shape(step, state, batch, KEY)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     return state
@@ -96,6 +102,8 @@ def check_ppo(config: Config, arch: ArchConfig) -> TrainState:
     rollout = Rollout(
         struct((rows, length), jnp.int32), marks, marks, *[per_token] * 8, struct((rows,)), struct((rows,), jnp.bool_)
     )
-    after, _ = jax.eval_shape(make_step(ppo, fns.logprob_fn, fns.score_fn, tx), state, rollout, KEY)
+    parts = slices(rows // ppo.minibatches, ppo.microbatch)
+    step = make_step(ppo, fns.logprob_fn, fns.score_fn, tx, accumulation=parts)
+    after, _ = jax.eval_shape(step, state, rollout, KEY)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     return state
