@@ -1,8 +1,9 @@
 """Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
 
 from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
-from jrlhf.models.arch import ArchConfig, Rope, arch_from_hf
+from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache
+from jrlhf.models.families import arch_from_hf
 from jrlhf.models.functions import (
     DecoderFns,
     abstract_params,

@@ -7,18 +7,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jrlhf.models.arch import SEQUENCE_CLASSIFICATION, ArchConfig, arch_from_hf
+from jrlhf.models.arch import ArchConfig
+from jrlhf.models.families import arch_from_hf, is_sequence_classification
 from jrlhf.models.functions import abstract_params, decoder_fns
-from jrlhf.models.hf import (
-    GENERATION_CONFIG,
-    TOKENIZER_FILES,
-    find_folder,
-    open_tensors,
-    read_config,
-    read_tree,
-    their_tensors,
-    write_folder,
-)
+from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, find_folder, read_config
+from jrlhf.models.hf_read import open_tensors, read_tree
+from jrlhf.models.hf_write import write_folder
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.parallel import Rules, tree_shardings
 from jrlhf.types import ApplyFn, DecodeFns, LogprobFn, Params, ScoreFn
@@ -41,8 +35,8 @@ class Pretrained:
     source: Path
     """The folder it was read from."""
     rules: Rules
-    dtypes: Mapping[str, str] = field(repr=False)
-    """The dtype of every tensor in the source, in which it is written back."""
+    stored: Mapping[str, Stored] = field(repr=False)
+    """The file and dtype of every tensor in the source, in which it is written back."""
 
 
 def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, remat: bool = False) -> Pretrained:
@@ -55,13 +49,13 @@ def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, r
     folder = find_folder(path)
     config = read_config(folder)
     arch = arch_from_hf(config)
-    if SEQUENCE_CLASSIFICATION in (config.get("architectures") or ()):
-        raise ValueError(f"{folder}: architectures: {SEQUENCE_CLASSIFICATION} is a reward model: use load_reward_model")
+    if is_sequence_classification(config, arch):
+        raise ValueError(f"{folder}: architectures: {config['architectures']} is a reward model: use load_reward_model")
     shapes = abstract_params(arch)
     shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
-    with open_tensors(folder) as tensors:
-        params = read_tree(tensors, language_model_table(arch), shapes, shardings)
-        dtypes = tensors.dtypes
+    with open_tensors(folder, arch) as tensors:
+        params = read_tree(tensors, arch, language_model_table(arch), shapes, shardings)
+        stored = tensors.stored
     fns = decoder_fns(arch, dtype=dtype, remat=remat)
     return Pretrained(
         params=params,
@@ -73,15 +67,22 @@ def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, r
         arch=arch,
         source=folder,
         rules=RULES,
-        dtypes=dtypes,
+        stored=stored,
     )
 
 
 def save_pretrained(pretrained: Pretrained, path: str | Path) -> None:
-    """Write config.json, one model.safetensors and the source's tokenizer files.
+    """Write config.json, the weights and the source's tokenizer files.
 
-    Tensors get the dtypes they were read in, so unchanged parameters give the source's bytes (if it was one file).
+    Tensors get the dtypes and files they were read from, so unchanged parameters give the source's bytes.
     """
-    table = language_model_table(pretrained.arch)
-    tensors = their_tensors(pretrained.params, table, pretrained.dtypes)
-    write_folder(Path(path), pretrained.config, tensors, pretrained.source, (*TOKENIZER_FILES, GENERATION_CONFIG))
+    write_folder(
+        Path(path),
+        pretrained.config,
+        pretrained.params,
+        pretrained.arch,
+        language_model_table(pretrained.arch),
+        pretrained.stored,
+        pretrained.source,
+        (*TOKENIZER_FILES, GENERATION_CONFIG),
+    )

@@ -12,17 +12,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.core import at_last_token
-from jrlhf.models.arch import SEQUENCE_CLASSIFICATION, ArchConfig, arch_from_hf
+from jrlhf.models.arch import ArchConfig
+from jrlhf.models.families import CLASSES, arch_from_hf, is_sequence_classification
 from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_params
-from jrlhf.models.hf import (
-    TOKENIZER_FILES,
-    find_folder,
-    open_tensors,
-    read_config,
-    read_tree,
-    their_tensors,
-    write_folder,
-)
+from jrlhf.models.hf import TOKENIZER_FILES, Stored, find_folder, read_config
+from jrlhf.models.hf_read import open_tensors, read_tree
+from jrlhf.models.hf_write import write_folder
 from jrlhf.models.names import RULES, reward_model_table
 from jrlhf.models.pretrained import Pretrained
 from jrlhf.parallel import Rules, tree_shardings
@@ -43,7 +38,7 @@ class RewardModel:
     arch: ArchConfig
     source: Path
     rules: Rules
-    dtypes: Mapping[str, str] = field(repr=False)
+    stored: Mapping[str, Stored] = field(repr=False)
     gain: float = 1.0
     """What the head was multiplied by to normalise it, and then shifted by: a record, already applied."""
     bias: float = 0.0
@@ -65,7 +60,7 @@ def reward_from_pretrained(pretrained: Pretrained, key: Key) -> RewardModel:
         arch=pretrained.arch,
         source=pretrained.source,
         rules=pretrained.rules,
-        dtypes=pretrained.dtypes,
+        stored=pretrained.stored,
     )
 
 
@@ -84,12 +79,12 @@ def load_reward_model(path: str | Path, *, dtype: Any, mesh: Mesh | None = None,
     folder = find_folder(path)
     config = read_config(folder)
     arch = arch_from_hf(config)
-    gain, bias, head_bias = _check_head(folder, config)
+    gain, bias, head_bias = _check_head(folder, config, arch)
     shapes = abstract_reward_params(arch)
     shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
-    with open_tensors(folder) as tensors:
-        params = read_tree(tensors, reward_model_table(arch), shapes, shardings)
-        dtypes = tensors.dtypes
+    with open_tensors(folder, arch) as tensors:
+        params = read_tree(tensors, arch, reward_model_table(arch), shapes, shardings)
+        stored = tensors.stored
     # A NumPy scalar, not a JAX one: every host can put its own copy onto a mesh that spans hosts.
     scalar = np.float32(head_bias)
     params["head"]["bias"] = (
@@ -102,15 +97,15 @@ def load_reward_model(path: str | Path, *, dtype: Any, mesh: Mesh | None = None,
         arch=arch,
         source=folder,
         rules=RULES,
-        dtypes=dtypes,
+        stored=stored,
         gain=gain,
         bias=bias,
     )
 
 
-def _check_head(folder: Path, config: Mapping[str, Any]) -> tuple[float, float, float]:
-    if SEQUENCE_CLASSIFICATION not in (config.get("architectures") or ()):
-        raise ValueError(f"{folder}: architectures: a reward model is a {SEQUENCE_CLASSIFICATION}")
+def _check_head(folder: Path, config: Mapping[str, Any], arch: ArchConfig) -> tuple[float, float, float]:
+    if not is_sequence_classification(config, arch):
+        raise ValueError(f"{folder}: architectures: a reward model is a {CLASSES[arch.family].sequence_classification}")
     # transformers counts the names of the labels, and takes two labels where it finds neither.
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
@@ -124,18 +119,18 @@ def _check_head(folder: Path, config: Mapping[str, Any]) -> tuple[float, float, 
 
 
 def save_reward_model(model: RewardModel, path: str | Path) -> None:
-    """Write ``LlamaForSequenceClassification`` with one label: transformers' score is ours less the head's bias.
+    """Write the family's sequence-classification form with one label: transformers' score is ours less the head's bias.
 
     That bias, and the record of the normalisation, stand in config.json under "jrlhf" and are read back.
     """
     ours = {"gain": model.gain, "bias": model.bias, "head_bias": float(model.params["head"]["bias"])}
     config = model.config | {
-        "architectures": [SEQUENCE_CLASSIFICATION],
+        "architectures": [CLASSES[model.arch.family].sequence_classification],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
     # A folder that never held a bias keeps its config as it was.
     if _OURS in config or ours != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0}:
         config[_OURS] = ours
-    tensors = their_tensors(model.params, reward_model_table(model.arch), model.dtypes)
-    write_folder(Path(path), config, tensors, model.source, TOKENIZER_FILES)
+    table = reward_model_table(model.arch)
+    write_folder(Path(path), config, model.params, model.arch, table, model.stored, model.source, TOKENIZER_FILES)

@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 from jrlhf.core import from_logits, positions_from_mask, predictable
 from jrlhf.models import abstract_params, abstract_reward_params, decoder_fns, init_params, reward_params
 from jrlhf.models.arch import Rope
-from jrlhf.models.decoder import inverse_frequencies
+from jrlhf.models.rope import inverse_frequencies
 from jrlhf.steps import make_generate
 
 

@@ -18,7 +18,7 @@ from jrlhf.models import (
     save_pretrained,
     save_reward_model,
 )
-from jrlhf.models.hf import their_tensors
+from jrlhf.models.hf_write import write_folder
 from jrlhf.models.names import language_model_table
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
 
@@ -44,7 +44,7 @@ def folder(arch, spread, tmp_path):
     params = spread(init_params(arch, jax.random.key(0)))
     out = tmp_path / "source"
     out.mkdir()
-    save_file(their_tensors(params, language_model_table(arch), {}), out / "model.safetensors", {"format": "pt"})
+    write_folder(out, CONFIG, params, arch, language_model_table(arch), {}, out, ())
     (out / "config.json").write_text(json.dumps(CONFIG).replace("1e-05", "1e-5"))
     return out
 
