@@ -33,7 +33,7 @@ def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {"python", "jax", "jrlhf"} <= summary["versions"].keys()
     assert summary["sft"]["heldout_nll"] < summary["sft"]["base_nll"]
     assert 0.75 < summary["reward"]["bag_of_words_accuracy"] < 0.87
-    assert summary["ppo"]["first_minibatch_max_abs_log_ratio"] <= 5e-5  # rounding of log-probs down to -20
+    assert summary["ppo"]["first_minibatch_max_abs_log_ratio"] <= 1e-4  # attention scores of 170: one unit in the last place is 1.5e-5
     assert "gold" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
 
@@ -51,3 +51,4 @@ def test_full_reaches_its_targets(tmp_path: Path, seed: int) -> None:
     assert ppo["gold_after"] - ppo["gold_before"] > 4 * ppo["gold_stderr"]
     assert ppo["distinct2_after"] >= 0.6 * ppo["distinct2_before"]
     assert ppo["kl"] <= 20.0
+    assert ppo["first_minibatch_max_abs_log_ratio"] <= 1e-4
