@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jrlhf import __version__
 from jrlhf.cli_args import STAGES, print_help, stage_config, tool_config
-from jrlhf.config import Config, ExportConfig, GenerateConfig, QuickstartConfig, ScoreConfig, VerifyConfig
+from jrlhf.config import Config, ExportConfig, GenerateConfig, QuickstartConfig, ScoreConfig, Sources, VerifyConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.suggest import did_you_mean
 
@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         restart_with_huge_pages(sys.argv[1:2])
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    # How far the tokenising of a large file is.
+    logging.getLogger("jrlhf.data").setLevel(logging.INFO)
     match argv:
         case []:
             print(overview(), file=sys.stderr)
@@ -178,7 +180,7 @@ def run_stage(command: str, config: Config) -> None:
     print(f"{command} done: {folder / 'summary.json'}")
 
 
-def require(value: str, path: str) -> None:
+def require(value: Sources, path: str) -> None:
     if not value:
         raise ConfigError(f"{path}: is empty; set it in the YAML (--config) or with --{path}")
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, get_origin
 
-from jrlhf.config import Config
+from jrlhf.config import Config, Sources
 from jrlhf.config_io import ConfigError, apply_flags, check, flag_types, load_config
 from jrlhf.suggest import did_you_mean
 
@@ -109,8 +109,28 @@ def print_help(command: str, cls: type, about: str) -> None:
         tyro.conf.PositionalRequiredArgs,
         tyro.conf.PositionalMetavarFromFieldName,
     )
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_sources_help)
     try:
-        tyro.cli(cls, prog=f"jrlhf {command}", description=about, args=["--help"], use_underscores=True, config=markers)
+        with registry:
+            tyro.cli(
+                cls, prog=f"jrlhf {command}", description=about, args=["--help"], use_underscores=True, config=markers
+            )
     except SystemExit as done:
         if done.code:
             raise
+
+
+def _sources_help(info: Any) -> Any:
+    """How sources are written on a command line: as in the YAML."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    if info.type != Sources:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STR|{STR: FLOAT, ...}",
+        instance_from_str=lambda texts: texts[0],
+        is_instance=lambda value: isinstance(value, str | dict),
+        str_from_instance=lambda value: [str(value)],
+    )

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+Sources = str | dict[str, float]
+"""Rows of one source, or of several with the weights they are mixed by."""
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -54,16 +57,21 @@ class OptimConfig:
 class DataConfig:
     """Rows in, token batches out."""
 
-    train: str = ""
-    """Training rows: a .jsonl, .json, .csv or .parquet file, a hub id (name or name:split), or asset:NAME."""
+    train: Sources = ""
+    """Training rows: a .jsonl, .json, .csv or .parquet file, several by a pattern (data/*.jsonl), a hub id (name or
+    name:split), or asset:NAME. Several sources with weights, as {a.jsonl: 3, b.jsonl: 1}: three of four rows come from
+    the first, however long each is; an epoch is as many draws as they have rows together."""
     eval: str = ""
-    """Held-out rows, in the same forms. Empty: no evaluation."""
+    """Held-out rows, a single source. Empty: no evaluation."""
     max_length: int = 1024
     """Longest sequence in tokens; longer ones are cut at the end (preferences: at the prompt's start)."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be trained on ends the run, or is counted and left out."""
     buckets: int = 4
     """Padded lengths that are compiled for, evenly spaced up to max_length."""
+    cache: str = "auto"
+    """Folder for tokenised rows, made once and mapped into memory by later runs. auto: $JRLHF_CACHE, else
+    ~/.cache/jrlhf, for sources of 4 MB and more. Empty: none, all rows in memory."""
 
 
 @dataclass(frozen=True)

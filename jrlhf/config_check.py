@@ -83,6 +83,9 @@ def _optim(path: str, optim: OptimConfig) -> Iterator[Rule]:
 
 
 def _data(path: str, data: DataConfig) -> Iterator[Rule]:
+    weights = [1.0] if isinstance(data.train, str) else list(data.train.values())
+    weighted = bool(weights) and all(weight > 0 for weight in weights)
+    yield weighted, f"{path}.train", data.train, "a source, or sources with weights above 0"
     yield data.max_length >= 1, f"{path}.max_length", data.max_length, "1 or more"
     yield data.buckets >= 1, f"{path}.buckets", data.buckets, "1 or more"
 

@@ -7,13 +7,13 @@ read but never constructed: no tag (`!!python/object`) can do anything, and `1e-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from jrlhf.config import Config
+from jrlhf.config import Config, Sources
 from jrlhf.config_check import ConfigError, check
 from jrlhf.suggest import did_you_mean, either
 
@@ -61,7 +61,7 @@ def to_yaml(config: Any) -> str:
 
 def diff_configs(old: T, new: T) -> list[str]:
     """`path: old -> new` for every field that differs."""
-    before, after = (dict(_leaves(asdict(c))) for c in (old, new))  # pyright: ignore[reportArgumentType]
+    before, after = dict(_leaves(old)), dict(_leaves(new))
     return [f"{path}: {before[path]!r} -> {value!r}" for path, value in after.items() if before[path] != value]
 
 
@@ -157,6 +157,8 @@ def _read_section(node: yaml.Node | None, current: T, path: str, file: str, prob
 
 def _read_value(node: yaml.Node, hint: Any) -> Any:
     """A field's value, or an error that says what was expected."""
+    if hint == Sources:
+        return _read_weights(node) if isinstance(node, yaml.MappingNode) else _read_value(node, str)
     if get_origin(hint) is tuple:
         if not isinstance(node, yaml.SequenceNode) or node.tag != TAG + "seq":
             raise _WrongValueError(f"expected a list, got {_describe(node)}")
@@ -173,6 +175,24 @@ def _read_value(node: yaml.Node, hint: Any) -> Any:
         hint_text = "; put it in quotes" if hint is str and node.value else ""
         raise _WrongValueError(f"expected {EXPECTED[hint]}, got {_describe(node)}{hint_text}")
     return value
+
+
+def _read_weights(node: yaml.MappingNode) -> dict[str, float]:
+    """Sources with their weights: ``{a.jsonl: 3, b.jsonl: 1}``."""
+    if node.tag != TAG + "map":
+        raise _WrongValueError(f"expected a string, or strings with weights, got {_describe(node)}")
+    weights: dict[str, float] = {}
+    for key_node, value_node in node.value:
+        source = _read_value(key_node, str)
+        if source in weights:
+            raise _WrongValueError(f"{source!r} is there twice")
+        weight = _scalar(value_node, float) if isinstance(value_node, yaml.ScalarNode) else None
+        if not isinstance(weight, float):
+            raise _WrongValueError(
+                f"expected {EXPECTED[float]} as the weight of {source!r}, got {_describe(value_node)}"
+            )
+        weights[source] = weight
+    return weights
 
 
 def _scalar(node: yaml.ScalarNode, hint: type) -> str | bool | int | float | None:
@@ -198,10 +218,21 @@ def _flag_node(texts: Sequence[str], hint: Any) -> yaml.Node:
         items = [_flag_node([text], get_args(hint)[0]) for text in texts]
         return yaml.SequenceNode(TAG + "seq", items)
     [text] = texts
+    if hint == Sources and text.lstrip().startswith("{"):
+        return _composed(text)
     # The shell took the quotes away, so what a flag means is decided by its field: a run may be called 2026.
-    is_text = hint is str or get_origin(hint) is Literal
+    is_text = hint in (str, Sources) or get_origin(hint) is Literal
     tag = TAG + "str" if is_text else yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
     return yaml.ScalarNode(tag, text)
+
+
+def _composed(text: str) -> yaml.Node:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise _WrongValueError(f"expected sources with weights, as {{a.jsonl: 3, b.jsonl: 1}}, got {text!r}") from error
+    assert node is not None  # it begins with a brace
+    return node
 
 
 def _describe(node: yaml.Node) -> str:
@@ -217,9 +248,10 @@ def _replace_at(config: Any, path: Sequence[str], value: Any) -> Any:
     return replace(config, **{head: _replace_at(vars(config)[head], rest, value) if rest else value})
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in fields(config):
+        value = vars(config)[field.name]
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
         else:
-            yield prefix + key, value
+            yield prefix + field.name, value

@@ -142,6 +142,50 @@ def test_a_key_set_twice_names_both_lines(tmp_path):
     assert problems(tmp_path, "seed: 1\nrun: a\nseed: 2\n") == ["run.yaml:3: seed: set twice, first on line 1"]
 
 
+def test_sources_are_one_or_several_with_weights(tmp_path):
+    assert load(tmp_path, "sft: {data: {train: a.jsonl}}").sft.data.train == "a.jsonl"
+    config = load(tmp_path, "sft:\n  data:\n    train:\n      data/a.jsonl: 3\n      org/name:train: 1e-1\n")
+    assert config.sft.data.train == {"data/a.jsonl": 3.0, "org/name:train": 0.1}
+    assert list(config.sft.data.train) == ["data/a.jsonl", "org/name:train"]
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    flagged = apply_flags(Config(), {"sft.data.train": ["{data/a.jsonl: 3, org/name:train: 0.1}"]})
+    assert flagged.sft.data.train == config.sft.data.train
+    for name in ("2026", "a.jsonl", "odd [name]* {x}.jsonl"):
+        assert apply_flags(Config(), {"sft.data.train": [name]}).sft.data.train == name
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[a, b]", "expected a string, got a list"),
+        ("2026", "expected a string, got '2026' (a whole number); put it in quotes"),
+        ("{a.jsonl: many}", "expected a finite number as the weight of 'a.jsonl', got 'many' (a string)"),
+        ("{a.jsonl: '3'}", "expected a finite number as the weight of 'a.jsonl', got '3' (a string)"),
+        ("{a.jsonl: .inf}", "expected a finite number as the weight of 'a.jsonl', got '.inf' (a number)"),
+        ("{a.jsonl: [1]}", "expected a finite number as the weight of 'a.jsonl', got a list"),
+        ("{a.jsonl:3}", "expected a finite number as the weight of 'a.jsonl:3', got nothing"),
+        ("{a.jsonl: 1, a.jsonl: 2}", "'a.jsonl' is there twice"),
+        ("{7: 1}", "expected a string, got '7' (a whole number); put it in quotes"),
+        ("!!python/dict {a: 1}",
+         "expected a string, or strings with weights, got the tag !!python/dict, which is never read"),
+    ],
+)  # fmt: skip
+def test_a_wrong_source_or_weight_is_named(tmp_path, text, problem):
+    assert problems(tmp_path, f"sft: {{data: {{train: {text}}}}}") == [f"run.yaml:1: sft.data.train: {problem}"]
+    if text.startswith("{"):
+        with pytest.raises(ConfigError) as caught:
+            apply_flags(Config(), {"sft.data.train": [text]})
+        assert str(caught.value) == f"--sft.data.train: {problem}"
+
+
+def test_a_flag_that_is_no_mapping_after_all_is_named():
+    with pytest.raises(ConfigError) as caught:
+        apply_flags(Config(), {"sft.data.train": ["{a.jsonl: 1"]})
+    must = "expected sources with weights, as {a.jsonl: 3, b.jsonl: 1}, got '{a.jsonl: 1'"
+    assert str(caught.value) == f"--sft.data.train: {must}"
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
@@ -232,6 +276,9 @@ def test_diff_configs_names_what_differs():
         "ppo.sampling.stop: () -> ('x',)",
         "ppo.kl.target: 6.0 -> 0.0",
     ]
+    mixed = replace(old, sft=replace(old.sft, data=replace(old.sft.data, train={"a.jsonl": 3.0, "b.jsonl": 1.0})))
+    assert diff_configs(old, mixed) == ["sft.data.train: '' -> {'a.jsonl': 3.0, 'b.jsonl': 1.0}"]
+    assert diff_configs(mixed, old) == ["sft.data.train: {'a.jsonl': 3.0, 'b.jsonl': 1.0} -> ''"]
 
 
 def test_the_defaults_pass():
@@ -245,6 +292,7 @@ def test_the_defaults_pass():
         ("run", " "), ("seed", "-1"), ("mesh.data", "0"), ("mesh.fsdp", "0"), ("mesh.tensor", "-1"),
         ("sft.optim.lr", "-1e-5"), ("sft.optim.warmup", "1.5"), ("sft.optim.b1", "1"), ("reward.optim.b2", "-0.1"),
         ("ppo.optim.eps", "0"), ("sft.optim.weight_decay", "-1"), ("sft.optim.max_grad_norm", "-1"),
+        ("sft.data.train", "{}"), ("sft.data.train", "{a: 0}"), ("reward.data.train", "{a: 1, b: -1}"),
         ("sft.data.max_length", "0"), ("reward.data.buckets", "0"), ("ppo.ptx.buckets", "0"),
         ("sft.checkpoint.every", "0"), ("sft.checkpoint.keep", "0"), ("ppo.checkpoint.keep_best", "-1"),
         ("sft.log.every", "0"), ("reward.log.eval_every", "0"), ("ppo.log.eval_rows", "-1"), ("sft.log.samples", "-1"),

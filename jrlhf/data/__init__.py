@@ -2,7 +2,7 @@
 
 from jrlhf.data.errors import BadRow, DataError
 from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
-from jrlhf.data.order import Order, epoch_batches, steps_per_epoch
+from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
 
@@ -10,12 +10,12 @@ __all__ = [
     "BadRow",
     "DataError",
     "Order",
+    "Part",
     "PromptRows",
     "RankingRows",
     "SFTRows",
     "TextRows",
     "bucket_lengths",
-    "epoch_batches",
     "load_prompts",
     "load_rankings",
     "load_sft",

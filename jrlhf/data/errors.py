@@ -28,14 +28,14 @@ class Skips:
     def __init__(self, name: str, *, skip: bool) -> None:
         self._name = name
         self._skip = skip
-        self._first: dict[str, str] = {}
+        self.first: dict[str, str] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, error: BadRow, place: str) -> None:
         """Raise ``DataError`` with the row's place, or count it."""
         if not self._skip:
             raise DataError(f"{place}: {error}") from None
-        self._first.setdefault(error.reason, place)
+        self.first.setdefault(error.reason, place)
         self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
 
     def close(self, kept: int) -> dict[str, int]:
@@ -43,7 +43,7 @@ class Skips:
         reasons = sorted(self.counts, key=self.counts.__getitem__, reverse=True)
         for reason in reasons[:REASONS_SHOWN]:
             rows = self.counts[reason]
-            log.warning("%s: skipped %d rows: %s (first: %s)", self._name, rows, reason, self._first[reason])
+            log.warning("%s: skipped %d rows: %s (first: %s)", self._name, rows, reason, self.first[reason])
         if others := reasons[REASONS_SHOWN:]:
             rows = sum(self.counts[reason] for reason in others)
             log.warning("%s: skipped %d rows for %d other reasons", self._name, rows, len(others))

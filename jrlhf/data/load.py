@@ -1,29 +1,45 @@
-"""A source and a config to rows: parse, tokenise, cut, and account for every row that cannot be used."""
+"""Sources and a config to rows: parse, tokenise, cut, and account for every row that cannot be used."""
 
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jrlhf.config import DataConfig
+from jrlhf.config import DataConfig, Sources
+from jrlhf.data.cache import cache_folder, cache_key, cached
+from jrlhf.data.columns import Encoded, Schema, Table, Writer, in_memory, joined
 from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, Skips
-from jrlhf.data.formats import Answered, Content, parse_answers, parse_prompt, parse_ranking, parse_sft
-from jrlhf.data.rows import PromptRows, Ragged, RankingRows, SFTRows, TextRows, bucket_lengths
-from jrlhf.data.sources import Row, open_source
+from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft
+from jrlhf.data.order import Part
+from jrlhf.data.ragged import Objects, Ragged
+from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
+from jrlhf.data.sources import Row, Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
 
+log = logging.getLogger("jrlhf.data")
+
 TrainOn = Literal["completion", "assistant", "all"]
-Parsed = TypeVar("Parsed")
+
+NOT_OF_ROWS = ("train", "eval", "buckets", "cache")
+"""The settings that change no row of a source; every other one has a part in the cache's key."""
+
+PATIENCE = 10.0
+"""Seconds between lines that say how far a long source is."""
 
 
-def load_sft(config: DataConfig, source: str, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
+def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
     """Rows to learn from. ``train_on``: the answer (of a conversation each assistant turn); "assistant": those inside a
     chat prompt too; "all": the prompt as well. Plain text is learnt whole, its EOS included.
     """
     encoder = Encoder(tokenizer)
 
-    def encode(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    def encode(row: Row) -> Encoded:
         segments = encoder.segments(parse_sft(row), every_turn=train_on == "assistant")
         tokens = np.asarray([token for segment in segments for token in segment.ids], np.int32)
         learnt = np.repeat([s.answer or train_on == "all" for s in segments], [len(s.ids) for s in segments])
@@ -32,19 +48,23 @@ def load_sft(config: DataConfig, source: str, tokenizer: Tokenizer, *, train_on:
         if not learnt[: config.max_length].any():
             reason = f"the first token to learn is beyond max_length ({config.max_length}), so nothing would be learnt"
             raise BadRow("completion", reason)
-        return tokens[: config.max_length], learnt[: config.max_length]
+        return Encoded({"tokens": [tokens[: config.max_length]]}, {"learnt": learnt[: config.max_length]})
 
-    kept, skipped = _each(config, source, encode)
-    tokens = Ragged([tokens for tokens, _ in kept])
-    buckets = bucket_lengths(int(tokens.lengths.max()), config.buckets)
-    return SFTRows(tokens, Ragged([learnt for _, learnt in kept]), buckets, _pad(tokenizer), skipped)
+    schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
+    loaded = _load(config, sources, tokenizer, Kind("sft", {"train_on": train_on}, schema, encode))
+    tokens = loaded.ragged("tokens")
+    # The mask's rows end where the tokens' do.
+    masks = [table.ragged["tokens"]._replace(flat=table.flat["learnt"]) for table in loaded.tables]
+    return SFTRows(
+        tokens, Ragged(masks), _buckets(config, tokens), _pad(tokenizer), loaded.skipped(), loaded.parts("tokens")
+    )
 
 
-def load_rankings(config: DataConfig, source: str, tokenizer: Tokenizer) -> RankingRows:
+def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
     """Rankings and preferences; a prompt that is too long is cut at its start, so that the answers stay."""
     encoder = Encoder(tokenizer)
 
-    def encode(row: Row) -> tuple[list[np.ndarray], list[int], float]:
+    def encode(row: Row) -> Encoded:
         prompt, completions, ranks, margin = parse_ranking(row)
         pairs = [encoder.answered(Answered(prompt, completion)) for completion in completions]
         tokens = [_fit(encoder, before, after, config.max_length) for before, after in pairs]
@@ -52,67 +72,131 @@ def load_rankings(config: DataConfig, source: str, tokenizer: Tokenizer) -> Rank
         if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
             reason = f"two answers of unequal rank have the same tokens, of which max_length allows {config.max_length}"
             raise BadRow("completions" if "completions" in row else "chosen", reason)
-        return tokens, ranks, margin
+        return Encoded({"tokens": tokens, "ranks": [ranks]}, {"margin": [margin], "longest": [max(map(len, tokens))]})
 
-    kept, skipped = _each(config, source, encode)
-    tokens = Ragged([tokens for group, _, _ in kept for tokens in group])
+    schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
+    loaded = _load(config, sources, tokenizer, Kind("rankings", {}, schema, encode))
+    tokens = loaded.ragged("tokens")
     return RankingRows(
         tokens=tokens,
-        first=np.cumsum([0, *(len(group) for group, _, _ in kept)]),
-        ranks=np.asarray([rank for _, ranks, _ in kept for rank in ranks], np.int32),
-        margin=np.asarray([margin for _, _, margin in kept], np.float32),
-        buckets=bucket_lengths(int(tokens.lengths.max()), config.buckets),
+        ranks=loaded.ragged("ranks"),
+        margin=loaded.flat("margin"),
+        lengths=loaded.flat("longest"),
+        buckets=_buckets(config, tokens),
         pad=_pad(tokenizer),
-        skipped=skipped,
+        skipped=loaded.skipped(),
+        parts=loaded.parts("ranks"),
     )
 
 
-def load_prompts(config: DataConfig, source: str, tokenizer: Tokenizer) -> PromptRows:
+def load_prompts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> PromptRows:
     """Prompts; one that is longer than ``max_length`` is cut at its start, a BOS kept."""
     encoder = Encoder(tokenizer)
 
-    def encode(row: Row) -> tuple[np.ndarray, Content]:
+    def encode(row: Row) -> Encoded:
         prompt = parse_prompt(row)
-        return _fit(encoder, encoder.prompt(prompt), [], config.max_length), prompt
+        tokens = _fit(encoder, encoder.prompt(prompt), [], config.max_length)
+        return Encoded({"tokens": [tokens], "shown": [_json({"prompt": prompt})]}, {})
 
-    kept, skipped = _each(config, source, encode)
-    tokens = Ragged([tokens for tokens, _ in kept])
-    buckets = bucket_lengths(int(tokens.lengths.max()), config.buckets)
-    return PromptRows(tokens, [{"prompt": prompt} for _, prompt in kept], buckets, _pad(tokenizer), skipped)
+    loaded = _load(config, sources, tokenizer, Kind("prompts", {}, SHOWN, encode))
+    tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
+    return PromptRows(
+        tokens, shown, _buckets(config, tokens), _pad(tokenizer), loaded.skipped(), loaded.parts("tokens")
+    )
 
 
-def load_texts(config: DataConfig, source: str, tokenizer: Tokenizer) -> TextRows:
+def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> TextRows:
     """Every answer in the rows, one after the other, to be scored."""
     encoder = Encoder(tokenizer)
 
-    def encode(row: Row) -> list[tuple[np.ndarray, dict[str, Any]]]:
-        texts = []
+    def encode(row: Row) -> Encoded:
+        tokens, texts = [], []
         for answer in parse_answers(row):
             before, after = encoder.answered(answer)
             given = {"completion": answer.completion}
-            shown = given if answer.prompt is None else {"prompt": answer.prompt} | given
-            texts.append((_fit(encoder, before, after, config.max_length), shown))
-        return texts
+            texts.append(_json(given if answer.prompt is None else {"prompt": answer.prompt} | given))
+            tokens.append(_fit(encoder, before, after, config.max_length))
+        return Encoded({"tokens": tokens, "shown": texts}, {})
 
-    kept, skipped = _each(config, source, encode)
-    tokens = Ragged([tokens for texts in kept for tokens, _ in texts])
-    buckets = bucket_lengths(int(tokens.lengths.max()), config.buckets)
-    return TextRows(tokens, [shown for texts in kept for _, shown in texts], buckets, _pad(tokenizer), skipped)
+    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode))
+    tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
+    return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), loaded.skipped(), loaded.parts("tokens"))
 
 
-def _each(config: DataConfig, source: str, encode: Callable[[Row], Parsed]) -> tuple[list[Parsed], dict[str, int]]:
-    """Encode every row that can be; the others end the run or are counted, as the config says."""
+SHOWN = Schema(ragged={"tokens": np.int32, "shown": np.uint8}, flat={})
+"""Rows that are shown beside their answers or scores: as JSON, so that none is an object in memory."""
+
+
+class Kind(NamedTuple):
+    """How a stage wants its rows: the name and settings go into the cache's key."""
+
+    name: str
+    settings: Mapping[str, Any]
+    schema: Schema
+    encode: Callable[[Row], Encoded]
+
+
+class Loaded(NamedTuple):
+    """A table a source, and the weights they are mixed by."""
+
+    tables: list[Table]
+    weights: list[float]
+
+    def ragged(self, name: str) -> Ragged:
+        return Ragged([table.ragged[name] for table in self.tables])
+
+    def flat(self, name: str) -> np.ndarray:
+        return joined([table.flat[name] for table in self.tables])
+
+    def parts(self, name: str) -> list[Part]:
+        """The sources, each with as many rows as it has in a ragged column."""
+        rows = [len(table.ragged[name].lengths) for table in self.tables]
+        return [Part(count, weight) for count, weight in zip(rows, self.weights, strict=True)]
+
+    def skipped(self) -> dict[str, int]:
+        """Rows left out of all sources, by reason."""
+        total: Counter[str] = Counter()
+        for table in self.tables:
+            total.update(table.skipped)
+        return dict(total)
+
+
+def _load(config: DataConfig, sources: Sources, tokenizer: Tokenizer, kind: Kind) -> Loaded:
+    weighted = {sources: 1.0} if isinstance(sources, str) else sources
+    return Loaded([_table(config, source, tokenizer, kind) for source in weighted], list(weighted.values()))
+
+
+def _table(config: DataConfig, source: str, tokenizer: Tokenizer, kind: Kind) -> Table:
+    """The rows of one source, from the cache or into it where the config asks for one."""
     opened = open_source(source)
-    skips = Skips(opened.name, skip=config.on_bad_row == "skip")
-    kept: list[Parsed] = []
-    for place, row in opened.rows:
+    folder = cache_folder(config.cache, opened.files)
+    if folder is None:
+        return in_memory(kind.schema, lambda writer: _each(config, opened, kind.encode, writer))
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_ROWS}
+    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings})
+    return cached(folder, key, kind.schema, lambda writer: _each(config, opened, kind.encode, writer))
+
+
+def _each(config: DataConfig, source: Source, encode: Callable[[Row], Encoded], writer: Writer) -> Skips:
+    """Encode every row that can be; the others end the run or are counted, as the config says."""
+    skips = Skips(source.name, skip=config.on_bad_row == "skip")
+    start = said = time.monotonic()
+    for place, row in source.rows:
         try:
             if isinstance(row, BadRow):
                 raise row
-            kept.append(encode(row))
+            writer.add(encode(row))
         except BadRow as error:
             skips.add(error, place)
-    return kept, skips.close(len(kept))
+        if (now := time.monotonic()) - said > PATIENCE:
+            said = now
+            log.info("%s: %d rows tokenised, %d a second", source.name, writer.rows, writer.rows / (now - start))
+    return skips
+
+
+def _json(value: Mapping[str, Any]) -> np.ndarray:
+    """As bytes of a JSON text; what JSON does not know, such as the date in a Parquet cell, as a string."""
+    return np.frombuffer(json.dumps(value, default=str).encode(), np.uint8)
 
 
 def _fit(encoder: Encoder, before: list[int], after: list[int], max_length: int) -> np.ndarray:
@@ -127,3 +211,7 @@ def _fit(encoder: Encoder, before: list[int], after: list[int], max_length: int)
 
 def _pad(tokenizer: Tokenizer) -> int:
     return int(tokenizer.pad_token_id)
+
+
+def _buckets(config: DataConfig, tokens: Ragged) -> tuple[int, ...]:
+    return bucket_lengths(int(tokens.lengths.max()), config.buckets)

@@ -1,43 +1,21 @@
-"""Tokenised rows, and the padded NumPy batches made of them."""
+"""Tokenised rows, and the padded NumPy batches made of them.
+
+Every kind of rows has ``buckets``, the padded lengths of its batches; ``pad``, the token that fills them up;
+``skipped``, rows left out by reason; and ``parts``, the sources it holds one after the other, for ``Order``.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Float, Int
 
+from jrlhf.data.order import Part
+from jrlhf.data.ragged import Ragged
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.types import RankingBatch, SFTBatch
-
-
-class Ragged:
-    """Rows of different lengths in one flat array: as much memory as the tokens themselves."""
-
-    def __init__(self, rows: Sequence[np.ndarray]) -> None:
-        self.lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
-        self._ends = np.cumsum(self.lengths)
-        self._flat = np.concatenate(rows)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        end = self._ends[row]
-        return self._flat[end - self.lengths[row] : end]
-
-    def padded(
-        self, rows: Sequence[int] | np.ndarray, width: int, *, fill: int, left: bool = False
-    ) -> tuple[np.ndarray, Bool[np.ndarray, "B T"]]:
-        """``(values, mask)``, both ``[B, width]``; the mask is True at the row's own values."""
-        values = np.full((len(rows), width), fill, self._flat.dtype)
-        mask = np.zeros((len(rows), width), np.bool_)
-        for place, row in enumerate(rows):
-            length = int(self.lengths[row])
-            columns = slice(width - length, width) if left else slice(0, length)
-            values[place, columns] = self[int(row)]
-            mask[place, columns] = True
-        return values, mask
 
 
 def bucket_lengths(longest: int, buckets: int) -> tuple[int, ...]:
@@ -58,6 +36,7 @@ class SFTRows:
     buckets: tuple[int, ...]
     pad: int
     skipped: dict[str, int]
+    parts: Sequence[Part]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -80,42 +59,48 @@ class SFTRows:
             first = int(np.argmax(self.loss_mask[row]))
             heads.append(self.tokens[row][: max(first, 1)])
         shown = [{"prompt": tokenizer.decode(head, skip_special_tokens=True)} for head in heads]
-        tokens = Ragged(heads)
-        return PromptRows(tokens, shown, bucket_lengths(int(tokens.lengths.max()), 1), self.pad, {})
+        tokens = Ragged.of(heads)
+        buckets = bucket_lengths(int(tokens.lengths.max()), 1)
+        return PromptRows(tokens, shown, buckets, self.pad, {}, [Part(count, 1.0)])
 
 
 @dataclass(frozen=True)
 class RankingRows:
-    """Rankings: row i has the completions ``first[i]`` up to ``first[i + 1]``."""
+    """Rankings: as many completions a row as it has ranks, one row's after the other's."""
 
     tokens: Ragged
-    first: Int[np.ndarray, "N1"]
-    ranks: Int[np.ndarray, "C"]
-    margin: np.ndarray
+    ranks: Ragged
+    margin: Float[np.ndarray, "N"]
+    lengths: Int[np.ndarray, "N"]
+    """The longest completion of each row, its prompt included."""
     buckets: tuple[int, ...]
     pad: int
     skipped: dict[str, int]
+    parts: Sequence[Part]
 
     def __len__(self) -> int:
-        return len(self.first) - 1
+        return len(self.ranks)
 
-    @property
-    def lengths(self) -> Int[np.ndarray, "N"]:
-        """The longest completion of each row, its prompt included."""
-        return np.maximum.reduceat(self.tokens.lengths, self.first[:-1])
+    @cached_property
+    def most(self) -> int:
+        """The largest number of completions of a row."""
+        return int(self.ranks.lengths.max())
+
+    def completions(self, row: int) -> range:
+        """Where the row's completions stand in ``tokens``."""
+        first = self.ranks.start(row)
+        return range(first, first + int(self.ranks.lengths[row]))
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> RankingBatch:
         """Right-padded to the smallest bucket that fits; every row to the data set's largest number of completions."""
-        counts = np.diff(self.first)
-        shape = len(rows), int(counts.max())
+        shape = len(rows), self.most
         width = _bucket(self.buckets, self.lengths[rows])
         tokens = np.full((*shape, width), self.pad, np.int32)
         mask = np.zeros((*shape, width), np.bool_)
-        ranks, valid = np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
         for place, row in enumerate(rows):
-            here, count = np.arange(self.first[row], self.first[row + 1]), counts[row]
-            tokens[place, :count], mask[place, :count] = self.tokens.padded(here, width, fill=self.pad)
-            ranks[place, :count], valid[place, :count] = self.ranks[here], True
+            here = self.completions(int(row))
+            tokens[place, : len(here)], mask[place, : len(here)] = self.tokens.padded(here, width, fill=self.pad)
+        ranks, valid = self.ranks.padded(rows, self.most, fill=0)
         margin = self.margin[rows].astype(np.float32)
         return RankingBatch(tokens, mask, ranks, valid, margin)  # pyright: ignore[reportArgumentType]
 
@@ -125,10 +110,11 @@ class PromptRows:
     """Prompts to be answered; ``shown[i]`` is row i as it was given."""
 
     tokens: Ragged
-    shown: list[dict[str, Any]]
+    shown: Sequence[dict[str, Any]]
     buckets: tuple[int, ...]
     pad: int
     skipped: dict[str, int]
+    parts: Sequence[Part]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -147,10 +133,11 @@ class TextRows:
     """Answers to be scored, each with its prompt; ``shown[i]`` is text i as it was given."""
 
     tokens: Ragged
-    shown: list[dict[str, Any]]
+    shown: Sequence[dict[str, Any]]
     buckets: tuple[int, ...]
     pad: int
     skipped: dict[str, int]
+    parts: Sequence[Part]
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -1,4 +1,4 @@
-"""Rows from a file, the hub or stdin, each with its place, for errors to name.
+"""Rows from files, the hub or stdin, each with its place, for errors to name.
 
 JSON and CSV are read here, a line at a time: a loader that guesses the type of a whole column turns the answer "007"
 into 7, "NA" into nothing and "2020-01-01" into a date, keeps one of two equal keys, and cannot leave out a bad line.
@@ -11,8 +11,9 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from glob import escape
+from glob import escape, glob
 from io import BufferedIOBase
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,16 +34,22 @@ class Source(NamedTuple):
 
     name: str
     rows: Iterable[Placed]
+    files: tuple[Path, ...] = ()
+    """What they are read from, where it can be read again; nothing is read before the first row is asked for."""
 
 
 def open_source(source: str) -> Source:
     """Open ``FILE.jsonl|.json|.csv|.parquet`` (text also as .gz), ``asset:NAME``, ``-`` (a prompt a line), or a hub id.
 
-    A hub id is ``name``, ``name:split`` or ``name:config:split``; the split is "train" unless given.
+    ``*``, ``?``, ``[...]`` and ``**`` (folders) in a file's name stand for all files that fit, in the order of their
+    names, unless there is a file of that very name. A hub id is ``name``, ``name:split`` or ``name:config:split``; the
+    split is "train" unless given.
     """
     if source == "-":
         return Source("stdin", _stdin_rows())
     path = Path(assets.resolve(source)).expanduser()
+    if not path.exists() and ("*" in source or "?" in source or ("[" in source and _kind(path))):
+        return _open_glob(str(path))
     if path.is_file() or path.is_dir() or _kind(path) or source[:1] in "./~" or len(path.parts) > 2:
         return _open_file(path)
     return _open_hub(source)
@@ -56,9 +63,17 @@ def _kind(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in READERS else None
 
 
+def _open_glob(pattern: str) -> Source:
+    paths = [path for path in map(Path, sorted(glob(pattern, recursive=True))) if path.is_file()]
+    if not paths:
+        raise DataError(f"{pattern}: no file fits")
+    opened = [_open_file(path) for path in paths]
+    return Source(pattern, chain.from_iterable(source.rows for source in opened), tuple(paths))
+
+
 def _open_file(path: Path) -> Source:
     if path.is_dir():
-        raise DataError(f"{path}: a folder; name a file in it")
+        raise DataError(f"{path}: a folder; name a file in it, or several as {path / '*.jsonl'}")
     if not path.is_file():
         raise DataError(f"{path}: no such file{_near(path)}")
     kind = _kind(path)
@@ -66,7 +81,7 @@ def _open_file(path: Path) -> Source:
         raise DataError(f"{path}: unknown kind of file; known: {', '.join(READERS)}")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
-    return Source(str(path), _guarded(path, READERS[kind](path)))
+    return Source(str(path), _guarded(path, READERS[kind](path)), (path,))
 
 
 def _near(path: Path) -> str:
@@ -209,7 +224,8 @@ def _open_hub(source: str) -> Source:
     except Exception as error:  # the network's, the hub's, or the loader's own
         reason = str(error).partition("\n")[0]
         raise DataError(f"{source}: neither a file nor a data set on the hub: {reason}") from error
-    return Source(source, ((f"{source}: row {i}", dict(row)) for i, row in enumerate(rows, 1)))
+    placed = ((f"{source}: row {i}", dict(row)) for i, row in enumerate(rows, 1))
+    return Source(source, placed, tuple(Path(file["filename"]) for file in rows.cache_files))
 
 
 def _root(error: BaseException) -> str:

@@ -160,8 +160,11 @@ def _make_iteration(
 ) -> Callable[[RunState, int], tuple[RunState, dict[str, Any]]]:
     """Rollout, scoring, update: one iteration as a function of the state and its number."""
     ppo = config.ppo
-    order = Order(config.seed, batch_size=ppo.episodes, lengths=prompts.lengths)
-    text_order = None if ptx is None else Order(config.seed, batch_size=ppo.episodes, lengths=ptx.lengths)
+
+    def in_order(rows: PromptRows | SFTRows) -> Order:
+        return Order(config.seed, batch_size=ppo.episodes, lengths=rows.lengths, parts=rows.parts)
+
+    order, text_order = in_order(prompts), None if ptx is None else in_order(ptx)
     score = jax.jit(actors.reward.score)
     experience = jax.jit(
         make_experience(

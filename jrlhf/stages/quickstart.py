@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from jrlhf import assets
-from jrlhf.config import Config
+from jrlhf.config import Config, Sources
 from jrlhf.config_io import config_path, load_config
 from jrlhf.metrics import read_metrics
 from jrlhf.stages.evaluation import (
@@ -101,8 +101,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def read_rankings(source: str) -> list[Ranking]:
-    return [(row["completions"], row["ranks"]) for row in read_lines(Path(assets.resolve(source)))]
+def read_rankings(sources: Sources) -> list[Ranking]:
+    paths = [Path(assets.resolve(source)) for source in ([sources] if isinstance(sources, str) else sources)]
+    return [(row["completions"], row["ranks"]) for path in paths for row in read_lines(path)]
 
 
 def before_and_after(config: Config) -> list[dict[str, str]]:

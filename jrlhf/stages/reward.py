@@ -56,7 +56,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         model = reward_from_pretrained(base, jax.random.key(config.seed))
         check_length(model.arch, int(rows.lengths.max()), key="reward.data.max_length")
 
-        order = Order(config.seed, batch_size=reward.batch_size, lengths=rows.lengths)
+        order = Order(config.seed, batch_size=reward.batch_size, lengths=rows.lengths, parts=rows.parts)
         total = math.ceil(reward.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(reward.optim, updates=total)
         step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)

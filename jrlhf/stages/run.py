@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from jrlhf import assets
 from jrlhf.checkpoint import run_lock
-from jrlhf.config import CheckpointConfig, Config, LogConfig, MeshConfig, PPOConfig, RewardConfig, SFTConfig
+from jrlhf.config import CheckpointConfig, Config, DataConfig, LogConfig, MeshConfig, PPOConfig, RewardConfig, SFTConfig
 from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
 
 StageName = Literal["sft", "reward", "ppo"]
@@ -60,10 +60,11 @@ def exported_folder(path: str, *, stages: tuple[StageName, ...] = ()) -> str:
 
 
 def comparable(config: Config, stage: StageName) -> Config:
-    """Only what decides the result of ``stage``: not where it runs, what it logs or how often it saves."""
+    """Only what decides the result of ``stage``: not where it runs, what it logs, caches or how often it saves."""
 
     def neutral(part: Any) -> Any:
-        return replace(part, log=LogConfig(), checkpoint=CheckpointConfig())
+        data = {name: replace(value, cache="") for name, value in vars(part).items() if isinstance(value, DataConfig)}
+        return replace(part, log=LogConfig(), checkpoint=CheckpointConfig(), **data)
 
     parts: dict[StageName, Any] = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
     blank: dict[StageName, Any] = {"sft": SFTConfig(), "reward": RewardConfig(), "ppo": PPOConfig()}

@@ -43,7 +43,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         model = load_pretrained(source, dtype=sft.model.dtype, mesh=mesh, remat=sft.model.remat)
         check_length(model.arch, int(rows.lengths.max()), key="sft.data.max_length")
 
-        order = Order(config.seed, batch_size=sft.batch_size, lengths=rows.lengths)
+        order = Order(config.seed, batch_size=sft.batch_size, lengths=rows.lengths, parts=rows.parts)
         total = math.ceil(sft.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(sft.optim, updates=total)
         step = make_sft_step(model.logprob_fn, tx, accumulation=slices)

@@ -90,7 +90,7 @@ def test_rankings_and_messages_from_every_kind_that_has_lists(chat, config, tmp_
     assert load_prompts(config(), source, chat).tokens[0].tolist() == ids(chat, head)
     texts = load_texts(config(), source, chat)
     assert [texts.tokens[i].tolist() for i in range(3)] == [rows.tokens[i].tolist() for i in range(3)]
-    assert texts.shown == [{"prompt": [user], "completion": answer} for answer in said]
+    assert list(texts.shown) == [{"prompt": [user], "completion": answer} for answer in said]
 
 
 def test_rows_of_different_formats_in_one_file(chat, config, write):

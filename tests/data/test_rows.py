@@ -1,20 +1,28 @@
 """Padded batches against brute force."""
 
+import json
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
-from jrlhf.data.rows import Ragged
+from jrlhf.data import Part, PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
+from jrlhf.data.ragged import Column, Flat, Objects, Ragged
 
 PAD = 99
 ROWS = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=40), min_size=1, max_size=8)
 
 
 def ragged(rows, dtype=np.int32) -> Ragged:
-    return Ragged([np.asarray(row, dtype) for row in rows])
+    return Ragged.of([np.asarray(row, dtype) for row in rows])
+
+
+def parts_of(rows) -> list[Part]:
+    return [Part(len(rows), 1.0)]
 
 
 def buckets_of(rows, buckets=3) -> tuple[int, ...]:
@@ -33,9 +41,9 @@ def test_rows_are_padded_on_the_side_that_the_stage_needs(rows, data):
     width = min(size for size in sizes if size >= max(len(rows[i]) for i in chosen))
     shown = [{"prompt": str(row)} for row in rows]
     learnt = [[i % 2 == 0 for i in range(len(row))] for row in rows]
-    sft = SFTRows(ragged(rows), ragged(learnt, np.bool_), sizes, PAD, {}).batch(chosen)
-    prompts = PromptRows(ragged(rows), shown, sizes, PAD, {}).batch(np.asarray(chosen))
-    texts = TextRows(ragged(rows), shown, sizes, PAD, {}).batch(chosen)
+    sft = SFTRows(ragged(rows), ragged(learnt, np.bool_), sizes, PAD, {}, parts_of(rows)).batch(chosen)
+    prompts = PromptRows(ragged(rows), shown, sizes, PAD, {}, parts_of(rows)).batch(np.asarray(chosen))
+    texts = TextRows(ragged(rows), shown, sizes, PAD, {}, parts_of(rows)).batch(chosen)
     for (tokens, mask), left in ((sft[:2], False), (prompts, True), (texts, False)):
         assert tokens.dtype == np.int32
         assert mask.dtype == np.bool_
@@ -60,15 +68,15 @@ def test_rankings_are_padded_to_the_most_completions_and_the_mask_says_which_are
     answers = [tokens for group in groups for tokens, _ in group]
     rows = RankingRows(
         tokens=ragged(answers),
-        first=np.cumsum([0, *map(len, groups)]),
-        ranks=np.asarray([rank for group in groups for _, rank in group], np.int32),
+        ranks=ragged([[rank for _, rank in group] for group in groups]),
         margin=np.arange(len(groups), dtype=np.float32),
+        lengths=np.asarray([max(len(tokens) for tokens, _ in group) for group in groups], np.int32),
         buckets=buckets_of(answers),
         pad=PAD,
         skipped={},
+        parts=parts_of(groups),
     )
     assert len(rows) == len(groups)
-    assert rows.lengths.tolist() == [max(len(tokens) for tokens, _ in group) for group in groups]
     batch = rows.batch(chosen)
     most = max(map(len, groups))
     width = min(size for size in rows.buckets if size >= max(rows.lengths[i] for i in chosen))
@@ -87,7 +95,7 @@ def test_rankings_are_padded_to_the_most_completions_and_the_mask_says_which_are
 def test_lengths_compile_for_no_more_widths_than_buckets():
     rows = [[1] * n for n in range(1, 501)]
     for buckets in (1, 2, 4, 7):
-        prompts = PromptRows(ragged(rows), [{}] * 500, buckets_of(rows, buckets), PAD, {})
+        prompts = PromptRows(ragged(rows), [{}] * 500, buckets_of(rows, buckets), PAD, {}, parts_of(rows))
         widths = {prompts.batch([i])[0].shape[1] for i in range(500)}
         assert len(widths) == buckets
         assert all(width % 8 == 0 for width in widths)
@@ -109,15 +117,70 @@ def test_the_documented_buckets():
 
 def test_ragged_takes_the_memory_of_its_tokens():
     rows = ragged([[1] * n for n in range(1, 200)])
-    assert rows._flat.nbytes == 4 * sum(range(1, 200))
+    [flat] = rows._flats
+    assert flat.values.nbytes == 4 * sum(range(1, 200))
     assert [rows[i].tolist() for i in range(199)] == [[1] * n for n in range(1, 200)]
-    assert rows[5].base is rows._flat
+    assert rows[5].base is flat.values
+
+
+@given(st.lists(ROWS, min_size=1, max_size=4))
+def test_rows_of_several_sources_are_those_of_one(sources):
+    """Row by row, padded, and where each starts."""
+
+    def column(rows):
+        lengths = np.asarray([len(row) for row in rows], np.int32)
+        values = np.asarray([value for row in rows for value in row], np.int32)
+        return Column(Flat(values), lengths, np.cumsum(lengths, dtype=np.int64))
+
+    joined, rows = Ragged([column(rows) for rows in sources]), [row for rows in sources for row in rows]
+    one = ragged(rows)
+    assert len(joined) == len(rows)
+    assert joined.lengths.tolist() == one.lengths.tolist() == [len(row) for row in rows]
+    assert [joined[i].tolist() for i in range(len(rows))] == rows
+    starts = [sum(map(len, rows[:i])) for i in range(len(rows))]
+    assert [joined.start(i) for i in range(len(rows))] == [one.start(i) for i in range(len(rows))] == starts
+    everyone, width = list(range(len(rows)))[::-1], max(map(len, rows))
+    for a, b in zip(joined.padded(everyone, width, fill=7), one.padded(everyone, width, fill=7), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_mapped_array_is_the_file_s_and_lets_go_of_what_was_read(tmp_path):
+    values = np.arange(2**20, dtype=np.int32)
+    values.tofile(tmp_path / "values")
+    flat = Flat.mapped(tmp_path / "values", np.dtype(np.int32))
+
+    def resident() -> int:
+        """Pages of the mapping that this process holds, in kB, as the kernel counts them."""
+        inside, text = False, Path("/proc/self/smaps").read_text()
+        for line in text.splitlines():
+            inside = line.endswith(str(tmp_path / "values")) or (inside and not re.match(r"[0-9a-f]+-", line))
+            if inside and line.startswith("Rss:"):
+                return int(line.split()[1])
+        raise AssertionError("not mapped")
+
+    assert flat.values.tobytes() == values.tobytes()
+    assert resident() == 4096
+    flat.release()
+    assert resident() == 0
+    np.testing.assert_array_equal(flat.values[1000:1010], np.arange(1000, 1010))
+    (tmp_path / "none").write_bytes(b"")
+    assert len(Flat.mapped(tmp_path / "none", np.dtype(np.uint8)).values) == 0
+
+
+def test_objects_are_a_sequence_of_what_was_put_in():
+    given = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "\ud800 é"}], "n": 1.5}, {}]
+    texts = [np.frombuffer(json.dumps(value).encode(), np.uint8) for value in given]
+    objects = Objects(Ragged.of(texts))
+    assert list(objects) == given
+    assert (len(objects), objects[1], objects[-1], objects[1:]) == (3, given[1], given[2], given[1:])
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        objects[3]
 
 
 def test_prompts_are_what_stands_before_the_first_learnt_token(chat):
     tokens = [chat(text)["input_ids"] for text in ("Hello there, well", "hi world")]
     learnt = [[False] * 2 + [True] * (len(tokens[0]) - 2), [False] + [True] * (len(tokens[1]) - 1)]
-    rows = SFTRows(ragged(tokens), ragged(learnt, np.bool_), (8, 16), PAD, {})
+    rows = SFTRows(ragged(tokens), ragged(learnt, np.bool_), (8, 16), PAD, {}, parts_of(tokens))
     prompts = rows.prompts(2, chat)
     batch, mask = prompts.batch([0, 1])
     assert batch.tolist() == [[PAD] * 6 + tokens[0][:2], [PAD] * 7 + tokens[1][:1]]

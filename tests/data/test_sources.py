@@ -166,10 +166,43 @@ def test_a_missing_file_names_the_nearest(write, tmp_path):
         open_source(str(tmp_path / "trian.json"))
     with pytest.raises(DataError, match=r"no such file, nor a folder .*nowhere"):
         open_source(str(tmp_path / "nowhere" / "train.jsonl"))
-    with pytest.raises(DataError, match="a folder; name a file in it"):
+    with pytest.raises(DataError, match=r"a folder; name a file in it, or several as .*/\*\.jsonl$"):
         open_source(str(tmp_path))
     with pytest.raises(ValueError, match=r"no asset 'sft_trian'; there are: .*sft_train"):
         open_source("asset:sft_trian")
+
+
+def test_a_pattern_is_all_files_that_fit_in_the_order_of_their_names(write, tmp_path):
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    places = ("b.jsonl", "a.jsonl", "c.csv", "b/deep/d.jsonl")
+    files = [write("text\nc\n" if name == "c.csv" else [{"text": name}], name) for name in places]
+    assert rows_of(str(tmp_path / "*.jsonl")) == [{"text": "a.jsonl"}, {"text": "b.jsonl"}]
+    assert rows_of(str(tmp_path / "[ac].*")) == [{"text": "a.jsonl"}, {"text": "c"}]
+    assert rows_of(str(tmp_path / "[b].jsonl")) == [{"text": "b.jsonl"}]
+    assert rows_of(str(tmp_path / "?.csv")) == [{"text": "c"}]
+    assert rows_of(str(tmp_path / "**" / "*.jsonl")) == [{"text": name} for name in ("a.jsonl", "b.jsonl", places[3])]
+    source = open_source(str(tmp_path / "*.*"))
+    assert source.files == tuple(Path(files[i]) for i in (1, 0, 2))
+    assert [place for place, _ in source.rows] == [f"{files[1]}:1", f"{files[0]}:1", f"{files[2]}:2"]
+    with pytest.raises(DataError, match=r"\*\.parquet: no file fits$"):
+        open_source(str(tmp_path / "*.parquet"))
+    write("hello", "notes.txt")
+    with pytest.raises(DataError, match=r"notes\.txt: unknown kind of file"):
+        open_source(str(tmp_path / "*"))
+
+
+def test_a_source_names_the_files_it_can_be_read_again_from(write, monkeypatch, tmp_path):
+    import datasets
+
+    path = write([{"text": "a"}])
+    assert open_source(path).files == (Path(path),)
+    assert open_source("-").files == ()
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "hub")
+    on_disk = datasets.load_from_disk(tmp_path / "hub")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: on_disk)
+    [file] = open_source("org/name").files
+    assert file.stat().st_size > 0
+    assert file.suffix == ".arrow"
 
 
 def test_stdin_is_a_prompt_a_line(monkeypatch):
@@ -197,7 +230,7 @@ def test_hub_ids(source, asked, monkeypatch):
 
     def load(name, config, *, split):
         assert (name, config, split) == asked
-        return [{"text": "a"}]
+        return datasets.Dataset.from_list([{"text": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     if asked is None:

@@ -1,0 +1,112 @@
+"""Rows on their way into flat arrays, a block at a time: into memory, or into files that are mapped."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jrlhf.data.errors import Skips
+from jrlhf.data.ragged import Column, Flat
+
+BLOCK_VALUES, BLOCK_ROWS = 2**20, 2**12
+"""As much is gathered before it is written."""
+
+
+class Encoded(NamedTuple):
+    """What one row of a source becomes: arrays by the column they are appended to.
+
+    ``ragged``: each array is a row of its column, with a length of its own; ``flat``: values one after the other.
+    """
+
+    ragged: Mapping[str, list[Any]]
+    flat: Mapping[str, Any]
+
+
+class Schema(NamedTuple):
+    """The columns of a kind of rows, and what they hold."""
+
+    ragged: Mapping[str, type]
+    flat: Mapping[str, type]
+
+    def files(self) -> dict[str, np.dtype]:
+        """The flat arrays of all columns by name: a ragged column has its values, their lengths and their ends."""
+        found = {name: np.dtype(kind) for name, kind in (*self.ragged.items(), *self.flat.items())}
+        for name in self.ragged:
+            found |= {f"{name}.lengths": np.dtype(np.int32), f"{name}.ends": np.dtype(np.int64)}
+        return found
+
+
+class Table(NamedTuple):
+    """The rows of one source in columns, and what was left out of them."""
+
+    ragged: Mapping[str, Column]
+    flat: Mapping[str, Flat]
+    rows: int
+    skipped: dict[str, int]
+
+    @classmethod
+    def of(cls, schema: Schema, arrays: Mapping[str, Flat], rows: int, skipped: dict[str, int]) -> "Table":
+        ragged = {
+            n: Column(arrays[n], arrays[f"{n}.lengths"].values, arrays[f"{n}.ends"].values) for n in schema.ragged
+        }
+        return cls(ragged, {name: arrays[name] for name in schema.flat}, rows, skipped)
+
+
+class Writer:
+    """Gathers rows into blocks and hands them on: ``write(name, values)`` appends to the array of that name."""
+
+    def __init__(self, schema: Schema, write: Callable[[str, np.ndarray], None]) -> None:
+        self._types = schema.files()
+        self._write = write
+        self._parts: dict[str, list[Any]] = {name: [] for name in self._types}
+        self._ends = dict.fromkeys(schema.ragged, 0)
+        self._gathered = 0
+        self.rows = 0
+
+    def add(self, row: Encoded) -> None:
+        """Append a row to every column."""
+        for name, arrays in row.ragged.items():
+            for array in arrays:
+                self._ends[name] += len(array)
+                self._gathered += len(array)
+                self._parts[name].append(array)
+                self._parts[f"{name}.lengths"].append((len(array),))
+                self._parts[f"{name}.ends"].append((self._ends[name],))
+        for name, values in row.flat.items():
+            self._parts[name].append(values)
+        self.rows += 1
+        if self._gathered >= BLOCK_VALUES or self.rows % BLOCK_ROWS == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand on what was gathered."""
+        for name, parts in self._parts.items():
+            if parts:
+                self._write(name, np.concatenate([np.asarray(part, self._types[name]) for part in parts]))
+                parts.clear()
+        self._gathered = 0
+
+
+def in_memory(schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
+    """The rows that ``fill`` adds, in memory."""
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in schema.files()}
+    writer = Writer(schema, lambda name, values: parts[name].append(values))
+    skips = fill(writer)
+    writer.flush()
+    skipped = skips.close(writer.rows)
+    return Table.of(
+        schema, {name: Flat(np.concatenate(arrays)) for name, arrays in parts.items()}, writer.rows, skipped
+    )
+
+
+def mapped(schema: Schema, folder: Path, rows: int, skipped: dict[str, int]) -> Table:
+    """The rows whose arrays are files in a folder."""
+    arrays = {name: Flat.mapped(folder / name, dtype) for name, dtype in schema.files().items()}
+    return Table.of(schema, arrays, rows, skipped)
+
+
+def joined(flats: Iterable[Flat]) -> np.ndarray:
+    """The numbers of all sources, one source after the other; of one source they stay where they are."""
+    arrays = [flat.values for flat in flats]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
