@@ -138,3 +138,5 @@ class TrainState(NamedTuple):
     """Optimizer updates done."""
     ema: Params | None = None
     """Exponential moving average of the policy's parameters, None where it is off."""
+    frozen: Params | None = None
+    """The leaves that no optimizer moves, where ``params`` holds only the trained ones (``jrlhf.core.partition``)."""

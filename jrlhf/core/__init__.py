@@ -28,11 +28,13 @@ from jrlhf.core.masks import (
     positions_from_mask,
 )
 from jrlhf.core.sampling import sample, truncate_logits
+from jrlhf.core.trees import combine, partition
 
 __all__ = [
     "KLEstimator",
     "align_to_tokens",
     "at_last_token",
+    "combine",
     "from_logits",
     "gae",
     "importance_ratio",
@@ -46,6 +48,7 @@ __all__ = [
     "masked_whiten",
     "next_token_logprobs",
     "ordered_pairs",
+    "partition",
     "positions_from_mask",
     "ppo_policy_loss",
     "ppo_value_loss",

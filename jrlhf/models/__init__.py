@@ -12,7 +12,9 @@ from jrlhf.models.functions import (
     init_params,
     reward_params,
 )
+from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.names import RULES
+from jrlhf.models.peft import insert_adapter, save_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from jrlhf.models.reward import (
     RewardModel,
@@ -33,17 +35,22 @@ __all__ = [
     "Rope",
     "abstract_params",
     "abstract_reward_params",
+    "add_adapters",
     "arch_from_hf",
     "decoder_fns",
     "from_equinox",
     "from_linen",
     "from_nnx",
     "init_params",
+    "insert_adapter",
+    "is_trained",
     "load_pretrained",
     "load_reward_model",
+    "merge_adapters",
     "normalise_reward",
     "reward_from_pretrained",
     "reward_params",
+    "save_adapter",
     "save_pretrained",
     "save_reward_model",
     "uncached_decode_fns",

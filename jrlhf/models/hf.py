@@ -26,6 +26,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 GENERATION_CONFIG = "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
@@ -42,7 +44,8 @@ def find_folder(path: str | Path) -> Path:
     # Not at the top: it is only needed here, and slow to import.
     from huggingface_hub import snapshot_download
 
-    wanted = ["model*.safetensors", INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES]
+    adapter = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+    wanted = ["model*.safetensors", INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *adapter]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (OSError, ValueError) as error:

@@ -137,7 +137,7 @@ def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Call
     def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if entry.fused is not None:
             whole = tensors.read(name, (slice(None),) * len(index))
-            return _unfused(whole.T if entry.form == "transposed" else whole, entry.fused)[index]
+            return unfused(whole.T if entry.form == "transposed" else whole, entry.fused)[index]
         match entry.form:
             case "same":
                 return tensors.read(name, index)
@@ -159,7 +159,7 @@ def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Call
     return read
 
 
-def _unfused(x: np.ndarray, fused: Fused) -> np.ndarray:
+def unfused(x: np.ndarray, fused: Fused) -> np.ndarray:
     """``[..., groups · 3 · rest] -> [..., groups · rest]``: the queries, keys or values of every group."""
     grouped = x.reshape(*x.shape[:-1], fused.groups, 3, -1)
     return grouped[..., fused.part, :].reshape(*x.shape[:-1], -1)

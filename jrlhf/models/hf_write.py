@@ -38,7 +38,7 @@ def export_plan(
 def their_tensor(tree: Params, sources: list[Source], dtype: str) -> np.ndarray:
     """One of their tensors. With several hosts all of them must call this: parts that others hold are gathered."""
     parts, entry = [_local(tree, source) for source in sources], sources[0][0]
-    value = parts[0] if entry.fused is None else _fused(parts, entry.fused.groups)
+    value = parts[0] if entry.fused is None else fused(parts, entry.fused.groups)
     theirs = {"same": value, "transposed": value.T, "row": value[None]}[entry.form]
     return np.ascontiguousarray(theirs.astype(DTYPES[dtype]))
 
@@ -119,7 +119,7 @@ def _json_bytes(content: Mapping[str, Any], original: Path) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _fused(parts: list[np.ndarray], groups: int) -> np.ndarray:
+def fused(parts: list[np.ndarray], groups: int) -> np.ndarray:
     """``_unfused`` backwards, of queries, keys and values."""
     grouped = [x.reshape(*x.shape[:-1], groups, -1) for x in parts]
     return np.stack(grouped, axis=-2).reshape(*parts[0].shape[:-1], -1)

@@ -185,6 +185,28 @@ class Block(nn.Module):
         return x_BTD + (norm("mlp_post_norm", wide) if arch.post_norms else wide), cache
 
 
-def dense(features: int, use_bias: bool, dtype: Any, name: str) -> nn.Dense:
+class Linear(nn.Module):
+    """x · kernel + bias, and scale · (x · a) · b more where the parameters hold an adapter. Hu et al. 2021, eq. 3."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features), jnp.float32)
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("params", "lora_a"):
+            adapter = (self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale"))
+            a, b, scale = (leaf.astype(self.dtype) for leaf in adapter)
+            y = y + (x @ a) @ b * scale
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def dense(features: int, use_bias: bool, dtype: Any, name: str) -> Linear:
     """A linear map, computed in ``dtype``."""
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=NORMAL, name=name)
+    return Linear(features, use_bias, dtype, name=name)

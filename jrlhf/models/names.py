@@ -17,6 +17,11 @@ RULES: Rules = (
     (r"/(q|k|v|gate|up)/bias$", P(None, "tensor")),
     (r"/(o|down)/kernel$", P(None, "tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"/(q|k|v|gate|up)/lora_a$", P(None, "fsdp", None)),
+    (r"/(q|k|v|gate|up)/lora_b$", P(None, None, "tensor")),
+    (r"/(o|down)/lora_a$", P(None, "tensor", None)),
+    (r"/(o|down)/lora_b$", P(None, None, "fsdp")),
+    (r"/lora_scale$", P()),
     (r"norm/(scale|bias)$|/(o|down)/bias$|(^|/)head/(kernel|bias)$", P()),
 )
 """Mesh axes of each parameter, for ``parallel.tree_shardings``: matrices over fsdp and tensor, norms whole.

@@ -1,7 +1,7 @@
 """Language models of a Hugging Face folder or hub id: in, and out again byte for byte."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from jrlhf.models.functions import abstract_params, decoder_fns
 from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, find_folder, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import write_folder
+from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
+from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.parallel import Rules, tree_shardings
 from jrlhf.types import ApplyFn, DecodeFns, LogprobFn, Params, ScoreFn
 
@@ -42,11 +44,16 @@ class Pretrained:
 def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, remat: bool = False) -> Pretrained:
     """Read a folder or hub id. With ``mesh`` the parameters are born sharded by the family's rules.
 
+    A PEFT folder gives its base model with the adapters merged in.
+
     ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: recompute
     a layer's activations in the backward pass. ValueError where config or tensors do not fit, FileNotFoundError where
     they are missing.
     """
     folder = find_folder(path)
+    if is_adapter_folder(folder):
+        base = load_pretrained(base_of(folder), dtype=dtype, mesh=mesh, remat=remat)
+        return replace(base, params=merge_adapters(insert_adapter(base.params, base.arch, folder)))
     config = read_config(folder)
     arch = arch_from_hf(config)
     if is_sequence_classification(config, arch):

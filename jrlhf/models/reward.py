@@ -18,8 +18,10 @@ from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_p
 from jrlhf.models.hf import TOKENIZER_FILES, Stored, find_folder, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import write_folder
+from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, reward_model_table
-from jrlhf.models.pretrained import Pretrained
+from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
+from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.parallel import Rules, tree_shardings
 from jrlhf.types import Key, Params, ScoreFn
 
@@ -77,6 +79,10 @@ def normalise_reward(model: RewardModel, *, gain: float, bias: float) -> RewardM
 def load_reward_model(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, remat: bool = False) -> RewardModel:
     """Read a sequence-classification folder or hub id with one label; the rest is as in ``load_pretrained``."""
     folder = find_folder(path)
+    if is_adapter_folder(folder):
+        base = load_pretrained(base_of(folder), dtype=dtype, mesh=mesh, remat=remat)
+        model = reward_from_pretrained(base, jax.random.key(0))
+        return replace(model, params=merge_adapters(insert_adapter(model.params, model.arch, folder)))
     config = read_config(folder)
     arch = arch_from_hf(config)
     gain, bias, head_bias = _check_head(folder, config, arch)

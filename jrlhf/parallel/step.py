@@ -1,13 +1,14 @@
 """A pure step, jitted over a mesh."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jrlhf.parallel.mesh import batch_sharding, replicated
-from jrlhf.types import Key, Metrics, TrainState
+from jrlhf.types import Key, Metrics, Params, TrainState
 
 Step = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
 
@@ -15,13 +16,24 @@ Step = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
 def jit_step(step: Step, *, mesh: Mesh, state_shardings: Any) -> Step:
     """``step`` compiled for the mesh: the state keeps its shardings, the batch is split by rows, metrics are whole.
 
-    The state passed in is donated: its buffers are gone after the call, so that one copy is held and not two.
-    ``state_shardings``: ``tree_shardings(jax.eval_shape(make_state), mesh, rules)``.
+    The state passed in is donated: its buffers are gone after the call, so that one copy is held and not two. Its
+    ``frozen`` part is not, as others may share it, and keeps whatever shardings it has.
+    ``state_shardings``: ``tree_shardings(jax.eval_shape(make_state), mesh, rules)``, of a state with ``frozen`` None.
     """
     everywhere = replicated(mesh)
-    return jax.jit(
-        step,
-        in_shardings=(state_shardings, batch_sharding(mesh), everywhere),
+
+    @partial(
+        jax.jit,
+        in_shardings=(state_shardings, None, batch_sharding(mesh), everywhere),
         out_shardings=(state_shardings, everywhere),
         donate_argnums=0,
     )
+    def jitted(moving: TrainState, frozen: Params | None, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        new, metrics = step(moving._replace(frozen=frozen), batch, key)
+        return new._replace(frozen=None), metrics
+
+    def call(state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        new, metrics = jitted(state._replace(frozen=None), state.frozen, batch, key)
+        return new._replace(frozen=state.frozen), metrics
+
+    return call

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jrlhf.core import combine
 from jrlhf.types import Metrics, Params
 
 
@@ -43,13 +44,15 @@ def no_sums(shapes: Sums) -> Sums:
     )
 
 
-def accumulate_gradients(loss_fn: LossFn, params: Params, batch: Any, *, slices: int) -> tuple[Params, Sums]:
-    """Σ over slices of ∇ loss_fn(params, slice), and of what it reports.
+def accumulate_gradients(
+    loss_fn: LossFn, params: Params, batch: Any, *, slices: int, frozen: Params | None
+) -> tuple[Params, Sums]:
+    """Σ over slices of ∇ loss_fn(params, slice), and of what it reports; ``frozen`` completes ``params``.
 
     ``loss_fn`` returns Σ loss / N over its slice, N being the count of the whole batch: then N, and with it the loss,
     is the same for any number of slices, any padding and any sharding.
     """
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    gradient = jax.value_and_grad(lambda trained, part: loss_fn(combine(trained, frozen), part), has_aux=True)
     if slices == 1:
         (_, sums), grads = gradient(params, batch)
         return grads, sums

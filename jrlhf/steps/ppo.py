@@ -17,7 +17,7 @@ from jrlhf.core import (
 )
 from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, no_sums
 from jrlhf.steps.sft import nll_sum, trained_tokens
-from jrlhf.types import Key, LogprobFn, Metrics, PPOParams, Rollout, ScoreFn, TrainState
+from jrlhf.types import Key, LogprobFn, Metrics, Params, PPOParams, Rollout, ScoreFn, TrainState
 
 
 class PPOLoss(NamedTuple):
@@ -74,12 +74,12 @@ def make_ppo_step(
     terms = PPOLoss(temperature, clip, dual_clip, value_clip, value_coef, entropy_coef, ptx_coef)
     loss_of = minibatch_loss(logprob_fn, value_fn, terms)
 
-    def update(state: TrainState, minibatch: Rollout) -> tuple[TrainState, Sums]:
+    def update(state: TrainState, minibatch: Rollout, frozen: Params | None) -> tuple[TrainState, Sums]:
         tokens, ptx_tokens = jnp.sum(minibatch.response_mask, dtype=jnp.float32), jnp.float32(0.0)
         if minibatch.ptx is not None:
             ptx_tokens = jnp.sum(trained_tokens(minibatch.ptx), dtype=jnp.float32)
         loss_fn = loss_of(tokens, ptx_tokens)
-        grads, sums = accumulate_gradients(loss_fn, state.params, minibatch, slices=accumulation)
+        grads, sums = accumulate_gradients(loss_fn, state.params, minibatch, slices=accumulation, frozen=frozen)
         params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
         if critic_warmup_updates:
             # A select, not a factor: weight decay and momentum must not move the policy either.
@@ -98,10 +98,12 @@ def make_ppo_step(
         if ema_decay is not None and state.ema is None:
             raise ValueError("ema_decay is set, but the state has no ema")
         batches = shuffled_minibatches(rollout, key, epochs=epochs, minibatches=minibatches)
-        _, shapes = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches))
+        # Out of the loop's carry: what no update moves need not be handed from one to the next.
+        frozen, state = state.frozen, state._replace(frozen=None)
+        _, shapes = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches), frozen)
 
         def visit(progress: Progress, minibatch: Rollout) -> tuple[Progress, Metrics]:
-            new_state, sums = update(progress.state, minibatch)
+            new_state, sums = update(progress.state, minibatch, frozen)
             stop = progress.stopped
             if target_approx_kl is not None:
                 # Not `>`: a NaN must stop it too.
@@ -119,7 +121,7 @@ def make_ppo_step(
         metrics = {name: total / seen for name, total in end.totals.items()} | end.maxima
         metrics["policy/first_minibatch_max_abs_log_ratio"] = each["policy/max_abs_log_ratio"][0]
         metrics["policy/updates"] = (end.state.step - state.step).astype(jnp.float32)
-        return end.state, metrics
+        return end.state._replace(frozen=frozen), metrics
 
     return step
 

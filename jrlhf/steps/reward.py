@@ -51,7 +51,7 @@ def make_reward_step(
             correct, margin = pair_sums(scores, part)
             return loss, Sums({"loss": loss, "accuracy": correct / pair_count, "margin": margin / pair_count}, {})
 
-        grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation)
+        grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation, frozen=state.frozen)
         params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
         metrics = sums.total | {"pairs": pair_count, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics

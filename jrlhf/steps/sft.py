@@ -40,7 +40,7 @@ def make_sft_step(
             loss = nll_sum(logprob_fn, params, part) / jnp.maximum(count, 1.0)
             return loss, Sums({"loss": loss}, {})
 
-        grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation)
+        grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation, frozen=state.frozen)
         params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
         metrics = sums.total | {"tokens": count, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
