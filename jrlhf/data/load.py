@@ -21,6 +21,7 @@ from jrlhf.data.ragged import Objects, Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.sources import Row, Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.data.workers import encode_all
 
 log = logging.getLogger("jrlhf.data")
 
@@ -181,13 +182,11 @@ def _each(config: DataConfig, source: Source, encode: Callable[[Row], Encoded], 
     """Encode every row that can be; the others end the run or are counted, as the config says."""
     skips = Skips(source.name, skip=config.on_bad_row == "skip")
     start = said = time.monotonic()
-    for place, row in source.rows:
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            writer.add(encode(row))
-        except BadRow as error:
-            skips.add(error, place)
+    for place, row in encode_all(source.rows, encode):
+        if isinstance(row, BadRow):
+            skips.add(row, place)
+        else:
+            writer.add(row)
         if (now := time.monotonic()) - said > PATIENCE:
             said = now
             log.info("%s: %d rows tokenised, %d a second", source.name, writer.rows, writer.rows / (now - start))

@@ -256,24 +256,19 @@ def test_rows_that_cannot_be_used_leave_nothing(chat, cached, write):
 
 
 def killed_build(source: str, root: str) -> str:
-    """A process that dies, without a word, while it tokenises its 21st row."""
+    """A process that dies, without a word, once 20 rows are written."""
     return f"""
 import os
 from jrlhf import assets
 from jrlhf.config import DataConfig
-from jrlhf.data import load, load_prompts, load_tokenizer
-each = load._each
-def dying(config, opened, encode, writer):
-    count = 0
-    def counted(row):
-        nonlocal count
-        count += 1
-        if count > 20:
-            writer.flush()
-            os._exit(9)
-        return encode(row)
-    return each(config, opened, counted, writer)
-load._each = dying
+from jrlhf.data import columns, load_prompts, load_tokenizer
+add = columns.Writer.add
+def dying(writer, row):
+    if writer.rows == 20:
+        writer.flush()
+        os._exit(9)
+    add(writer, row)
+columns.Writer.add = dying
 load_prompts(DataConfig(cache={root!r}), {source!r}, load_tokenizer(assets.resolve("asset:stories260k")))
 """
 

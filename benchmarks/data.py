@@ -1,0 +1,128 @@
+"""Data at scale: rows tokenised a second, seconds to the first batch, and memory, a JSON line a figure.
+
+    python benchmarks/data.py --rows 200000 2000000 --model FOLDER --out /tmp/data
+
+Writes each number of rows as JSONL (shipped film-review sentences put together at random) and starts a process of its
+own for each figure: ``first`` finds no cache and makes it, ``second`` finds it, ``epoch`` finds it and reads a whole
+epoch of batches, ``memory`` keeps all rows in memory instead, where ``--memory`` asks for it.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import random
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+FORMS = {
+    "text": lambda first, rest: {"text": f"{first} {rest}"},
+    "completion": lambda first, rest: {"prompt": first, "completion": f" {rest}"},
+    "chat": lambda first, rest: {
+        "messages": [{"role": "user", "content": first}, {"role": "assistant", "content": rest}]
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 200_000])
+    parser.add_argument("--form", default="completion", choices=FORMS)
+    parser.add_argument("--model", default="asset:stories260k", help="folder or hub id of the tokenizer")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the rows and the cache")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--memory", action="store_true", help="besides, all rows in memory and no cache")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        measure(args.child, args)
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    for rows in args.rows:
+        path = args.out / f"{args.form}-{rows}.jsonl"
+        write_rows(path, rows, args.form)
+        # Another time of change is another key: what an earlier call left is not found.
+        for what in ["first", "second", "epoch"] + ["memory"] * args.memory:
+            report(args, path, rows, what)
+
+
+def write_rows(path: Path, rows: int, form: str) -> None:
+    """A prompt of one sentence and an answer of one to eight."""
+    from jrlhf import assets
+
+    with open(assets.resolve("asset:sft_train"), encoding="utf-8") as lines:
+        sentences = [json.loads(line)["text"] for line in lines]
+    draw = random.Random(rows)
+    with path.open("w", encoding="utf-8") as out:
+        for _ in range(rows):
+            row = FORMS[form](draw.choice(sentences), " ".join(draw.choices(sentences, k=draw.randint(1, 8))))
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def report(args: argparse.Namespace, path: Path, rows: int, what: str) -> None:
+    """Run one figure in a process of its own and print its line."""
+    from common import cpu_name
+
+    child = [sys.executable, __file__, "--child", what, "--rows", str(rows), "--form", args.form]
+    child += ["--model", args.model, "--out", str(args.out), "--batch", str(args.batch)]
+    began = time.time()
+    found = json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    line = {
+        "figure": f"{what} start, {rows} rows" if what in ("first", "second") else f"{what}, {rows} rows",
+        "value": round(found.pop("ready") - began, 2),
+        "unit": "seconds to the first batch, from the start of the process",
+        **found,
+        "source_mb": path.stat().st_size // 2**20,
+        "cpu": cpu_name(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("tokenizers", "transformers", "numpy")},
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+    print(json.dumps(line), flush=True)
+
+
+def measure(what: str, args: argparse.Namespace) -> None:
+    """The child: from nothing to the first batch; of ``epoch`` to the last one."""
+    from jrlhf import assets
+    from jrlhf.config import DataConfig
+    from jrlhf.data import Order, load_sft, load_tokenizer
+
+    [rows] = args.rows
+    path, cache = args.out / f"{args.form}-{rows}.jsonl", args.out / "cache"
+    tokenizer = load_tokenizer(assets.resolve(args.model))
+    # A tokenizer takes more while it is read than when it is there: from here on the peak is that of the rows.
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    found: dict[str, float] = {"memory_before_mb": peak()}
+    config = DataConfig(cache="" if what == "memory" else str(cache))
+    start = time.perf_counter()
+    loaded = load_sft(config, str(path), tokenizer, train_on="completion")
+    found["seconds_rows"] = round(time.perf_counter() - start, 2)
+    order = Order(0, batch_size=args.batch, lengths=loaded.lengths, parts=loaded.parts)
+    loaded.batch(order[0])
+    found |= {"ready": time.time(), "memory_at_first_batch_mb": peak(), "tokens": int(loaded.lengths.sum())}
+    if what in ("first", "memory"):
+        found["rows_per_second"] = round(rows / found["seconds_rows"])
+    if what == "first":
+        folder = max((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        found["cache_mb"] = sum(file.stat().st_size for file in folder.iterdir()) // 2**20
+    if what == "epoch":
+        start = time.perf_counter()
+        for step in range(order.steps_per_epoch):
+            loaded.batch(order[step])
+        found["batches_per_second"] = round(order.steps_per_epoch / (time.perf_counter() - start))
+        found["memory_after_epoch_mb"] = peak()
+    print(json.dumps(found))
+
+
+def peak() -> int:
+    """Most memory this process has held, MB. Of getrusage it would be the parent's, where that was larger."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) // 1024
+
+
+if __name__ == "__main__":
+    main()
