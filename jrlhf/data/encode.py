@@ -3,10 +3,10 @@
 PPO generates after the ids of a prompt; SFT and the reward model must have seen the very same ids there.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from jrlhf.data.chat import UNSTOPPED, ChatTemplate
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import Answered, Content, Message, last_assistant
 from jrlhf.data.tokenizer import Tokenizer, end_of_turn
@@ -15,7 +15,6 @@ from jrlhf.data.tokenizer import Tokenizer, end_of_turn
 ANCHORS = ("\n", "a", ".")
 TAIL = 32
 """Characters before a piece of text that decide how it is tokenised: no shorter than any token but runs of spaces."""
-CHANGED = "the chat template changes earlier turns when later ones come, so what is learnt cannot be marked"
 
 
 class Segment(NamedTuple):
@@ -36,6 +35,7 @@ class Encoder:
         bos = tokenizer.bos_token_id
         self.bos: list[int] = [int(bos)] if bos is not None and probe[:1] == [bos] else []
         self._turn_end = end_of_turn(tokenizer)
+        self._chat = ChatTemplate(tokenizer)
         # The answers to a prompt come one after the other, each with its prompt.
         self._ids = lru_cache(maxsize=64)(self._tokenized)
 
@@ -43,7 +43,7 @@ class Encoder:
         """The ids that an answer follows: BOS and text, or the chat template up to the assistant's turn."""
         if isinstance(prompt, str):
             return self._begun(prompt, "prompt")
-        return self._ids(self._render(prompt, opens=True, column="prompt"))
+        return self._ids(self._chat.prompt(prompt, "prompt"))
 
     def answered(self, row: Answered) -> tuple[list[int], list[int]]:
         """Ids of the prompt (BOS alone where there is none) and of the answer, which ends with its stop token."""
@@ -82,28 +82,29 @@ class Encoder:
         A turn reaches from where the template asks for it to its stop token. What the template puts after that
         belongs to no answer: the sampler has stopped by then.
         """
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
-        if not turns:
-            raise BadRow(column, "no assistant turn, so nothing to learn from")
-        done, rest, segments = "", list[int](), list[Segment]()
-        for i in turns:
-            opening = self._render(messages[:i], opens=True, column=column)
-            closing = self._render(messages[: i + 1], opens=False, column=column)
-            if not (opening.startswith(done) and closing.startswith(opening)):
-                raise BadRow(column, CHANGED, f" (message {i})")
-            between = self._continuation(done, opening[len(done) :]) if done else self._ids(opening)
-            answer, tail = self._cut(self._continuation(opening, closing[len(opening) :]), last=i == turns[-1])
-            segments += [Segment(rest + between, answer=False), Segment(answer, answer=True)]
-            done, rest = closing, tail
+        text, turns = self._chat.turns(messages, column, first=first)
+        done, rest, segments = 0, list[int](), list[Segment]()
+        for turn in turns:
+            segments.append(Segment(rest + self._piece(text, done, turn.asked), answer=False))
+            if turn.start > turn.asked:
+                segments.append(Segment(self._piece(text, turn.asked, turn.start), answer=False))
+            answer, rest = self._cut(self._piece(text, turn.start, turn.end), column, last=turn is turns[-1])
+            segments.append(Segment(answer, answer=True))
+            done = turn.end
         return segments
 
-    def _cut(self, ids: list[int], *, last: bool) -> tuple[list[int], list[int]]:
+    def _cut(self, ids: list[int], column: str, *, last: bool) -> tuple[list[int], list[int]]:
         """A turn up to and with its stop token, and what follows that. A last turn without one gets an EOS."""
         for stop in (self._turn_end, self._eos):
             if stop is not None and stop in ids:
                 end = len(ids) - ids[::-1].index(stop)
                 return ids[:end], ids[end:]
-        return [*ids, self._eos] if last else ids, []
+        if not last:
+            raise BadRow(column, UNSTOPPED)
+        return [*ids, self._eos], []
+
+    def _piece(self, text: str, start: int, end: int) -> list[int]:
+        return self._continuation(text[:start][-TAIL:], text[start:end]) if start else self._ids(text[:end])
 
     def _tokenized(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -128,14 +129,3 @@ class Encoder:
             if whole[: len(head)] == head:
                 return whole[len(head) :]
         return self._ids(text)
-
-    def _render(self, messages: Sequence[Message], *, opens: bool, column: str) -> str:
-        if not self._tokenizer.chat_template:
-            raise BadRow(column, "chat messages, but the tokenizer has no chat template")
-        try:
-            rendered: Any = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=opens
-            )
-        except Exception as error:  # whatever the template raises: it is somebody's program
-            raise BadRow(column, "the chat template refuses it", f": {error}") from error
-        return rendered

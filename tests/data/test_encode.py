@@ -189,7 +189,7 @@ def test_a_template_that_rewrites_history_is_an_error_with_the_reason(make_token
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (GREETS, "completion: the chat template changes earlier turns"),
+        (GREETS, "completion: the chat template begins an answer in another way than it asks for one"),
         (REFUSES, "completion: the chat template refuses it: no system turn"),
         (None, "completion: chat messages, but the tokenizer has no chat template"),
     ],
