@@ -54,6 +54,19 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021): only they, and a reward model's head, are trained."""
+
+    rank: int = 0
+    """Of the adapters; 0: all weights are trained."""
+    alpha: float = 16.0
+    """An adapter's product is scaled by alpha / rank."""
+    targets: str = "."
+    """Regular expression: adapters go to the linear maps in whose Hugging Face name it is found (q_proj|v_proj). The
+    default finds all of them."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Rows in, token batches out."""
 
@@ -125,6 +138,7 @@ class SFTConfig:
     """Supervised fine-tuning."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -150,6 +164,7 @@ class RewardConfig:
     """The reward model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -188,6 +203,8 @@ class PPOConfig:
     """The policy at the start, and the reference it is held to. Empty path: the SFT stage."""
     reward: ModelConfig = field(default_factory=ModelConfig)
     """The reward model; the value network starts from it. Empty path: the reward stage."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Of policy and value network. The reference is then the policy's own base, the reward model the value's."""
     prompts: DataConfig = field(default_factory=DataConfig)
     """Prompts to train on and held-out ones; max_length is the longest prompt (cut at its start)."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-5, b2=0.999, schedule="constant"))

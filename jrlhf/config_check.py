@@ -1,5 +1,6 @@
 """What a config's values must satisfy, alone and together, before any device or file is touched. Imports no JAX."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from jrlhf.config import (
     DataConfig,
     GenerateConfig,
     LogConfig,
+    LoRAConfig,
     MeshConfig,
     OptimConfig,
     PPOConfig,
@@ -116,8 +118,23 @@ def _batches(path: str, rows: int, microbatch: int) -> Iterator[Rule]:
     yield microbatch >= 0, f"{path}.microbatch", microbatch, "0 (all) or more"
 
 
+def _lora(path: str, lora: LoRAConfig) -> Iterator[Rule]:
+    yield lora.rank >= 0, f"{path}.rank", lora.rank, "0 (off) or more"
+    yield lora.alpha > 0, f"{path}.alpha", lora.alpha, "above 0"
+    yield _is_regex(lora.targets), f"{path}.targets", lora.targets, "a regular expression"
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
     yield from _data(f"{path}.data", sft.data)
+    yield from _lora(f"{path}.lora", sft.lora)
     yield from _optim(f"{path}.optim", sft.optim)
     yield from _checkpoint(f"{path}.checkpoint", sft.checkpoint)
     yield from _log(f"{path}.log", sft.log)
@@ -129,6 +146,7 @@ def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
 
 def _reward(path: str, reward: RewardConfig) -> Iterator[Rule]:
     yield from _data(f"{path}.data", reward.data)
+    yield from _lora(f"{path}.lora", reward.lora)
     yield from _optim(f"{path}.optim", reward.optim)
     yield from _checkpoint(f"{path}.checkpoint", reward.checkpoint)
     yield from _log(f"{path}.log", reward.log)
@@ -139,6 +157,7 @@ def _reward(path: str, reward: RewardConfig) -> Iterator[Rule]:
 
 def _ppo(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield from _data(f"{path}.prompts", ppo.prompts)
+    yield from _lora(f"{path}.lora", ppo.lora)
     yield from _optim(f"{path}.optim", ppo.optim)
     yield from _checkpoint(f"{path}.checkpoint", ppo.checkpoint)
     yield from _log(f"{path}.log", ppo.log)

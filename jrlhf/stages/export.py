@@ -3,17 +3,25 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, ExportConfig
+from jrlhf.config import Config, ExportConfig, LoRAConfig
 from jrlhf.config_io import ConfigError, load_config
-from jrlhf.models import load_pretrained, reward_from_pretrained, save_pretrained, save_reward_model
+from jrlhf.models import (
+    Pretrained,
+    RewardModel,
+    load_pretrained,
+    reward_from_pretrained,
+    save_pretrained,
+    save_reward_model,
+)
 from jrlhf.parallel import make_mesh
+from jrlhf.stages.adapters import merged, trainable
 from jrlhf.stages.loop import abstract
 from jrlhf.stages.run import StageName, model_source
+from jrlhf.types import Params
 
 FURTHEST: tuple[StageName, ...] = ("ppo", "reward", "sft")
 RUN_CONFIG = "jrlhf.yaml"
@@ -56,24 +64,27 @@ def _stage_of(args: ExportConfig) -> tuple[Path, StageName]:
 def _export_step(config: Config, stage: StageName, checkpoints: Checkpoints, step: int, out: Path) -> None:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
 
-    def stored(like: Any, part: str) -> Any:
-        return checkpoints.restore(step, abstract(like), part=part)
+    def trained(model: Pretrained | RewardModel, lora: LoRAConfig, part: str) -> Params:
+        like, frozen = trainable(model, lora, jax.random.key(0), mesh=mesh, path=f"{stage}.lora")
+        return merged(checkpoints.restore(step, abstract(like), part=part), frozen)
 
     match stage:
         case "sft":
             source = model_source(config, config.sft.model.path, key="sft.model.path", stage=None)
             model = load_pretrained(source, dtype="float32", mesh=mesh)
-            save_pretrained(replace(model, params=stored(model.params, "train/params")), out)
+            params = trained(model, config.sft.lora, "train/params")
+            save_pretrained(replace(model, params=params), out)
         case "reward":
             source = model_source(config, config.reward.model.path, key="reward.model.path", stage="sft")
             base = load_pretrained(source, dtype="float32", mesh=mesh)
             reward = reward_from_pretrained(base, jax.random.key(0))
-            save_reward_model(replace(reward, params=stored(reward.params, "train/params")), out)
+            params = trained(reward, config.reward.lora, "train/params")
+            save_reward_model(replace(reward, params=params), out)
         case "ppo":
             source = model_source(config, config.ppo.model.path, key="ppo.model.path", stage="sft")
             model = load_pretrained(source, dtype="float32", mesh=mesh)
             part = "train/ema" if config.ppo.ema_decay else "train/params/policy"
-            save_pretrained(replace(model, params=stored(model.params, part)), out)
+            save_pretrained(replace(model, params=trained(model, config.ppo.lora, part)), out)
     saved = checkpoints.metadata(step)
     for name, text in saved["tokenizer"].items():
         (out / name).write_text(text, encoding="utf-8")

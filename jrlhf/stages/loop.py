@@ -127,7 +127,7 @@ def run_loop(
                     writer.write(done, last)
                 if saves:
                     past = {"first": first, "last": last, "seconds": clock() - began}
-                    checkpoints.save(done, state, metadata=metadata | past, metrics=last)
+                    checkpoints.save(done, saved_part(state), metadata=metadata | past, metrics=last)
                 if stop and done < loop.total:
                     checkpoints.wait()
                     raise Interrupted(f"stopped at step {done} of {loop.total}, saved in {folder / 'checkpoints'}")
@@ -141,7 +141,14 @@ def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[s
     newest = checkpoints.latest_step()
     if newest is None:
         return state, {"first": {}, "last": {}, "seconds": 0.0}
-    return checkpoints.restore(newest, abstract(state)), checkpoints.metadata(newest)
+    restored: RunState = checkpoints.restore(newest, abstract(saved_part(state)))
+    train = restored.train._replace(frozen=state.train.frozen)
+    return restored._replace(train=train), checkpoints.metadata(newest)
+
+
+def saved_part(state: RunState) -> RunState:
+    """Without the frozen weights: they are those of the model that the config names, and never change."""
+    return state._replace(train=state.train._replace(frozen=None))
 
 
 def abstract(tree: Any) -> Any:

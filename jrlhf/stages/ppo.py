@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, PPOConfig
 from jrlhf.config_io import ConfigError
-from jrlhf.core import kl_penalty, update_kl_coef
+from jrlhf.core import combine, kl_penalty, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows, load_prompts, load_sft, load_tokenizer
-from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model, save_pretrained
+from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model, merge_adapters, save_pretrained
 from jrlhf.parallel import batch_sharding, shard_batch
+from jrlhf.stages.adapters import trainable, write_adapter
 from jrlhf.stages.batches import device_multiple, gradient_slices
 from jrlhf.stages.evaluation import distinct_n, words
 from jrlhf.stages.loop import Loop, RunState, run_loop
@@ -44,7 +45,8 @@ class Actors(NamedTuple):
 def run_ppo(config: Config) -> dict[str, Any]:
     """Train, evaluate and export; returns the stage's summary. Goes on where an earlier call left, if it did.
 
-    Writes ``<run>/ppo/{config.yaml, metrics.jsonl, evals/<iteration>.jsonl, checkpoints/, hf/, summary.json}``.
+    Writes ``<run>/ppo/{config.yaml, metrics.jsonl, evals/<iteration>.jsonl, checkpoints/, hf/, peft/,
+    summary.json}``.
     """
     ppo = config.ppo
     with open_stage(config, "ppo") as folder:
@@ -64,14 +66,16 @@ def run_ppo(config: Config) -> dict[str, Any]:
             ppo.optim, value_lr=ppo.value_lr, updates=ppo.iterations * ppo.epochs * ppo.minibatches
         )
         step = make_step(ppo, actors.policy.logprob_fn, actors.reward.score_fn, tx, accumulation=slices)
+        trained, frozen = _trainable(config, actors, mesh)
         state, update = start_training(
             step,
             tx,
-            PPOParams(policy=actors.policy.params, value=actors.reward.params),
+            trained,
             mesh=mesh,
             rules=actors.policy.rules,
             seed=config.seed,
-            ema=actors.policy.params if ppo.ema_decay else None,
+            frozen=frozen,
+            ema=trained.policy if ppo.ema_decay else None,
             kl_coef=ppo.kl.coef,
         )
         generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh)
@@ -96,8 +100,16 @@ def run_ppo(config: Config) -> dict[str, Any]:
             metadata=provenance(config, actors.tokenizer),
         )
         train = outcome.state.train
-        learnt = train.params.policy if train.ema is None else train.ema
-        save_pretrained(replace(actors.policy, params=learnt), folder / "hf")
+        params = merge_adapters(learnt_policy(train))
+        write_adapter(
+            actors.policy,
+            learnt_policy(train),
+            ppo.lora,
+            folder / "peft",
+            base=str(actors.policy.source),
+            tokenizer=actors.tokenizer,
+        )
+        save_pretrained(replace(actors.policy, params=params), folder / "hf")
         export_tokenizer(actors.tokenizer, folder / "hf")
         summary = {
             "before": outcome.first,
@@ -108,6 +120,20 @@ def run_ppo(config: Config) -> dict[str, Any]:
         }
         write_json(folder / "summary.json", summary)
         return summary
+
+
+def _trainable(config: Config, actors: Actors, mesh: Mesh) -> tuple[PPOParams, PPOParams | None]:
+    """What is trained, and with LoRA the frozen bases: the reference's and the reward model's own arrays."""
+    keys, lora = jax.random.split(jax.random.key(config.seed)), config.ppo.lora
+    policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path="ppo.lora")
+    value, value_base = trainable(actors.reward, lora, keys[1], mesh=mesh, path="ppo.lora")
+    return PPOParams(policy, value), PPOParams(policy_base, value_base) if lora.rank else None
+
+
+def learnt_policy(train: TrainState) -> Params:
+    """The policy that is evaluated and exported: the average where one is kept."""
+    policy = train.params.policy if train.ema is None else train.ema
+    return combine(policy, None if train.frozen is None else train.frozen.policy)
 
 
 def _load_actors(config: Config, mesh: Mesh) -> Actors:
@@ -194,7 +220,7 @@ def _make_iteration(
     def iterate(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
         seconds: dict[str, Any] = {}
         sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, number))
-        params, beta = state.train.params, state.kl_coef
+        params, beta = combine(state.train.params, state.train.frozen), state.kl_coef
         with _timed(seconds, "seconds/rollout") as wait:
             tokens, mask = shard_batch(prompts.batch(order[number]), mesh)
             generation = wait(generate(params.policy, tokens, mask, sample_key))
@@ -246,8 +272,7 @@ def _evaluator(
         }
 
     def evaluate(state: RunState, number: int) -> dict[str, float]:
-        train: TrainState = state.train
-        policy = train.params.policy if train.ema is None else train.ema
+        policy = learnt_policy(state.train)
         rows: dict[int, dict[str, Any]] = {}
         batches = generate_all(generate, policy, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=limit)
         for indices, real, generation in batches:

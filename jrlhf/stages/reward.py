@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
 
 from jrlhf.config import Config, RewardConfig
+from jrlhf.core import combine
 from jrlhf.data import (
     Order,
     RankingRows,
@@ -20,8 +21,16 @@ from jrlhf.data import (
     load_texts,
     load_tokenizer,
 )
-from jrlhf.models import RewardModel, load_pretrained, normalise_reward, reward_from_pretrained, save_reward_model
+from jrlhf.models import (
+    RewardModel,
+    load_pretrained,
+    merge_adapters,
+    normalise_reward,
+    reward_from_pretrained,
+    save_reward_model,
+)
 from jrlhf.parallel import shard_batch
+from jrlhf.stages.adapters import trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, gradient_slices
 from jrlhf.stages.evaluation import (
     accuracy_by_length_difference,
@@ -40,7 +49,7 @@ from jrlhf.types import Params
 def run_reward(config: Config) -> dict[str, Any]:
     """Train, evaluate, normalise and export; returns the summary. Goes on where an earlier call left, if it did.
 
-    Writes ``<run>/reward/{config.yaml, metrics.jsonl, checkpoints/, hf/, summary.json}``.
+    Writes ``<run>/reward/{config.yaml, metrics.jsonl, checkpoints/, hf/, peft/, summary.json}``.
     """
     reward = config.reward
     with open_stage(config, "reward") as folder:
@@ -60,7 +69,8 @@ def run_reward(config: Config) -> dict[str, Any]:
         total = math.ceil(reward.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(reward.optim, updates=total)
         step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
-        state, update = start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=config.seed)
+        trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
+        state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
             batch = shard_batch(rows.batch(order[number]), mesh)
@@ -72,7 +82,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             title="Reward model",
             total=total,
             advance=advance,
-            evaluate=lambda state, number: score(state.train.params),
+            evaluate=lambda state, number: score(combine(state.train.params, frozen)),
             learning_rate=schedule,
             rates={"pairs": "pairs_per_second"},
             best_metric="eval/accuracy",
@@ -87,8 +97,10 @@ def run_reward(config: Config) -> dict[str, Any]:
             checkpoint=reward.checkpoint,
             metadata=provenance(config, tokenizer),
         )
-        model = replace(model, params=outcome.state.train.params)
+        model = replace(model, params=combine(outcome.state.train.params, frozen))
         model, normalised_on = _normalise(config, model, tokenizer, mesh)
+        write_adapter(model, model.params, reward.lora, folder / "peft", base=source, tokenizer=tokenizer)
+        model = replace(model, params=merge_adapters(model.params))
         # transformers scores a batch by finding the last token that is not padding.
         model = replace(model, config=model.config | {"pad_token_id": int(tokenizer.pad_token_id)})
         save_reward_model(model, folder / "hf")

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, SFTConfig
+from jrlhf.core import combine
 from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
 from jrlhf.parallel import shard_batch
+from jrlhf.stages.adapters import merged, trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, gradient_slices
 from jrlhf.stages.loop import Loop, RunState, run_loop
 from jrlhf.stages.optim import make_optimizer
@@ -27,7 +29,7 @@ from jrlhf.types import Params, SFTBatch
 def run_sft(config: Config) -> dict[str, Any]:
     """Train, evaluate and export; returns the stage's summary. Goes on where an earlier call left, if it did.
 
-    Writes ``<run>/sft/{config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, hf/, summary.json}``, and
+    Writes ``<run>/sft/{config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, hf/, peft/, summary.json}``, and
     ``candidates.jsonl`` where the config asks for ranking candidates.
     """
     sft = config.sft
@@ -47,7 +49,8 @@ def run_sft(config: Config) -> dict[str, Any]:
         total = math.ceil(sft.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(sft.optim, updates=total)
         step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
-        state, update = start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=config.seed)
+        trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
+        state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
             batch = shard_batch(rows.batch(order[number]), mesh)
@@ -58,8 +61,9 @@ def run_sft(config: Config) -> dict[str, Any]:
         score = _evaluator(sft, model, heldout, mesh)
 
         def evaluate(state: RunState, number: int) -> dict[str, float]:
-            samples(state.train.params, number)
-            return score(state.train.params)
+            params = combine(state.train.params, frozen)
+            samples(params, number)
+            return score(params)
 
         loop = Loop(
             title="SFT",
@@ -80,7 +84,9 @@ def run_sft(config: Config) -> dict[str, Any]:
             checkpoint=sft.checkpoint,
             metadata=provenance(config, tokenizer),
         )
-        model = replace(model, params=outcome.state.train.params)
+        learnt = outcome.state.train.params
+        write_adapter(model, combine(learnt, frozen), sft.lora, folder / "peft", base=source, tokenizer=tokenizer)
+        model = replace(model, params=merged(learnt, frozen))
         save_pretrained(model, folder / "hf")
         export_tokenizer(tokenizer, folder / "hf")
         if sft.candidate_prompts:

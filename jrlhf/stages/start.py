@@ -35,10 +35,14 @@ def start_training(
     mesh: Mesh,
     rules: Rules,
     seed: int,
+    frozen: Params | None,
     ema: Params | None = None,
     kl_coef: float = 0.0,
 ) -> tuple[RunState, JittedStep]:
-    """The state before the first step, sharded by the same rules as its parameters, and the step jitted for it."""
+    """The state before the first step, sharded by the same rules as its parameters, and the step jitted for it.
+
+    ``params`` are those that are trained, ``frozen`` completes them: see ``stages.adapters.trainable``.
+    """
 
     def init(params: Params, ema: Params | None) -> TrainState:
         return TrainState(params, tx.init(params), jnp.int32(0), ema)
@@ -49,7 +53,8 @@ def start_training(
     # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
     scalars = jax.random.key(seed), jnp.int32(0), jnp.float32(kl_coef)
     key, cursor, beta = jax.device_put(scalars, replicated(mesh))
-    return RunState(train, key, cursor, beta), jit_step(step, mesh=mesh, state_shardings=shardings)
+    moving = RunState(train._replace(frozen=frozen), key, cursor, beta)
+    return moving, jit_step(step, mesh=mesh, state_shardings=shardings)
 
 
 def check_length(arch: ArchConfig, tokens: int, *, key: str) -> None:
