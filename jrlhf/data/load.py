@@ -34,10 +34,8 @@ PATIENCE = 10.0
 """Seconds between lines that say how far a long source is."""
 
 
-def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
-    """Rows to learn from. ``train_on``: the answer (of a conversation each assistant turn); "assistant": those inside a
-    chat prompt too; "all": the prompt as well. Plain text is learnt whole, its EOS included.
-    """
+def sft_kind(config: DataConfig, tokenizer: Tokenizer, *, train_on: TrainOn) -> "Kind":
+    """How ``load_sft`` makes its rows."""
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
@@ -52,7 +50,14 @@ def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, trai
         return Encoded({"tokens": [tokens[: config.max_length]]}, {"learnt": learnt[: config.max_length]})
 
     schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
-    loaded = _load(config, sources, tokenizer, Kind("sft", {"train_on": train_on}, schema, encode))
+    return Kind("sft", {"train_on": train_on}, schema, encode)
+
+
+def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
+    """Rows to learn from. ``train_on``: the answer (of a conversation each assistant turn); "assistant": those inside a
+    chat prompt too; "all": the prompt as well. Plain text is learnt whole, its EOS included.
+    """
+    loaded = _load(config, sources, tokenizer, sft_kind(config, tokenizer, train_on=train_on))
     tokens = loaded.ragged("tokens")
     # The mask's rows end where the tokens' do.
     masks = [table.ragged["tokens"]._replace(flat=table.flat["learnt"]) for table in loaded.tables]
@@ -61,8 +66,8 @@ def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, trai
     )
 
 
-def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
-    """Rankings and preferences; a prompt that is too long is cut at its start, so that the answers stay."""
+def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
+    """How ``load_rankings`` makes its rows."""
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
@@ -76,7 +81,12 @@ def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) ->
         return Encoded({"tokens": tokens, "ranks": [ranks]}, {"margin": [margin], "longest": [max(map(len, tokens))]})
 
     schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
-    loaded = _load(config, sources, tokenizer, Kind("rankings", {}, schema, encode))
+    return Kind("rankings", {}, schema, encode)
+
+
+def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
+    """Rankings and preferences; a prompt that is too long is cut at its start, so that the answers stay."""
+    loaded = _load(config, sources, tokenizer, rankings_kind(config, tokenizer))
     tokens = loaded.ragged("tokens")
     return RankingRows(
         tokens=tokens,
@@ -90,8 +100,8 @@ def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) ->
     )
 
 
-def load_prompts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> PromptRows:
-    """Prompts; one that is longer than ``max_length`` is cut at its start, a BOS kept."""
+def prompts_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
+    """How ``load_prompts`` makes its rows."""
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
@@ -99,7 +109,12 @@ def load_prompts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> 
         tokens = _fit(encoder, encoder.prompt(prompt), [], config.max_length)
         return Encoded({"tokens": [tokens], "shown": [_json({"prompt": prompt})]}, {})
 
-    loaded = _load(config, sources, tokenizer, Kind("prompts", {}, SHOWN, encode))
+    return Kind("prompts", {}, SHOWN, encode)
+
+
+def load_prompts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> PromptRows:
+    """Prompts; one that is longer than ``max_length`` is cut at its start, a BOS kept."""
+    loaded = _load(config, sources, tokenizer, prompts_kind(config, tokenizer))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return PromptRows(
         tokens, shown, _buckets(config, tokens), _pad(tokenizer), loaded.skipped(), loaded.parts("tokens")
