@@ -111,12 +111,10 @@ def cached(root: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips]
 
 
 def _make(folder: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips], *, locked: bool) -> None:
-    root, mine = folder.parent, f"{folder.name}.{platform.node()}."
-    for left_over in root.iterdir() if locked else ():
-        # Of a process that was killed, on this machine: another's need not see the lock.
-        if left_over.name.startswith(mine):
-            shutil.rmtree(left_over, ignore_errors=True)
-    partial = root / f"{mine}{uuid4().hex}.partial"
+    root = folder.parent
+    if locked:
+        _clear(root, folder.name)
+    partial = root / f"{folder.name}.{platform.node()}.{uuid4().hex}.partial"
     try:
         with ExitStack() as stack:
             with _disk_errors(root):
@@ -140,6 +138,23 @@ def _make(folder: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips
                 _complete(partial, folder, files.values(), key, writer.rows, skips)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear(root: Path, mine: str) -> None:
+    """Remove what killed processes of this machine left: their locks are free. Another machine's we may not see."""
+    for left_over in list(root.glob("*.partial")):
+        name, _, rest = left_over.name.partition(".")
+        if rest.startswith(f"{platform.node()}.") and (name == mine or _is_free(root / f"{name}.lock")):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _is_free(lock: Path) -> bool:
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, rows: int, skips: Skips) -> None:

@@ -85,9 +85,13 @@ class Ragged:
             columns = slice(width - length, width) if left else slice(0, length)
             values[place, columns] = self[int(row)]
             mask[place, columns] = True
+        self.release()
+        return values, mask
+
+    def release(self) -> None:
+        """Let go of what was read; what ``[row]`` gave stays good, and is read again when it is looked at."""
         for flat in self._flats:
             flat.release()
-        return values, mask
 
 
 class Objects(Sequence[dict[str, Any]]):
@@ -108,7 +112,9 @@ class Objects(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        return json.loads(self._texts[index % len(self)].tobytes())
+        text = self._texts[index % len(self)].tobytes()
+        self._texts.release()
+        return json.loads(text)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))

@@ -1,6 +1,7 @@
 """Tokenised rows on disk: the same as in memory, found again by all that decided them, and never half of them."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,25 @@ def test_blocks_are_written_as_they_fill_up(chat, cached, write, monkeypatch):
         monkeypatch.setattr("jrlhf.data.columns.BLOCK_ROWS", rows)
         config = replace(cached, cache=f"{cached.cache}-{values}-{rows}")
         assert everything(load_sft(config, source, chat, train_on="all")) == whole
+
+
+def test_memory_does_not_grow_with_the_rows(chat, cached, write, monkeypatch):
+    """Neither to make them nor to read all of them: four times the rows take a tenth more, the shown ones included."""
+    monkeypatch.setattr("jrlhf.data.columns.BLOCK_ROWS", 100)
+    monkeypatch.setattr("jrlhf.data.workers.CHUNK", 10)
+    sources = {rows: write([{"prompt": "hi " * 50}] * rows, f"{rows}.jsonl") for rows in (20, 300, 1200)}
+
+    def peak(rows: int) -> int:
+        tracemalloc.start()
+        loaded = load_prompts(cached, sources[rows], chat)
+        assert sum(len(row["prompt"]) for row in loaded.shown) == 150 * rows
+        assert sum(loaded.batch([i])[1].sum() for i in range(rows)) == 40 * rows
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(20)
+    assert peak(1200) < 1.1 * peak(300)
 
 
 def test_several_sources_are_one_after_the_other(chat, cached, write):
@@ -280,12 +301,16 @@ def test_a_killed_build_is_made_again_and_what_it_left_is_removed(metaspace, cac
     [left_over] = folders(cached)
     assert left_over.name.endswith(".partial")
     assert (left_over / "tokens").stat().st_size > 0
-    other = left_over.with_name(left_over.name.replace(f".{os.uname().nodename}.", ".another-machine."))
-    other.mkdir()
-    rows = load_prompts(DataConfig(cache=str(root)), source, metaspace)
+    machine = f".{os.uname().nodename}."
+    elsewhere = root / left_over.name.replace(machine, ".another-machine.")
+    other_key, in_use = (root / f"prompts-{n}{machine}0.partial" for n in (1, 2))
+    for path in (elsewhere, other_key, in_use):
+        path.mkdir()
+    with (root / "prompts-2.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = load_prompts(DataConfig(cache=str(root)), source, metaspace)
     assert len(rows) == 40
-    assert [path.suffix for path in folders(cached) if path != other] == [""]
-    assert other.exists()
+    assert [path for path in folders(cached) if path.suffix] == sorted([elsewhere, in_use])
 
 
 def test_the_same_key_at_once_is_made_once_and_the_others_wait(chat, cached, write, monkeypatch, caplog):
