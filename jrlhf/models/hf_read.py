@@ -1,7 +1,7 @@
 """Tensors of a Hugging Face folder into our tree: leaf by leaf, of each only what this host holds."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +17,58 @@ from jrlhf.types import Params
 
 
 class Tensors:
-    """The tensors of a folder by name, read in parts and on demand."""
+    """The tensors of a folder by name, read in parts and on demand.
 
-    def __init__(self, slices: Mapping[str, tuple[Any, str]], folder: Path) -> None:
-        self._slices = {name: part for name, (part, _) in slices.items()}
+    A file is opened anew for every read: what was mapped into memory is given back at once, not at the end.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, str], prefix: str) -> None:
         self.folder = folder
-        self.stored = {name: Stored(part.get_dtype(), file) for name, (part, file) in slices.items()}
+        self._theirs = {prefix + name: name for name in files}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.stored: dict[str, Stored] = {}
+        for file in sorted(set(files.values())):
+            with _opened(folder / file) as handle:
+                for name in (name for name, where in files.items() if where == file):
+                    part = handle.get_slice(name)
+                    self._shapes[prefix + name] = tuple(part.get_shape())
+                    self.stored[prefix + name] = Stored(part.get_dtype(), file)
         for name, (dtype, _) in self.stored.items():
             if dtype not in DTYPES:
                 raise ValueError(f"{folder}: {name} is {dtype}; supported: {', '.join(DTYPES)}")
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        found = tuple(self._slices[name].get_shape())
+        found = self._shapes[name]
         if found != shape:
             raise ValueError(f"{self.folder}: {name} has shape {list(found)}, the config asks for {list(shape)}")
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._slices[name][index].astype(np.float32)
+        with _opened(self.folder / self.stored[name].file) as handle:
+            return handle.get_slice(self._theirs[name])[index].astype(np.float32)
 
 
 @contextmanager
-def open_tensors(folder: Path, arch: ArchConfig) -> Iterator[Tensors]:
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        handle: Any = safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
+    with handle:
+        yield handle
+
+
+def open_tensors(folder: Path, arch: ArchConfig) -> Tensors:
     """``model.safetensors``, or the shards that the index names. Other formats are refused."""
-    single, index = folder / WEIGHTS, folder / INDEX
-    with ExitStack() as stack:
-
-        def handle(file: Path) -> Any:
-            try:
-                return stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
-
-        if single.is_file():
-            opened = handle(single)
-            slices = {name: (opened.get_slice(name), WEIGHTS) for name in opened.keys()}  # noqa: SIM118
-        elif index.is_file():
-            slices = _open_shards(index, read_json(index).get("weight_map"), handle)
-        else:
-            pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-            raise FileNotFoundError(f"{folder}: no {WEIGHTS} and no {INDEX}{_how_to_convert(folder, pickled)}")
-        base = base_prefix(arch) + "."
-        if not any(name.startswith(base) for name in slices):
-            slices = {base + name: part for name, part in slices.items()}
-        yield Tensors(slices, folder)
+    if (folder / WEIGHTS).is_file():
+        with _opened(folder / WEIGHTS) as handle:
+            files = dict.fromkeys(handle.keys(), WEIGHTS)
+    elif (folder / INDEX).is_file():
+        files = _sharded(folder / INDEX)
+    else:
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS} and no {INDEX}{_how_to_convert(folder, pickled)}")
+    base = base_prefix(arch) + "."
+    return Tensors(folder, files, "" if any(name.startswith(base) for name in files) else base)
 
 
 def _how_to_convert(folder: Path, pickled: list[str]) -> str:
@@ -73,19 +82,21 @@ def _how_to_convert(folder: Path, pickled: list[str]) -> str:
     return f"; {pickled[0]} is pickled and is never opened: if you trust it, convert it (needs torch): {command}"
 
 
-def _open_shards(index: Path, weight_map: Any, handle: Callable[[Path], Any]) -> dict[str, tuple[Any, str]]:
+def _sharded(index: Path) -> dict[str, str]:
+    """Which file has which tensor."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ValueError(f"{index}: weight_map must map tensor names to file names")
-    for file in weight_map.values():
+    for file in sorted(set(weight_map.values())):
         # A name that leads elsewhere would read whatever it points to.
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: {file!r} is not the name of a safetensors file in this folder")
-    shards = {file: handle(index.parent / file) for file in sorted(set(weight_map.values()))}
-    held = {file: set(shard.keys()) for file, shard in shards.items()}
-    for name, file in weight_map.items():
-        if name not in held[file]:
-            raise ValueError(f"{index}: {name} is not in {file}")
-    return {name: (shards[file].get_slice(name), file) for name, file in weight_map.items()}
+        with _opened(index.parent / file) as handle:
+            held = set(handle.keys())
+        for name in (name for name, where in weight_map.items() if where == file):
+            if name not in held:
+                raise ValueError(f"{index}: {name} is not in {file}")
+    return weight_map
 
 
 def read_tree(
@@ -97,7 +108,8 @@ def read_tree(
     """
     _check_names(tensors, arch, {name for entry in table for name in names_of(entry, shapes)})
     tree: dict[str, Any] = {}
-    for entry in table:
+    # The biggest first: while one is read it is held twice, which matters most when all the rest is there already.
+    for entry in sorted(table, key=lambda entry: -leaf_at(shapes, entry.path).size):
         shape = leaf_at(shapes, entry.path).shape
         for name in names_of(entry, shapes):
             tensors.check(name, their_shape(entry, shape[1:] if entry.stacked else shape))

@@ -60,9 +60,8 @@ def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, r
         raise ValueError(f"{folder}: architectures: {config['architectures']} is a reward model: use load_reward_model")
     shapes = abstract_params(arch)
     shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
-    with open_tensors(folder, arch) as tensors:
-        params = read_tree(tensors, arch, language_model_table(arch), shapes, shardings)
-        stored = tensors.stored
+    tensors = open_tensors(folder, arch)
+    params = read_tree(tensors, arch, language_model_table(arch), shapes, shardings)
     fns = decoder_fns(arch, dtype=dtype, remat=remat)
     return Pretrained(
         params=params,
@@ -74,7 +73,7 @@ def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, r
         arch=arch,
         source=folder,
         rules=RULES,
-        stored=stored,
+        stored=tensors.stored,
     )
 
 

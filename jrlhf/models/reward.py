@@ -88,9 +88,8 @@ def load_reward_model(path: str | Path, *, dtype: Any, mesh: Mesh | None = None,
     gain, bias, head_bias = _check_head(folder, config, arch)
     shapes = abstract_reward_params(arch)
     shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
-    with open_tensors(folder, arch) as tensors:
-        params = read_tree(tensors, arch, reward_model_table(arch), shapes, shardings)
-        stored = tensors.stored
+    tensors = open_tensors(folder, arch)
+    params = read_tree(tensors, arch, reward_model_table(arch), shapes, shardings)
     # A NumPy scalar, not a JAX one: every host can put its own copy onto a mesh that spans hosts.
     scalar = np.float32(head_bias)
     params["head"]["bias"] = (
@@ -103,7 +102,7 @@ def load_reward_model(path: str | Path, *, dtype: Any, mesh: Mesh | None = None,
         arch=arch,
         source=folder,
         rules=RULES,
-        stored=stored,
+        stored=tensors.stored,
         gain=gain,
         bias=bias,
     )
