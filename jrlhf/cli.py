@@ -12,7 +12,16 @@ from pathlib import Path
 
 from jrlhf import __version__
 from jrlhf.cli_args import STAGES, print_help, stage_config, tool_config
-from jrlhf.config import Config, ExportConfig, GenerateConfig, QuickstartConfig, ScoreConfig, Sources, VerifyConfig
+from jrlhf.config import (
+    Config,
+    ExportConfig,
+    GenerateConfig,
+    QuickstartConfig,
+    ScoreConfig,
+    ShowConfig,
+    Sources,
+    VerifyConfig,
+)
 from jrlhf.config_io import ConfigError
 from jrlhf.suggest import did_you_mean
 
@@ -26,6 +35,7 @@ COMMANDS = {
     "ppo": "Optimise the policy on the reward under a KL penalty.",
     "generate": "Answer a file of prompts with a Hugging Face folder or a run.",
     "score": "Score a file of answers with a reward model.",
+    "data show": "Show rows as the model sees them, and count what is odd.",
     "export": "Write a run's checkpoint as a Hugging Face folder.",
     "verify": "Check the invariants of RLHF on a model, each with its figure.",
 }
@@ -33,6 +43,7 @@ TOOLS: dict[str, type] = {
     "quickstart": QuickstartConfig,
     "generate": GenerateConfig,
     "score": ScoreConfig,
+    "data show": ShowConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
 }
@@ -59,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"jrlhf {__version__}")
             return OK
     command, *rest = argv
+    if (pair := " ".join(argv[:2])) in COMMANDS:
+        command, rest = pair, rest[1:]
     if command in COMMANDS:
         return run_reporting(command, rest)
     kind = "flag" if command.startswith("-") else "command"
@@ -134,6 +147,11 @@ def run(command: str, argv: Sequence[str]) -> int:
             from jrlhf.stages.inference import run_score
 
             run_score(score)
+        case "data show":
+            shown = tool_config(command, ShowConfig, argv)
+            from jrlhf.stages.show import run_show
+
+            run_show(shown)
         case "export":
             export = tool_config(command, ExportConfig, argv)
             from jrlhf.stages.export import run_export

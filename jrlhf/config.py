@@ -311,6 +311,26 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
+class ShowConfig:
+    """Rows as the model sees them, and counts of what is odd about them."""
+
+    model: str
+    """Whose tokenizer is used: a Hugging Face folder, a hub id, asset:NAME, or a run or stage folder."""
+    data: str
+    """Rows, in the forms of data.train: one source."""
+    kind: Literal["auto", "sft", "reward", "prompts"] = "auto"
+    """What the rows are for. auto: by the columns of the first one."""
+    rows: int = 3
+    """First rows that are shown; the counts are of all."""
+    max_length: int = 1024
+    """Longest sequence in tokens, as in the stage's data block."""
+    train_on: Literal["completion", "assistant", "all"] = "completion"
+    """What is learnt, as in sft.train_on."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be trained on makes the exit code 2, as training would end there, or not. All are counted."""
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """A checkpoint as a Hugging Face folder."""
 

@@ -18,6 +18,7 @@ from jrlhf.config import (
     SamplingConfig,
     ScoreConfig,
     SFTConfig,
+    ShowConfig,
     VerifyConfig,
 )
 
@@ -53,6 +54,9 @@ def _rules(config: Any) -> Iterator[Rule]:
             yield from _sampling("sampling", config.sampling)
         case ScoreConfig():
             yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
+            yield config.max_length >= 1, "max_length", config.max_length, "1 or more"
+        case ShowConfig():
+            yield config.rows >= 0, "rows", config.rows, "0 or more"
             yield config.max_length >= 1, "max_length", config.max_length, "1 or more"
         case VerifyConfig():
             yield _seed(config.seed)

@@ -20,6 +20,7 @@ from jrlhf.config import (
     QuickstartConfig,
     SamplingConfig,
     ScoreConfig,
+    ShowConfig,
     VerifyConfig,
 )
 from jrlhf.config_io import ConfigError, flag_types
@@ -27,6 +28,7 @@ from jrlhf.config_io import ConfigError, flag_types
 TOOLS = {
     "generate": GenerateConfig,
     "score": ScoreConfig,
+    "data show": ShowConfig,
     "export": ExportConfig,
     "verify": VerifyConfig,
     "quickstart": QuickstartConfig,
@@ -34,6 +36,7 @@ TOOLS = {
 PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in COMMANDS} | {
     "generate": ("jrlhf.stages.inference", "run_generate"),
     "score": ("jrlhf.stages.inference", "run_score"),
+    "data show": ("jrlhf.stages.show", "run_show"),
 }
 DATA = {"sft": "sft.data.train", "reward": "reward.data.train", "ppo": "ppo.prompts.train"}
 
@@ -91,6 +94,8 @@ def test_version(capsys):
 def test_an_unknown_command_names_the_nearest(capsys):
     assert main(["pipelin"]) == 2
     assert errors(capsys) == ["jrlhf: pipelin: unknown command; did you mean pipeline?"]
+    assert main(["data", "list"]) == 2
+    assert errors(capsys) == ["jrlhf: data: unknown command; did you mean data show?"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -147,6 +152,9 @@ def test_tools_take_positionals_and_flags_in_any_order(stage):
     calls = stage("score")
     assert main(["score", "--data", "d.csv", "m", "--batch-size", "8"]) == 0
     assert calls == [(ScoreConfig("m", "d.csv", batch_size=8),)]
+    calls = stage("data show")
+    assert main(["data", "show", "--data", "d.csv", "--model", "m", "--rows", "9", "--kind=reward"]) == 0
+    assert calls == [(ShowConfig("m", "d.csv", rows=9, kind="reward"),)]
     calls = stage("export")
     assert main(["export", "runs/a", "out", "--stage", "reward"]) == 0
     assert calls == [(ExportConfig("runs/a", "out", stage="reward"),)]
