@@ -25,10 +25,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 TOOLS = ("tool", "function", "ipython")
 """Roles whose content a template may write in a form of its own."""
 
-CHANGED = (
-    "the chat template changes earlier turns when later ones come, so what is learnt cannot be marked; "
-    "as prompt and completion the last answer alone is learnt"
-)
+CHANGED = "the chat template changes earlier turns when later ones come, so what is learnt cannot be marked"
+LAST_ALONE = "; as prompt and completion the last answer alone is learnt"
 UNASKED = "the chat template begins an answer in another way than it asks for one, so it would not follow its prompt"
 UNOPENED = "the chat template takes no notice of add_generation_prompt, so the header of the answer would be learnt"
 LOST = "the chat template leaves out or changes what a message says, or moves it"
@@ -82,15 +80,21 @@ class ChatTemplate:
         for i in numbers:
             opening = self._render(messages[:i], column, opens=True)
             if not opening.startswith(done):
-                raise BadRow(column, CHANGED, f" (message {i})")
+                raise BadRow(column, CHANGED + LAST_ALONE, f" (message {i})")
             done = self._render(messages[: i + 1], column, opens=False)
-            if not done.startswith(opening):
-                raise BadRow(column, UNASKED, f" (message {i})")
-            header, _, _ = done[len(opening) :].partition(messages[i]["content"].strip())
-            if header.strip() and opening == self._render(messages[:i], column, opens=False):
-                raise BadRow(column, UNOPENED, f" (message {i})")
+            said = done.find(messages[i]["content"].strip(), len(opening))
+            if not done.startswith(opening) or done[len(opening) : said].strip():
+                self._check_asked(messages[:i], opening, done, column)
             turns.append(Turn(len(opening), len(opening), len(done)))
         return done, turns
+
+    def _check_asked(self, before: Sequence[Message], opening: str, done: str, column: str) -> None:
+        """``BadRow`` where ``done`` does not begin as ``opening``, or where that asks for nothing."""
+        where, history = f" (message {len(before)})", self._render(before, column, opens=False)
+        if not done.startswith(opening):
+            raise BadRow(column, UNASKED if done.startswith(history) else CHANGED, where)
+        if opening == history:
+            raise BadRow(column, UNOPENED, where)
 
     def _by_markers(self, messages: Sequence[Message], numbers: list[int], column: str) -> tuple[str, list[Turn]]:
         """One rendering of the whole; what asks for each answer must be a prefix of it here too."""

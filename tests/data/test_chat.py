@@ -227,6 +227,8 @@ def test_a_template_that_draws_at_random_is_refused(templated, draw):
 
 # What cannot be masked
 
+FORGETS = CHATML.replace("{% for m", "{{ messages[0].content if messages[-1].role == 'user' else '' }}{% for m", 1)
+"""Mistral Nemo's way: what the system says stands before the last question only while nobody has answered it."""
 NO_SYSTEM = "{% for m in messages %}{% if m.role != 'system' %}" + TURN + "{% endif %}{% endfor %}" + ASK
 SYSTEM_LATE = (
     "{% set last = (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
@@ -255,6 +257,7 @@ KIND = turns("hi", "hello", "well", "there", system="You are kind.")
     [
         (NO_SYSTEM, KIND, f"{LOST} (message 0, system)"),
         (SYSTEM_LATE, KIND, "changes earlier turns when later ones come"),
+        (FORGETS, TWICE, "changes earlier turns when later ones come, so what is learnt cannot be marked (message 1)"),
         (LOWER, turns("HELLO", "hello"), f"{LOST} (message 0, user)"),
         (LOWER, turns("hello", "HELLO"), f"{LOST} (message 1, assistant)"),
         (NO_THOUGHTS, turns("hi", "<think>well</think>hello"), f"{LOST} (message 1, assistant)"),
@@ -311,6 +314,13 @@ def test_what_a_tool_says_may_be_written_in_a_form_of_the_template_s_own(templat
     messages = [*turns("hi", "hello", "well"), {"role": "tool", "content": 'a "b"\nc'}]
     before, _ = encoder.answered(Answered(messages, "there"))
     assert '<|im_start|>tool\n"a \\"b\\"\\nc"<|im_end|>' in encoder._tokenizer.decode(before)
+
+
+def test_an_answer_of_nothing_is_its_stop_token(way):
+    tokenizer, _ = way
+    before, after = Encoder(tokenizer).answered(Answered(turns("hi"), ""))
+    assert before == Encoder(tokenizer).prompt(turns("hi"))
+    assert after == [Encoder(tokenizer)._turn_end]
 
 
 def test_several_templates_without_a_default_are_an_error(templated):
