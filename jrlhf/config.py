@@ -149,6 +149,8 @@ class SFTConfig:
     """Passes over the training rows."""
     batch_size: int = 32
     """Rows an update, over all devices."""
+    pack_length: int = 0
+    """Rows are packed into rows of so many tokens, and batch_size and microbatch count those; 0: not packed."""
     microbatch: int = 0
     """Rows a device takes at a time; 0: its whole share of the batch. Same update, less memory."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
@@ -173,6 +175,8 @@ class RewardConfig:
     """Passes over the rankings; more than one tends to overfit (Ouyang et al. 2022, appendix C.2)."""
     batch_size: int = 16
     """Prompts an update, each with all its completions, over all devices."""
+    pack_length: int = 0
+    """Rows are packed into rows of so many tokens, and batch_size and microbatch count those; 0: not packed."""
     microbatch: int = 0
     """Prompts a device takes at a time; 0: its whole share of the batch. Same update, less memory."""
     center_coef: float = 0.0

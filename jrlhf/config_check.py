@@ -122,6 +122,11 @@ def _batches(path: str, rows: int, microbatch: int) -> Iterator[Rule]:
     yield microbatch >= 0, f"{path}.microbatch", microbatch, "0 (all) or more"
 
 
+def _packing(path: str, pack_length: int, max_length: int) -> Iterator[Rule]:
+    fits = pack_length == 0 or pack_length >= max_length
+    yield fits, f"{path}.pack_length", pack_length, f"0 (off), or at least {path}.data.max_length ({max_length})"
+
+
 def _lora(path: str, lora: LoRAConfig) -> Iterator[Rule]:
     yield lora.rank >= 0, f"{path}.rank", lora.rank, "0 (off) or more"
     yield lora.alpha > 0, f"{path}.alpha", lora.alpha, "above 0"
@@ -145,6 +150,7 @@ def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
     yield from _sampling(f"{path}.sampling", sft.sampling)
     yield sft.epochs > 0, f"{path}.epochs", sft.epochs, "above 0"
     yield from _batches(path, sft.batch_size, sft.microbatch)
+    yield from _packing(path, sft.pack_length, sft.data.max_length)
     yield sft.candidates >= 1, f"{path}.candidates", sft.candidates, "1 or more"
 
 
@@ -156,6 +162,7 @@ def _reward(path: str, reward: RewardConfig) -> Iterator[Rule]:
     yield from _log(f"{path}.log", reward.log)
     yield reward.epochs > 0, f"{path}.epochs", reward.epochs, "above 0"
     yield from _batches(path, reward.batch_size, reward.microbatch)
+    yield from _packing(path, reward.pack_length, reward.data.max_length)
     yield reward.center_coef >= 0, f"{path}.center_coef", reward.center_coef, "0 or more"
 
 

@@ -14,17 +14,21 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
 Params = Any
 """A pytree of arrays, of whatever structure the user's model has."""
 
+TokenMask = Bool[Array, "B T"] | Int[Array, "B T"]
+"""Which tokens are real. Where several sequences are packed into a row: 0 for padding, else the sequence's number."""
+
 Key = PRNGKeyArray
 Metrics = dict[str, Scalar]
 
 
 @runtime_checkable
 class ApplyFn(Protocol):
-    """A language model: logits at every position. ``mask`` marks real tokens; positions follow from it."""
+    """A language model: logits at every position. ``mask`` marks real tokens; positions follow from it.
 
-    def __call__(
-        self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /
-    ) -> Float[Array, "B T V"]: ...
+    Only who packs sequences passes segment numbers instead: then a token sees those of its own number alone.
+    """
+
+    def __call__(self, params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /) -> Float[Array, "B T V"]: ...
 
 
 @runtime_checkable
@@ -32,7 +36,7 @@ class LogprobFn(Protocol):
     """``(logprobs, entropy)`` of every token under ``softmax(logits / temperature)``, aligned to ``tokens``."""
 
     def __call__(
-        self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /, *, temperature: float
+        self, params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /, *, temperature: float
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]: ...
 
 
@@ -40,9 +44,7 @@ class LogprobFn(Protocol):
 class ScoreFn(Protocol):
     """A scalar at every position ``t``, which has seen ``tokens[:, :t + 1]``: a reward, or (shifted by one) a value."""
 
-    def __call__(
-        self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /
-    ) -> Float[Array, "B T"]: ...
+    def __call__(self, params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /) -> Float[Array, "B T"]: ...
 
 
 @runtime_checkable
@@ -72,10 +74,10 @@ class DecodeFns(NamedTuple):
 
 
 class SFTBatch(NamedTuple):
-    """Right-padded sequences. ``mask`` marks real tokens, ``loss_mask`` the ones that are trained on."""
+    """Right-padded sequences, one a row or packed. ``loss_mask`` marks the tokens that are trained on."""
 
     tokens: Int[Array, "B T"]
-    mask: Bool[Array, "B T"]
+    mask: TokenMask
     loss_mask: Bool[Array, "B T"]
 
 
@@ -87,6 +89,19 @@ class RankingBatch(NamedTuple):
     ranks: Int[Array, "B K"]
     valid: Bool[Array, "B K"]
     margin: Float[Array, "B"]
+
+
+class PackedRankingBatch(NamedTuple):
+    """Up to ``G`` rankings a row, the completions of each one after the other in it; see ``RankingBatch``."""
+
+    tokens: Int[Array, "B T"]
+    segments: Int[Array, "B T"]
+    """0 for padding, else the number of the completion in its row."""
+    ends: Int[Array, "B G K"]
+    """Where in its row each completion ends; 0 where ``valid`` is False."""
+    ranks: Int[Array, "B G K"]
+    valid: Bool[Array, "B G K"]
+    margin: Float[Array, "B G"]
 
 
 class Generation(NamedTuple):

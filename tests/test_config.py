@@ -298,7 +298,7 @@ def test_the_defaults_pass():
         ("sft.log.every", "0"), ("reward.log.eval_every", "0"), ("ppo.log.eval_rows", "-1"), ("sft.log.samples", "-1"),
         ("sft.sampling.max_new_tokens", "0"), ("sft.sampling.temperature", "-1"), ("sft.sampling.top_k", "-1"),
         ("sft.sampling.top_p", "0"), ("sft.sampling.stop", ""), ("sft.epochs", "0"), ("sft.batch_size", "0"),
-        ("sft.microbatch", "-1"),
+        ("sft.microbatch", "-1"), ("sft.pack_length", "100"), ("reward.pack_length", "-1"),
         ("sft.lora.rank", "-1"), ("reward.lora.alpha", "0"), ("ppo.lora.targets", "("),
         ("sft.candidates", "0"), ("reward.epochs", "-1"),
         ("reward.microbatch", "-1"), ("reward.center_coef", "-1"), ("ppo.sampling.temperature", "0"),

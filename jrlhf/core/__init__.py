@@ -26,6 +26,7 @@ from jrlhf.core.masks import (
     masked_sum,
     masked_whiten,
     positions_from_mask,
+    real_tokens,
 )
 from jrlhf.core.sampling import sample, truncate_logits
 from jrlhf.core.trees import combine, partition
@@ -54,6 +55,7 @@ __all__ = [
     "ppo_value_loss",
     "predictable",
     "ranking_loss",
+    "real_tokens",
     "sample",
     "shape_rewards",
     "token_logprobs",

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from jrlhf.types import ApplyFn, LogprobFn, Params
+from jrlhf.core.masks import real_tokens
+from jrlhf.types import ApplyFn, LogprobFn, Params, TokenMask
 
 
 def align_to_tokens(x: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
@@ -15,12 +16,12 @@ def align_to_tokens(x: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
     return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
 
 
-def predictable(mask: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Real tokens that have a real token before them: the ones whose log-prob means something.
+def predictable(mask: TokenMask) -> Bool[Array, "B T"]:
+    """Real tokens that have a real token of their own sequence before them: those whose log-prob means something.
 
     ``[pad, a, b, pad] -> [False, False, True, False]``: nothing predicts ``a``.
     """
-    return mask & align_to_tokens(mask)
+    return real_tokens(mask) & (mask == align_to_tokens(mask))
 
 
 def next_token_logprobs(
@@ -61,9 +62,9 @@ def from_logits(apply_fn: ApplyFn) -> LogprobFn:
     """
 
     def logprob_fn(
-        params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /, *, temperature: float
+        params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /, *, temperature: float
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        logits = jnp.where(mask[:, :, None], apply_fn(params, tokens, mask), 0.0)
+        logits = jnp.where(real_tokens(mask)[:, :, None], apply_fn(params, tokens, mask), 0.0)
         return logprobs_and_entropy(logits, tokens, temperature=temperature)
 
     return logprob_fn

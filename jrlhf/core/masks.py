@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from jrlhf.types import TokenMask
+
 
 def masked_sum(x: Float[Array, "*S"], mask: Bool[Array, "*S"]) -> Float[Array, ""]:
     """Σ x over the unmasked elements, in float32."""
@@ -27,12 +29,23 @@ def masked_whiten(x: Float[Array, "*S"], mask: Bool[Array, "*S"], *, shift_mean:
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
-def positions_from_mask(mask: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """The index of each real token among the real tokens of its row; -1 for padding.
+def real_tokens(mask: TokenMask) -> Bool[Array, "B T"]:
+    """Segment numbers as a mask; a mask as it is."""
+    return mask if mask.dtype == jnp.bool_ else mask > 0
+
+
+def positions_from_mask(mask: TokenMask) -> Int[Array, "B T"]:
+    """The index of each real token among the real tokens of its row, or of its segment; -1 for padding.
 
     ``[pad, pad, a, b] -> [-1, -1, 0, 1]`` and ``[a, b, pad, pad] -> [0, 1, -1, -1]``: padding side does not matter.
+    Segments ``[1, 1, 2, 2, 2, 0] -> [0, 1, 0, 1, 2, -1]``; each stands in one piece.
     """
-    return jnp.where(mask, jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, -1)
+    real = real_tokens(mask)
+    index = jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1
+    if mask.dtype != jnp.bool_:
+        begins = real & (mask != jnp.pad(mask[:, :-1], ((0, 0), (1, 0))))
+        index = index - lax.cummax(jnp.where(begins, index, 0), axis=1)
+    return jnp.where(real, index, -1)
 
 
 def last_token_mask(mask: Bool[Array, "... T"]) -> Bool[Array, "... T"]:

@@ -3,6 +3,7 @@
 from jrlhf.data.errors import BadRow, DataError
 from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.order import Order, Part, steps_per_epoch
+from jrlhf.data.packing import PackedRankingRows, PackedSFTRows
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
 
@@ -10,6 +11,8 @@ __all__ = [
     "BadRow",
     "DataError",
     "Order",
+    "PackedRankingRows",
+    "PackedSFTRows",
     "Part",
     "PromptRows",
     "RankingRows",

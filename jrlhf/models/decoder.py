@@ -9,12 +9,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.layers import NORMAL, Block, LayerCache, Norm, Sight, attention_mask, soft_cap
 from jrlhf.models.rope import rotary_angles
+from jrlhf.types import TokenMask
 
 
 class KVCache(NamedTuple):
@@ -46,13 +47,17 @@ def init_cache(arch: ArchConfig, batch: int, length: int, dtype: Any) -> KVCache
     return KVCache(keys, values, jnp.full((batch, length), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def sights(arch: ArchConfig, queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> tuple[Sight, ...]:
+def sights(
+    arch: ArchConfig, queries: Int[Array, "B T"], keys: Int[Array, "B S"], *, segments: Int[Array, "B T"] | None
+) -> tuple[Sight, ...]:
     """For each kind of attention in ``arch`` its angles at the queries and its mask."""
     rotary_dim = arch.rotary_dim or arch.head_dim
+    if segments is not None and arch.rope is not None and arch.rope.kind == "dynamic":
+        raise ValueError("sequences cannot be packed: 'dynamic' rotary positions depend on the length of each")
     return tuple(
         Sight(
             angles=None if kind.rope is None else rotary_angles(kind.rope, rotary_dim, queries),
-            mask=attention_mask(queries, keys, window=kind.window),
+            mask=attention_mask(queries, keys, window=kind.window, segments=segments),
         )
         for kind in arch.attention_kinds
     )
@@ -91,14 +96,16 @@ class Decoder(nn.Module):
                 dot_general=_float32_dot,
             )
 
-    def __call__(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Int[Array, "B T"], mask: TokenMask) -> Float[Array, "B T V"]:
         return self.unembed(self.hidden(tokens, mask))
 
-    def hidden(self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    def hidden(self, tokens: Int[Array, "B T"], mask: TokenMask) -> Float[Array, "B T D"]:
         """What the LM head, or any other head, reads."""
         positions = positions_from_mask(mask)
         kinds = jnp.asarray(self.arch.layer_kinds, jnp.int32)
-        x_BTD, _ = self.layers(self.lookup(tokens, positions), kinds, sights(self.arch, positions, positions), None)
+        segments = None if mask.dtype == jnp.bool_ else mask
+        seen = sights(self.arch, positions, positions, segments=segments)
+        x_BTD, _ = self.layers(self.lookup(tokens, positions), kinds, seen, None)
         return self.final_norm(x_BTD)
 
     def lookup(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -129,7 +136,7 @@ class Decoder(nn.Module):
         if length > slots:
             raise ValueError(f"{length} tokens do not fit a cache of {slots}")
         stored = lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), cache.used))
-        kinds = sights(self.arch, positions, stored)
+        kinds = sights(self.arch, positions, stored, segments=None)
         block = Block(self.arch, self.dtype, parent=None)
         stacked = self.variables["params"]["layers"]
         x_BTD, keys, values = self.lookup(tokens, positions), [], []

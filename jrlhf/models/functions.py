@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jrlhf.core import align_to_tokens, logprobs_and_entropy, next_token_logprobs
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
-from jrlhf.types import ApplyFn, DecodeFns, Key, LogprobFn, Params, ScoreFn
+from jrlhf.types import ApplyFn, DecodeFns, Key, LogprobFn, Params, ScoreFn, TokenMask
 
 LOGITS_AT_ONCE = 2**26
 """Logits that ``logprob_fn`` holds at a time unless told otherwise: 256 MB."""
@@ -38,10 +38,10 @@ def decoder_fns(arch: ArchConfig, *, dtype: Any, remat: bool, logits_at_once: in
     def run(params: Params, *args: Any, method: str) -> Any:
         return module.apply({"params": params}, *args, method=method)
 
-    def apply_fn(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /) -> Float[Array, "B T V"]:
+    def apply_fn(params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /) -> Float[Array, "B T V"]:
         return run(params, tokens, mask, method="__call__")
 
-    def score_fn(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /) -> Float[Array, "B T"]:
+    def score_fn(params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /) -> Float[Array, "B T"]:
         hidden = run(params["decoder"], tokens, mask, method="hidden")
         head = params["head"]
         return jnp.einsum("BTD,D->BT", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
@@ -62,7 +62,7 @@ def _chunked_logprobs(run: Callable[..., Any], vocab_size: int, logits_at_once: 
     """Log-probs from the last hidden states, a slice of columns at a time once all logits would be too many."""
 
     def logprob_fn(
-        params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /, *, temperature: float
+        params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /, *, temperature: float
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         rows, length = tokens.shape
         # Whole columns, so that rows stay on the devices they are on; slices of one size, so that little is padded.

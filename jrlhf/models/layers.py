@@ -33,15 +33,20 @@ class Sight(NamedTuple):
     mask: Bool[Array, "B 1 1 T S"]
 
 
-def attention_mask(queries: Int[Array, "B T"], keys: Int[Array, "B S"], *, window: int) -> Bool[Array, "B 1 1 T S"]:
+def attention_mask(
+    queries: Int[Array, "B T"], keys: Int[Array, "B S"], *, window: int, segments: Int[Array, "B T"] | None
+) -> Bool[Array, "B 1 1 T S"]:
     """A query attends to real tokens at its own position or before, with a ``window`` to the last so many (0: to all).
 
     Positions decide, so padding may stand anywhere: ``queries = keys = [-1, 0, 1]`` (left padding) gives
-    ``[[0,0,0], [0,1,0], [0,1,1]]``: padding sees nothing. With ``window`` 1 a token sees itself alone.
+    ``[[0,0,0], [0,1,0], [0,1,1]]``: padding sees nothing. With ``window`` 1 a token sees itself alone. With
+    ``segments`` (of queries and keys alike) it sees only its own: ``[1, 1, 2]`` gives ``[[1,0,0], [1,1,0], [0,0,1]]``.
     """
     allowed = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
     if window:
         allowed &= keys[:, None, :] > queries[:, :, None] - window
+    if segments is not None:
+        allowed &= segments[:, None, :] == segments[:, :, None]
     return allowed[:, None, None]
 
 

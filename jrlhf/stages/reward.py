@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
 
 from jrlhf.config import Config, RewardConfig
+from jrlhf.config_io import ConfigError
 from jrlhf.core import combine
 from jrlhf.data import (
     Order,
+    PackedRankingRows,
     RankingRows,
     TextRows,
     load_rankings,
@@ -65,7 +67,8 @@ def run_reward(config: Config) -> dict[str, Any]:
         model = reward_from_pretrained(base, jax.random.key(config.seed))
         check_length(model.arch, int(rows.lengths.max()), key="reward.data.max_length")
 
-        order = Order(config.seed, batch_size=reward.batch_size, lengths=rows.lengths, parts=rows.parts)
+        batches = _packed(rows, reward) if reward.pack_length else rows
+        order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
         total = math.ceil(reward.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(reward.optim, updates=total)
         step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
@@ -73,7 +76,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-            batch = shard_batch(rows.batch(order[number]), mesh)
+            batch = shard_batch(batches.batch(order[number]), mesh)
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
             return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
 
@@ -117,6 +120,13 @@ def run_reward(config: Config) -> dict[str, Any]:
         }
         write_json(folder / "summary.json", summary)
         return summary
+
+
+def _packed(rows: RankingRows, reward: RewardConfig) -> PackedRankingRows:
+    try:
+        return PackedRankingRows.of(rows, reward.pack_length)
+    except ValueError as error:
+        raise ConfigError(f"reward.pack_length: all completions of a prompt stand in one row: {error}") from error
 
 
 def _evaluator(

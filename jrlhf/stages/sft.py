@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, SFTConfig
 from jrlhf.core import combine
-from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer
+from jrlhf.data import Order, PackedSFTRows, SFTRows, load_prompts, load_sft, load_tokenizer
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
 from jrlhf.parallel import shard_batch
 from jrlhf.stages.adapters import merged, trainable, write_adapter
@@ -45,7 +45,8 @@ def run_sft(config: Config) -> dict[str, Any]:
         model = load_pretrained(source, dtype=sft.model.dtype, mesh=mesh, remat=sft.model.remat)
         check_length(model.arch, int(rows.lengths.max()), key="sft.data.max_length")
 
-        order = Order(config.seed, batch_size=sft.batch_size, lengths=rows.lengths, parts=rows.parts)
+        batches = PackedSFTRows.of(rows, sft.pack_length) if sft.pack_length else rows
+        order = Order(config.seed, batch_size=sft.batch_size, lengths=batches.lengths, parts=batches.parts)
         total = math.ceil(sft.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(sft.optim, updates=total)
         step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
@@ -53,7 +54,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-            batch = shard_batch(rows.batch(order[number]), mesh)
+            batch = shard_batch(batches.batch(order[number]), mesh)
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
             return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
 

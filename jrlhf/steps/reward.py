@@ -1,6 +1,7 @@
 """Reward model: scores trained on people's rankings of K completions."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.core import at_last_token, kwise_centering_loss, kwise_ranking_loss, ordered_pairs
 from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients
-from jrlhf.types import Key, Metrics, Params, RankingBatch, ScoreFn, TrainState
+from jrlhf.types import Key, Metrics, PackedRankingBatch, Params, RankingBatch, ScoreFn, TrainState
+
+AnyRankingBatch = RankingBatch | PackedRankingBatch
 
 
 def score_sequences(
@@ -27,28 +30,55 @@ def score_completions(score_fn: ScoreFn, params: Params, batch: RankingBatch) ->
     return scores.reshape(rows, completions)
 
 
+class Rankings(NamedTuple):
+    """What people said of ``N`` prompts, however their completions are laid out."""
+
+    ranks: Int[Array, "N K"]
+    valid: Bool[Array, "N K"]
+    margin: Float[Array, "N"]
+
+
+def rankings_of(batch: AnyRankingBatch) -> Rankings:
+    """One row a prompt."""
+    if isinstance(batch, RankingBatch):
+        return Rankings(batch.ranks, batch.valid, batch.margin)
+    completions = batch.ranks.shape[-1]
+    return Rankings(
+        batch.ranks.reshape(-1, completions), batch.valid.reshape(-1, completions), batch.margin.reshape(-1)
+    )
+
+
+def score_rankings(score_fn: ScoreFn, params: Params, batch: AnyRankingBatch) -> Float[Array, "N K"]:
+    """The scores of every prompt's completions; of one that is not valid, anything finite."""
+    if isinstance(batch, RankingBatch):
+        return score_completions(score_fn, params, batch)
+    rows, _, completions = batch.ends.shape
+    scores = score_fn(params, batch.tokens, batch.segments).astype(jnp.float32)
+    return jnp.take_along_axis(scores, batch.ends.reshape(rows, -1), axis=1).reshape(-1, completions)
+
+
 def make_reward_step(
     score_fn: ScoreFn, tx: optax.GradientTransformation, *, center_coef: float, accumulation: int
-) -> Callable[[TrainState, RankingBatch, Key], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, AnyRankingBatch, Key], tuple[TrainState, Metrics]]:
     """A pure step on K-wise rankings; a prompt counts once, however many pairs it has, and not at all if it has none.
 
     ``center_coef``: weight of the mean (sᵢ + sⱼ)² that keeps scores near 0. ``accumulation`` as in ``make_sft_step``.
     The key is not used, as nothing here is random.
     """
 
-    def step(state: TrainState, batch: RankingBatch, key: Key) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: AnyRankingBatch, key: Key) -> tuple[TrainState, Metrics]:
         del key
-        pairs = ordered_pairs(batch.ranks, batch.valid)
+        whole = rankings_of(batch)
+        pairs = ordered_pairs(whole.ranks, whole.valid)
         prompts = jnp.maximum(jnp.sum(jnp.any(pairs, axis=(1, 2)), dtype=jnp.float32), 1.0)
         pair_count = jnp.maximum(jnp.sum(pairs, dtype=jnp.float32), 1.0)
 
-        def loss_fn(params: Params, part: RankingBatch) -> tuple[jax.Array, Sums]:
-            scores = score_completions(score_fn, params, part)
-            ranking = kwise_ranking_loss(scores, part.ranks, part.valid, part.margin)
-            loss = jnp.sum(ranking) / prompts
+        def loss_fn(params: Params, part: AnyRankingBatch) -> tuple[jax.Array, Sums]:
+            scores, given = score_rankings(score_fn, params, part), rankings_of(part)
+            loss = jnp.sum(kwise_ranking_loss(scores, given.ranks, given.valid, given.margin)) / prompts
             if center_coef:
-                loss += center_coef * jnp.sum(kwise_centering_loss(scores, part.ranks, part.valid)) / prompts
-            correct, margin = pair_sums(scores, part)
+                loss += center_coef * jnp.sum(kwise_centering_loss(scores, given.ranks, given.valid)) / prompts
+            correct, margin = pair_sums(scores, given)
             return loss, Sums({"loss": loss, "accuracy": correct / pair_count, "margin": margin / pair_count}, {})
 
         grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation, frozen=state.frozen)
@@ -59,9 +89,9 @@ def make_reward_step(
     return step
 
 
-def pair_sums(scores: Float[Array, "B K"], batch: RankingBatch) -> tuple[jax.Array, jax.Array]:
+def pair_sums(scores: Float[Array, "N K"], given: Rankings) -> tuple[jax.Array, jax.Array]:
     """Over the strictly ordered pairs: how many are scored in the right order, and Σ (s_better - s_worse)."""
-    pairs = ordered_pairs(batch.ranks, batch.valid)
+    pairs = ordered_pairs(given.ranks, given.valid)
     difference = scores[:, :, None] - scores[:, None, :]
     correct = jnp.sum(pairs & (difference > 0.0), dtype=jnp.float32)
     return correct, jnp.sum(jnp.where(pairs, difference, 0.0))

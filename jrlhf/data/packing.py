@@ -1,0 +1,157 @@
+"""Several sequences in one row: which go together, and the batches made of them."""
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Int
+
+from jrlhf.data.order import Part
+from jrlhf.data.ragged import Ragged
+from jrlhf.data.rows import RankingRows, SFTRows
+from jrlhf.types import PackedRankingBatch, SFTBatch
+
+
+def pack(lengths: Int[np.ndarray, "N"], capacity: int) -> list[list[int]]:
+    """Rows of at most ``capacity`` tokens: best fit, the longest first. Johnson et al. 1974.
+
+    ValueError where one sequence alone is longer.
+    """
+    if len(lengths) and int(np.max(lengths)) > capacity:
+        raise ValueError(f"a sequence of {int(np.max(lengths))} tokens does not fit {capacity}")
+    rows: list[list[int]] = []
+    # The open rows by the room they have, and which amounts of room there are, in order.
+    open_rows: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            row, room = len(rows), capacity
+            rows.append([])
+        else:
+            room = rooms[place]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del open_rows[room], rooms[place]
+        rows[row].append(index)
+        left = room - length
+        if left:
+            if left not in open_rows:
+                open_rows[left] = []
+                insort(rooms, left)
+            open_rows[left].append(row)
+    return rows
+
+
+def pack_parts(lengths: Int[np.ndarray, "N"], parts: Sequence[Part], capacity: int) -> tuple[Ragged, list[Part]]:
+    """``pack`` within each source: the members of every packed row, and the sources counted in packed rows."""
+    members: list[np.ndarray] = []
+    packed: list[Part] = []
+    first = 0
+    for part in parts:
+        rows = pack(lengths[first : first + part.rows], capacity)
+        members += [np.asarray(row, np.int64) + first for row in rows]
+        packed.append(Part(len(rows), part.weight))
+        first += part.rows
+    return Ragged.of(members), packed
+
+
+def _filled(
+    contents: Iterable[Sequence[np.ndarray]], count: int, width: int, pad: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], list[list[int]]]:
+    """``(tokens, segments, where each sequence ends)`` of ``count`` rows with these sequences one after the other."""
+    tokens, segments = np.full((count, width), pad, np.int32), np.zeros((count, width), np.int32)
+    ends: list[list[int]] = []
+    for row, sequences in enumerate(contents):
+        start = 0
+        ends.append([])
+        for number, sequence in enumerate(sequences, start=1):
+            here = slice(start, start + len(sequence))
+            tokens[row, here], segments[row, here] = sequence, number
+            start += len(sequence)
+            ends[row].append(start - 1)
+    return tokens, segments, ends
+
+
+@dataclass(frozen=True)
+class PackedSFTRows:
+    """``SFTRows``, several to a row of ``width`` tokens. Which go together is fixed; their order is not."""
+
+    rows: SFTRows
+    width: int
+    members: Ragged
+    parts: Sequence[Part]
+
+    @classmethod
+    def of(cls, rows: SFTRows, width: int) -> "PackedSFTRows":
+        return cls(rows, width, *pack_parts(rows.lengths, rows.parts, width))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return self.rows.skipped
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, "N"]:
+        """All alike: a packed row has no length of its own worth sorting by."""
+        return np.full(len(self), self.width, np.int32)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> SFTBatch:
+        members = [[int(row) for row in self.members[int(index)]] for index in indices]
+        contents = ([self.rows.tokens[row] for row in rows] for rows in members)
+        tokens, segments, _ = _filled(contents, len(members), self.width, self.rows.pad)
+        learnt = ([self.rows.loss_mask[row] for row in rows] for rows in members)
+        loss_mask, _, _ = _filled(learnt, len(members), self.width, 0)
+        for column in (self.rows.tokens, self.rows.loss_mask):
+            column.release()
+        return SFTBatch(tokens, segments, loss_mask.astype(np.bool_))  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class PackedRankingRows:
+    """``RankingRows``, several rankings to a row of ``width`` tokens, all completions of one in the same row."""
+
+    rows: RankingRows
+    width: int
+    members: Ragged
+    parts: Sequence[Part]
+
+    @classmethod
+    def of(cls, rows: RankingRows, width: int) -> "PackedRankingRows":
+        totals = [int(rows.tokens.lengths[list(rows.completions(row))].sum()) for row in range(len(rows))]
+        return cls(rows, width, *pack_parts(np.asarray(totals, np.int64), rows.parts, width))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        return self.rows.skipped
+
+    @cached_property
+    def lengths(self) -> Int[np.ndarray, "N"]:
+        """All alike: a packed row has no length of its own worth sorting by."""
+        return np.full(len(self), self.width, np.int32)
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> PackedRankingBatch:
+        members = [[int(row) for row in self.members[int(index)]] for index in indices]
+        contents = ([self.rows.tokens[c] for row in rows for c in self.rows.completions(row)] for rows in members)
+        tokens, segments, flat_ends = _filled(contents, len(members), self.width, self.rows.pad)
+        shape = len(members), int(self.members.lengths.max()), self.rows.most
+        ends, ranks, valid = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
+        margin = np.zeros(shape[:2], np.float32)
+        for place, rows in enumerate(members):
+            rest = iter(flat_ends[place])
+            for number, row in enumerate(rows):
+                given = self.rows.ranks[row]
+                here = place, number, slice(0, len(given))
+                ends[here] = [next(rest) for _ in given]
+                ranks[here], valid[here] = given, True
+                margin[place, number] = self.rows.margin[row]
+        self.rows.tokens.release()
+        return PackedRankingBatch(tokens, segments, ends, ranks, valid, margin)  # pyright: ignore[reportArgumentType]
