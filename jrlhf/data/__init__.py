@@ -3,7 +3,7 @@
 from jrlhf.data.errors import BadRow, DataError
 from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.order import Order, Part, steps_per_epoch
-from jrlhf.data.packing import PackedRankingRows, PackedSFTRows
+from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
 
@@ -24,6 +24,8 @@ __all__ = [
     "load_sft",
     "load_texts",
     "load_tokenizer",
+    "pack_rankings",
+    "pack_sft",
     "steps_per_epoch",
     "stop_token_ids",
 ]

@@ -77,32 +77,35 @@ def _filled(
 
 
 @dataclass(frozen=True)
-class PackedSFTRows:
-    """``SFTRows``, several to a row of ``width`` tokens. Which go together is fixed; their order is not."""
+class _Packed:
+    """Rows of ``width`` tokens with several others in each. Which go together is fixed; their order is not."""
 
-    rows: SFTRows
     width: int
     members: Ragged
     parts: Sequence[Part]
-
-    @classmethod
-    def of(cls, rows: SFTRows, width: int) -> "PackedSFTRows":
-        return cls(rows, width, *pack_parts(rows.lengths, rows.parts, width))
+    skipped: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.members)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        return self.rows.skipped
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, "N"]:
         """All alike: a packed row has no length of its own worth sorting by."""
         return np.full(len(self), self.width, np.int32)
 
+    def of(self, indices: Sequence[int] | np.ndarray) -> list[list[int]]:
+        """The members of these packed rows."""
+        return [[int(row) for row in self.members[int(index)]] for index in indices]
+
+
+@dataclass(frozen=True)
+class PackedSFTRows(_Packed):
+    """``SFTRows``, several to a row."""
+
+    rows: SFTRows
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> SFTBatch:
-        members = [[int(row) for row in self.members[int(index)]] for index in indices]
+        members = self.of(indices)
         contents = ([self.rows.tokens[row] for row in rows] for rows in members)
         tokens, segments, _ = _filled(contents, len(members), self.width, self.rows.pad)
         learnt = ([self.rows.loss_mask[row] for row in rows] for rows in members)
@@ -113,33 +116,13 @@ class PackedSFTRows:
 
 
 @dataclass(frozen=True)
-class PackedRankingRows:
-    """``RankingRows``, several rankings to a row of ``width`` tokens, all completions of one in the same row."""
+class PackedRankingRows(_Packed):
+    """``RankingRows``, several rankings to a row, all completions of one in the same row."""
 
     rows: RankingRows
-    width: int
-    members: Ragged
-    parts: Sequence[Part]
-
-    @classmethod
-    def of(cls, rows: RankingRows, width: int) -> "PackedRankingRows":
-        totals = [int(rows.tokens.lengths[list(rows.completions(row))].sum()) for row in range(len(rows))]
-        return cls(rows, width, *pack_parts(np.asarray(totals, np.int64), rows.parts, width))
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        return self.rows.skipped
-
-    @cached_property
-    def lengths(self) -> Int[np.ndarray, "N"]:
-        """All alike: a packed row has no length of its own worth sorting by."""
-        return np.full(len(self), self.width, np.int32)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> PackedRankingBatch:
-        members = [[int(row) for row in self.members[int(index)]] for index in indices]
+        members = self.of(indices)
         contents = ([self.rows.tokens[c] for row in rows for c in self.rows.completions(row)] for rows in members)
         tokens, segments, flat_ends = _filled(contents, len(members), self.width, self.rows.pad)
         shape = len(members), int(self.members.lengths.max()), self.rows.most
@@ -155,3 +138,16 @@ class PackedRankingRows:
                 margin[place, number] = self.rows.margin[row]
         self.rows.tokens.release()
         return PackedRankingBatch(tokens, segments, ends, ranks, valid, margin)  # pyright: ignore[reportArgumentType]
+
+
+def pack_sft(rows: SFTRows, width: int) -> PackedSFTRows:
+    """ValueError where a row is longer than ``width``."""
+    members, parts = pack_parts(rows.lengths, rows.parts, width)
+    return PackedSFTRows(width, members, parts, rows.skipped, rows)
+
+
+def pack_rankings(rows: RankingRows, width: int) -> PackedRankingRows:
+    """ValueError where the completions of a ranking are together longer than ``width``."""
+    totals = [int(rows.tokens.lengths[list(rows.completions(row))].sum()) for row in range(len(rows))]
+    members, parts = pack_parts(np.asarray(totals, np.int64), rows.parts, width)
+    return PackedRankingRows(width, members, parts, rows.skipped, rows)

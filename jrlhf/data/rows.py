@@ -106,8 +106,8 @@ class RankingRows:
 
 
 @dataclass(frozen=True)
-class PromptRows:
-    """Prompts to be answered; ``shown[i]`` is row i as it was given."""
+class _Shown:
+    """Sequences, and ``shown[i]``, row i as it was given."""
 
     tokens: Ragged
     shown: Sequence[dict[str, Any]]
@@ -122,29 +122,18 @@ class PromptRows:
     @property
     def lengths(self) -> Int[np.ndarray, "N"]:
         return self.tokens.lengths
+
+
+class PromptRows(_Shown):
+    """Prompts to be answered."""
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``(tokens, mask)``, left-padded to the smallest bucket that fits."""
         return self.tokens.padded(rows, _bucket(self.buckets, self.lengths[rows]), fill=self.pad, left=True)
 
 
-@dataclass(frozen=True)
-class TextRows:
-    """Answers to be scored, each with its prompt; ``shown[i]`` is text i as it was given."""
-
-    tokens: Ragged
-    shown: Sequence[dict[str, Any]]
-    buckets: tuple[int, ...]
-    pad: int
-    skipped: dict[str, int]
-    parts: Sequence[Part]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def lengths(self) -> Int[np.ndarray, "N"]:
-        return self.tokens.lengths
+class TextRows(_Shown):
+    """Answers to be scored, each with its prompt."""
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """``(tokens, mask)``, right-padded to the smallest bucket that fits."""

@@ -22,6 +22,7 @@ from jrlhf.data import (
     load_rankings,
     load_texts,
     load_tokenizer,
+    pack_rankings,
 )
 from jrlhf.models import (
     RewardModel,
@@ -124,7 +125,7 @@ def run_reward(config: Config) -> dict[str, Any]:
 
 def _packed(rows: RankingRows, reward: RewardConfig) -> PackedRankingRows:
     try:
-        return PackedRankingRows.of(rows, reward.pack_length)
+        return pack_rankings(rows, reward.pack_length)
     except ValueError as error:
         raise ConfigError(f"reward.pack_length: all completions of a prompt stand in one row: {error}") from error
 

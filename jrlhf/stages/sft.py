@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, SFTConfig
 from jrlhf.core import combine
-from jrlhf.data import Order, PackedSFTRows, SFTRows, load_prompts, load_sft, load_tokenizer
+from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
 from jrlhf.parallel import shard_batch
 from jrlhf.stages.adapters import merged, trainable, write_adapter
@@ -45,7 +45,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         model = load_pretrained(source, dtype=sft.model.dtype, mesh=mesh, remat=sft.model.remat)
         check_length(model.arch, int(rows.lengths.max()), key="sft.data.max_length")
 
-        batches = PackedSFTRows.of(rows, sft.pack_length) if sft.pack_length else rows
+        batches = pack_sft(rows, sft.pack_length) if sft.pack_length else rows
         order = Order(config.seed, batch_size=sft.batch_size, lengths=batches.lengths, parts=batches.parts)
         total = math.ceil(sft.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(sft.optim, updates=total)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jrlhf import assets
 from jrlhf.config import DataConfig
-from jrlhf.data import Order, PackedRankingRows, PackedSFTRows, Part, load_rankings, load_sft, load_tokenizer
+from jrlhf.data import Order, Part, load_rankings, load_sft, load_tokenizer, pack_rankings, pack_sft
 from jrlhf.data.packing import pack, pack_parts
 
 
@@ -42,7 +42,7 @@ def tokenizer():
 def test_a_packed_batch_holds_the_rows_token_for_token(tokenizer):
     config = DataConfig(max_length=64)
     rows = load_sft(config, assets.resolve("asset:sft_heldout"), tokenizer, train_on="completion")
-    packed = PackedSFTRows.of(rows, 256)
+    packed = pack_sft(rows, 256)
     order = Order(0, batch_size=8, lengths=packed.lengths, parts=packed.parts)
     seen = []
     for step in range(order.steps_per_epoch):
@@ -66,7 +66,7 @@ def test_a_packed_batch_holds_the_rows_token_for_token(tokenizer):
 def test_a_packed_ranking_keeps_its_completions_together(tokenizer):
     config = DataConfig(max_length=64)
     rows = load_rankings(config, assets.resolve("asset:rankings_heldout"), tokenizer)
-    packed = PackedRankingRows.of(rows, 512)
+    packed = pack_rankings(rows, 512)
     indices = np.arange(4)
     batch = packed.batch(indices)
     for place in indices:
@@ -89,7 +89,7 @@ def test_the_shipped_reviews_fill_more_than_95_percent(tokenizer):
     config = DataConfig(max_length=168)
     sft = load_sft(config, assets.resolve("asset:sft_train"), tokenizer, train_on="completion")
     rankings = load_rankings(config, assets.resolve("asset:rankings_train"), tokenizer)
-    packed_sft, packed_rankings = PackedSFTRows.of(sft, 256), PackedRankingRows.of(rankings, 4096)
+    packed_sft, packed_rankings = pack_sft(sft, 256), pack_rankings(rankings, 4096)
     assert sft.lengths.sum() / (256 * len(packed_sft)) > 0.95
     used = sum(int(rankings.tokens.lengths[list(rankings.completions(row))].sum()) for row in range(len(rankings)))
     assert used / (4096 * len(packed_rankings)) > 0.95
