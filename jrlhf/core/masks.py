@@ -43,7 +43,8 @@ def positions_from_mask(mask: TokenMask) -> Int[Array, "B T"]:
     real = real_tokens(mask)
     index = jnp.cumsum(real, axis=-1, dtype=jnp.int32) - 1
     if mask.dtype != jnp.bool_:
-        begins = real & (mask != jnp.pad(mask[:, :-1], ((0, 0), (1, 0))))
+        # A row's first token is compared with its last, which does not matter: its index is 0 either way.
+        begins = real & (mask != jnp.roll(mask, 1, axis=1))
         index = index - lax.cummax(jnp.where(begins, index, 0), axis=1)
     return jnp.where(real, index, -1)
 
