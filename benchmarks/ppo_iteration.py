@@ -17,7 +17,6 @@ def main() -> None:
     fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat)
     policy = init_params(arch, jax.random.key(0))
     reward = reward_params(policy, arch, jax.random.key(1))
-    reference = jax.tree.map(jnp.copy, policy)
     tx = optax.adamw(1e-5, eps=1e-5)
     generate = jax.jit(
         make_generate(
@@ -66,8 +65,8 @@ def main() -> None:
     )
     prompts = np.random.default_rng(0).integers(0, arch.vocab_size, (args.episodes, args.prompt), np.int32)
     tokens, mask = jnp.asarray(prompts), jnp.ones(prompts.shape, jnp.bool_)
-    # The critic starts from the reward model, which is still needed: the step donates its state.
-    params = PPOParams(policy=policy, value=jax.tree.map(jnp.copy, reward))
+    # Copies: the step donates its state, and reference and reward model, which share arrays, are still needed.
+    params = jax.tree.map(jnp.copy, PPOParams(policy=policy, value=reward))
     state, key = TrainState(params, tx.init(params), jnp.int32(0)), jax.random.key(2)
     kl_coef = jnp.float32(0.05)
 
@@ -76,7 +75,7 @@ def main() -> None:
 
     def scoring(generation):
         scores = score(reward, generation.tokens, generation.mask)
-        return experience(state.params.policy, reference, state.params.value, generation, scores, kl_coef)
+        return experience(state.params.policy, policy, state.params.value, generation, scores, kl_coef)
 
     def update(batch):
         nonlocal state
