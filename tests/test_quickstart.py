@@ -34,7 +34,7 @@ def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
     assert summary["sft"]["heldout_nll"] < summary["sft"]["base_nll"]
     assert 0.75 < summary["reward"]["bag_of_words_accuracy"] < 0.87
     # Attention scores reach 170 here, where one unit in the last place of a float32 is 1.5e-5.
-    assert summary["ppo"]["first_minibatch_max_abs_log_ratio"] <= 1e-4
+    assert summary["ppo"]["first_minibatch_max_abs_log_ratio"] <= 5e-5
     assert "gold" in capsys.readouterr().out
     assert (tmp_path / "report.html").exists()
 
@@ -52,4 +52,4 @@ def test_full_reaches_its_targets(tmp_path: Path, seed: int) -> None:
     assert ppo["gold_after"] - ppo["gold_before"] > 4 * ppo["gold_stderr"]
     assert ppo["distinct2_after"] >= 0.6 * ppo["distinct2_before"]
     assert ppo["kl"] <= 20.0
-    assert ppo["first_minibatch_max_abs_log_ratio"] <= 1e-4
+    assert ppo["first_minibatch_max_abs_log_ratio"] <= 5e-5
