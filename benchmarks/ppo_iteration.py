@@ -50,6 +50,7 @@ def main() -> None:
             epochs=args.epochs,
             minibatches=args.minibatches,
             accumulation=args.accumulation,
+            drop_padding=args.accumulation > 1,
             temperature=1.0,
             clip=0.2,
             dual_clip=None,

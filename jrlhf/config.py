@@ -206,9 +206,12 @@ class PPOConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The policy at the start, and the reference it is held to. Empty path: the SFT stage."""
     reward: ModelConfig = field(default_factory=ModelConfig)
-    """The reward model; the value network starts from it. Empty path: the reward stage."""
+    """The reward model. Empty path: the reward stage. With another tokenizer than the policy's it reads the text."""
+    value_from: Literal["auto", "reward", "policy"] = "auto"
+    """What the value network starts from: the reward model (Ouyang et al. 2022), or the policy with a head of zeros.
+    auto: the reward model where it has the policy's tokens."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Of policy and value network. The reference is then the policy's own base, the reward model the value's."""
+    """Of policy and value network. The reference is then the policy's own base, and no base is held twice."""
     prompts: DataConfig = field(default_factory=DataConfig)
     """Prompts to train on and held-out ones; max_length is the longest prompt (cut at its start)."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-5, b2=0.999, schedule="constant"))
@@ -226,7 +229,8 @@ class PPOConfig:
     minibatches: int = 1
     """Updates a pass; divides episodes."""
     microbatch: int = 0
-    """Episodes a device takes at a time; 0: its whole share of the minibatch. Same update, less memory."""
+    """Episodes a device takes at a time; 0: an eighth of its share. Same update, less memory and less padding: several
+    share a row, and rows that are left empty are not computed."""
     value_lr: float = 0.0
     """Peak learning rate of the critic; 0: optim.lr."""
     gamma: float = 1.0

@@ -1,5 +1,6 @@
 """Rows in, padded token batches out: formats, chat templates, tokenising, masks, order."""
 
+from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, DataError
 from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.order import Order, Part, steps_per_epoch
@@ -10,6 +11,7 @@ from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
 __all__ = [
     "BadRow",
     "DataError",
+    "Encoder",
     "Order",
     "PackedRankingRows",
     "PackedSFTRows",

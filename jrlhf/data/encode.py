@@ -6,6 +6,9 @@ PPO generates after the ids of a prompt; SFT and the reward model must have seen
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Int
+
 from jrlhf.data.chat import UNSTOPPED, ChatTemplate
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import Answered, Content, Message, last_assistant
@@ -41,9 +44,28 @@ class Encoder:
 
     def prompt(self, prompt: Content) -> list[int]:
         """The ids that an answer follows: BOS and text, or the chat template up to the assistant's turn."""
-        if isinstance(prompt, str):
-            return self._begun(prompt, "prompt")
-        return self._ids(self._chat.prompt(prompt, "prompt"))
+        return self._opened(prompt)[1]
+
+    def continued(self, prompt: Content, answer: str, *, stopped: bool) -> tuple[list[int], list[int]]:
+        """Ids of a prompt, and of an answer as if it had been sampled in these tokens: a text of somebody else's model.
+
+        It ends with a stop token only where it ``stopped``, or at the first one that its text spells out. No template
+        sees it, as none sees what is sampled.
+        """
+        text, before = self._opened(prompt)
+        end = self._eos if isinstance(prompt, str) or self._turn_end is None else self._turn_end
+        ids = [*self._continuation(text, answer), *([end] if stopped else [])]
+        stops = (i for i, token in enumerate(ids) if token in (self._eos, self._turn_end))
+        return before, ids[: next(stops, len(ids)) + 1]
+
+    def fitted(self, before: list[int], after: list[int], max_length: int) -> Int[np.ndarray, "T"]:
+        """Cut the prompt at its start, after the BOS; only an answer that is too long by itself is cut at its end."""
+        over = len(before) + len(after) - max_length
+        if over > 0:
+            bos = self.bos if before[: len(self.bos)] == self.bos else []
+            rest = before[len(bos) :]
+            before = bos + rest[min(over, len(rest)) :]
+        return np.asarray((before + after)[:max_length], np.int32)
 
     def answered(self, row: Answered) -> tuple[list[int], list[int]]:
         """Ids of the prompt (BOS alone where there is none) and of the answer, which ends with its stop token."""
@@ -105,6 +127,12 @@ class Encoder:
 
     def _piece(self, text: str, start: int, end: int) -> list[int]:
         return self._continuation(text[:start][-TAIL:], text[start:end]) if start else self._ids(text[:end])
+
+    def _opened(self, prompt: Content) -> tuple[str, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self._begun(prompt, "prompt")
+        text = self._chat.prompt(prompt, "prompt")
+        return text, self._ids(text)
 
     def _tokenized(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -73,7 +73,7 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
     def encode(row: Row) -> Encoded:
         prompt, completions, ranks, margin = parse_ranking(row)
         pairs = [encoder.answered(Answered(prompt, completion)) for completion in completions]
-        tokens = [_fit(encoder, before, after, config.max_length) for before, after in pairs]
+        tokens = [encoder.fitted(before, after, config.max_length) for before, after in pairs]
         texts = [ids.tobytes() for ids in tokens]
         if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
             reason = f"two answers of unequal rank have the same tokens, of which max_length allows {config.max_length}"
@@ -106,7 +106,7 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
 
     def encode(row: Row) -> Encoded:
         prompt = parse_prompt(row)
-        tokens = _fit(encoder, encoder.prompt(prompt), [], config.max_length)
+        tokens = encoder.fitted(encoder.prompt(prompt), [], config.max_length)
         return Encoded({"tokens": [tokens], "shown": [_json({"prompt": prompt})]}, {})
 
     return Kind("prompts", {}, SHOWN, encode)
@@ -131,7 +131,7 @@ def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> Te
             before, after = encoder.answered(answer)
             given = {"completion": answer.completion}
             texts.append(_json(given if answer.prompt is None else {"prompt": answer.prompt} | given))
-            tokens.append(_fit(encoder, before, after, config.max_length))
+            tokens.append(encoder.fitted(before, after, config.max_length))
         return Encoded({"tokens": tokens, "shown": texts}, {})
 
     loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode))
@@ -211,16 +211,6 @@ def _each(config: DataConfig, source: Source, encode: Callable[[Row], Encoded], 
 def _json(value: Mapping[str, Any]) -> np.ndarray:
     """As bytes of a JSON text; what JSON does not know, such as the date in a Parquet cell, as a string."""
     return np.frombuffer(json.dumps(value, default=str).encode(), np.uint8)
-
-
-def _fit(encoder: Encoder, before: list[int], after: list[int], max_length: int) -> np.ndarray:
-    """Cut the prompt at its start, after the BOS; only an answer that is too long by itself is cut at its end."""
-    over = len(before) + len(after) - max_length
-    if over > 0:
-        bos = encoder.bos if before[: len(encoder.bos)] == encoder.bos else []
-        rest = before[len(bos) :]
-        before = bos + rest[min(over, len(rest)) :]
-    return np.asarray((before + after)[:max_length], np.int32)
 
 
 def _pad(tokenizer: Tokenizer) -> int:

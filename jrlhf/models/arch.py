@@ -87,6 +87,11 @@ class ArchConfig:
     """The local layers' own rotary positions; None: ``rope``."""
 
     @property
+    def packable(self) -> bool:
+        """Whether several sequences may share a row; "dynamic" rotary positions depend on the length of each."""
+        return self.rope is None or self.rope.kind != "dynamic"
+
+    @property
     def layer_kinds(self) -> tuple[int, ...]:
         """For each layer its place in ``attention_kinds``."""
         if not any(self.local_layers) or all(self.local_layers):

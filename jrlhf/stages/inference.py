@@ -11,9 +11,9 @@ from jrlhf.config import DataConfig, GenerateConfig, ScoreConfig
 from jrlhf.data import load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
-from jrlhf.stages.reward import score_texts
 from jrlhf.stages.run import exported_folder, json_line
 from jrlhf.stages.sampling import answers, jit_generate
+from jrlhf.stages.scoring import score_texts
 from jrlhf.stages.start import check_length
 
 

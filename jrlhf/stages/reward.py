@@ -18,7 +18,6 @@ from jrlhf.data import (
     Order,
     PackedRankingRows,
     RankingRows,
-    TextRows,
     load_rankings,
     load_texts,
     load_tokenizer,
@@ -44,6 +43,7 @@ from jrlhf.stages.evaluation import (
 from jrlhf.stages.loop import Loop, RunState, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.run import model_source, open_stage, read_summary, stage_folder, write_json
+from jrlhf.stages.scoring import score_texts
 from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.steps import make_reward_step, score_completions
 from jrlhf.types import Params
@@ -194,14 +194,3 @@ def _normalising_texts(config: Config) -> str | None:
     if config.reward.normalise:
         return config.reward.normalise
     return str(candidates) if candidates.exists() else config.reward.data.eval or None
-
-
-def score_texts(model: RewardModel, texts: TextRows, *, mesh: Mesh, batch_size: int) -> np.ndarray:
-    """One score a text, in the order of the rows."""
-    score = jax.jit(model.score)
-    scores = np.zeros(len(texts), np.float64)
-    batch_size = device_multiple(min(batch_size, len(texts)), mesh)
-    for indices, real in covering_batches(texts.lengths, batch_size=batch_size, limit=0):
-        tokens, mask = shard_batch(texts.batch(indices), mesh)
-        scores[indices[real]] = np.asarray(score(model.params, tokens, mask))[real]
-    return scores

@@ -147,6 +147,7 @@ def _make_step(model: Pretrained, critic: RewardModel, *, temperature: float, ac
         epochs=1,
         minibatches=1,
         accumulation=accumulation,
+        drop_padding=False,
         temperature=temperature,
         clip=ppo.clip,
         dual_clip=None,

@@ -2,6 +2,7 @@
 
 from jrlhf.steps.experience import make_experience, rollout_metrics
 from jrlhf.steps.generate import make_generate
+from jrlhf.steps.packing import without_padding
 from jrlhf.steps.ppo import make_ppo_step
 from jrlhf.steps.reward import make_reward_step, score_completions, score_sequences
 from jrlhf.steps.sft import make_sft_eval, make_sft_step
@@ -16,4 +17,5 @@ __all__ = [
     "rollout_metrics",
     "score_completions",
     "score_sequences",
+    "without_padding",
 ]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from jrlhf.core import combine
 from jrlhf.types import Metrics, Params
@@ -45,30 +46,35 @@ def no_sums(shapes: Sums) -> Sums:
 
 
 def accumulate_gradients(
-    loss_fn: LossFn, params: Params, batch: Any, *, slices: int, frozen: Params | None
+    loss_fn: LossFn,
+    params: Params,
+    batch: Any,
+    *,
+    slices: int,
+    frozen: Params | None,
+    used: Int[Array, ""] | None = None,
 ) -> tuple[Params, Sums]:
     """Σ over slices of ∇ loss_fn(params, slice), and of what it reports; ``frozen`` completes ``params``.
 
     ``loss_fn`` returns Σ loss / N over its slice, N being the count of the whole batch: then N, and with it the loss,
-    is the same for any number of slices, any padding and any sharding.
+    is the same for any number of slices, any padding and any sharding. ``used``: slices from here on are left out.
     """
     gradient = jax.value_and_grad(lambda trained, part: loss_fn(combine(trained, frozen), part), has_aux=True)
     if slices == 1:
         (_, sums), grads = gradient(params, batch)
         return grads, sums
-
-    def add(carry: tuple[Params, Sums], part: Any) -> tuple[tuple[Params, Sums], None]:
-        grads, sums = carry
-        (_, new), new_grads = gradient(params, part)
-        added = jax.tree.map(jnp.add, (grads, sums.total), (new_grads, new.total))
-        return (added[0], Sums(added[1], jax.tree.map(jnp.maximum, sums.maximum, new.maximum))), None
-
     parts = split_rows(batch, slices)
+
+    def add(number: Int[Array, ""], carry: tuple[Params, Sums]) -> tuple[Params, Sums]:
+        grads, sums = carry
+        (_, new), new_grads = gradient(params, jax.tree.map(lambda x: x[number], parts))
+        grads, total = jax.tree.map(jnp.add, (grads, sums.total), (new_grads, new.total))
+        return grads, Sums(total, jax.tree.map(jnp.maximum, sums.maximum, new.maximum))
+
     (_, sums), grads = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grads), no_sums(sums)
-    # The first slice too goes through the scan: outside of it, its program would be compiled a second time.
-    (grads, sums), _ = jax.lax.scan(add, start, parts)
-    return grads, sums
+    # The first slice too goes through the loop: outside of it, its program would be compiled a second time.
+    return jax.lax.fori_loop(0, slices if used is None else used, add, start)
 
 
 def apply_gradients(

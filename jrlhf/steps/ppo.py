@@ -16,8 +16,9 @@ from jrlhf.core import (
     ppo_value_loss,
 )
 from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, no_sums
+from jrlhf.steps.packing import packed_layout
 from jrlhf.steps.sft import nll_sum, trained_tokens
-from jrlhf.types import Key, LogprobFn, Metrics, Params, PPOParams, Rollout, ScoreFn, TrainState
+from jrlhf.types import Key, LogprobFn, Metrics, Params, PPOParams, Rollout, ScoreFn, SFTBatch, TrainState
 
 
 class PPOLoss(NamedTuple):
@@ -29,7 +30,6 @@ class PPOLoss(NamedTuple):
     value_clip: float
     value_coef: float
     entropy_coef: float
-    ptx_coef: float
 
 
 class Progress(NamedTuple):
@@ -50,6 +50,7 @@ def make_ppo_step(
     epochs: int,
     minibatches: int,
     accumulation: int,
+    drop_padding: bool,
     temperature: float,
     clip: float,
     dual_clip: float | None,
@@ -67,19 +68,31 @@ def make_ppo_step(
     of the minibatch (Ouyang et al. 2022, eq. 2; Huang et al. 2024, arXiv 2403.17031).
 
     ``minibatches`` divides the rollout's rows, ``accumulation`` a minibatch's; each epoch draws a fresh permutation.
+    ``drop_padding``: a minibatch's episodes are packed, and of its ``accumulation`` slices those that are left empty
+    are not computed; the update is the same. Both functions must then know segment numbers, as the bundled models do.
     ``target_approx_kl``: once a minibatch's mean ½(log π - log π_old)² exceeds it, the rest of the rollout is left
     (that minibatch's own update included). ``critic_warmup_updates``: for so many updates only the critic moves.
     ``ema_decay``: ``state.ema`` follows the policy at every update. With ``ptx_coef`` the rollout must carry ``ptx``.
     """
-    terms = PPOLoss(temperature, clip, dual_clip, value_clip, value_coef, entropy_coef, ptx_coef)
-    loss_of = minibatch_loss(logprob_fn, value_fn, terms)
+    terms = PPOLoss(temperature, clip, dual_clip, value_clip, value_coef, entropy_coef)
+    loss_of = episode_loss(logprob_fn, value_fn, terms)
+
+    def gradients(params: PPOParams, minibatch: Rollout, frozen: Any) -> tuple[PPOParams, Sums]:
+        episodes, used = minibatch._replace(ptx=None), None
+        loss_fn = loss_of(jnp.sum(episodes.response_mask, dtype=jnp.float32))
+        if drop_padding:
+            episodes, used = packed_minibatch(episodes, slices=accumulation)
+        grads, sums = accumulate_gradients(loss_fn, params, episodes, slices=accumulation, frozen=frozen, used=used)
+        if ptx_coef and minibatch.ptx is not None:
+            of_policy = None if frozen is None else frozen.policy
+            text = ptx_gradients(logprob_fn, params.policy, minibatch.ptx, slices=accumulation, frozen=of_policy)
+            grads = grads._replace(policy=jax.tree.map(lambda a, b: a + ptx_coef * b, grads.policy, text[0]))
+            nll = text[1].total["loss/ptx"]
+            sums = sums._replace(total=sums.total | {"loss/ptx": nll, "loss": sums.total["loss"] + ptx_coef * nll})
+        return grads, sums
 
     def update(state: TrainState, minibatch: Rollout, frozen: Params | None) -> tuple[TrainState, Sums]:
-        tokens, ptx_tokens = jnp.sum(minibatch.response_mask, dtype=jnp.float32), jnp.float32(0.0)
-        if minibatch.ptx is not None:
-            ptx_tokens = jnp.sum(trained_tokens(minibatch.ptx), dtype=jnp.float32)
-        loss_fn = loss_of(tokens, ptx_tokens)
-        grads, sums = accumulate_gradients(loss_fn, state.params, minibatch, slices=accumulation, frozen=frozen)
+        grads, sums = gradients(state.params, minibatch, frozen)
         params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
         if critic_warmup_updates:
             # A select, not a factor: weight decay and momentum must not move the policy either.
@@ -103,7 +116,14 @@ def make_ppo_step(
         _, shapes = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches), frozen)
 
         def visit(progress: Progress, minibatch: Rollout) -> tuple[Progress, Metrics]:
-            new_state, sums = update(progress.state, minibatch, frozen)
+            if target_approx_kl is None:
+                new_state, sums = update(progress.state, minibatch, frozen)
+            else:
+                new_state, sums = jax.lax.cond(
+                    progress.stopped,
+                    lambda: (progress.state, no_sums(shapes)),
+                    lambda: update(progress.state, minibatch, frozen),
+                )
             stop = progress.stopped
             if target_approx_kl is not None:
                 # Not `>`: a NaN must stop it too.
@@ -151,13 +171,41 @@ def shuffled_minibatches(rollout: Rollout, key: Key, *, epochs: int, minibatches
     return shuffled._replace(ptx=jax.tree.map(lambda x: shuffle(x, ptx_order), rollout.ptx))
 
 
-def minibatch_loss(
-    logprob_fn: LogprobFn, value_fn: ScoreFn, terms: PPOLoss
-) -> Callable[[Float[Array, ""], Float[Array, ""]], Callable[[PPOParams, Rollout], tuple[jax.Array, Sums]]]:
-    """``(response tokens, ptx tokens of the whole minibatch) -> loss_fn`` over a slice of that minibatch."""
+def packed_minibatch(episodes: Rollout, *, slices: int) -> tuple[Rollout, Int[Array, ""]]:
+    """What the loss reads of the episodes, in fewer rows, and how many of ``slices`` hold any."""
+    layout = packed_layout(episodes.mask, slices=slices)
+    packed = episodes._replace(
+        tokens=layout.pack(episodes.tokens),
+        mask=layout.segments,
+        response_mask=layout.pack(episodes.response_mask),
+        logprobs=layout.pack(episodes.logprobs),
+        values=layout.pack(episodes.values),
+        advantages=layout.pack(episodes.advantages),
+        returns=layout.pack(episodes.returns),
+    )
+    return packed, layout.used
 
-    def of_counts(tokens: Float[Array, ""], ptx_tokens: Float[Array, ""]):
-        tokens, ptx_tokens = jnp.maximum(tokens, 1.0), jnp.maximum(ptx_tokens, 1.0)
+
+def ptx_gradients(
+    logprob_fn: LogprobFn, policy: Params, text: SFTBatch, *, slices: int, frozen: Params | None
+) -> tuple[Params, Sums]:
+    """Of the text's mean negative log-likelihood: Ouyang et al. 2022, eq. 2, its last term without the coefficient."""
+    tokens = jnp.maximum(jnp.sum(trained_tokens(text), dtype=jnp.float32), 1.0)
+
+    def loss_fn(policy: Params, part: SFTBatch) -> tuple[jax.Array, Sums]:
+        nll = nll_sum(logprob_fn, policy, part) / tokens
+        return nll, Sums({"loss/ptx": nll}, {})
+
+    return accumulate_gradients(loss_fn, policy, text, slices=slices, frozen=frozen)
+
+
+def episode_loss(
+    logprob_fn: LogprobFn, value_fn: ScoreFn, terms: PPOLoss
+) -> Callable[[Float[Array, ""]], Callable[[PPOParams, Rollout], tuple[jax.Array, Sums]]]:
+    """``response tokens of the whole minibatch -> loss_fn`` over a slice of that minibatch."""
+
+    def of_count(tokens: Float[Array, ""]):
+        tokens = jnp.maximum(tokens, 1.0)
 
         def loss_fn(params: PPOParams, part: Rollout) -> tuple[jax.Array, Sums]:
             mask = part.response_mask
@@ -176,6 +224,7 @@ def minibatch_loss(
             log_ratio = logprobs - old_logprobs
             ratio = importance_ratio(logprobs, old_logprobs)
             total = {
+                "loss": loss,
                 "loss/policy": policy,
                 "loss/value": value,
                 "policy/entropy": mean_entropy,
@@ -188,16 +237,11 @@ def minibatch_loss(
                 "policy/ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),
                 "policy/max_abs_log_ratio": jnp.max(jnp.abs(log_ratio)),
             }
-            if terms.ptx_coef and part.ptx is not None:
-                ptx = nll_sum(logprob_fn, params.policy, part.ptx) / ptx_tokens
-                loss += terms.ptx_coef * ptx
-                total["loss/ptx"] = ptx
-            total["loss"] = loss
             return loss, Sums(total, maximum)
 
         return loss_fn
 
-    return of_counts
+    return of_count
 
 
 def _is_far(x: Array, centre: Array | float, distance: float) -> Array:

@@ -212,3 +212,31 @@ def test_an_empty_answer_is_its_stop_token_alone(metaspace):
     before, after = Encoder(metaspace).answered(Answered("Hello", ""))
     assert before == Encoder(metaspace).prompt("Hello")
     assert after == [metaspace.eos_token_id]
+
+
+@given(TEXTS, TEXTS)
+def test_an_answer_of_another_model_has_the_ids_that_were_learnt(tokenizer, prompt, completion):
+    encoder = Encoder(tokenizer)
+    learnt = encoder.answered(Answered(prompt, completion))
+    assert encoder.continued(prompt, completion, stopped=True) == learnt
+    before, after = encoder.continued(prompt, completion, stopped=False)
+    assert (before, [*after, tokenizer.eos_token_id]) == learnt
+
+
+@given(TEXTS)
+def test_so_it_has_in_a_chat(chat, completion):
+    encoder, prompt = Encoder(chat), turns("hi", "Well", "hello")
+    before, after = encoder.continued(prompt, completion, stopped=True)
+    assert (before, after) == encoder.answered(Answered(prompt, completion))
+    assert chat.decode(before).endswith("<|im_start|>assistant\n")
+    assert encoder.continued(prompt, completion, stopped=False) == (before, after[:-1])
+    # The text of another model's answer may spell a stop token out: it would have ended there.
+    assert encoder.continued(prompt, completion + "<|im_end|> more", stopped=False) == (before, after)
+    assert encoder.continued(prompt, "", stopped=True) == (before, after[-1:])
+
+
+def test_what_is_too_long_loses_the_start_of_its_prompt(chat, metaspace):
+    assert Encoder(chat).fitted([5, 6, 7], [8, 9], 4).tolist() == [6, 7, 8, 9]
+    assert Encoder(chat).fitted([5, 6], [7, 8, 9], 2).tolist() == [7, 8]
+    bos = metaspace.bos_token_id
+    assert Encoder(metaspace).fitted([bos, 6, 7], [8, 9], 4).tolist() == [bos, 7, 8, 9]

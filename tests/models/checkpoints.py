@@ -8,10 +8,11 @@ from zlib import crc32
 import numpy as np
 from safetensors.numpy import save_file
 
-from jrlhf.models import abstract_params, arch_from_hf
+from jrlhf.models import abstract_params, abstract_reward_params, arch_from_hf
+from jrlhf.models.families import is_sequence_classification
 from jrlhf.models.hf import WEIGHTS, leaf_at, names_of
 from jrlhf.models.hf_read import their_shape
-from jrlhf.models.names import language_model_table
+from jrlhf.models.names import language_model_table, reward_model_table
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -115,15 +116,21 @@ def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def write_named(folder: Path, variant: str) -> Path:
     """A checkpoint whose tensors are ``values`` of their names."""
-    arch = arch_from_hf(CONFIGS[variant])
-    shapes, tensors = abstract_params(arch), {}
-    for entry in language_model_table(arch):
+    return write_checkpoint(folder, CONFIGS[variant])
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> Path:
+    """The same of any config; a reward model where it says ``...ForSequenceClassification``."""
+    arch = arch_from_hf(config)
+    reward = is_sequence_classification(config, arch)
+    shapes, tensors = abstract_reward_params(arch) if reward else abstract_params(arch), {}
+    for entry in reward_model_table(arch) if reward else language_model_table(arch):
         shape = leaf_at(shapes, entry.path).shape
         for name in names_of(entry, shapes):
             tensors[name] = values(name, their_shape(entry, shape[1:] if entry.stacked else shape))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIGS[variant]), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 

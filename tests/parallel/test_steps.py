@@ -125,8 +125,8 @@ def ppo_case() -> Case:
 
     def make_step(tx: optax.GradientTransformation, slices: int) -> Step:
         return make_ppo_step(
-            from_logits(policy.apply), score_fn, tx, epochs=2, minibatches=2, accumulation=slices, temperature=0.9,
-            clip=0.2, dual_clip=3.0, value_clip=0.2, value_coef=0.5, entropy_coef=0.01, ptx_coef=0.1,
+            from_logits(policy.apply), score_fn, tx, epochs=2, minibatches=2, accumulation=slices, drop_padding=False,
+            temperature=0.9, clip=0.2, dual_clip=3.0, value_clip=0.2, value_coef=0.5, entropy_coef=0.01, ptx_coef=0.1,
             target_approx_kl=None, critic_warmup_updates=1, ema_decay=0.9,
         )  # fmt: skip
 

@@ -103,7 +103,7 @@ def check_ppo(config: Config, arch: ArchConfig) -> TrainState:
         struct((rows, length), jnp.int32), marks, marks, *[per_token] * 8, struct((rows,)), struct((rows,), jnp.bool_)
     )
     parts = slices(rows // ppo.minibatches, ppo.microbatch)
-    step = make_step(ppo, fns.logprob_fn, fns.score_fn, tx, accumulation=parts)
+    step = make_step(ppo, fns.logprob_fn, fns.score_fn, tx, accumulation=parts, drop_padding=arch.packable)
     after, _ = jax.eval_shape(step, state, rollout, KEY)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     return state

@@ -84,6 +84,7 @@ def ppo_settings(**changes):
         "epochs": 1,
         "minibatches": 1,
         "accumulation": 1,
+        "drop_padding": False,
         "temperature": 0.7,
         "clip": 0.2,
         "dual_clip": None,

@@ -1,0 +1,74 @@
+"""The models of a PPO run: policy, reward model, and what the value network starts from."""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jrlhf.config import Config
+from jrlhf.config_io import ConfigError
+from jrlhf.core import combine
+from jrlhf.data import load_tokenizer
+from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
+from jrlhf.stages.adapters import trainable
+from jrlhf.stages.run import model_source
+from jrlhf.types import Params, PPOParams, TrainState
+
+
+class Actors(NamedTuple):
+    """The models of a run, and their tokenizers."""
+
+    policy: Pretrained
+    """Its parameters stay the reference's; the policy that learns is in the state."""
+    reward: RewardModel
+    value: RewardModel
+    """What the value network starts from: the reward model itself, or the policy with a head of zeros."""
+    tokenizer: Any
+    reward_tokenizer: Any | None
+    """The reward model's own, where its tokens are not the policy's."""
+
+    @property
+    def packable(self) -> bool:
+        """Whether all of them can read several sequences in a row."""
+        return self.policy.arch.packable and self.reward.arch.packable and self.value.arch.packable
+
+
+def load_actors(config: Config, mesh: Mesh) -> Actors:
+    """ConfigError where the value network is to start from a reward model that reads other tokens."""
+    ppo = config.ppo
+    source = model_source(config, ppo.model.path, key="ppo.model.path", stage="sft")
+    reward_source = model_source(config, ppo.reward.path, key="ppo.reward.path", stage="reward")
+    tokenizer, reward_tokenizer = load_tokenizer(source), load_tokenizer(reward_source)
+    same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
+    if ppo.value_from == "reward" and not same:
+        raise ConfigError(
+            f"ppo.value_from: the value network reads the policy's tokens, but {reward_source} has another vocabulary "
+            f"than {source}; take policy"
+        )
+    policy = load_pretrained(source, dtype=ppo.model.dtype, mesh=mesh, remat=ppo.model.remat)
+    reward = load_reward_model(reward_source, dtype=ppo.reward.dtype, mesh=mesh, remat=ppo.reward.remat)
+    from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
+    value = reward if from_reward else blank_value(policy)
+    return Actors(policy, reward, value, tokenizer, None if same else reward_tokenizer)
+
+
+def blank_value(policy: Pretrained) -> RewardModel:
+    """The policy's decoder, and a head that calls every prefix worth 0."""
+    model = reward_from_pretrained(policy, jax.random.key(0))
+    return replace(model, params=model.params | {"head": jax.tree.map(jnp.zeros_like, model.params["head"])})
+
+
+def trainable_actors(config: Config, actors: Actors, mesh: Mesh) -> tuple[PPOParams, PPOParams | None]:
+    """What is trained, and with LoRA the frozen bases: the very arrays of the models they start from."""
+    keys, lora = jax.random.split(jax.random.key(config.seed)), config.ppo.lora
+    policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path="ppo.lora")
+    value, value_base = trainable(actors.value, lora, keys[1], mesh=mesh, path="ppo.lora")
+    return PPOParams(policy, value), PPOParams(policy_base, value_base) if lora.rank else None
+
+
+def learnt_policy(train: TrainState) -> Params:
+    """The policy that is evaluated and exported: the average where one is kept."""
+    policy = train.params.policy if train.ema is None else train.ema
+    return combine(policy, None if train.frozen is None else train.frozen.policy)

@@ -1,0 +1,94 @@
+"""The policy's answers to held-out prompts while PPO runs: written down, scored, and held against the reference."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jrlhf.config import Config
+from jrlhf.core import kl_penalty
+from jrlhf.data import PromptRows
+from jrlhf.stages.actors import Actors, learnt_policy
+from jrlhf.stages.batches import device_multiple
+from jrlhf.stages.evaluation import distinct_n, words
+from jrlhf.stages.loop import RunState
+from jrlhf.stages.ppo_iteration import episode_slices, reading_fns
+from jrlhf.stages.run import json_line
+from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
+from jrlhf.stages.scoring import make_scorer
+from jrlhf.types import Generation, Params
+
+TEXTS = ("prompt", "completion")
+
+
+def make_evaluator(
+    config: Config,
+    actors: Actors,
+    generate: GenerateFn,
+    heldout: PromptRows | None,
+    folder: Path,
+    mesh: Mesh,
+) -> Callable[[RunState, int], dict[str, float]]:
+    """The same draws every time, scored, and written to ``evals/<iteration>.jsonl``."""
+    if heldout is None:
+        return lambda state, number: {}
+    ppo, prompts, reference = config.ppo, heldout, actors.policy.params
+    limit = ppo.log.eval_rows
+    batch_size = device_multiple(min(ppo.episodes, len(prompts)), mesh)
+    slices = episode_slices(ppo, batch_size, mesh, key="ppo.prompts.eval")
+    score, (logprob_fn, _) = make_scorer(actors, mesh, slices=slices), reading_fns(actors, slices=slices)
+    key = jax.random.key(config.seed)
+
+    @jax.jit
+    def measure(policy: Params, reference: Params, generation: Generation) -> dict[str, jax.Array]:
+        at = {"temperature": ppo.sampling.temperature}
+        tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
+        logprobs, entropy = logprob_fn(policy, tokens, mask, **at)
+        ref_logprobs, _ = logprob_fn(reference, tokens, mask, **at)
+        kl = kl_penalty(logprobs, ref_logprobs, estimator="k1")
+        return {
+            "kl": jnp.sum(jnp.where(response, kl, 0.0), axis=-1),
+            "entropy": jnp.sum(jnp.where(response, entropy, 0.0), axis=-1),
+            "length": jnp.sum(response, axis=-1, dtype=jnp.float32),
+            "stopped": generation.stopped,
+        }
+
+    def evaluate(state: RunState, number: int) -> dict[str, float]:
+        policy = learnt_policy(state.train)
+        rows: dict[int, dict[str, Any]] = {}
+        batches = generate_all(generate, policy, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=limit)
+        for indices, real, generation in batches:
+            scores = score(generation, prompts, indices)
+            figures = jax.device_get({"score": scores} | measure(policy, reference, generation))
+            for place, (prompt, answer) in enumerate(texts_of(actors.tokenizer, generation)):
+                if real[place]:
+                    numbers = {name: values[place].item() for name, values in figures.items()}
+                    rows[int(indices[place])] = {"prompt": prompt, "completion": answer} | numbers
+        answers = [rows[index] for index in sorted(rows)]
+        _write_rows(folder / "evals" / f"{number:06d}.jsonl", answers)
+        return evaluation_metrics(answers)
+
+    return evaluate
+
+
+def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over answers; entropy is a token's, kl a sequence's, both in nats."""
+    column = {name: np.asarray([row[name] for row in answers], np.float64) for name in answers[0] if name not in TEXTS}
+    return {
+        "eval/score_mean": float(column["score"].mean()),
+        "eval/score_std": float(column["score"].std()),
+        "eval/kl": float(column["kl"].mean()),
+        "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
+        "eval/length": float(column["length"].mean()),
+        "eval/eos_fraction": float(column["stopped"].mean()),
+        "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
+    }
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json_line(row) for row in rows), encoding="utf-8")

@@ -1,0 +1,112 @@
+"""One iteration of PPO: rollout, scoring, update."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jrlhf.config import Config, PPOConfig
+from jrlhf.core import combine, update_kl_coef
+from jrlhf.data import Order, PromptRows, SFTRows
+from jrlhf.parallel import batch_sharding, shard_batch
+from jrlhf.stages.actors import Actors
+from jrlhf.stages.batches import gradient_slices
+from jrlhf.stages.loop import RunState
+from jrlhf.stages.sampling import GenerateFn
+from jrlhf.stages.scoring import Scorer
+from jrlhf.stages.start import JittedStep
+from jrlhf.steps import make_experience, rollout_metrics, without_padding
+from jrlhf.types import LogprobFn, Rollout, ScoreFn
+
+Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]
+
+SLICES = 8
+"""In so many the episodes are read where the config does not say; a slice that holds padding alone is left out."""
+
+
+def episode_slices(ppo: PPOConfig, rows: int, mesh: Mesh, *, key: str) -> int:
+    """In how many equal slices ``rows`` episodes are read; see ``gradient_slices``."""
+    share = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    return gradient_slices(rows, mesh, microbatch=ppo.microbatch or max(1, share // SLICES), key=key)
+
+
+def reading_fns(actors: Actors, *, slices: int) -> tuple[LogprobFn, ScoreFn]:
+    """The policy's log-probs and the value network's values, for what no gradient is taken of."""
+    fns = actors.policy.logprob_fn, actors.value.score_fn
+    return (without_padding(fns[0], slices=slices), without_padding(fns[1], slices=slices)) if actors.packable else fns
+
+
+def make_iteration(
+    config: Config,
+    actors: Actors,
+    generate: GenerateFn,
+    score: Scorer,
+    update: JittedStep,
+    prompts: PromptRows,
+    ptx: SFTRows | None,
+    mesh: Mesh,
+    *,
+    slices: int,
+) -> Iteration:
+    """A function of the state and the iteration's number. ``slices``: of the episodes, while they are scored."""
+    ppo = config.ppo
+
+    def in_order(rows: PromptRows | SFTRows) -> Order:
+        return Order(config.seed, batch_size=ppo.episodes, lengths=rows.lengths, parts=rows.parts)
+
+    order, text_order = in_order(prompts), None if ptx is None else in_order(ptx)
+    experience = jax.jit(
+        make_experience(
+            *reading_fns(actors, slices=slices),
+            temperature=ppo.sampling.temperature,
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+            kl_estimator=ppo.kl.estimator,
+            missing_eos_penalty=ppo.missing_eos_penalty,
+            whiten_rewards=ppo.whiten_rewards,
+        ),
+        out_shardings=batch_sharding(mesh),
+    )
+    measure = jax.jit(rollout_metrics)
+
+    def next_beta(coef: jax.Array, kl: jax.Array) -> jax.Array:
+        if not ppo.kl.target:
+            return coef
+        return update_kl_coef(coef, kl, ppo.episodes, target=ppo.kl.target, horizon=ppo.kl.horizon)
+
+    def with_text(rollout: Rollout, number: int) -> Rollout:
+        if ptx is None or text_order is None:
+            return rollout
+        return rollout._replace(ptx=shard_batch(ptx.batch(text_order[number]), mesh))
+
+    def iterate(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        seconds: dict[str, Any] = {}
+        sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, number))
+        params, beta = combine(state.train.params, state.train.frozen), state.kl_coef
+        with _timed(seconds, "seconds/rollout") as wait:
+            rows = order[number]
+            generation = wait(generate(params.policy, *shard_batch(prompts.batch(rows), mesh), sample_key))
+        with _timed(seconds, "seconds/scoring") as wait:
+            scores = score(generation, prompts, rows)
+            rollout = experience(params.policy, actors.policy.params, params.value, generation, scores, beta)
+            metrics = wait(measure(rollout))
+        with _timed(seconds, "seconds/update") as wait:
+            train, updated = wait(update(state.train, with_text(rollout, number), update_key))
+        metrics |= updated | seconds | {"kl_coef": beta}
+        beta = next_beta(beta, metrics["kl"])
+        return RunState(train, state.key, jnp.int32(number + 1), beta), metrics
+
+    return iterate
+
+
+@contextmanager
+def _timed(seconds: dict[str, Any], name: str) -> Iterator[Callable[[Any], Any]]:
+    """Wall time of a phase; what is passed to ``wait`` is awaited, so that no phase pays for another."""
+    start = time.perf_counter()
+    yield jax.block_until_ready
+    seconds[name] = np.float32(time.perf_counter() - start)

@@ -1,0 +1,79 @@
+"""Scores: of texts in files, and of what a policy has sampled, in its tokens or in the reward model's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int
+
+from jrlhf.core import at_last_token
+from jrlhf.data import BadRow, DataError, Encoder, PromptRows, TextRows
+from jrlhf.data.ragged import Ragged
+from jrlhf.models import RewardModel
+from jrlhf.parallel import batch_sharding, shard_batch
+from jrlhf.stages.actors import Actors
+from jrlhf.stages.batches import covering_batches, device_multiple
+from jrlhf.stages.sampling import texts_of
+from jrlhf.steps import without_padding
+from jrlhf.types import Generation
+
+Scorer = Callable[[Generation, PromptRows, Int[np.ndarray, "B"]], jax.Array]
+"""``(what was sampled, all prompts, which of them were answered) -> scores [B]``."""
+
+NARROWEST = 32
+
+
+def make_scorer(actors: Actors, mesh: Mesh, *, slices: int) -> Scorer:
+    """The reward model on sampled answers; ``slices`` as in ``without_padding``."""
+    reward = actors.reward
+    if actors.reward_tokenizer is not None:
+        return _by_text(reward, actors.tokenizer, actors.reward_tokenizer, mesh)
+    score_fn = without_padding(reward.score_fn, slices=slices) if actors.packable else reward.score_fn
+    score = jax.jit(
+        lambda params, tokens, mask: at_last_token(score_fn(params, tokens, mask), mask),
+        out_shardings=batch_sharding(mesh),
+    )
+    return lambda generation, prompts, rows: score(reward.params, generation.tokens, generation.mask)
+
+
+def _by_text(reward: RewardModel, tokenizer: Any, reward_tokenizer: Any, mesh: Mesh) -> Scorer:
+    """Prompt and answer as text, in the reward model's own tokens and chat template. Only scores come of these."""
+    encoder, pad = Encoder(reward_tokenizer), int(reward_tokenizer.pad_token_id)
+    limit = reward.arch.max_positions
+    score = jax.jit(reward.score, out_shardings=batch_sharding(mesh))
+
+    def ids(prompt: Any, answer: str, stopped: bool) -> np.ndarray:
+        try:
+            return encoder.fitted(*encoder.continued(prompt, answer, stopped=stopped), limit)
+        except BadRow as error:
+            raise DataError(f"ppo.reward: its tokenizer cannot read a prompt of ppo.prompts: {error}") from error
+
+    def score_texts(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> jax.Array:
+        answers, stopped = texts_of(tokenizer, generation), np.asarray(generation.stopped).tolist()
+        shown = [prompts.shown[int(row)]["prompt"] for row in rows]
+        texts = Ragged.of([ids(*row) for row in zip(shown, (a for _, a in answers), stopped, strict=True)])
+        width = padded_width(int(texts.lengths.max()), limit)
+        return score(reward.params, *shard_batch(texts.padded(range(len(rows)), width, fill=pad), mesh))
+
+    return score_texts
+
+
+def padded_width(longest: int, limit: int) -> int:
+    """The next of 32, 48, 64, 96, 128, ..., at most ``limit``: whatever lengths come, few widths are compiled for."""
+    width = NARROWEST
+    while width < longest:
+        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
+    return min(width, limit)
+
+
+def score_texts(model: RewardModel, texts: TextRows, *, mesh: Mesh, batch_size: int) -> np.ndarray:
+    """One score a text, in the order of the rows."""
+    score = jax.jit(model.score)
+    scores = np.zeros(len(texts), np.float64)
+    batch_size = device_multiple(min(batch_size, len(texts)), mesh)
+    for indices, real in covering_batches(texts.lengths, batch_size=batch_size, limit=0):
+        tokens, mask = shard_batch(texts.batch(indices), mesh)
+        scores[indices[real]] = np.asarray(score(model.params, tokens, mask))[real]
+    return scores
