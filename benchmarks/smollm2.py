@@ -148,9 +148,7 @@ def reward_figures(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     lengths = np.asarray([len(tokenizer.encode(row["completion"]).ids) for row in rows]).reshape(-1, 2)
     # The gain, which gives the scores a standard deviation of 1, is no part of what was learnt of the pairs.
     figures = pair_metrics((scores[:, 0] - scores[:, 1]) / summary["gain"], lengths[:, 0] - lengths[:, 1])
-    train, heldout = (
-        [(r.completions, r.ranks) for r in rankings(out / f"data/{n}.jsonl")] for n in ("train", "heldout")
-    )
+    train, heldout = (rankings(out / f"data/{name}.jsonl") for name in ("train", "heldout"))
     interval = binomtest(round(figures["accuracy"] * len(scores)), len(scores)).proportion_ci(method="wilson")
     quarter = max(len(log) // 4, 1)
     return figures | {
