@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from jrlhf.models.arch import ArchConfig
@@ -22,6 +22,8 @@ from jrlhf.types import Params
 
 _PREFIX = "base_model.model."
 _HEAD = _PREFIX + "score.weight"
+_HEAD_BIAS = "jrlhf.head_bias"
+"""In the metadata of the weights' file: PEFT's head has no place for a bias, and a normalised reward model has one."""
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -58,12 +60,14 @@ def save_adapter(params: Params, arch: ArchConfig, folder: Path, *, base: str, a
             tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b.T)
     if not ranks:
         raise ValueError("no adapters in these parameters")
+    metadata = {"format": "pt"}
     if "head" in params:
         tensors[_HEAD] = np.asarray(params["head"]["kernel"])[None]
+        metadata[_HEAD_BIAS] = repr(float(params["head"]["bias"]))
     config = _config(ranks, base=base, alpha=alpha, reward="head" in params, conv1d=arch.family == "gpt2")
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{ADAPTER_WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
+    save_file(tensors, partial, metadata=metadata)
     os.replace(partial, folder / ADAPTER_WEIGHTS)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -119,6 +123,8 @@ def insert_adapter(params: Params, arch: ArchConfig, folder: Path) -> Params:
     config = _checked_config(folder)
     try:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: not a readable safetensors file: {error}") from error
     used: set[str] = set()
@@ -132,7 +138,8 @@ def insert_adapter(params: Params, arch: ArchConfig, folder: Path) -> Params:
     if "head" in params:
         if _HEAD not in tensors or tensors[_HEAD].shape != (1, arch.hidden_size):
             raise ValueError(f"{folder}: a reward model's adapter needs {_HEAD} of shape [1, {arch.hidden_size}]")
-        params = params | {"head": params["head"] | {"kernel": jnp.asarray(tensors[_HEAD][0], jnp.float32)}}
+        kernel, bias = tensors[_HEAD][0], float(metadata.get(_HEAD_BIAS, 0.0))
+        params = params | {"head": {"kernel": jnp.asarray(kernel, jnp.float32), "bias": jnp.float32(bias)}}
         used.add(_HEAD)
     if unknown := sorted(tensors.keys() - used):
         raise ValueError(f"{folder}: tensors that have no place here: {', '.join(unknown[:8])}")

@@ -1,6 +1,7 @@
 """Adapters against a plain sum of matrices, and against PEFT where torch is there."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jrlhf.models import (
     load_pretrained,
     load_reward_model,
     merge_adapters,
+    normalise_reward,
     reward_from_pretrained,
     save_adapter,
 )
@@ -200,6 +202,17 @@ def test_a_written_adapter_is_read_back_without_torch(variant, tmp_path):
     save_adapter(params, model.arch, tmp_path / "peft", base=str(model.source), alpha=6.0)
     read = merge_adapters(insert_adapter(model.params, model.arch, tmp_path / "peft"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), read, merge_adapters(params))
+
+
+def test_a_normalised_reward_model_scores_the_same_when_its_adapter_is_read_back(tmp_path, padded):
+    model = reward_from_pretrained(model_of("llama3", tmp_path / "base"), jax.random.key(1))
+    adapted = add_adapters(model.params, model.arch, jax.random.key(0), rank=4, alpha=8.0, targets="q_proj")
+    model = normalise_reward(replace(model, params=awake(adapted)), gain=3.0, bias=-1.7)
+    save_adapter(model.params, model.arch, tmp_path / "peft", base=str(model.source), alpha=8.0)
+    read = load_reward_model(tmp_path / "peft", dtype="float32")
+    tokens, mask = map(jnp.asarray, padded["right"])
+    expected = model.score(model.params, tokens, mask)
+    np.testing.assert_allclose(read.score(read.params, tokens, mask), expected, atol=1e-5)
 
 
 def test_what_is_no_plain_lora_is_refused(tmp_path):
