@@ -41,25 +41,43 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", default=["S"], choices=SHAPES)
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--python", nargs="+", default=[], metavar="SIDE=PATH", help=f"of {', '.join(MODULES)}")
-    parser.add_argument("--env", nargs="+", default=[], metavar="SIDE:NAME=VALUE", help="variables of one side")
+    parser.add_argument(
+        "--python",
+        type=of_side,
+        nargs="+",
+        default=[],
+        metavar="SIDE=PATH",
+        help=f"interpreters of {', '.join(MODULES)}",
+    )
+    parser.add_argument(
+        "--env", type=of_side, nargs="+", default=[], metavar="SIDE=NAME=VALUE", help="variables for one side"
+    )
     parser.add_argument("--machine", default=cpu_name(), help="what the page calls it")
     parser.add_argument("--out", type=Path, required=True, help="the Markdown page; the picture stands beside it")
     args = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the picture needs matplotlib")
-    args.python = {"jrlhf": sys.executable} | dict(item.split("=", 1) for item in args.python)
-    given = [(side, *setting.split("=", 1)) for side, setting in (item.split(":", 1) for item in args.env)]
+    args.python = {"jrlhf": sys.executable} | dict(args.python)
+    given = [(side, *setting.partition("=")[::2]) for side, setting in args.env]
     args.env = {side: {name: value for owner, name, value in given if owner == side} for side in MODULES}
-    if unknown := (args.python.keys() | {owner for owner, _, _ in given}) - MODULES.keys():
-        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(MODULES)}")
     return args
+
+
+def of_side(text: str) -> tuple[str, str]:
+    """``SIDE=VALUE``."""
+    side, _, value = text.partition("=")
+    if side not in MODULES or not value:
+        raise argparse.ArgumentTypeError(f"{text}: not SIDE=VALUE with a side of {', '.join(MODULES)}")
+    return side, value
 
 
 def masked(argv: list[str]) -> str:
     """The command without this machine's paths."""
-    names = tuple(f"{side}=" for side in MODULES)
-    return " ".join(["python", *(word.split("=")[0] + "=PYTHON" if word.startswith(names) else word for word in argv)])
+    given = [item.partition("=") for item in argv]
+    words = [
+        f"{side}=PYTHON" if side in MODULES and "=" not in value else side + sign + value for side, sign, value in given
+    ]
+    return " ".join(["python", *words])
 
 
 def missing(args: argparse.Namespace) -> list[str]:

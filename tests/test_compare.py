@@ -81,8 +81,9 @@ def test_the_page_has_ratios_within_rounds_and_names_who_is_not_there(
     monkeypatch.setattr(compare.page, "draw", lambda path, results: drawn.append((path.name, results)))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     out, sides = tmp_path / "results" / "page.md", [f"{side}={python}" for side in ("jrlhf", "trl", "tunix")]
+    given = ["--env", "trl=OMP_NUM_THREADS=2"]
     work = ["--work", "sft", "generate-stops", "ppo", "--shape", "XS", "--rounds", "3"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks/compare.py", *work, "--out", str(out), "--python", *sides])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/compare.py", *work, "--out", str(out), "--python", *sides, *given])
     compare.main()
     text = out.read_text(encoding="utf-8")
     assert "trl=PYTHON" in text
@@ -93,6 +94,7 @@ def test_the_page_has_ratios_within_rounds_and_names_who_is_not_there(
     assert "| SFT step, XS, float32 | jrlhf | 64 tokens/s | 1.000 (0.500 to 1.500) |" in text
     assert "| TRL / Hugging Face | 25.6 tokens/s | 2.500 (1.250 to 3.750) | 2.50 (2.50 to 2.50) |" in text
     assert "Peaks: float32: matmul 8 (8 to 8) GFLOP/s, copy 1 (1 to 1) GB/s." in text
+    assert "- TRL / Hugging Face (1): plain; `OMP_NUM_THREADS=2`. SFT step, XS, float32." in text
     assert "`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`" in text
     assert f"| TRL / Hugging Face | none: {ANSWERED - 1} tokens in place of {ANSWERED} |" in text
     assert "| PPO iteration, XS, float32 | jrlhf | 1.0 s |" in text

@@ -45,7 +45,7 @@ def write(path: Path, run: Run, results: list[Result]) -> None:
     absent = f" Not installed here, and left out: {', '.join(run.missing)}." if run.missing else ""
     path.write_text(
         f"# jrlhf and its peers\n\n"
-        f"Date {datetime.date.today().isoformat()}; {run.machine}; {run.rounds} rounds.{absent}\n\n"
+        f"Date {datetime.date.today().isoformat()}; {run.machine}; rounds: {run.rounds}.{absent}\n\n"
         f"```\n{run.command}\n```\n\n{case_table(results)}\n{peaks_line(results)}\n\n"
         f"![How many times as fast as its peers jrlhf is]({path.with_suffix('.png').name})\n\n"
         f"## How it was measured\n\n{NOTES}{differences(results)}\n## Settings\n\n{settings(results)}",
@@ -149,11 +149,14 @@ def draw(path: Path, results: list[Result]) -> None:
     for place, (_, side, ratio) in enumerate(bars):
         error = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
         axes.barh(place, ratio.median, xerr=error, color=COLOURS[side], ecolor="#444444", capsize=2, height=0.7)
-        axes.text(0.03, place, f"{ratio.median:.2f}", va="center", color="white", fontsize=8)
+        axes.annotate(
+            f"{ratio.median:.2f}", (ratio.high, place), (6, 0), textcoords="offset points", va="center", fontsize=8
+        )
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [f"{title}: {LABELS[side]}" for title, side, _ in bars], fontsize=8)
     axes.invert_yaxis()
+    axes.margins(x=0.1)
     axes.set_xlabel("jrlhf is so many times as fast (bar: median, whisker: range of the rounds)", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)

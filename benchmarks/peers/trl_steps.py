@@ -8,6 +8,7 @@ PPO is in the environment of trl-ppo.txt alone: TRL took its trainer away after 
 import itertools
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,7 +47,8 @@ def main() -> None:
 
 
 def facts(parameters: int, trained: int, setting: str) -> dict[str, Any]:
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl")]
+    versions = ", ".join([f"Python {platform.python_version()}", *versions])
     return {"parameters": parameters, "trained": trained, "versions": versions, "setting": setting}
 
 
@@ -156,10 +158,7 @@ def lora(spec: dict[str, Any]) -> Any:
 
 
 def run(rounds: Rounds, trainer: Any, how: str) -> None:
-    import trl
-
     start = facts(size(trainer.model), size(trainer.model, trained=True), how)
-    start["versions"] += f", TRL {trl.__version__}"
     trainer.add_callback(Held(rounds, start))
     trainer.train()
 
@@ -233,8 +232,8 @@ def ppo(rounds: Rounds, spec: dict[str, Any], folder: Path) -> None:
         train_dataset=data,
         eval_dataset=data.select(range(spec["rows"])),
     )
-    how = setting(spec, "`PPOTrainer`")
-    start = facts(size(policy, reference, scorer, value), size(trainer.model, trained=True), how)
+    models = size(policy, reference, scorer, value)
+    start = facts(models, size(trainer.model, trained=True), setting(spec, "`PPOTrainer`"))
     trainer.add_callback(Held(rounds, start))
     trainer.train()
 
