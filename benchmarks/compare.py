@@ -8,6 +8,7 @@ that is slower for a while is so for all of them, and ratios are taken within a 
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -77,7 +78,7 @@ def masked(argv: list[str]) -> str:
     words = [
         f"{side}=PYTHON" if side in MODULES and "=" not in value else side + sign + value for side, sign, value in given
     ]
-    return " ".join(["python", *words])
+    return shlex.join(["python", *words])
 
 
 def missing(args: argparse.Namespace) -> list[str]:
