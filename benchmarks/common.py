@@ -9,12 +9,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jrlhf.models import ArchConfig, Rope
+from jrlhf.models import ArchConfig, Rope, init_params
+from jrlhf.models.hf_write import write_folder
+from jrlhf.models.names import language_model_table
 
 SHAPES = {
     # hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied
@@ -67,6 +70,27 @@ def arch_of(args: argparse.Namespace) -> ArchConfig:
         mlp_bias=False,
         tie_embeddings=tied,
     )
+
+
+def save_random_model(folder: Path, arch: ArchConfig) -> int:
+    """Write a Llama of random weights as a Hugging Face folder, without a tokenizer; returns its parameters' bytes."""
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_heads,
+        "num_key_value_heads": arch.num_kv_heads,
+        "max_position_embeddings": arch.max_positions,
+        "tie_word_embeddings": arch.tie_embeddings,
+    }
+    params = init_params(arch, jax.random.key(0))
+    write_folder(folder, config, params, arch, language_model_table(arch), {}, folder, ())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    jax.tree.map(lambda leaf: leaf.delete(), params)
+    return size
 
 
 def body_parameters(arch: ArchConfig) -> int:

@@ -11,11 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import jax
-from common import Timing, arch_of, arguments, report
+from common import Timing, arch_of, arguments, report, save_random_model
 
-from jrlhf.models import init_params, load_pretrained
-from jrlhf.models.hf_write import write_folder
-from jrlhf.models.names import language_model_table
+from jrlhf.models import load_pretrained
 from jrlhf.parallel import make_mesh
 
 
@@ -42,23 +40,8 @@ class Watch(threading.Thread):
 def main() -> None:
     args = arguments(__doc__)
     arch = arch_of(args)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": arch.vocab_size,
-        "hidden_size": arch.hidden_size,
-        "intermediate_size": arch.intermediate_size,
-        "num_hidden_layers": arch.num_layers,
-        "num_attention_heads": arch.num_heads,
-        "num_key_value_heads": arch.num_kv_heads,
-        "max_position_embeddings": arch.max_positions,
-        "tie_word_embeddings": arch.tie_embeddings,
-    }
     with TemporaryDirectory() as folder:
-        params = init_params(arch, jax.random.key(0))
-        write_folder(Path(folder), config, params, arch, language_model_table(arch), {}, Path(folder), ())
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        jax.tree.map(lambda leaf: leaf.delete(), params)
+        size = save_random_model(Path(folder), arch)
         mesh, before, watch = make_mesh(data=-1, fsdp=1, tensor=1), resident(), Watch()
         watch.start()
         start = time.perf_counter()

@@ -1,0 +1,133 @@
+"""jrlhf and its peers, round by round in turn, each in its own environment: a table with ratios, a page and a picture.
+
+    python benchmarks/compare.py --python trl=TRL/bin/python tunix=TUNIX/bin/python --out benchmarks/results/compare.md
+
+Every side is started once a case, warmed up, and then called in rounds while the others wait: A B C A B C. So a machine
+that is slower for a while is so for all of them, and ratios are taken within a round.
+"""
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
+
+from common import SHAPES, cpu_name
+from peers import page
+from peers.cases import DTYPES, WORKS, Case, spec, units
+from peers.results import Peaks, Result, SideResult
+from peers.sides import MODULES, Side, SideEnded, command, shown, variables
+
+
+def main() -> None:
+    args = arguments()
+    run = page.Run(args.machine, masked(sys.argv), args.rounds, missing(args))
+    results: list[Result] = []
+    with ExitStack() as stack:
+        peaks = list(open_peaks(args, stack))
+        for case in map(Case._make, product(args.work, args.shape, args.dtype)):
+            results.append(measure(case, args, peaks))
+            print(page.case_table([results[-1]]), flush=True)
+            # After each case: a long run that is broken off leaves what it found.
+            page.write(args.out, run, results)
+    page.draw(args.out.with_suffix(".png"), results)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", default=list(WORKS), choices=WORKS)
+    parser.add_argument("--shape", nargs="+", default=["S"], choices=SHAPES)
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--python",
+        type=of_side,
+        nargs="+",
+        default=[],
+        metavar="SIDE=PATH",
+        help=f"interpreters of {', '.join(MODULES)}",
+    )
+    parser.add_argument(
+        "--env", type=of_side, nargs="+", default=[], metavar="SIDE=NAME=VALUE", help="variables for one side"
+    )
+    parser.add_argument("--machine", default=cpu_name(), help="what the page calls it")
+    parser.add_argument("--out", type=Path, required=True, help="the Markdown page; the picture stands beside it")
+    args = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the picture needs matplotlib")
+    args.python = {"jrlhf": sys.executable} | dict(args.python)
+    given = [(side, *setting.partition("=")[::2]) for side, setting in args.env]
+    args.env = {side: {name: value for owner, name, value in given if owner == side} for side in MODULES}
+    return args
+
+
+def of_side(text: str) -> tuple[str, str]:
+    """``SIDE=VALUE``."""
+    side, _, value = text.partition("=")
+    if side not in MODULES or not value:
+        raise argparse.ArgumentTypeError(f"{text}: not SIDE=VALUE with a side of {', '.join(MODULES)}")
+    return side, value
+
+
+def masked(argv: list[str]) -> str:
+    """The command without this machine's paths."""
+    given = [item.partition("=") for item in argv]
+    words = [
+        f"{side}=PYTHON" if side in MODULES and "=" not in value else side + sign + value for side, sign, value in given
+    ]
+    return shlex.join(["python", *words])
+
+
+def missing(args: argparse.Namespace) -> list[str]:
+    wanted = {side for work in args.work for side in WORKS[work].sides}
+    return [side for side in MODULES if side in wanted - args.python.keys()]
+
+
+def open_peaks(args: argparse.Namespace, stack: ExitStack) -> Iterator[Side]:
+    """What a matrix product and a copy reach, by XLA and by torch: the better one counts."""
+    for side in ("jrlhf", "trl"):
+        if side in args.python:
+            told = {"work": "peaks", "shape": "XS", "dtypes": args.dtype}
+            yield stack.enter_context(Side(command(side, args.python[side], told), variables(side, "", args.env[side])))
+
+
+def measure(case: Case, args: argparse.Namespace, peaks: list[Side]) -> Result:
+    """Start every side, then the rounds."""
+    found: dict[str, SideResult] = {}
+    failed: dict[str, str] = {}
+    running: dict[str, Side] = {}
+    limits: list[Peaks] = []
+    with ExitStack() as stack:
+        for name in WORKS[case.work].sides:
+            if name not in args.python:
+                continue
+            settings = variables(name, case.work, args.env[name])
+            try:
+                running[name] = stack.enter_context(Side(command(name, args.python[name], spec(case)), settings))
+                found[name] = SideResult(running[name].facts, shown(settings), [])
+            except SideEnded as error:
+                failed[name] = str(error)
+        for _ in range(args.rounds):
+            limits.append(Peaks.best([side.go(1) for side in peaks], case.dtype))
+            for name, side in list(running.items()):
+                try:
+                    found[name].lines.append(side.go(WORKS[case.work].calls))
+                except SideEnded as error:
+                    failed[name] = str(error)
+                    del running[name], found[name]
+    failed |= {name: wrong for name, side in found.items() if (wrong := miscounted(case, side))}
+    return Result(case, {name: side for name, side in found.items() if name not in failed}, failed, limits)
+
+
+def miscounted(case: Case, side: SideResult) -> str:
+    """Why a side did not do the same work; empty where it did."""
+    drawn = [line["tokens"] for line in side.lines if "tokens" in line]
+    wrong = [tokens for tokens in drawn if tokens != units(case)]
+    return f"{wrong[0]} tokens in place of {units(case)}" if wrong else ""
+
+
+if __name__ == "__main__":
+    main()
