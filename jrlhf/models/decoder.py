@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.layers import NORMAL, Block, LayerCache, Norm, Sight, attention_mask, soft_cap
+from jrlhf.models.layers import NORMAL, Block, LayerCache, Linear, Norm, Sight, attention_mask, matmul, soft_cap
 from jrlhf.models.rope import rotary_angles
 from jrlhf.types import TokenMask
 
@@ -88,13 +88,7 @@ class Decoder(nn.Module):
         )(arch, self.dtype)
         self.final_norm = Norm(arch.norm, arch.norm_eps, self.dtype)
         if not arch.tie_embeddings:
-            self.lm_head = nn.Dense(
-                arch.vocab_size,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=NORMAL,
-                dot_general=_float32_dot,
-            )
+            self.lm_head = Linear(arch.vocab_size, use_bias=False, dtype=self.dtype, out=jnp.float32)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: TokenMask) -> Float[Array, "B T V"]:
         return self.unembed(self.hidden(tokens, mask))
@@ -119,8 +113,7 @@ class Decoder(nn.Module):
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         if self.arch.tie_embeddings:
-            table = self.embed.astype(self.dtype)
-            logits = jnp.einsum("BTD,VD->BTV", hidden, table, preferred_element_type=jnp.float32)
+            logits = matmul(hidden, self.embed.astype(self.dtype).T, jnp.float32)
         else:
             logits = self.lm_head(hidden)
         return soft_cap(logits, self.arch.final_softcap)
@@ -150,7 +143,3 @@ class Decoder(nn.Module):
             values.append(layer_cache.values)
         logits = self.unembed(self.final_norm(x_BTD[:, -1:]))[:, 0]
         return logits, KVCache(tuple(keys), tuple(values), stored, cache.used + jnp.int32(length))
-
-
-def _float32_dot(lhs: Array, rhs: Array, dimensions: Any, precision: Any = None) -> Array:
-    return lax.dot_general(lhs, rhs, dimensions, precision=precision, preferred_element_type=jnp.float32)
