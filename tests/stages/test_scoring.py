@@ -89,8 +89,10 @@ def test_answers_are_scored_as_the_text_they_are(reward_folder: Path, tmp_path: 
     answers = read_jsonl(tmp_path / "run" / "ppo" / "evals" / "000002.jsonl")
     assert len(answers) == 16
     model, encoder = load_reward_model(reward_folder, dtype="float32"), Encoder(other_tokenizer(TEMPLATE))
-    for row in answers:
-        before, after = encoder.continued(row["prompt"], row["completion"], stopped=row["stopped"])
+    # The policy reads the end of a long prompt, the reward model all of it.
+    given = [row["prompt"] for row in read_jsonl(Path(config.ppo.prompts.eval))]
+    for prompt, row in zip(given, answers, strict=True):
+        before, after = encoder.continued(prompt, row["completion"], stopped=row["stopped"])
         assert (after[-1:] == [1]) == row["stopped"]
         ids = jnp.asarray([before + after])
         alone = model.score(model.params, ids, jnp.ones(ids.shape, bool))
