@@ -17,7 +17,7 @@ from jrlhf.config import Config, DataConfig, LoRAConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.data import DataError, Encoder, load_prompts
 from jrlhf.metrics import read_metrics
-from jrlhf.models import load_reward_model
+from jrlhf.models import load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model
 from jrlhf.stages.actors import load_actors
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.sampling import jit_generate, texts_of
@@ -154,9 +154,30 @@ def test_what_the_reward_model_cannot_read_is_named(reward_folder: Path, tmp_pat
         run_ppo(replace(config, ppo=ppo))
 
 
-def test_the_value_network_then_starts_from_the_policy_s_own_arrays(reward_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def same_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model of the shipped model's own kind."""
+    folder = tmp_path_factory.mktemp("same")
+    model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32")
+    save_reward_model(reward_from_pretrained(model, jax.random.key(1)), folder)
+    return folder
+
+
+@pytest.mark.parametrize(("value_from", "from_policy"), [("auto", False), ("reward", False), ("policy", True)])
+def test_with_the_same_tokens_the_value_network_starts_from_either(
+    value_from: str, from_policy: bool, same_tokens: Path, tmp_path: Path
+) -> None:
+    config = config_with(same_tokens, tmp_path, value_from=value_from)
+    actors = load_actors(config, mesh_of(config))
+    assert actors.reward_tokenizer is None
+    assert (actors.value is not actors.reward) == from_policy
+    assert bool(np.any(actors.value.params["head"]["kernel"])) != from_policy
+
+
+def test_with_others_it_starts_from_the_policy_s_own_arrays(reward_folder: Path, tmp_path: Path) -> None:
     config = config_with(reward_folder, tmp_path)
     actors = load_actors(config, mesh_of(config))
+    assert not np.any(actors.value.params["head"]["kernel"])
     shared = [
         a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer()
         for leaves in zip(
