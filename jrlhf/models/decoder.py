@@ -52,7 +52,7 @@ def sights(
 ) -> tuple[Sight, ...]:
     """For each kind of attention in ``arch`` its angles at the queries and its mask."""
     rotary_dim = arch.rotary_dim or arch.head_dim
-    if segments is not None and arch.rope is not None and arch.rope.kind == "dynamic":
+    if segments is not None and not arch.packable:
         raise ValueError("sequences cannot be packed: 'dynamic' rotary positions depend on the length of each")
     return tuple(
         Sight(
