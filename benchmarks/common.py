@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from jrlhf.models import ArchConfig, Rope, init_params
+from jrlhf.models import ArchConfig, Rope, forward_flops, init_params
 from jrlhf.models.hf_write import write_folder
 from jrlhf.models.names import language_model_table
+from jrlhf.parallel import Peaks, measured_peaks
 
 SHAPES = {
     # hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied
@@ -93,17 +94,9 @@ def save_random_model(folder: Path, arch: ArchConfig) -> int:
     return size
 
 
-def body_parameters(arch: ArchConfig) -> int:
-    """Weights that every token is multiplied by, LM head left out."""
-    attention = 2 * arch.hidden_size * arch.head_dim * (arch.num_heads + arch.num_kv_heads)
-    return arch.num_layers * (attention + 3 * arch.hidden_size * arch.intermediate_size)
-
-
-def forward_flops(arch: ArchConfig, rows: int, length: int, *, logits: int) -> float:
-    """Model FLOPs of a forward pass: 2 a weight and token; attention halved for causality; ``logits`` positions."""
-    tokens = rows * length
-    attention = 2 * arch.num_layers * arch.num_heads * arch.head_dim * length * tokens
-    return 2.0 * body_parameters(arch) * tokens + 2.0 * arch.vocab_size * arch.hidden_size * logits + attention
+def batch_flops(arch: ArchConfig, rows: int, length: int, *, logits: int) -> float:
+    """Model FLOPs of a forward pass over full rows, ``logits`` positions of which get logits."""
+    return rows * float(forward_flops(arch, np.arange(length), logits=logits / rows))
 
 
 class Timing(NamedTuple):
@@ -129,21 +122,9 @@ def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
     return Timing(first, statistics.median(times), min(times), max(times))
 
 
-class Peaks(NamedTuple):
+def peaks_of(dtype: str) -> Peaks:
     """What this device does at best, measured in this run."""
-
-    flops: float
-    bytes: float
-
-
-def measured_peaks(dtype: str, *, size: int = 2048, megabytes: int = 256) -> Peaks:
-    """FLOP/s of a square matrix product in ``dtype``, and bytes/s of reading and writing an array."""
-    side = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
-    product = jax.jit(lambda a, b: a @ b)
-    matmul = measure(lambda: product(side, side), repeats=9)
-    array = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    return Peaks(2 * size**3 / matmul.median, 2 * array.nbytes / measure(lambda: copy(array), repeats=9).median)
+    return measured_peaks(dtype, size=2048, megabytes=256, repeats=9)
 
 
 def report(figure: str, value: float, unit: str, timing: Timing, args: argparse.Namespace, **more: Any) -> None:

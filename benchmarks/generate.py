@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import arch_of, arguments, forward_flops, measure, measured_peaks, report
+from common import arch_of, arguments, batch_flops, measure, peaks_of, report
 
-from jrlhf.models import decoder_fns, init_params
+from jrlhf.models import decode_bytes, decoder_fns, init_params
 from jrlhf.steps import make_generate
 
 
@@ -25,7 +25,7 @@ def main() -> None:
 
     timing = measure(sampler(args.new), repeats=args.repeats)
     prefill = measure(sampler(1), repeats=args.repeats)
-    peaks = measured_peaks(args.dtype)
+    peaks = peaks_of(args.dtype)
     decode_seconds = timing.median - prefill.median
     report(
         "generate",
@@ -34,21 +34,16 @@ def main() -> None:
         timing,
         args,
         prefill_seconds=prefill.median,
-        prefill_gflops=forward_flops(arch, args.batch, args.prompt, logits=args.batch) / prefill.median / 1e9,
-        share_of_bandwidth_peak=round(decode_bytes(arch, params, args) / decode_seconds / peaks.bytes, 4),
+        prefill_gflops=batch_flops(arch, args.batch, args.prompt, logits=args.batch) / prefill.median / 1e9,
+        share_of_bandwidth_peak=round(read_bytes(arch, args) / decode_seconds / peaks.bytes, 4),
         bandwidth_peak_gb_s=round(peaks.bytes / 1e9, 1),
     )
 
 
-def decode_bytes(arch, params, args) -> float:
+def read_bytes(arch, args) -> float:
     """The least that must be read: all weights each step, and the cache as far as it is filled."""
-    # An untied embedding is looked up, not read whole.
-    skipped = 0 if arch.tie_embeddings else params["embed"].size
-    weights = (sum(leaf.size for leaf in jax.tree.leaves(params)) - skipped) * 4
-    item = jnp.dtype(args.dtype).itemsize
-    a_position = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * args.batch * item
-    filled = sum(range(args.prompt + 1, args.prompt + args.new))
-    return weights * (args.new - 1) + a_position * filled
+    fed = np.tile(np.arange(args.prompt, args.prompt + args.new - 1), args.batch)
+    return float(decode_bytes(arch, fed, steps=args.new - 1, itemsize=jnp.dtype(args.dtype).itemsize))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import arch_of, arguments, forward_flops, measure, measured_peaks, report, shares
+from common import arch_of, arguments, batch_flops, measure, peaks_of, report, shares
 
 from jrlhf.models import decoder_fns, init_params, reward_params
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, score_sequences
@@ -91,16 +91,16 @@ def main() -> None:
         "scoring_seconds": measure(lambda: scoring(generation), repeats=args.repeats).median,
         "update_seconds": measure(lambda: update(batch), repeats=args.repeats).median,
     }
-    used = shares(iteration_flops(arch, args), timing.median, measured_peaks(args.dtype))
+    used = shares(iteration_flops(arch, args), timing.median, peaks_of(args.dtype))
     report("ppo_iteration", timing.median, "s/iteration", timing, args, **phases, **used)
 
 
 def iteration_flops(arch, args) -> float:
     """Model FLOPs, log-probs counted at response positions only: what PPO needs, not what is computed."""
     length, responses = args.prompt + args.new, args.episodes * args.new
-    sampling = forward_flops(arch, args.episodes, length, logits=responses)
-    policy = forward_flops(arch, args.episodes, length, logits=responses)
-    value = forward_flops(arch, args.episodes, length, logits=0)
+    sampling = batch_flops(arch, args.episodes, length, logits=responses)
+    policy = batch_flops(arch, args.episodes, length, logits=responses)
+    value = batch_flops(arch, args.episodes, length, logits=0)
     return sampling + 2 * policy + 2 * value + args.epochs * 3 * (policy + value)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import arch_of, arguments, forward_flops, measure, measured_peaks, report, shares
+from common import arch_of, arguments, batch_flops, measure, peaks_of, report, shares
 
 from jrlhf.models import decoder_fns, init_params, reward_params
 from jrlhf.steps import make_reward_step
@@ -39,8 +39,8 @@ def main() -> None:
 
     timing = measure(call, repeats=args.repeats)
     rows = args.batch * args.completions
-    flops = 3 * forward_flops(arch, rows, args.length, logits=0)
-    used = shares(flops, timing.median, measured_peaks(args.dtype))
+    flops = 3 * batch_flops(arch, rows, args.length, logits=0)
+    used = shares(flops, timing.median, peaks_of(args.dtype))
     pairs = args.batch * args.completions * (args.completions - 1) // 2
     report(
         "reward_step", pairs / timing.median, "pairs/s", timing, args, **used, completions_per_s=rows / timing.median

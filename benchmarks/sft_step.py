@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import arch_of, arguments, forward_flops, measure, measured_peaks, report, shares
+from common import arch_of, arguments, batch_flops, measure, peaks_of, report, shares
 
 from jrlhf.models import decoder_fns, init_params
 from jrlhf.steps import make_sft_step
@@ -29,8 +29,8 @@ def main() -> None:
         return metrics["loss"]
 
     timing = measure(call, repeats=args.repeats)
-    flops = 3 * forward_flops(arch, args.batch, args.length, logits=args.batch * args.length)
-    used = shares(flops, timing.median, measured_peaks(args.dtype))
+    flops = 3 * batch_flops(arch, args.batch, args.length, logits=args.batch * args.length)
+    used = shares(flops, timing.median, peaks_of(args.dtype))
     report("sft_step", args.batch * args.length / timing.median, "tokens/s", timing, args, **used)
 
 

@@ -6,8 +6,11 @@ from argparse import Namespace
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from common import SHAPES, arch_of, body_parameters, forward_flops
+import numpy as np
+from common import SHAPES, arch_of, batch_flops
 from ppo_iteration import iteration_flops
+
+from jrlhf import models
 
 DTYPES = ("float32", "bfloat16")
 
@@ -104,23 +107,21 @@ def flops(case: Case) -> float:
         case "sft" | "sft-lora":
             tokens = told["rows"] * told["length"]
             # Frozen weights get no gradient: a third of the work is not there.
-            return (2 if told["rank"] else 3) * forward_flops(model, told["rows"], told["length"], logits=tokens)
+            return (2 if told["rank"] else 3) * batch_flops(model, told["rows"], told["length"], logits=tokens)
         case "reward" | "reward-k4":
-            return 3 * forward_flops(model, told["rows"] * told["completions"], told["length"], logits=0)
+            return 3 * batch_flops(model, told["rows"] * told["completions"], told["length"], logits=0)
         case "ppo":
             args = Namespace(prompt=told["prompt"], new=told["new"], episodes=told["rows"], epochs=told["epochs"])
             return iteration_flops(model, args)
         case _:
             rows = zip(told["prompts"], told["lengths"], strict=True)
-            return sum(forward_flops(model, 1, prompt + length, logits=length) for prompt, length in rows)
+            return sum(batch_flops(model, 1, prompt + length, logits=length) for prompt, length in rows)
 
 
 def decode_bytes(case: Case) -> float:
     """The least that a generation must read: weights once a step, each row's cache as far as it is filled."""
     told, model = spec(case), arch(case.shape)
-    item = 4 if case.dtype == "float32" else 2
-    weights = body_parameters(model) + model.vocab_size * model.hidden_size
-    position = 2 * model.num_layers * model.num_kv_heads * model.head_dim
     rows = zip(told["prompts"], told["lengths"], strict=True)
-    filled = sum(sum(range(prompt + 1, prompt + length)) for prompt, length in rows)
-    return item * (weights * (max(told["lengths"]) - 1) + position * filled)
+    fed = np.concatenate([np.arange(prompt, prompt + length - 1) for prompt, length in rows])
+    steps, itemsize = max(told["lengths"]) - 1, 4 if case.dtype == "float32" else 2
+    return float(models.decode_bytes(model, fed, steps=steps, itemsize=itemsize))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import measured_peaks, save_random_model
+from common import peaks_of, save_random_model
 from peers import cases
 from peers.protocol import Rounds, open_rounds, read_spec, repeat
 from peers.tokenizer import EOS, PAD, save_tokenizer, words
@@ -75,7 +75,7 @@ def peaks(rounds: Rounds, spec: dict[str, Any]) -> None:
     """What XLA makes of a matrix product and of an array read and written."""
 
     def call() -> dict[str, Any]:
-        found = {dtype: measured_peaks(dtype) for dtype in spec["dtypes"]}
+        found = {dtype: peaks_of(dtype) for dtype in spec["dtypes"]}
         return {"flops": {dtype: peak.flops for dtype, peak in found.items()}, "bytes": found[spec["dtypes"][0]].bytes}
 
     rounds.start(**facts((), (), "jit"))

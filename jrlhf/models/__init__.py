@@ -4,6 +4,7 @@ from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_d
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache
 from jrlhf.models.families import arch_from_hf
+from jrlhf.models.flops import decode_bytes, forward_flops
 from jrlhf.models.functions import (
     DecoderFns,
     abstract_params,
@@ -37,7 +38,9 @@ __all__ = [
     "abstract_reward_params",
     "add_adapters",
     "arch_from_hf",
+    "decode_bytes",
     "decoder_fns",
+    "forward_flops",
     "from_equinox",
     "from_linen",
     "from_nnx",

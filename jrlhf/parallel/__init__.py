@@ -1,19 +1,26 @@
 """Mesh, sharding rules and jitted steps: any step of the library on any number of devices."""
 
+from jrlhf.parallel.compilation import Compilations, counted_compilations
 from jrlhf.parallel.mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, replicated, shard_batch
+from jrlhf.parallel.peaks import Peaks, device_peaks, measured_peaks
 from jrlhf.parallel.sharding import Rules, init_sharded, leaf_spec, tree_shardings
 from jrlhf.parallel.step import Step, jit_step
 
 __all__ = [
     "AXES",
     "BATCH_AXES",
+    "Compilations",
+    "Peaks",
     "Rules",
     "Step",
     "batch_sharding",
+    "counted_compilations",
+    "device_peaks",
     "init_sharded",
     "jit_step",
     "leaf_spec",
     "make_mesh",
+    "measured_peaks",
     "replicated",
     "shard_batch",
     "tree_shardings",

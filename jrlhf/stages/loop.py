@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jrlhf.checkpoint import BestMode, Checkpoints
 from jrlhf.config import CheckpointConfig, LogConfig
 from jrlhf.metrics import MetricsLog, progress
+from jrlhf.parallel import counted_compilations
 from jrlhf.types import Key, Metrics, TrainState
 
 
@@ -29,6 +30,16 @@ class RunState(NamedTuple):
     """PPO's beta; 0 in the other stages."""
 
 
+class Rate(NamedTuple):
+    """A metric that counts, summed over the steps of a log line, as so many ``unit`` a second; it is not logged."""
+
+    of: str
+    name: str
+    unit: float = 1.0
+    during: str | None = None
+    """The metric of seconds that it is divided by; None: wall time."""
+
+
 class Loop(NamedTuple):
     """What differs between stages."""
 
@@ -39,8 +50,7 @@ class Loop(NamedTuple):
     evaluate: Callable[[RunState, int], dict[str, float]]
     """Held-out metrics after i steps; empty where there is nothing to evaluate on."""
     learning_rate: Callable[[int], Any]
-    rates: Mapping[str, str]
-    """``{"tokens": "tokens_per_second"}``: metrics that are counts, and the name their rate is logged under."""
+    rates: tuple[Rate, ...]
     best_metric: str
     best_mode: BestMode
     shown: tuple[str, ...]
@@ -97,7 +107,7 @@ def run_loop(
         best_metric=loop.best_metric,
         best_mode=loop.best_mode,
     )
-    with saved as checkpoints, _stop_request() as stop:
+    with saved as checkpoints, _stop_request() as stop, counted_compilations() as compiled:
         state, past = _resume(checkpoints, state)
         start = int(state.cursor)
         first, last, spent = past["first"], past["last"], past["seconds"]
@@ -119,19 +129,21 @@ def run_loop(
                 # What is saved is looked at first: a state that is not finite must not get there.
                 if saves or done % log.every == 0:
                     line = window.close() | {"lr": float(loop.learning_rate(int(state.train.step) - 1))}
+                    line |= {"compile/programs": compiled.programs, "compile/seconds": compiled.seconds}
                     writer.write(done, line)
                     bar.update(done, {name: line[name] for name in loop.shown if name in line})
                     _refuse_non_finite(line, done)
                 if done == loop.total or done % log.eval_every == 0:
-                    last = loop.evaluate(state, done)
+                    with window.apart("evaluation", state):
+                        last = loop.evaluate(state, done)
                     writer.write(done, last)
                 if saves:
                     past = {"first": first, "last": last, "seconds": clock() - began}
-                    checkpoints.save(done, saved_part(state), metadata=metadata | past, metrics=last)
+                    with window.apart("checkpoint", state):
+                        checkpoints.save(done, saved_part(state), metadata=metadata | past, metrics=last)
                 if stop and done < loop.total:
                     checkpoints.wait()
                     raise Interrupted(f"stopped at step {done} of {loop.total}, saved in {folder / 'checkpoints'}")
-                window.restart()
             checkpoints.wait()
             return Outcome(state, first, last, clock() - began)
 
@@ -157,34 +169,48 @@ def abstract(tree: Any) -> Any:
 
 
 class Window:
-    """The metrics of the steps since the last log line: means, maxima, and counts as rates a second."""
+    """The steps since the last log line: means, maxima, counts as rates, and what share of the time went where."""
 
-    def __init__(self, rates: Mapping[str, str]) -> None:
+    def __init__(self, rates: tuple[Rate, ...], clock: Callable[[], float] = time.perf_counter) -> None:
         self._rates = rates
+        self._clock = clock
+        self._restart()
+
+    def _restart(self) -> None:
         self._steps: list[Metrics] = []
-        self._since = time.perf_counter()
+        self._apart: dict[str, float] = {}
+        self._since = self._clock()
 
     def add(self, metrics: Metrics) -> None:
         self._steps.append(metrics)
 
-    def restart(self) -> None:
-        """Leave out the time that went into evaluating and saving."""
-        if not self._steps:
-            self._since = time.perf_counter()
+    @contextmanager
+    def apart(self, name: str, state: Any) -> Iterator[None]:
+        """What the block takes is no part of any rate; ``state`` is awaited first, which belongs to the steps."""
+        jax.block_until_ready(state)
+        start = self._clock()
+        yield
+        self._apart[name] = self._apart.get(name, 0.0) + self._clock() - start
 
     def close(self) -> dict[str, float]:
         """Wait for the device, and start anew."""
         steps = jax.device_get(self._steps)
-        seconds = time.perf_counter() - self._since
-        line: dict[str, float] = {}
-        for name in steps[0]:
-            values = np.asarray([step[name] for step in steps], np.float64)
-            if name in self._rates:
-                line[self._rates[name]] = float(values.sum() / seconds)
-            else:
-                line[name] = float(values.max() if "max" in name else values.mean())
-        self._steps = []
-        self._since = time.perf_counter()
+        whole = self._clock() - self._since
+        columns = {name: np.asarray([step[name] for step in steps], np.float64) for name in steps[0]}
+        counts = {rate.of for rate in self._rates}
+        line = {
+            name: float(values.max() if "max" in name else values.mean())
+            for name, values in columns.items()
+            if name not in counts
+        }
+        training = whole - sum(self._apart.values())
+        for rate in self._rates:
+            seconds = training if rate.during is None else columns[rate.during].sum()
+            line[rate.name] = float(columns[rate.of].sum() / seconds / rate.unit)
+        phases = {name: columns[name].sum() for name in columns if name.startswith("seconds/")}
+        phases |= {f"seconds/{name}": seconds for name, seconds in self._apart.items()}
+        line |= {name.replace("seconds/", "share/"): float(seconds / whole) for name, seconds in phases.items()}
+        self._restart()
         return line
 
 

@@ -8,10 +8,12 @@ import optax
 from jrlhf.config import Config, PPOConfig
 from jrlhf.data import load_prompts, load_sft
 from jrlhf.models import merge_adapters, save_pretrained
+from jrlhf.parallel import device_peaks
 from jrlhf.stages.actors import learnt_policy, load_actors, trainable_actors
 from jrlhf.stages.adapters import write_adapter
-from jrlhf.stages.loop import Loop, run_loop
+from jrlhf.stages.loop import Loop, Rate, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
+from jrlhf.stages.performance import phase_rates, rates
 from jrlhf.stages.ppo_eval import make_evaluator
 from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
 from jrlhf.stages.run import open_stage, read_summary, write_json
@@ -70,13 +72,14 @@ def run_ppo(config: Config) -> dict[str, Any]:
         generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh)
         score = make_scorer(actors, mesh, slices=slices)
         iterate = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
+        peaks = device_peaks(ppo.model.dtype)
         loop = Loop(
             title="PPO",
             total=ppo.iterations,
             advance=iterate,
             evaluate=make_evaluator(config, actors, generate, heldout, folder, mesh),
             learning_rate=schedule,
-            rates={"length/tokens": "tokens_per_second"},
+            rates=(Rate("length/tokens", "tokens_per_second"), *rates(peaks), *phase_rates(peaks)),
             best_metric="eval/score_mean",
             best_mode="max",
             shown=SHOWN,

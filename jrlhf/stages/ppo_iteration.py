@@ -1,13 +1,10 @@
 """One iteration of PPO: rollout, scoring, update."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, PPOConfig
@@ -17,11 +14,12 @@ from jrlhf.parallel import batch_sharding, shard_batch
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import gradient_slices
 from jrlhf.stages.loop import RunState
+from jrlhf.stages.performance import PHASES, rollout_work, timed, training_passes
 from jrlhf.stages.sampling import GenerateFn
 from jrlhf.stages.scoring import Scorer
 from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, rollout_metrics, without_padding
-from jrlhf.types import LogprobFn, Rollout, ScoreFn
+from jrlhf.types import LogprobFn, ScoreFn, SFTBatch
 
 Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]
 
@@ -73,40 +71,46 @@ def make_iteration(
         out_shardings=batch_sharding(mesh),
     )
     measure = jax.jit(rollout_metrics)
+    work = rollout_work(
+        actors.policy.arch,
+        actors.value.arch,
+        actors.reward.arch,
+        updates=ppo.epochs * training_passes(ppo.lora.rank > 0),
+        itemsize=jnp.dtype(ppo.model.dtype).itemsize,
+    )
 
     def next_beta(coef: jax.Array, kl: jax.Array) -> jax.Array:
         if not ppo.kl.target:
             return coef
         return update_kl_coef(coef, kl, ppo.episodes, target=ppo.kl.target, horizon=ppo.kl.horizon)
 
-    def with_text(rollout: Rollout, number: int) -> Rollout:
-        if ptx is None or text_order is None:
-            return rollout
-        return rollout._replace(ptx=shard_batch(ptx.batch(text_order[number]), mesh))
+    def text_of(number: int) -> SFTBatch | None:
+        return None if ptx is None or text_order is None else shard_batch(ptx.batch(text_order[number]), mesh)
+
+    def counts(full: dict[str, jax.Array], updated: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What the iteration took: of the updates only those that were made."""
+        made = updated["policy/updates"] / (ppo.epochs * ppo.minibatches)
+        full = full | {"flops/update": full["flops/update"] * made}
+        full["tokens/update"] = full["tokens/scoring"] * (made * ppo.epochs)
+        return full | {"flops": sum((full[f"flops/{name}"] for name in PHASES), jnp.float32(0.0))}
 
     def iterate(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
         seconds: dict[str, Any] = {}
         sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, number))
         params, beta = combine(state.train.params, state.train.frozen), state.kl_coef
-        with _timed(seconds, "seconds/rollout") as wait:
-            rows = order[number]
-            generation = wait(generate(params.policy, *shard_batch(prompts.batch(rows), mesh), sample_key))
-        with _timed(seconds, "seconds/scoring") as wait:
+        with timed(seconds, "seconds/input"):
+            rows, text = order[number], text_of(number)
+            batch = shard_batch(prompts.batch(rows), mesh)
+        with timed(seconds, "seconds/rollout") as wait:
+            generation = wait(generate(params.policy, *batch, sample_key))
+        with timed(seconds, "seconds/scoring") as wait:
             scores = score(generation, prompts, rows)
             rollout = experience(params.policy, actors.policy.params, params.value, generation, scores, beta)
             metrics = wait(measure(rollout))
-        with _timed(seconds, "seconds/update") as wait:
-            train, updated = wait(update(state.train, with_text(rollout, number), update_key))
-        metrics |= updated | seconds | {"kl_coef": beta}
+        with timed(seconds, "seconds/update") as wait:
+            train, updated = wait(update(state.train, rollout._replace(ptx=text), update_key))
+        metrics |= updated | seconds | {"kl_coef": beta} | counts(work(generation, text), updated)
         beta = next_beta(beta, metrics["kl"])
         return RunState(train, state.key, jnp.int32(number + 1), beta), metrics
 
     return iterate
-
-
-@contextmanager
-def _timed(seconds: dict[str, Any], name: str) -> Iterator[Callable[[Any], Any]]:
-    """Wall time of a phase; what is passed to ``wait`` is awaited, so that no phase pays for another."""
-    start = time.perf_counter()
-    yield jax.block_until_ready
-    seconds[name] = np.float32(time.perf_counter() - start)

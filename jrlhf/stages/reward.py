@@ -31,7 +31,7 @@ from jrlhf.models import (
     reward_from_pretrained,
     save_reward_model,
 )
-from jrlhf.parallel import shard_batch
+from jrlhf.parallel import device_peaks, shard_batch
 from jrlhf.stages.adapters import trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, gradient_slices
 from jrlhf.stages.evaluation import (
@@ -40,13 +40,14 @@ from jrlhf.stages.evaluation import (
     longer_wins_accuracy,
     pair_accuracy,
 )
-from jrlhf.stages.loop import Loop, RunState, run_loop
+from jrlhf.stages.loop import Loop, Rate, RunState, run_loop
 from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.run import model_source, open_stage, read_summary, stage_folder, write_json
 from jrlhf.stages.scoring import score_texts
 from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.steps import make_reward_step, score_completions
-from jrlhf.types import Params
+from jrlhf.types import PackedRankingBatch, Params
 
 
 def run_reward(config: Config) -> dict[str, Any]:
@@ -76,9 +77,15 @@ def run_reward(config: Config) -> dict[str, Any]:
         trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
+        flops = training_flops(model.arch, logits=False, frozen=frozen is not None)
+
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-            batch = shard_batch(batches.batch(order[number]), mesh)
+            seconds: dict[str, Any] = {}
+            with timed(seconds, "seconds/input"):
+                batch = shard_batch(batches.batch(order[number]), mesh)
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
+            mask = batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask
+            metrics |= seconds | {"flops": flops(mask)}
             return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
 
         score = _evaluator(reward, model, heldout, mesh)
@@ -88,7 +95,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             advance=advance,
             evaluate=lambda state, number: score(combine(state.train.params, frozen)),
             learning_rate=schedule,
-            rates={"pairs": "pairs_per_second"},
+            rates=(Rate("pairs", "pairs_per_second"), *rates(device_peaks(reward.model.dtype))),
             best_metric="eval/accuracy",
             best_mode="max",
             shown=("loss", "accuracy", "pairs_per_second"),

@@ -14,11 +14,12 @@ from jrlhf.config import Config, SFTConfig
 from jrlhf.core import combine
 from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
-from jrlhf.parallel import shard_batch
+from jrlhf.parallel import device_peaks, shard_batch
 from jrlhf.stages.adapters import merged, trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, gradient_slices
-from jrlhf.stages.loop import Loop, RunState, run_loop
+from jrlhf.stages.loop import Loop, Rate, RunState, run_loop
 from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, write_json
 from jrlhf.stages.sampling import answers, jit_generate
 from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, provenance, start_training
@@ -53,9 +54,14 @@ def run_sft(config: Config) -> dict[str, Any]:
         trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
+        flops = training_flops(model.arch, logits=True, frozen=frozen is not None)
+
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-            batch = shard_batch(batches.batch(order[number]), mesh)
+            seconds: dict[str, Any] = {}
+            with timed(seconds, "seconds/input"):
+                batch = shard_batch(batches.batch(order[number]), mesh)
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
+            metrics |= seconds | {"flops": flops(batch.mask)}
             return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
 
         samples = _sample_writer(sft, model, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
@@ -72,7 +78,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             advance=advance,
             evaluate=evaluate,
             learning_rate=schedule,
-            rates={"tokens": "tokens_per_second"},
+            rates=(Rate("tokens", "tokens_per_second"), *rates(device_peaks(sft.model.dtype))),
             best_metric="eval/nll",
             best_mode="min",
             shown=("loss", "tokens_per_second"),

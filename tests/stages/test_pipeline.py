@@ -37,6 +37,19 @@ PPO_LOG = {
     "value/clipfrac", "length/mean", "eos_fraction", "lr", "grad_norm", "tokens_per_second", "seconds/rollout",
     "seconds/scoring", "seconds/update", "sampler/max_abs_logprob_diff", "policy/first_minibatch_max_abs_log_ratio",
 }  # fmt: skip
+USE_LOG = {
+    "seconds/input",
+    "share/input",
+    "perf/model_flops_per_second",
+    "perf/mfu",
+    "compile/programs",
+    "compile/seconds",
+}
+PPO_USE_LOG = {"perf/rollout_bandwidth_share"} | {
+    name.format(phase)
+    for name in ("share/{}", "perf/{}_mfu", "perf/{}_tokens_per_second")
+    for phase in ("rollout", "scoring", "update")
+}
 
 
 def test_every_stage_leaves_its_folder_and_figures(finished: Finished) -> None:
@@ -66,11 +79,15 @@ def test_ppo_logs_the_whole_list_and_starts_on_policy(finished: Finished) -> Non
     lines = [line for line in read_metrics(Path(config.run) / "ppo" / "metrics.jsonl") if "kl" in line]
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
-        assert line.keys() >= PPO_LOG, PPO_LOG - line.keys()
+        assert line.keys() >= PPO_LOG | USE_LOG | PPO_USE_LOG, (PPO_LOG | USE_LOG | PPO_USE_LOG) - line.keys()
+        assert 0.5 < sum(line[f"share/{phase}"] for phase in ("input", "rollout", "scoring", "update")) <= 1.0
         # Rounding alone: attention scores of this model reach 170, whose last bit is 1.5e-5 (tests/steps: 1e-5).
         assert line["policy/first_minibatch_max_abs_log_ratio"] <= 5e-5
         assert line["sampler/max_abs_logprob_diff"] <= 1e-4
         assert line["entropy"] >= 0
+    for stage in ("sft", "reward"):
+        for line in read_metrics(Path(config.run) / stage / "metrics.jsonl"):
+            assert "loss" not in line or line.keys() >= USE_LOG, USE_LOG - line.keys()
     assert abs(lines[0]["kl"]) == 0.0
     assert summary["ppo"]["before"]["eval/kl"] == 0.0
     assert lines[1]["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 16 / 100), rel=1e-6)  # KL 0 is under the target
@@ -94,7 +111,8 @@ def test_what_is_done_is_skipped(finished: Finished) -> None:
 
 
 def deterministic(line: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in line.items() if k != "time" and "second" not in k}
+    measured = ("time", "seconds/", "share/", "perf/", "compile/")
+    return {k: v for k, v in line.items() if not k.startswith(measured) and not k.endswith("_per_second")}
 
 
 def compare_runs(a: Path, b: Path) -> None:
