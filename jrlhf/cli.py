@@ -23,6 +23,7 @@ from jrlhf.config import (
     VerifyConfig,
 )
 from jrlhf.config_io import ConfigError
+from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages
 from jrlhf.suggest import did_you_mean
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -49,12 +50,13 @@ TOOLS: dict[str, type] = {
 }
 """Commands that read no YAML."""
 RESUMABLE = (*STAGES, "quickstart")
+COMPUTING = (*RESUMABLE, "generate", "score", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `argv` is without the program's name."""
     if argv is None:
-        restart_with_huge_pages(sys.argv[1:2])
+        prepare_process(sys.argv[1:2])
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     # How far the tokenising of a large file is.
@@ -79,16 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return USAGE
 
 
-def restart_with_huge_pages(command: Sequence[str]) -> None:
-    """Training on a CPU spends a fifth of its time on page faults; malloc avoids them if told so before it starts.
-
-    So the process replaces itself, once, with the tunable set. That changes no result, and nothing happens where the
-    user has tunables of their own, on other systems, or for commands that do not train.
-    """
-    trains = bool(command) and command[0] in RESUMABLE
-    if trains and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, sys.orig_argv)
+def prepare_process(command: Sequence[str]) -> None:
+    """Set what commands that compute profit from, before JAX is imported."""
+    if command and command[0] in COMPUTING:
+        keep_compiled_programs()
+        if command[0] in RESUMABLE:
+            restart_with_huge_pages()
 
 
 def overview() -> str:

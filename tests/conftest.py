@@ -1,6 +1,9 @@
 """Eight CPU devices and JAX at its strictest, set before anything imports JAX."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -12,6 +15,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_llvm_disable_expensive_passes=true",
     ]
 )
+# What commands keep for a second start is kept for the tests alone.
+os.environ["JRLHF_CACHE"] = tempfile.mkdtemp(prefix="jrlhf-tests-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -29,3 +34,5 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A deadline would make a test's result depend on the machine's speed.
 settings.register_profile("jrlhf", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("jrlhf")
+
+atexit.register(shutil.rmtree, os.environ["JRLHF_CACHE"], ignore_errors=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jrlhf import __version__
+from jrlhf import __version__, cli
 from jrlhf.checkpoint import RunLocked
-from jrlhf.cli import COMMANDS, main, restart_with_huge_pages
+from jrlhf.cli import COMMANDS, main
 from jrlhf.cli_args import STAGES
 from jrlhf.config import (
     Config,
@@ -321,18 +321,15 @@ def test_a_reader_that_leaves_early_causes_no_noise():
         assert producer.wait() == 1
 
 
-def test_training_restarts_once_with_huge_pages(monkeypatch):
-    """Only training commands, only on Linux, and never over a setting of the user's own."""
-    started = []
-    monkeypatch.setattr(os, "execv", lambda path, argv: started.append((path, argv)))
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that it is put back as it was
-    monkeypatch.delenv("GLIBC_TUNABLES")
-    for command in ([], ["--help"], ["generate"]):
-        restart_with_huge_pages(command)
-    assert started == []
-    restart_with_huge_pages(["sft"])
-    assert started == [(sys.executable, sys.orig_argv)]
-    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
-    restart_with_huge_pages(["sft"])
-    assert len(started) == 1
+def test_the_process_is_prepared_for_what_the_command_does(monkeypatch):
+    """Only for commands that compute; huge pages for those that train."""
+    done = []
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: done.append("programs"))
+    monkeypatch.setattr(cli, "restart_with_huge_pages", lambda: done.append("pages"))
+    for command in ([], ["--help"], ["data", "show"], ["export"]):
+        cli.prepare_process(command)
+    assert done == []
+    cli.prepare_process(["generate", "--model", "x"])
+    assert done == ["programs"]
+    cli.prepare_process(["sft"])
+    assert done == ["programs", "programs", "pages"]

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ABOVE_PARALLEL = {"core", "types", "parallel"}
 FLOOR_1 = ABOVE_PARALLEL | {"models"}
-CONFIG = {"config", "suggest"}
+CONFIG = {"config", "environment", "suggest"}
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 ALLOWED = {
     "types": set(),
@@ -22,6 +22,7 @@ ALLOWED = {
     "steps": {"core", "types"},
     "config": set(),
     "suggest": set(),
+    "environment": set(),
     "assets": FLOOR_1 | CONFIG | {"config_io", "data"},
     "checkpoint": FLOOR_1 | CONFIG,
     "config_check": CONFIG,

@@ -25,6 +25,7 @@ import numpy as np
 from jrlhf.data.columns import Schema, Table, Writer, mapped
 from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.environment import cache_home
 
 log = logging.getLogger("jrlhf.data")
 
@@ -48,8 +49,7 @@ def cache_folder(setting: str, files: Sequence[Path]) -> Path | None:
         return Path(setting).expanduser()
     if sum(path.stat().st_size for path in files) < SMALL:
         return None
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jrlhf"
-    return Path(os.environ.get("JRLHF_CACHE") or usual).expanduser()
+    return cache_home()
 
 
 def cache_key(kind: str, name: str, files: Sequence[Path], tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Key:
