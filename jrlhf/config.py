@@ -28,7 +28,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Master weights and optimizer state are float32 always."""
     remat: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    """Compute whole layers again in the backward pass: less memory, about a third more time. Otherwise products with a
+    weight are kept, and only the rest is computed again."""
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,10 @@ class Decoder(nn.Module):
             self.position_embed = self.param(
                 "position_embed", NORMAL, (arch.max_positions, arch.hidden_size), jnp.float32
             )
+        # What is not a product with a weight is cheaper to compute again than to keep and fetch, attention included.
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         # The scan is a loop already: nothing outside it could be merged with what is recomputed inside.
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = nn.remat(Block, prevent_cse=False, policy=None if self.remat else kept)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},

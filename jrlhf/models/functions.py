@@ -29,8 +29,8 @@ class DecoderFns(NamedTuple):
 def decoder_fns(arch: ArchConfig, *, dtype: Any, remat: bool, logits_at_once: int = LOGITS_AT_ONCE) -> DecoderFns:
     """The decoder's functions, without any weights. ``dtype``: what is computed in ("float32", "bfloat16").
 
-    ``remat`` recomputes a layer's activations in the backward pass. ``logits_at_once`` bounds ``B · T · V`` of what
-    ``logprob_fn`` holds; it changes memory, not results.
+    The backward pass computes again what is not a product with a weight, with ``remat`` whole layers.
+    ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds. Both change memory, not results.
     """
     dtype = jnp.dtype(dtype)
     module = Decoder(arch, dtype, remat)

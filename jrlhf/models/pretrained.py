@@ -46,9 +46,9 @@ def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, r
 
     A PEFT folder gives its base model with the adapters merged in.
 
-    ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: recompute
-    a layer's activations in the backward pass. ValueError where config or tensors do not fit, FileNotFoundError where
-    they are missing.
+    ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: whole
+    layers are computed again in the backward pass. ValueError where config or tensors do not fit, FileNotFoundError
+    where they are missing.
     """
     folder = find_folder(path)
     if is_adapter_folder(folder):

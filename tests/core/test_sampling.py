@@ -120,3 +120,11 @@ def test_same_key_twice_is_the_same_draw_and_half_precision_is_read_in_float32()
     assert (sample(logits, jax.random.key(8), **args)[0] != first[0]).any()
     tokens, logprobs = sample(logits.astype(jnp.bfloat16), jax.random.key(7), **args)
     assert (tokens.dtype, logprobs.dtype) == (jnp.int32, jnp.float32)
+
+
+def test_a_key_draws_what_it_draws_in_jax():
+    logits = jax.random.normal(jax.random.key(3), (64, 50))
+    for number in range(5):
+        key = jax.random.key(number)
+        tokens, _ = sample(logits, key, temperature=0.5, top_k=0, top_p=1.0)
+        np.testing.assert_array_equal(tokens, jax.random.categorical(key, logits / 0.5, axis=-1))

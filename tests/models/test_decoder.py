@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from jrlhf.core import from_logits, positions_from_mask, predictable
-from jrlhf.models import abstract_params, abstract_reward_params, decoder_fns, init_params, reward_params
+from jrlhf.models import abstract_params, abstract_reward_params, decoder, decoder_fns, init_params, reward_params
 from jrlhf.models.arch import Rope
 from jrlhf.models.rope import inverse_frequencies
 from jrlhf.steps import make_generate
@@ -174,15 +174,37 @@ def test_bfloat16_computes_close_to_float32_with_float32_logits(arch, params):
     assert fns.score_fn(reward, tokens, mask).dtype == jnp.float32
 
 
-def test_remat_gives_the_same_gradient(arch, params):
+def test_what_is_computed_again_changes_no_gradient(arch, params, monkeypatch):
     tokens, mask, _ = batch()
+    reward = reward_params(params, arch, jax.random.key(1))
 
     def grads(remat):
         score_fn = decoder_fns(arch, dtype="float32", remat=remat).score_fn
-        reward = reward_params(params, arch, jax.random.key(1))
         return jax.jit(jax.grad(lambda p: jnp.sum(score_fn(p, tokens, mask))))(reward)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), grads(True), grads(False))
+    def close(a, b):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), a, b)
+
+    usual, least = grads(False), grads(True)
+    monkeypatch.setattr(decoder.nn, "remat", lambda block, **_: block)
+    everything_kept = grads(False)
+    close(usual, everything_kept)
+    close(least, everything_kept)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_of_attention_nothing_is_kept_for_the_backward_pass(arch, params, remat):
+    """Products with a weight alone, and with ``remat`` only what goes into each layer."""
+    rows, length = 5, 23
+    tokens, mask = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), jnp.bool_)
+    reward = reward_params(params, arch, jax.random.key(1))
+    score_fn = decoder_fns(arch, dtype="float32", remat=remat).score_fn
+    _, pull_back = jax.vjp(lambda p: score_fn(p, tokens, mask), reward)
+    kept = [leaf.shape for leaf in jax.tree.leaves(pull_back) if leaf.dtype == jnp.float32]
+    a_layer = [shape for shape in kept if shape[0] == arch.num_layers and rows in shape]
+    assert not [shape for shape in a_layer if shape.count(length) > 1]
+    wide = [shape for shape in a_layer if arch.intermediate_size in shape]
+    assert (len(wide) == 0) if remat else (len(wide) == 2), a_layer
 
 
 def test_abstract_trees_have_the_shapes_of_real_ones(arch):
