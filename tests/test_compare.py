@@ -122,7 +122,8 @@ def test_flops_are_those_of_a_training_step(compare: ModuleType) -> None:
     cases = importlib.import_module("peers.cases")
     whole, lora = (cases.flops(cases.Case(work, "S", "float32")) for work in ("sft", "sft-lora"))
     body, head = 6 * (4 * 384 * 384 + 3 * 384 * 1024), 8192 * 384
-    attention = 2 * 6 * 384 * 256
+    # A token sees (1 + 256) / 2 keys on average: a product with each in the scores and one in what is mixed.
+    attention = 2 * 2 * 6 * 384 * (1 + 256) / 2
     assert whole == 3 * 8 * 256 * (2 * body + 2 * head + attention)
     assert lora == pytest.approx(whole * 2 / 3)
     pairs, rankings = (cases.Case(work, "S", "float32") for work in ("reward", "reward-k4"))
