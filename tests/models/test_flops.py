@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,8 +34,6 @@ POSITIONS = np.array([[-1, -1, 0, 1, 2, 3, 4], [0, 1, 2, 0, 1, -1, -1]], np.int3
 
 def matrices(arch: ArchConfig) -> int:
     """Weights of all linear maps of the body, by their shapes in the parameter tree."""
-    import jax
-
     leaves = jax.tree_util.tree_flatten_with_path(abstract_params(arch)["layers"])[0]
     return sum(leaf.size for path, leaf in leaves if path[-1].key == "kernel")
 
@@ -68,9 +68,6 @@ def test_decoding_reads_all_weights_a_step_and_the_cache_of_each_token(arch: Arc
 
 def test_xla_counts_the_same_for_a_forward_pass_over_full_attention() -> None:
     """XLA multiplies the whole square of attention, and counts what is element by element too."""
-    import jax
-    import jax.numpy as jnp
-
     arch = replace(LLAMA, num_layers=1, intermediate_size=512, hidden_size=256, head_dim=64)
     rows, length = 2, 32
     fns = decoder_fns(arch, dtype="float32", remat=False)
