@@ -40,6 +40,7 @@ def main() -> None:
             kl_estimator="k1",
             missing_eos_penalty=0.0,
             whiten_rewards=False,
+            selective=True,
         )
     )
     step = jax.jit(
@@ -61,6 +62,7 @@ def main() -> None:
             target_approx_kl=None,
             critic_warmup_updates=0,
             ema_decay=None,
+            selective=True,
         ),
         donate_argnums=0,
     )

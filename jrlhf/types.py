@@ -41,6 +41,22 @@ class LogprobFn(Protocol):
 
 
 @runtime_checkable
+class SelectiveLogprobFn(Protocol):
+    """A ``LogprobFn`` that may leave out what is not ``wanted``: there any number will do, and nothing is computed."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        mask: TokenMask,
+        /,
+        *,
+        temperature: float,
+        wanted: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]: ...
+
+
+@runtime_checkable
 class ScoreFn(Protocol):
     """A scalar at every position ``t``, which has seen ``tokens[:, :t + 1]``: a reward, or (shifted by one) a value."""
 

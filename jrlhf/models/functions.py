@@ -1,17 +1,15 @@
 """A decoder as the protocols of ``jrlhf.types``: pure functions over its parameter tree, made from sizes alone."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jrlhf.core import align_to_tokens, logprobs_and_entropy, next_token_logprobs
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
-from jrlhf.types import ApplyFn, DecodeFns, Key, LogprobFn, Params, ScoreFn, TokenMask
+from jrlhf.models.unembedding import hidden_logprobs
+from jrlhf.types import ApplyFn, DecodeFns, Key, Params, ScoreFn, SelectiveLogprobFn, TokenMask
 
 LOGITS_AT_ONCE = 2**26
 """Logits that ``logprob_fn`` holds at a time unless told otherwise: 256 MB."""
@@ -21,7 +19,7 @@ class DecoderFns(NamedTuple):
     """What a decoder can be asked for. The first three take a language model's tree, ``score_fn`` a reward model's."""
 
     apply_fn: ApplyFn
-    logprob_fn: LogprobFn
+    logprob_fn: SelectiveLogprobFn
     decode_fns: DecodeFns
     score_fn: ScoreFn
 
@@ -54,42 +52,25 @@ def decoder_fns(arch: ArchConfig, *, dtype: Any, remat: bool, logits_at_once: in
     ) -> tuple[Float[Array, "B V"], KVCache]:
         return run(params, tokens, positions, cache, method="decode")
 
-    logprob_fn = _chunked_logprobs(run, arch.vocab_size, logits_at_once)
-    return DecoderFns(apply_fn, logprob_fn, DecodeFns(empty_cache, decode), score_fn)
-
-
-def _chunked_logprobs(run: Callable[..., Any], vocab_size: int, logits_at_once: int) -> LogprobFn:
-    """Log-probs from the last hidden states, a slice of columns at a time once all logits would be too many."""
-
     def logprob_fn(
-        params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /, *, temperature: float
+        params: Params,
+        tokens: Int[Array, "B T"],
+        mask: TokenMask,
+        /,
+        *,
+        temperature: float,
+        wanted: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        rows, length = tokens.shape
-        # Whole columns, so that rows stay on the devices they are on; slices of one size, so that little is padded.
-        slices = -(-length // max(1, logits_at_once // (rows * vocab_size)))
-        chunk = -(-length // slices)
-        hidden = run(params, tokens, mask, method="hidden")
-        if slices == 1:
-            logits = run(params, hidden, method="unembed")
-            return logprobs_and_entropy(logits, tokens, temperature=temperature)
+        return hidden_logprobs(
+            lambda hidden: run(params, hidden, method="unembed"),
+            run(params, tokens, mask, method="hidden"),
+            tokens,
+            temperature=temperature,
+            columns=max(1, logits_at_once // (len(tokens) * arch.vocab_size)),
+            wanted=wanted,
+        )
 
-        # The backward pass makes a slice's logits again instead of keeping them.
-        @jax.checkpoint
-        def of_slice(hidden: Float[Array, "B C D"], targets: Int[Array, "B C"]) -> tuple[Array, Array]:
-            logits = run(params, hidden, method="unembed")
-            return next_token_logprobs(logits, targets, temperature=temperature)
-
-        def split(x: Array) -> Array:
-            padded = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
-            return jnp.swapaxes(padded.reshape(rows, -1, chunk, *x.shape[2:]), 0, 1)
-
-        # Position t is asked about token t + 1; what the last position is asked about, the alignment drops.
-        parts = split(hidden), split(jnp.roll(tokens, -1, axis=1))
-        _, results = lax.scan(lambda carry, x: (carry, of_slice(*x)), None, parts)
-        logprobs, entropy = (jnp.swapaxes(x, 0, 1).reshape(rows, -1)[:, :length] for x in results)
-        return align_to_tokens(logprobs), align_to_tokens(entropy)
-
-    return logprob_fn
+    return DecoderFns(apply_fn, logprob_fn, DecodeFns(empty_cache, decode), score_fn)
 
 
 def init_params(arch: ArchConfig, key: Key) -> Params:

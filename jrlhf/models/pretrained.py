@@ -17,7 +17,7 @@ from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.parallel import Rules, tree_shardings
-from jrlhf.types import ApplyFn, DecodeFns, LogprobFn, Params, ScoreFn
+from jrlhf.types import ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Pretrained:
     params: Params = field(repr=False)
     """Float32 master weights, layers stacked on axis 0."""
     apply_fn: ApplyFn
-    logprob_fn: LogprobFn
+    logprob_fn: SelectiveLogprobFn
     decode_fns: DecodeFns
     score_fn: ScoreFn
     """Over a reward model's tree, which this decoder may become: see ``reward_from_pretrained``."""

@@ -14,6 +14,7 @@ from jrlhf.core import positions_from_mask
 from jrlhf.models import ArchConfig, decode_bytes, forward_flops
 from jrlhf.parallel import Peaks
 from jrlhf.stages.loop import Rate
+from jrlhf.steps import trained_tokens
 from jrlhf.types import Generation, SFTBatch
 
 AnyMask = Bool[Array, "*rows T"] | Int[Array, "*rows T"]
@@ -21,11 +22,14 @@ AnyMask = Bool[Array, "*rows T"] | Int[Array, "*rows T"]
 PHASES = ("rollout", "scoring", "update")
 
 
-def training_flops(arch: ArchConfig, *, logits: bool, frozen: bool) -> Callable[[AnyMask], jax.Array]:
-    """Model FLOPs of a training step on a batch, by its mask; ``frozen``: the weights are, and only adapters learn."""
+def training_flops(arch: ArchConfig, *, frozen: bool) -> Callable[[AnyMask, Any], jax.Array]:
+    """Model FLOPs of a training step on a batch, by its mask and how many of its tokens get logits.
 
-    def flops(mask: AnyMask) -> Float[Array, ""]:
-        return training_passes(frozen) * _forward(arch, mask, logits=logits)
+    ``frozen``: the weights are, and only adapters learn.
+    """
+
+    def flops(mask: AnyMask, logits: Float[Array, ""]) -> Float[Array, ""]:
+        return training_passes(frozen) * _forward(arch, mask, logits)
 
     return jax.jit(flops)
 
@@ -35,9 +39,8 @@ def training_passes(frozen: bool) -> float:
     return 2.0 if frozen else 3.0
 
 
-def _forward(arch: ArchConfig, mask: AnyMask, *, logits: bool) -> Float[Array, ""]:
-    positions = positions_from_mask(mask.reshape(-1, mask.shape[-1]))
-    return forward_flops(arch, positions, logits=jnp.sum(positions >= 0) if logits else 0)
+def _forward(arch: ArchConfig, mask: AnyMask, logits: Float[Array, ""]) -> Float[Array, ""]:
+    return forward_flops(arch, positions_from_mask(mask.reshape(-1, mask.shape[-1])), logits=logits)
 
 
 def rollout_work(
@@ -45,8 +48,9 @@ def rollout_work(
 ) -> Callable[[Generation, SFTBatch | None], dict[str, jax.Array]]:
     """Model FLOPs of each phase of a PPO iteration, the bytes that decoding reads, and the tokens of both.
 
-    Logits are counted at response tokens alone, and the reward model as if it read the policy's tokens. ``updates``:
-    what all updates of a rollout take, in forward passes of each episode. ``itemsize``: bytes of a weight in decoding.
+    Logits are counted at response tokens (of text: trained ones) alone, and the reward model as if it read the policy's
+    tokens. ``updates``: what all updates of a rollout take, in forward passes of each episode. ``itemsize``: bytes of a
+    weight in decoding.
     """
 
     def work(generation: Generation, text: SFTBatch | None) -> dict[str, jax.Array]:
@@ -54,7 +58,9 @@ def rollout_work(
         answers = jnp.sum(response, dtype=jnp.float32)
         of_policy = forward_flops(policy, positions, logits=answers)
         of_value = forward_flops(value, positions, logits=0)
-        of_text = jnp.float32(0.0) if text is None else _forward(policy, text.mask, logits=True)
+        of_text = jnp.float32(0.0)
+        if text is not None:
+            of_text = _forward(policy, text.mask, jnp.sum(trained_tokens(text), dtype=jnp.float32))
         # The first answer token comes of the prompt; each later one of feeding the one before it.
         fed = jnp.where(response & jnp.roll(response, -1, axis=1), positions, -1)
         steps = jnp.max(jnp.sum(response, axis=-1)) - 1

@@ -21,7 +21,7 @@ from jrlhf.stages.sampling import jit_generate
 from jrlhf.stages.scoring import make_scorer
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.steps import make_ppo_step
-from jrlhf.types import LogprobFn, ScoreFn
+from jrlhf.types import ScoreFn, SelectiveLogprobFn
 
 SHOWN = ("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second")
 
@@ -117,7 +117,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
 def make_step(
     ppo: PPOConfig,
-    logprob_fn: LogprobFn,
+    logprob_fn: SelectiveLogprobFn,
     value_fn: ScoreFn,
     tx: optax.GradientTransformation,
     *,
@@ -143,4 +143,5 @@ def make_step(
         target_approx_kl=ppo.target_approx_kl or None,
         critic_warmup_updates=ppo.critic_warmup * ppo.epochs * ppo.minibatches,
         ema_decay=ppo.ema_decay or None,
+        selective=True,
     )

@@ -19,7 +19,7 @@ from jrlhf.stages.sampling import GenerateFn
 from jrlhf.stages.scoring import Scorer
 from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, rollout_metrics, without_padding
-from jrlhf.types import LogprobFn, ScoreFn, SFTBatch
+from jrlhf.types import ScoreFn, SelectiveLogprobFn, SFTBatch
 
 Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]
 
@@ -33,7 +33,7 @@ def episode_slices(ppo: PPOConfig, rows: int, mesh: Mesh, *, key: str) -> int:
     return gradient_slices(rows, mesh, microbatch=ppo.microbatch or max(1, share // SLICES), key=key)
 
 
-def reading_fns(actors: Actors, *, slices: int) -> tuple[LogprobFn, ScoreFn]:
+def reading_fns(actors: Actors, *, slices: int) -> tuple[SelectiveLogprobFn, ScoreFn]:
     """The policy's log-probs and the value network's values, for what no gradient is taken of."""
     fns = actors.policy.logprob_fn, actors.value.score_fn
     return (without_padding(fns[0], slices=slices), without_padding(fns[1], slices=slices)) if actors.packable else fns
@@ -67,6 +67,7 @@ def make_iteration(
             kl_estimator=ppo.kl.estimator,
             missing_eos_penalty=ppo.missing_eos_penalty,
             whiten_rewards=ppo.whiten_rewards,
+            selective=True,
         ),
         out_shardings=batch_sharding(mesh),
     )

@@ -77,7 +77,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
-        flops = training_flops(model.arch, logits=False, frozen=frozen is not None)
+        flops = training_flops(model.arch, frozen=frozen is not None)
 
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
             seconds: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def run_reward(config: Config) -> dict[str, Any]:
                 batch = shard_batch(batches.batch(order[number]), mesh)
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
             mask = batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask
-            metrics |= seconds | {"flops": flops(mask)}
+            metrics |= seconds | {"flops": flops(mask, 0.0)}
             return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
 
         score = _evaluator(reward, model, heldout, mesh)

@@ -50,18 +50,18 @@ def run_sft(config: Config) -> dict[str, Any]:
         order = Order(config.seed, batch_size=sft.batch_size, lengths=batches.lengths, parts=batches.parts)
         total = math.ceil(sft.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(sft.optim, updates=total)
-        step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
+        step = make_sft_step(model.logprob_fn, tx, accumulation=slices, selective=True)
         trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
-        flops = training_flops(model.arch, logits=True, frozen=frozen is not None)
+        flops = training_flops(model.arch, frozen=frozen is not None)
 
         def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
             seconds: dict[str, Any] = {}
             with timed(seconds, "seconds/input"):
                 batch = shard_batch(batches.batch(order[number]), mesh)
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
-            metrics |= seconds | {"flops": flops(batch.mask)}
+            metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
             return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
 
         samples = _sample_writer(sft, model, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
@@ -116,7 +116,7 @@ def _evaluator(
     """Held-out negative log-likelihood per token, in nats; nothing where there are no held-out rows."""
     if heldout is None:
         return lambda params: {}
-    sums = jax.jit(make_sft_eval(model.logprob_fn))
+    sums = jax.jit(make_sft_eval(model.logprob_fn, selective=True))
     rows, batch_size = heldout, device_multiple(sft.batch_size, mesh)
 
     def evaluate(params: Params) -> dict[str, float]:

@@ -5,7 +5,7 @@ from jrlhf.steps.generate import make_generate
 from jrlhf.steps.packing import without_padding
 from jrlhf.steps.ppo import make_ppo_step
 from jrlhf.steps.reward import make_reward_step, score_completions, score_sequences
-from jrlhf.steps.sft import make_sft_eval, make_sft_step
+from jrlhf.steps.sft import make_sft_eval, make_sft_step, trained_tokens
 
 __all__ = [
     "make_experience",
@@ -17,5 +17,6 @@ __all__ = [
     "rollout_metrics",
     "score_completions",
     "score_sequences",
+    "trained_tokens",
     "without_padding",
 ]

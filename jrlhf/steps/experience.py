@@ -17,11 +17,11 @@ from jrlhf.core import (
     masked_whiten,
     shape_rewards,
 )
-from jrlhf.types import Generation, LogprobFn, Metrics, Params, Rollout, ScoreFn
+from jrlhf.types import Generation, LogprobFn, Metrics, Params, Rollout, ScoreFn, SelectiveLogprobFn
 
 
 def make_experience(
-    logprob_fn: LogprobFn,
+    logprob_fn: LogprobFn | SelectiveLogprobFn,
     value_fn: ScoreFn,
     *,
     temperature: float,
@@ -30,12 +30,14 @@ def make_experience(
     kl_estimator: KLEstimator,
     missing_eos_penalty: float,
     whiten_rewards: bool,
+    selective: bool = False,
 ) -> Callable[[Params, Params, Params, Generation, Float[Array, "B"], Float[Array, ""]], Rollout]:
     """A pure function ``(policy, ref, value params, generation, scores, kl_coef) -> Rollout``.
 
     ``temperature`` must be the sampler's: one probability for sampler, old policy, new policy and reference.
     ``missing_eos_penalty`` is taken from the score of a response that no stop token ended.
     Advantages are whitened over the whole rollout; returns are advantages + values before that.
+    ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about response tokens alone.
     """
 
     def experience(
@@ -47,8 +49,9 @@ def make_experience(
         kl_coef: Float[Array, ""],
     ) -> Rollout:
         tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
-        logprobs, entropy = logprob_fn(policy, tokens, mask, temperature=temperature)
-        ref_logprobs, _ = logprob_fn(reference, tokens, mask, temperature=temperature)
+        only = {"wanted": response} if selective else {}
+        logprobs, entropy = logprob_fn(policy, tokens, mask, temperature=temperature, **only)
+        ref_logprobs, _ = logprob_fn(reference, tokens, mask, temperature=temperature, **only)
         values = align_to_tokens(value_fn(value, tokens, mask).astype(jnp.float32))
         kl = kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator)
         scores = scores.astype(jnp.float32)

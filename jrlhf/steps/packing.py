@@ -81,16 +81,26 @@ def without_padding(fn: PerToken, *, slices: int) -> PerToken:
     """A ``LogprobFn`` or ``ScoreFn`` over packed rows, one of ``slices`` parts of them at a time, empty ones left out.
 
     Same results at real tokens (log-probs: that have one before them), 0 at padding. ``fn`` must know segment numbers,
-    as those of the bundled decoders do. No gradient can be taken: how many slices hold anything only the device knows.
+    as those of the bundled decoders do; ``wanted``, where given, is packed along. No gradient can be taken: how many
+    slices hold anything only the device knows.
     """
 
-    def packed(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /, **settings: Any) -> Any:
+    def packed(
+        params: Params,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        /,
+        *,
+        wanted: Bool[Array, "B T"] | None = None,
+        **settings: Any,
+    ) -> Any:
         layout = packed_layout(mask, slices=slices)
-        parts = split_rows((layout.pack(tokens), layout.segments), slices)
+        given = {} if wanted is None else {"wanted": layout.pack(wanted)}
+        parts = split_rows(((layout.pack(tokens), layout.segments), given), slices)
 
         def of_slice(number: Int[Array, ""]) -> Any:
-            tokens, segments = (x[number] for x in parts)
-            return fn(params, tokens, segments, **settings)
+            arrays, given = jax.tree.map(lambda x: x[number], parts)
+            return fn(params, *arrays, **given, **settings)
 
         shapes = jax.eval_shape(of_slice, jnp.int32(0))
         empty = jax.tree.map(lambda s: jnp.zeros((slices, *s.shape), s.dtype), shapes)

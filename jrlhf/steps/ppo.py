@@ -18,7 +18,18 @@ from jrlhf.core import (
 from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, no_sums
 from jrlhf.steps.packing import packed_layout
 from jrlhf.steps.sft import nll_sum, trained_tokens
-from jrlhf.types import Key, LogprobFn, Metrics, Params, PPOParams, Rollout, ScoreFn, SFTBatch, TrainState
+from jrlhf.types import (
+    Key,
+    LogprobFn,
+    Metrics,
+    Params,
+    PPOParams,
+    Rollout,
+    ScoreFn,
+    SelectiveLogprobFn,
+    SFTBatch,
+    TrainState,
+)
 
 
 class PPOLoss(NamedTuple):
@@ -43,7 +54,7 @@ class Progress(NamedTuple):
 
 
 def make_ppo_step(
-    logprob_fn: LogprobFn,
+    logprob_fn: LogprobFn | SelectiveLogprobFn,
     value_fn: ScoreFn,
     tx: optax.GradientTransformation,
     *,
@@ -61,6 +72,7 @@ def make_ppo_step(
     target_approx_kl: float | None,
     critic_warmup_updates: int,
     ema_decay: float | None,
+    selective: bool = False,
 ) -> Callable[[TrainState, Rollout, Key], tuple[TrainState, Metrics]]:
     """A pure function that does all ``epochs`` x ``minibatches`` updates of one rollout.
 
@@ -70,12 +82,13 @@ def make_ppo_step(
     ``minibatches`` divides the rollout's rows, ``accumulation`` a minibatch's; each epoch draws a fresh permutation.
     ``drop_padding``: a minibatch's episodes are packed, and of its ``accumulation`` slices those that are left empty
     are not computed; the update is the same. Both functions must then know segment numbers, as the bundled models do.
+    ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about the tokens alone that the loss reads.
     ``target_approx_kl``: once a minibatch's mean ½(log π - log π_old)² exceeds it, the rest of the rollout is left
     (that minibatch's own update included). ``critic_warmup_updates``: for so many updates only the critic moves.
     ``ema_decay``: ``state.ema`` follows the policy at every update. With ``ptx_coef`` the rollout must carry ``ptx``.
     """
     terms = PPOLoss(temperature, clip, dual_clip, value_clip, value_coef, entropy_coef)
-    loss_of = episode_loss(logprob_fn, value_fn, terms)
+    loss_of = episode_loss(logprob_fn, value_fn, terms, selective=selective)
 
     def gradients(params: PPOParams, minibatch: Rollout, frozen: Any) -> tuple[PPOParams, Sums]:
         episodes, used = minibatch._replace(ptx=None), None
@@ -85,7 +98,9 @@ def make_ppo_step(
         grads, sums = accumulate_gradients(loss_fn, params, episodes, slices=accumulation, frozen=frozen, used=used)
         if ptx_coef and minibatch.ptx is not None:
             of_policy = None if frozen is None else frozen.policy
-            text = ptx_gradients(logprob_fn, params.policy, minibatch.ptx, slices=accumulation, frozen=of_policy)
+            text = ptx_gradients(
+                logprob_fn, params.policy, minibatch.ptx, slices=accumulation, frozen=of_policy, selective=selective
+            )
             grads = grads._replace(policy=jax.tree.map(lambda a, b: a + ptx_coef * b, grads.policy, text[0]))
             nll = text[1].total["loss/ptx"]
             sums = sums._replace(total=sums.total | {"loss/ptx": nll, "loss": sums.total["loss"] + ptx_coef * nll})
@@ -187,20 +202,26 @@ def packed_minibatch(episodes: Rollout, *, slices: int) -> tuple[Rollout, Int[Ar
 
 
 def ptx_gradients(
-    logprob_fn: LogprobFn, policy: Params, text: SFTBatch, *, slices: int, frozen: Params | None
+    logprob_fn: LogprobFn | SelectiveLogprobFn,
+    policy: Params,
+    text: SFTBatch,
+    *,
+    slices: int,
+    frozen: Params | None,
+    selective: bool,
 ) -> tuple[Params, Sums]:
     """Of the text's mean negative log-likelihood: Ouyang et al. 2022, eq. 2, its last term without the coefficient."""
     tokens = jnp.maximum(jnp.sum(trained_tokens(text), dtype=jnp.float32), 1.0)
 
     def loss_fn(policy: Params, part: SFTBatch) -> tuple[jax.Array, Sums]:
-        nll = nll_sum(logprob_fn, policy, part) / tokens
+        nll = nll_sum(logprob_fn, policy, part, selective=selective) / tokens
         return nll, Sums({"loss/ptx": nll}, {})
 
     return accumulate_gradients(loss_fn, policy, text, slices=slices, frozen=frozen)
 
 
 def episode_loss(
-    logprob_fn: LogprobFn, value_fn: ScoreFn, terms: PPOLoss
+    logprob_fn: LogprobFn | SelectiveLogprobFn, value_fn: ScoreFn, terms: PPOLoss, *, selective: bool
 ) -> Callable[[Float[Array, ""]], Callable[[PPOParams, Rollout], tuple[jax.Array, Sums]]]:
     """``response tokens of the whole minibatch -> loss_fn`` over a slice of that minibatch."""
 
@@ -209,7 +230,10 @@ def episode_loss(
 
         def loss_fn(params: PPOParams, part: Rollout) -> tuple[jax.Array, Sums]:
             mask = part.response_mask
-            logprobs, entropy = logprob_fn(params.policy, part.tokens, part.mask, temperature=terms.temperature)
+            only = {"wanted": mask} if selective else {}
+            logprobs, entropy = logprob_fn(params.policy, part.tokens, part.mask, temperature=terms.temperature, **only)
+            if not terms.entropy_coef:
+                entropy = jax.lax.stop_gradient(entropy)
             values = align_to_tokens(value_fn(params.value, part.tokens, part.mask).astype(jnp.float32))
             # Masked slots are set to one harmless value before any arithmetic (law 6).
             logprobs, old_logprobs, advantages, values, old_values, returns = (

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jrlhf.core import masked_sum, predictable
 from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients
-from jrlhf.types import Key, LogprobFn, Metrics, Params, SFTBatch, TrainState
+from jrlhf.types import Key, LogprobFn, Metrics, Params, SelectiveLogprobFn, SFTBatch, TrainState
 
 
 def trained_tokens(batch: SFTBatch) -> jax.Array:
@@ -17,18 +17,27 @@ def trained_tokens(batch: SFTBatch) -> jax.Array:
     return batch.loss_mask & predictable(batch.mask)
 
 
-def nll_sum(logprob_fn: LogprobFn, params: Params, batch: SFTBatch) -> Float[Array, ""]:
+def nll_sum(
+    logprob_fn: LogprobFn | SelectiveLogprobFn, params: Params, batch: SFTBatch, *, selective: bool
+) -> Float[Array, ""]:
     """Σ -log π(token | tokens before it) over the trained tokens, in nats."""
-    logprobs, _ = logprob_fn(params, batch.tokens, batch.mask, temperature=1.0)
-    return masked_sum(-logprobs, trained_tokens(batch))
+    trained = trained_tokens(batch)
+    only = {"wanted": trained} if selective else {}
+    logprobs, _ = logprob_fn(params, batch.tokens, batch.mask, temperature=1.0, **only)
+    return masked_sum(-logprobs, trained)
 
 
 def make_sft_step(
-    logprob_fn: LogprobFn, tx: optax.GradientTransformation, *, accumulation: int
+    logprob_fn: LogprobFn | SelectiveLogprobFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulation: int,
+    selective: bool = False,
 ) -> Callable[[TrainState, SFTBatch, Key], tuple[TrainState, Metrics]]:
     """A pure step that lowers the mean negative log-likelihood of the trained tokens.
 
     ``accumulation``: the batch is read in this many slices (it must divide the rows); the update is the same.
+    ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about the trained tokens alone.
     The key is not used, as nothing here is random; it is there so that every step is called alike.
     """
 
@@ -37,7 +46,7 @@ def make_sft_step(
         count = jnp.sum(trained_tokens(batch), dtype=jnp.float32)
 
         def loss_fn(params: Params, part: SFTBatch) -> tuple[jax.Array, Sums]:
-            loss = nll_sum(logprob_fn, params, part) / jnp.maximum(count, 1.0)
+            loss = nll_sum(logprob_fn, params, part, selective=selective) / jnp.maximum(count, 1.0)
             return loss, Sums({"loss": loss}, {})
 
         grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation, frozen=state.frozen)
@@ -48,10 +57,14 @@ def make_sft_step(
     return step
 
 
-def make_sft_eval(logprob_fn: LogprobFn) -> Callable[[Params, SFTBatch], tuple[jax.Array, jax.Array]]:
-    """``(Σ nll, tokens)`` of a batch, both to be summed over batches before dividing."""
+def make_sft_eval(
+    logprob_fn: LogprobFn | SelectiveLogprobFn, *, selective: bool = False
+) -> Callable[[Params, SFTBatch], tuple[jax.Array, jax.Array]]:
+    """``(Σ nll, tokens)`` of a batch, both to be summed over batches before dividing; see ``make_sft_step``."""
 
     def evaluate(params: Params, batch: SFTBatch) -> tuple[jax.Array, jax.Array]:
-        return nll_sum(logprob_fn, params, batch), jnp.sum(trained_tokens(batch), dtype=jnp.float32)
+        return nll_sum(logprob_fn, params, batch, selective=selective), jnp.sum(
+            trained_tokens(batch), dtype=jnp.float32
+        )
 
     return evaluate

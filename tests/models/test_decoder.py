@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from jrlhf.core import from_logits, positions_from_mask, predictable
-from jrlhf.models import abstract_params, abstract_reward_params, decoder, decoder_fns, init_params, reward_params
+from jrlhf.models import (
+    abstract_params,
+    abstract_reward_params,
+    decoder,
+    decoder_fns,
+    init_params,
+    reward_params,
+    unembedding,
+)
 from jrlhf.models.arch import Rope
 from jrlhf.models.rope import inverse_frequencies
 from jrlhf.steps import make_generate
@@ -120,6 +128,58 @@ def test_chunked_logprobs_and_their_gradient_equal_the_plain_ones(arch, spread, 
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.max(jnp.abs(b)))))
     assert float(jnp.max(jnp.abs(grads["embed"]))) > 1e-3
+
+
+WANTED = {
+    "answers": lambda mask: mask & (jnp.arange(10)[None] >= jnp.array([6, 2, 5])[:, None]),
+    "a few": lambda mask: mask & (jax.random.uniform(jax.random.key(3), mask.shape) < 0.3),
+    "all": predictable,
+    "none": lambda mask: mask & False,
+}
+
+
+@pytest.mark.parametrize("which", WANTED)
+@pytest.mark.parametrize("columns", [3, 30])
+def test_what_is_wanted_and_its_gradient_are_what_they_are_among_all(arch, params, monkeypatch, which, columns):
+    """Slices of three columns, and of as many as all logits would take: two then, by the sizes set here."""
+    monkeypatch.setattr(unembedding, "PARTS", 2)
+    monkeypatch.setattr(unembedding, "TOKENS", 1)
+    tokens, mask, _ = batch()
+    wanted = WANTED[which](mask)
+    fns = decoder_fns(arch, dtype="float32", remat=False, logits_at_once=3 * 61 * columns)
+    weights = jax.random.normal(jax.random.key(5), tokens.shape)
+
+    def loss(logprob_fn, **only):
+        def of_params(params):
+            found = logprob_fn(params, tokens, mask, temperature=0.7, **only)
+            logprobs, entropy = (jnp.where(wanted, x, 0.0) for x in found)
+            return jnp.sum((logprobs + 0.1 * entropy) * weights), (logprobs, entropy)
+
+        return jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
+
+    (_, found), grads = loss(fns.logprob_fn, wanted=wanted)
+    (_, expected), expected_grads = loss(from_logits(fns.apply_fn))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.max(jnp.abs(b)))))
+    assert bool(jnp.any(grads["embed"] != 0.0)) == bool(jnp.any(wanted))
+
+
+@pytest.mark.parametrize(("first", "slices"), [(10, 1), (9, 1), (6, 2), (5, 3), (1, 5), (0, 5)])
+def test_columns_that_nobody_wants_are_not_computed(first, slices):
+    """Slices of two columns; of rows that want answers from ``first`` and from 9 on, the longer one decides."""
+    calls = []
+
+    def counted(hidden):
+        jax.debug.callback(lambda: calls.append(1))
+        return hidden @ jnp.ones((4, 61))
+
+    wanted = jnp.arange(10)[None] >= jnp.array([9, first])[:, None]
+    hidden, tokens = jnp.ones((2, 10, 4)), jnp.ones((2, 10), jnp.int32)
+    unembedding.hidden_logprobs(counted, hidden, tokens, temperature=1.0, columns=2, wanted=wanted)
+    jax.effects_barrier()
+    assert len(calls) == slices
 
 
 def test_no_chunk_holds_more_logits_than_asked(arch):

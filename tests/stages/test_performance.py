@@ -65,12 +65,12 @@ def test_a_line_has_means_maxima_rates_and_shares_of_the_time() -> None:
 @pytest.mark.parametrize(("frozen", "passes"), [(False, 3.0), (True, 2.0)])
 def test_a_training_step_takes_its_forward_passes_over_real_tokens(frozen: bool, passes: float) -> None:
     positions = np.array([[0, 1, 2, -1], [0, 1, -1, -1]])
-    flops = training_flops(ARCH, logits=True, frozen=frozen)
-    assert float(flops(jnp.asarray(positions >= 0))) == passes * float(forward_flops(ARCH, positions, logits=5))
+    flops = training_flops(ARCH, frozen=frozen)
+    assert float(flops(jnp.asarray(positions >= 0), 3.0)) == passes * float(forward_flops(ARCH, positions, logits=3))
     # Packed: the second sequence starts anew.
     packed = np.array([[0, 1, 2, 0, 1, -1]])
-    assert float(flops(jnp.asarray([[1, 1, 1, 2, 2, 0]], jnp.int32))) == passes * float(
-        forward_flops(ARCH, packed, logits=5)
+    assert float(flops(jnp.asarray([[1, 1, 1, 2, 2, 0]], jnp.int32), 3.0)) == passes * float(
+        forward_flops(ARCH, packed, logits=3)
     )
 
 
@@ -85,7 +85,7 @@ def test_an_iteration_s_work_is_that_of_its_tokens() -> None:
     text = SFTBatch(jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.bool_), jnp.ones((1, 3), jnp.bool_))
     found = rollout_work(ARCH, ARCH, ARCH, updates=12.0, itemsize=2)(generation, text)
     policy, value = (float(forward_flops(ARCH, positions, logits=logits)) for logits in (5, 0))
-    ptx = float(forward_flops(ARCH, np.arange(3), logits=3))
+    ptx = float(forward_flops(ARCH, np.arange(3), logits=2))
     # Two steps of decoding feed the tokens at positions 2 (first row), 3 and 4 (second row).
     weights = ARCH.num_layers * (2 * 16 * 8 * 3 + 3 * 16 * 24) + 32 * 16
     cached = ARCH.num_layers * 2 * 8 * sum(position + 1 for position in (2, 3, 4))

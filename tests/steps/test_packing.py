@@ -14,9 +14,16 @@ from hypothesis import strategies as st
 from jrlhf.data.packing import pack
 from jrlhf.models import decoder_fns, init_params, reward_params
 from jrlhf.parallel import jit_step, make_mesh, shard_batch, tree_shardings
-from jrlhf.steps import make_ppo_step, without_padding
+from jrlhf.steps import (
+    make_experience,
+    make_ppo_step,
+    make_sft_eval,
+    make_sft_step,
+    rollout_metrics,
+    without_padding,
+)
 from jrlhf.steps.packing import packed_layout
-from jrlhf.types import PPOParams, TrainState
+from jrlhf.types import Generation, PPOParams, TrainState
 
 from .batches import KEY, assert_close, assert_same, jit, ppo_settings, rollout_batch, sft_batch
 from .test_packed import ARCH as TWO_LAYERS
@@ -101,6 +108,24 @@ def test_log_probs_and_scores_stay_what_they_are(params, rollout, slices):
     np.testing.assert_allclose(np.asarray(found)[real], np.asarray(wanted)[real], atol=1e-5)
 
 
+def test_only_the_answers_are_asked_about(params, rollout):
+    asked = []
+
+    def noted(params, tokens, mask, *, temperature, wanted):
+        jax.debug.callback(lambda mask, wanted: asked.append((mask, wanted)), mask, wanted)
+        return FNS.logprob_fn(params, tokens, mask, temperature=temperature, wanted=wanted)
+
+    fn = without_padding(noted, slices=4)
+    answer = np.asarray(rollout.response_mask)
+    found = fn(params.policy, rollout.tokens, rollout.mask, temperature=0.7, wanted=rollout.response_mask)
+    jax.effects_barrier()
+    for one, other in zip(found, FNS.logprob_fn(params.policy, *rollout[:2], temperature=0.7), strict=True):
+        np.testing.assert_allclose(np.asarray(one)[answer], np.asarray(other)[answer], atol=1e-5)
+    masks, wanted = (np.concatenate(x) for x in zip(*asked, strict=True))
+    assert wanted.sum() == answer.sum()
+    assert not (wanted & (masks == 0)).any()
+
+
 @cache
 def compiled(changes):
     return jit(make_ppo_step(FNS.logprob_fn, FNS.score_fn, optax.sgd(0.1), **ppo_settings(**dict(changes))))
@@ -112,18 +137,57 @@ def update(params, rollout, **changes):
 
 
 @pytest.mark.parametrize("how", [{"accumulation": 4}, {"accumulation": 2, "epochs": 2, "minibatches": 2}])
-def test_the_update_stays_what_it_is(params, rollout, how):
+@pytest.mark.parametrize(
+    "saved", [{"drop_padding": True}, {"selective": True}, {"drop_padding": True, "selective": True}]
+)
+def test_the_update_stays_what_it_is(params, rollout, how, saved):
     rollout = rollout._replace(ptx=sft_batch((2, 9, 3, 5, 1, 10, 4, 4)))
     how = {"entropy_coef": 0.1, "ptx_coef": 0.2} | how
     expected, metrics = update(params, rollout, **how)
-    found, packed_metrics = update(params, rollout, drop_padding=True, **how)
+    found, packed_metrics = update(params, rollout, **saved, **how)
     assert_close(found.params, expected.params, atol=1e-5)
     assert_close(packed_metrics, metrics, atol=1e-5, rtol=1e-4)
     gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), expected.params, params)
     assert max(jax.tree.leaves(gaps)) > 1e-2
 
 
-PACKED = {"drop_padding": True, "accumulation": 4}
+PACKED = {"drop_padding": True, "selective": True, "accumulation": 4}
+
+
+def test_sft_stays_what_it_is_where_only_trained_tokens_are_asked_about(params):
+    tx, batch = optax.sgd(0.1), sft_batch((2, 9, 3, 5), prompt=3)
+    state = TrainState(params.policy, tx.init(params.policy), jnp.int32(0))
+    expected, found = (
+        jit(make_sft_step(FNS.logprob_fn, tx, accumulation=2, selective=selective))(state, batch, KEY)
+        for selective in (False, True)
+    )
+    assert_close(found, expected)
+    evaluate = make_sft_eval(FNS.logprob_fn, selective=True)
+    assert_close(evaluate(params.policy, batch), make_sft_eval(FNS.logprob_fn)(params.policy, batch))
+
+
+def test_experience_stays_what_it_is_where_only_answers_are_asked_about(params, rollout):
+    generation = Generation(
+        rollout.tokens, rollout.mask, rollout.response_mask, rollout.sampler_logprobs, rollout.stopped
+    )
+    settings = {
+        "temperature": 0.7,
+        "gamma": 1.0,
+        "lam": 0.9,
+        "kl_estimator": "k1",
+        "missing_eos_penalty": 0.0,
+        "whiten_rewards": False,
+    }
+    reference = jax.tree.map(lambda x: x * 1.1, params.policy)
+    given = params.policy, reference, params.value, generation, rollout.scores, jnp.float32(0.3)
+    expected, found = (
+        jit(make_experience(FNS.logprob_fn, FNS.score_fn, selective=selective, **settings))(*given)
+        for selective in (False, True)
+    )
+    for name in ("logprobs", "ref_logprobs", "entropy", "rewards", "advantages", "returns"):
+        a, b = (np.where(rollout.response_mask, getattr(x, name), 0.0) for x in (found, expected))
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+    assert_close(rollout_metrics(found), rollout_metrics(expected), atol=1e-5)
 
 
 def test_what_stands_behind_the_mask_changes_nothing(params, rollout):
@@ -165,7 +229,7 @@ def test_slices_without_a_token_are_not_computed(params, rollout):
 def test_eight_devices_give_the_update_of_one(params):
     rollout = jax.device_get(rollout_batch(FNS.apply_fn, params.policy, rows=16, prompt=4, response=12))
     tx = optax.sgd(0.1)
-    step = make_ppo_step(FNS.logprob_fn, FNS.score_fn, tx, **ppo_settings(drop_padding=True, accumulation=2, epochs=2))
+    step = make_ppo_step(FNS.logprob_fn, FNS.score_fn, tx, **ppo_settings(epochs=2, **PACKED | {"accumulation": 2}))
     state = TrainState(params, tx.init(params), jnp.int32(0))
     expected, _ = jit(step)(state, rollout, KEY)
     mesh = make_mesh(data=4, fsdp=2, tensor=1)
