@@ -153,7 +153,7 @@ class SFTConfig:
     pack_length: int = 0
     """Rows are packed into rows of so many tokens, and batch_size and microbatch count those; 0: not packed."""
     microbatch: int = 0
-    """Rows a device takes at a time; 0: its whole share of the batch. Same update, less memory."""
+    """Rows a device takes at a time; 0: its whole share of the batch, on a CPU about 1,024 tokens. Same update."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
     candidate_prompts: str = ""
@@ -179,7 +179,7 @@ class RewardConfig:
     pack_length: int = 0
     """Rows are packed into rows of so many tokens, and batch_size and microbatch count those; 0: not packed."""
     microbatch: int = 0
-    """Prompts a device takes at a time; 0: its whole share of the batch. Same update, less memory."""
+    """Prompts a device takes at a time; 0: as in sft.microbatch. Same update."""
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)², which keeps scores near 0."""
     normalise: str = ""

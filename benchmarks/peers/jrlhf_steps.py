@@ -35,6 +35,7 @@ from jrlhf.models import (
     save_reward_model,
 )
 from jrlhf.parallel import make_mesh, shard_batch
+from jrlhf.stages.batches import gradient_slices, usual_microbatch
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.start import start_training
@@ -111,6 +112,12 @@ def token_batches(spec: dict[str, Any], vocabulary: int, shape: tuple[int, ...])
         yield draw.integers(2, vocabulary, shape, np.int32)
 
 
+def slices(spec: dict[str, Any], tokens: int) -> int:
+    """What the stages take where the config does not say: ``microbatch: 0``."""
+    microbatch = usual_microbatch(spec["rows"], tokens=tokens, platform=jax.default_backend())
+    return gradient_slices(spec["rows"], microbatch=microbatch)
+
+
 def sft(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
     fns = decoder_fns(arch, dtype=spec["dtype"], remat=False)
     params, split = init_params(arch, jax.random.key(0)), None
@@ -121,7 +128,7 @@ def sft(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
     tx, _ = make_optimizer(optimizer(spec), updates=1)
     tokens = token_batches(spec, arch.vocab_size, (spec["rows"], spec["length"]))
     mask = np.ones((spec["rows"], spec["length"]), np.bool_)
-    step = make_sft_step(fns.logprob_fn, tx, accumulation=1, selective=True)
+    step = make_sft_step(fns.logprob_fn, tx, accumulation=slices(spec, spec["length"]), selective=True)
     train(rounds, spec, step, tx, split or (params, None), lambda: SFTBatch(next(tokens), mask, mask))
 
 
@@ -133,7 +140,9 @@ def reward(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
     tokens = token_batches(spec, arch.vocab_size, shape)
     ranks = np.broadcast_to(np.arange(spec["completions"], dtype=np.int32), shape[:2])
     fixed = (np.ones(shape, np.bool_), ranks, np.ones(shape[:2], np.bool_), np.zeros(spec["rows"], np.float32))
-    step = make_reward_step(fns.score_fn, tx, center_coef=0.0, accumulation=1)
+    step = make_reward_step(
+        fns.score_fn, tx, center_coef=0.0, accumulation=slices(spec, spec["completions"] * spec["length"])
+    )
     train(rounds, spec, step, tx, (params, None), lambda: RankingBatch(next(tokens), *fixed))
 
 

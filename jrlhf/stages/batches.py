@@ -9,6 +9,9 @@ from jaxtyping import Bool, Int
 
 from jrlhf.config_io import ConfigError
 
+CPU_TOKENS = 1024
+"""What so many tokens leave for the backward pass stays in a CPU's caches; more at a time are slower, by up to 1.4."""
+
 
 def covering_batches(
     lengths: Int[np.ndarray, "N"], *, batch_size: int, limit: int
@@ -31,16 +34,26 @@ def device_multiple(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     return -(-batch_size // parts) * parts
 
 
-def gradient_slices(rows: int, mesh: jax.sharding.Mesh, *, microbatch: int, key: str) -> int:
-    """In how many equal slices an update reads its rows, so that a device takes ``microbatch`` at most (0: any number).
-
-    8 rows with ``microbatch`` 3: on one device 4 slices of 2, on four devices 1 slice of 2 each.
-    """
+def device_share(rows: int, mesh: jax.sharding.Mesh, *, key: str) -> int:
+    """How many of ``rows`` a device takes. ConfigError, which names ``key``, where they do not divide."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     share, rest = divmod(rows, devices)
     if rest:
         raise ConfigError(f"{key}: {rows} rows do not divide over {devices} devices (mesh.data times mesh.fsdp)")
-    return 1 if not microbatch else next(n for n in range(1, share + 1) if share % n == 0 and share // n <= microbatch)
+    return share
+
+
+def gradient_slices(share: int, *, microbatch: int) -> int:
+    """In how many equal slices a device reads the rows of its share, so that it takes ``microbatch`` at most at a time.
+
+    8 rows with ``microbatch`` 3: 4 slices of 2.
+    """
+    return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= microbatch)
+
+
+def usual_microbatch(share: int, *, tokens: float, platform: str) -> int:
+    """Rows of ``tokens`` tokens on average that a device takes at a time, where the config does not say how many."""
+    return share if platform != "cpu" else max(1, min(share, int(CPU_TOKENS // tokens)))
 
 
 def tree_copy(tree: Any) -> Any:

@@ -12,7 +12,7 @@ from jrlhf.core import combine, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, shard_batch
 from jrlhf.stages.actors import Actors
-from jrlhf.stages.batches import gradient_slices
+from jrlhf.stages.batches import device_share, gradient_slices
 from jrlhf.stages.loop import RunState
 from jrlhf.stages.performance import PHASES, rollout_work, timed, training_passes
 from jrlhf.stages.sampling import GenerateFn
@@ -29,8 +29,8 @@ SLICES = 8
 
 def episode_slices(ppo: PPOConfig, rows: int, mesh: Mesh, *, key: str) -> int:
     """In how many equal slices ``rows`` episodes are read; see ``gradient_slices``."""
-    share = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
-    return gradient_slices(rows, mesh, microbatch=ppo.microbatch or max(1, share // SLICES), key=key)
+    share = device_share(rows, mesh, key=key)
+    return gradient_slices(share, microbatch=ppo.microbatch or max(1, share // SLICES))
 
 
 def reading_fns(actors: Actors, *, slices: int) -> tuple[SelectiveLogprobFn, ScoreFn]:

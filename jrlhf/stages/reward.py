@@ -33,7 +33,7 @@ from jrlhf.models import (
 )
 from jrlhf.parallel import device_peaks, shard_batch
 from jrlhf.stages.adapters import trainable, write_adapter
-from jrlhf.stages.batches import covering_batches, device_multiple, gradient_slices
+from jrlhf.stages.batches import covering_batches, device_multiple, device_share, gradient_slices, usual_microbatch
 from jrlhf.stages.evaluation import (
     accuracy_by_length_difference,
     expected_calibration_error,
@@ -60,7 +60,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         if summary := read_summary(folder):
             return summary
         mesh = mesh_of(config)
-        slices = gradient_slices(reward.batch_size, mesh, microbatch=reward.microbatch, key="reward.batch_size")
+        share = device_share(reward.batch_size, mesh, key="reward.batch_size")
         source = model_source(config, reward.model.path, key="reward.model.path", stage="sft")
         tokenizer = load_tokenizer(source)
         rows = load_rankings(reward.data, reward.data.train, tokenizer)
@@ -73,6 +73,9 @@ def run_reward(config: Config) -> dict[str, Any]:
         order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
         total = math.ceil(reward.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(reward.optim, updates=total)
+        platform, tokens = mesh.devices.flat[0].platform, reward.pack_length or rows.most * rows.lengths.mean()
+        microbatch = reward.microbatch or usual_microbatch(share, platform=platform, tokens=tokens)
+        slices = gradient_slices(share, microbatch=microbatch)
         step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
         trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)

@@ -11,7 +11,7 @@ from jrlhf.config_io import load_config
 from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_params, decoder_fns
 from jrlhf.models.names import RULES
 from jrlhf.parallel import make_mesh, tree_shardings
-from jrlhf.stages.batches import gradient_slices
+from jrlhf.stages.batches import device_share, gradient_slices
 from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.stages.ppo import make_step
 from jrlhf.steps import make_reward_step, make_sft_step
@@ -55,7 +55,8 @@ def test_every_stage_of_a_recipe_has_the_shapes_it_needs(path: Path) -> None:
 
 
 def slices(rows: int, microbatch: int) -> int:
-    return gradient_slices(rows, make_mesh(data=-1, fsdp=1, tensor=1), microbatch=microbatch, key="rows")
+    share = device_share(rows, make_mesh(data=-1, fsdp=1, tensor=1), key="rows")
+    return gradient_slices(share, microbatch=microbatch or share)
 
 
 def check_sft(config: Config, arch: ArchConfig) -> TrainState:
