@@ -18,13 +18,15 @@ import numpy as np
 from jrlhf.models import ArchConfig, Rope, forward_flops, init_params
 from jrlhf.models.hf_write import write_folder
 from jrlhf.models.names import language_model_table
-from jrlhf.parallel import Peaks, measured_peaks
+from jrlhf.parallel import Peaks, known_peaks, measured_peaks
 
 SHAPES = {
     # hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied
     "XS": (64, 5, 8, 4, 172, 512, True),  # the quick start's model
     "S": (384, 6, 6, 6, 1024, 8192, False),
     "M": (576, 30, 9, 3, 1536, 49152, True),  # SmolLM2-135M
+    "1B": (2048, 16, 32, 8, 8192, 128256, True),  # Llama 3.2
+    "3B": (3072, 28, 24, 8, 8192, 128256, True),  # Llama 3.2
 }
 
 
@@ -37,6 +39,7 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
     for name in ("hidden", "layers", "heads", "kv-heads", "ffn", "vocab"):
         parser.add_argument(f"--{name}", type=int, default=None)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
+    parser.add_argument("--attention", default="xla", choices=("xla", "cudnn"), help="what computes it in training")
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--device", default=None, help="JAX platform: cpu, gpu or tpu; JAX's choice if not given")
     parser.add_argument(
@@ -46,7 +49,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     args = parser.parse_args()
     if args.device:
-        jax.config.update("jax_platforms", "cuda" if args.device == "gpu" else args.device)
+        # The CPU too: what is compared with it runs there.
+        jax.config.update("jax_platforms", {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}.get(args.device, args.device))
     return args
 
 
@@ -123,8 +127,9 @@ def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
 
 
 def peaks_of(dtype: str) -> Peaks:
-    """What this device does at best, measured in this run."""
-    return measured_peaks(dtype, size=2048, megabytes=256, repeats=9)
+    """What this device does at best, measured in this run: an accelerator needs more to be busy."""
+    size, megabytes = (2048, 256) if jax.default_backend() == "cpu" else (8192, 4096)
+    return measured_peaks(dtype, size=size, megabytes=megabytes, repeats=9)
 
 
 def report(figure: str, value: float, unit: str, timing: Timing, args: argparse.Namespace, **more: Any) -> None:
@@ -149,8 +154,10 @@ def report(figure: str, value: float, unit: str, timing: Timing, args: argparse.
 
 
 def shares(flops: float, seconds: float, peaks: Peaks) -> dict[str, float]:
-    """Of the measured matmul peak."""
-    return {
+    """Of the measured matmul peak, and of the one by its data sheet where the device is an accelerator."""
+    known = known_peaks(jax.devices()[0].device_kind, 1)
+    mfu = {} if known is None else {"mfu": round(flops / seconds / known.flops, 4)}
+    return mfu | {
         "gflops": round(flops / seconds / 1e9, 2),
         "share_of_matmul_peak": round(flops / seconds / peaks.flops, 4),
         "matmul_peak_gflops": round(peaks.flops / 1e9, 1),

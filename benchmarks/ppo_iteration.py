@@ -14,7 +14,7 @@ from jrlhf.types import PPOParams, TrainState
 def main() -> None:
     args = arguments(__doc__, episodes=32, prompt=64, new=64, epochs=4, minibatches=1, accumulation=1)
     arch = arch_of(args)
-    fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat)
+    fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat, attention=args.attention)
     policy = init_params(arch, jax.random.key(0))
     reward = reward_params(policy, arch, jax.random.key(1))
     tx = optax.adamw(1e-5, eps=1e-5)

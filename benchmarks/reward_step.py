@@ -14,7 +14,7 @@ from jrlhf.types import RankingBatch, TrainState
 def main() -> None:
     args = arguments(__doc__, batch=8, completions=2, length=256, accumulation=1)
     arch = arch_of(args)
-    fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat)
+    fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat, attention=args.attention)
     params = reward_params(init_params(arch, jax.random.key(0)), arch, jax.random.key(1))
     tx = optax.adamw(1e-5)
     step = jax.jit(

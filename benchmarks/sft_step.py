@@ -14,7 +14,7 @@ from jrlhf.types import SFTBatch, TrainState
 def main() -> None:
     args = arguments(__doc__, batch=8, length=256, accumulation=1)
     arch = arch_of(args)
-    fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat)
+    fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat, attention=args.attention)
     params = init_params(arch, jax.random.key(0))
     tx = optax.adamw(1e-5)
     step = jax.jit(make_sft_step(fns.logprob_fn, tx, accumulation=args.accumulation, selective=True), donate_argnums=0)

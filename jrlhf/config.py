@@ -30,6 +30,8 @@ class ModelConfig:
     remat: bool = False
     """Compute whole layers again in the backward pass: less memory, about a third more time. Otherwise products with a
     weight are kept, and only the rest is computed again."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """What computes attention in training and scoring. cudnn: NVIDIA's fused kernels, on a GPU in bfloat16 only."""
 
 
 @dataclass(frozen=True)

@@ -100,27 +100,30 @@ class ProgressReport(Protocol):
 
 
 @contextmanager
-def progress(total: int, description: str, *, start: int, enabled: bool) -> Iterator[ProgressReport]:
+def progress(
+    total: int, description: str, *, start: int, enabled: bool, unit: str = "steps", to_stderr: bool = False
+) -> Iterator[ProgressReport]:
     """A bar with key metrics, steps/s and the time left, from step ``start`` to ``total``; silent if not ``enabled``.
 
-    steps/s leaves out everything up to the first update, which compiles. Where standard output is not a terminal, a
-    plain line is printed now and then, 20 at most. The terminal is put right however the block is left.
+    steps/s leaves out everything up to the first update, which compiles. Where standard output (``to_stderr``: standard
+    error) is not a terminal, a plain line is printed now and then, 20 at most. The terminal is put right however the
+    block is left.
     """
-    speed = Speed()
+    speed = Speed(unit)
     if not enabled:
         yield _Silent()
-    elif not sys.stdout.isatty():
-        yield _Lines(total, description, start, speed)
+    elif not (sys.stderr if to_stderr else sys.stdout).isatty():
+        yield _Lines(total, description, start, speed, to_stderr)
     else:
-        with _Bar(total, description, start, speed) as bar:
+        with _Bar(total, description, start, speed, to_stderr) as bar:
             yield bar
 
 
 class Speed:
     """Steps per second since the first update."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(self, unit: str = "steps", clock: Callable[[], float] = time.perf_counter) -> None:
+        self._unit, self._clock = unit, clock
         self._first: tuple[int, float] | None = None
         self._last = (0, 0.0)
 
@@ -135,7 +138,7 @@ class Speed:
             return ""
         rate = (self._last[0] - self._first[0]) / max(self._last[1] - self._first[1], 1e-9)
         left = round(max(total - self._last[0], 0) / rate)
-        return f"{rate:.3g} steps/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        return f"{rate:.3g} {self._unit}/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
 
 
 def format_metrics(metrics: Mapping[str, SupportsFloat]) -> str:
@@ -151,8 +154,8 @@ class _Silent:
 class _Lines:
     """A line whenever another twentieth of all steps is done."""
 
-    def __init__(self, total: int, description: str, start: int, speed: Speed) -> None:
-        self._total, self._description, self._speed = total, description, speed
+    def __init__(self, total: int, description: str, start: int, speed: Speed, to_stderr: bool) -> None:
+        self._total, self._description, self._speed, self._to_stderr = total, description, speed, to_stderr
         self._metrics, self._printed = "", self._twentieths(start)
 
     def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
@@ -162,7 +165,8 @@ class _Lines:
         if done > self._printed:
             self._printed = done
             parts = (f"{self._description} {step}/{self._total}", self._metrics, self._speed.describe(self._total))
-            print("  ".join(part for part in parts if part), flush=True)
+            out = sys.stderr if self._to_stderr else sys.stdout
+            print("  ".join(part for part in parts if part), file=out, flush=True)
 
     def _twentieths(self, step: int) -> int:
         return step * LINES_WITHOUT_TERMINAL // max(self._total, 1)
@@ -171,7 +175,8 @@ class _Lines:
 class _Bar:
     """A rich progress bar."""
 
-    def __init__(self, total: int, description: str, start: int, speed: Speed) -> None:
+    def __init__(self, total: int, description: str, start: int, speed: Speed, to_stderr: bool) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._total, self._speed, self._metrics = total, speed, ""
@@ -181,6 +186,7 @@ class _Bar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[metrics]}", markup=False),
             TextColumn("{task.fields[speed]}", style="dim", markup=False),
+            console=Console(stderr=to_stderr),
             refresh_per_second=4,
         )
         self._task = self._progress.add_task(description, total=total, completed=start, metrics="", speed="")

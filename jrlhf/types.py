@@ -7,6 +7,7 @@ The containers are ``NamedTuple``s, hence pytrees: they pass through ``jit``, ``
 they are.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Scalar
@@ -82,11 +83,18 @@ class DecodeFn(Protocol):
     ) -> tuple[Float[Array, "B V"], Any]: ...
 
 
+def unchanged(params: Params) -> Params:
+    """The parameters as they are."""
+    return params
+
+
 class DecodeFns(NamedTuple):
     """Cached decoding as two pure functions; prefill and single-token decode are the same ``decode``."""
 
     init_cache: InitCacheFn
     decode: DecodeFn
+    prepare: Callable[[Params], Params] = unchanged
+    """What ``decode`` would do to its parameters at every token, done once; it gives the same with them or without."""
 
 
 class SFTBatch(NamedTuple):

@@ -32,7 +32,7 @@ ALLOWED = {
 }
 STAGES = ALLOWED.keys() - {"stages"}
 ALLOWED["stages"] = set(STAGES)
-ALLOWED["cli_args"] = ALLOWED["cli"] = ALLOWED.keys() | {"cli", "cli_args"}
+ALLOWED["cli_args"] = ALLOWED["cli"] = ALLOWED["__main__"] = ALLOWED.keys() | {"cli", "cli_args"}
 
 
 def part(module):

@@ -90,7 +90,7 @@ def test_the_module_imports_neither_tensorboard_nor_rich_nor_jax() -> None:
 
 def test_speed_leaves_out_the_first_step() -> None:
     now = iter([100.0, 101.0, 103.0])
-    speed = Speed(lambda: next(now))
+    speed = Speed(clock=lambda: next(now))
     descriptions = []
     for step in (11, 13, 17):
         speed.update(step)
@@ -122,6 +122,15 @@ def test_a_resumed_or_silent_loop_prints_no_more(capsys: pytest.CaptureFixture[s
     with progress(100, "ppo", start=0, enabled=False) as bar:
         bar.update(100, {"loss": 1.0})
     assert capsys.readouterr().out == ""
+
+
+def test_it_says_so_where_it_is_told_to(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(40, "Answers", start=0, enabled=True, unit="answers", to_stderr=True) as bar:
+        for done in range(4, 41, 4):
+            bar.update(done)
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert re.fullmatch(r"Answers 40/40  \S+ answers/s, 0:00:00 left", found.err.splitlines()[-1])
 
 
 ENDLESS = """

@@ -182,7 +182,7 @@ def stopping(fns: DecodeFns, stop_at: int) -> DecodeFns:
         ends = positions[:, -1] >= stop_at - 2
         return logits.at[:, EOS].set(jnp.where(ends, 1e9, -1e9).astype(logits.dtype)), cache
 
-    return DecodeFns(fns.init_cache, decode)
+    return fns._replace(decode=decode)
 
 
 def ppo(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.layers import NORMAL, Block, LayerCache, Linear, Norm, Sight, attention_mask, matmul, soft_cap
+from jrlhf.models.layers import AttentionKernel, Block, LayerCache, Norm, Sight, attention_mask, soft_cap
+from jrlhf.models.linear import NORMAL, Linear, matmul
 from jrlhf.models.rope import rotary_angles
 from jrlhf.types import TokenMask
 
@@ -69,6 +70,7 @@ class Decoder(nn.Module):
     arch: ArchConfig
     dtype: Any
     remat: bool
+    kernel: AttentionKernel
 
     def setup(self) -> None:
         arch = self.arch
@@ -87,7 +89,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=arch.num_layers,
-        )(arch, self.dtype)
+        )(arch, self.dtype, self.kernel)
         self.final_norm = Norm(arch.norm, arch.norm_eps, self.dtype)
         if not arch.tie_embeddings:
             self.lm_head = Linear(arch.vocab_size, use_bias=False, dtype=self.dtype, out=jnp.float32)
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{length} tokens do not fit a cache of {slots}")
         stored = lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), cache.used))
         kinds = sights(self.arch, positions, stored, segments=None)
-        block = Block(self.arch, self.dtype, parent=None)
+        block = Block(self.arch, self.dtype, "xla", parent=None)
         stacked = self.variables["params"]["layers"]
         x_BTD, keys, values = self.lookup(tokens, positions), [], []
         for layer, kind in enumerate(self.arch.layer_kinds):

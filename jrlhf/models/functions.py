@@ -8,11 +8,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
+from jrlhf.models.layers import AttentionKernel
 from jrlhf.models.unembedding import hidden_logprobs
 from jrlhf.types import ApplyFn, DecodeFns, Key, Params, ScoreFn, SelectiveLogprobFn, TokenMask
 
 LOGITS_AT_ONCE = 2**26
 """Logits that ``logprob_fn`` holds at a time unless told otherwise: 256 MB."""
+
+WEIGHTS = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
+"""The leaves that are cast to the compute dtype wherever they are used; norms are computed with in float32."""
 
 
 class DecoderFns(NamedTuple):
@@ -24,14 +28,24 @@ class DecoderFns(NamedTuple):
     score_fn: ScoreFn
 
 
-def decoder_fns(arch: ArchConfig, *, dtype: Any, remat: bool, logits_at_once: int = LOGITS_AT_ONCE) -> DecoderFns:
+def decoder_fns(
+    arch: ArchConfig,
+    *,
+    dtype: Any,
+    remat: bool,
+    attention: AttentionKernel = "xla",
+    logits_at_once: int = LOGITS_AT_ONCE,
+) -> DecoderFns:
     """The decoder's functions, without any weights. ``dtype``: what is computed in ("float32", "bfloat16").
 
     The backward pass computes again what is not a product with a weight, with ``remat`` whole layers.
     ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds. Both change memory, not results.
+    ``attention``: "cudnn" wants a GPU and bfloat16; ValueError where the architecture's attention has a soft cap.
     """
     dtype = jnp.dtype(dtype)
-    module = Decoder(arch, dtype, remat)
+    if attention != "xla" and arch.attention_softcap is not None:
+        raise ValueError(f"attention: {attention!r} knows no soft cap, which this architecture has")
+    module = Decoder(arch, dtype, remat, attention)
 
     def run(params: Params, *args: Any, method: str) -> Any:
         return module.apply({"params": params}, *args, method=method)
@@ -52,6 +66,12 @@ def decoder_fns(arch: ArchConfig, *, dtype: Any, remat: bool, logits_at_once: in
     ) -> tuple[Float[Array, "B V"], KVCache]:
         return run(params, tokens, positions, cache, method="decode")
 
+    def prepare(params: Params) -> Params:
+        def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+            return leaf.astype(dtype) if path[-1].key in WEIGHTS else leaf
+
+        return jax.tree_util.tree_map_with_path(cast, params)
+
     def logprob_fn(
         params: Params,
         tokens: Int[Array, "B T"],
@@ -70,13 +90,13 @@ def decoder_fns(arch: ArchConfig, *, dtype: Any, remat: bool, logits_at_once: in
             wanted=wanted,
         )
 
-    return DecoderFns(apply_fn, logprob_fn, DecodeFns(empty_cache, decode), score_fn)
+    return DecoderFns(apply_fn, logprob_fn, DecodeFns(empty_cache, decode, prepare), score_fn)
 
 
 def init_params(arch: ArchConfig, key: Key) -> Params:
     """Untrained parameters in float32: kernels and embedding normal with std 0.02, norms 1, biases 0."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    module = Decoder(arch, jnp.dtype(jnp.float32), remat=False)
+    module = Decoder(arch, jnp.dtype(jnp.float32), remat=False, kernel="xla")
     return module.init(key, tokens, jnp.ones((1, 1), jnp.bool_))["params"]
 
 

@@ -4,7 +4,7 @@ Shape suffixes: B batch, T query tokens, S key slots, D hidden, N heads, K key-v
 one of those, H head dimension.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import Activation, ArchConfig, NormKind
+from jrlhf.models.linear import dense
 from jrlhf.models.rope import Angles
 
-NORMAL = nn.initializers.normal(0.02)
+AttentionKernel = Literal["xla", "cudnn"]
+"""What computes attention where nothing is cached: XLA's own operations, or cuDNN's fused ones on a GPU."""
 
 
 class LayerCache(NamedTuple):
@@ -101,11 +103,30 @@ class Norm(nn.Module):
         return x.astype(self.dtype)
 
 
+def fused_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B 1 1 T S"],
+    *,
+    implementation: AttentionKernel,
+) -> Float[Array, "B T N H"]:
+    """``jax.nn.dot_product_attention`` of scaled queries over whole sequences, in whose order positions rise.
+
+    It raises where the implementation cannot take the shapes or dtype, or is not there: nothing falls back in silence.
+    """
+    # A query that sees nothing would leave NaN behind, and its gradient with it: it sees everything up to itself.
+    mask = (mask | ~jnp.any(mask, axis=-1, keepdims=True))[:, :, 0]
+    # Causal is said besides: half of the square need not be looked at.
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, is_causal=True, implementation=implementation)
+
+
 class Attention(nn.Module):
     """Grouped-query attention. Ainslie et al. 2023."""
 
     arch: ArchConfig
     dtype: Any
+    kernel: AttentionKernel
 
     @nn.compact
     def __call__(
@@ -127,10 +148,13 @@ class Attention(nn.Module):
         if arch.qk_norm:
             q_BTNH = Norm(arch.norm, arch.norm_eps, self.dtype, name="q_norm")(q_BTNH)
             k_BTKH = Norm(arch.norm, arch.norm_eps, self.dtype, name="k_norm")(k_BTKH)
-        q_BTNH = placed(q_BTNH * scale)
+        q_BTNH, k_BTKH, v_BTKH = placed(q_BTNH * scale), placed(k_BTKH), project("v", arch.num_kv_heads)
+        out = dense(arch.hidden_size, arch.attention_out_bias, self.dtype, "o")
+        if self.kernel != "xla" and cache is None:
+            mixed = fused_attention(q_BTNH, k_BTKH, v_BTKH, sight.mask, implementation=self.kernel)
+            return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), None
         q_BKGTH = q_BTNH.reshape(rows, length, arch.num_kv_heads, groups, arch.head_dim).transpose(0, 2, 3, 1, 4)
-        k_BKSH = placed(k_BTKH).transpose(0, 2, 1, 3)
-        v_BKSH = project("v", arch.num_kv_heads).transpose(0, 2, 1, 3)
+        k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
         if cache is not None:
             slot = (jnp.int32(0), jnp.int32(0), cache.used, jnp.int32(0))
             k_BKSH = lax.dynamic_update_slice(cache.keys, k_BKSH, slot)
@@ -142,7 +166,7 @@ class Attention(nn.Module):
         scores = jnp.where(sight.mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH).reshape(rows, length, arch.num_heads * arch.head_dim)
-        return dense(arch.hidden_size, arch.attention_out_bias, self.dtype, "o")(mixed), cache
+        return out(mixed), cache
 
 
 class MLP(nn.Module):
@@ -171,6 +195,7 @@ class Block(nn.Module):
 
     arch: ArchConfig
     dtype: Any
+    kernel: AttentionKernel
 
     @nn.compact
     def __call__(
@@ -182,72 +207,11 @@ class Block(nn.Module):
         def norm(name: str, x: Array) -> Array:
             return Norm(arch.norm, arch.norm_eps, dtype, name=name)(x)
 
-        mixed, cache = Attention(arch, dtype, name="attention")(norm("attention_norm", x_BTD), sight, cache)
+        mixed, cache = Attention(arch, dtype, self.kernel, name="attention")(
+            norm("attention_norm", x_BTD), sight, cache
+        )
         if arch.parallel_residual:
             return x_BTD + mixed + MLP(arch, dtype, name="mlp")(norm("mlp_norm", x_BTD)), cache
         x_BTD = x_BTD + (norm("attention_post_norm", mixed) if arch.post_norms else mixed)
         wide = MLP(arch, dtype, name="mlp")(norm("mlp_norm", x_BTD))
         return x_BTD + (norm("mlp_post_norm", wide) if arch.post_norms else wide), cache
-
-
-def matmul(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], out: Any) -> Float[Array, "*B O"]:
-    """x · kernel, summed and returned in ``out``. Its gradients are computed in the dtypes of ``x`` and ``kernel``.
-
-    JAX's own gradient of the kernel is (∂yᵀ · x)ᵀ, which XLA on a CPU does at a third of the speed of xᵀ · ∂y.
-    And it would make x again, column by column, where x was not kept, which takes twice as long as the product itself.
-    """
-    return _matmul(x, kernel, out)
-
-
-def _product(x: Array, kernel: Array, out: Any) -> Array:
-    return _contract(x, kernel, (x.ndim - 1,), (0,), out)
-
-
-def _matmul_forward(x: Array, kernel: Array, out: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, out), (x, kernel)
-
-
-def _matmul_backward(out: Any, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    del out
-    x, kernel = lax.optimization_barrier(saved)
-    gradient, rows = gradient.astype(x.dtype), tuple(range(x.ndim - 1))
-    return (
-        _contract(gradient, kernel, (x.ndim - 1,), (1,), x.dtype),
-        _contract(x, gradient, rows, rows, kernel.dtype),
-    )
-
-
-def _contract(a: Array, b: Array, of_a: tuple[int, ...], of_b: tuple[int, ...], out: Any) -> Array:
-    return lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=out)
-
-
-_matmul: Any = jax.custom_vjp(_product, nondiff_argnums=(2,))
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-class Linear(nn.Module):
-    """x · kernel + bias, and scale · (x · a) · b more where the parameters hold an adapter. Hu et al. 2021, eq. 3."""
-
-    features: int
-    use_bias: bool
-    dtype: Any
-    out: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        kernel = self.param("kernel", NORMAL, (x.shape[-1], self.features), jnp.float32)
-        x = x.astype(self.dtype)
-        y = matmul(x, kernel.astype(self.dtype), self.out)
-        if self.has_variable("params", "lora_a"):
-            adapter = (self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale"))
-            a, b, scale = (leaf.astype(self.dtype) for leaf in adapter)
-            y = y + matmul(matmul(x, a, self.dtype), b, self.dtype) * scale
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
-        return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
-
-
-def dense(features: int, use_bias: bool, dtype: Any, name: str) -> Linear:
-    """A linear map, computed in ``dtype``."""
-    return Linear(features, use_bias, dtype, dtype, name=name)

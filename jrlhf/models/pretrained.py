@@ -13,6 +13,7 @@ from jrlhf.models.functions import abstract_params, decoder_fns
 from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, find_folder, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import write_folder
+from jrlhf.models.layers import AttentionKernel
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
@@ -41,18 +42,25 @@ class Pretrained:
     """The file and dtype of every tensor in the source, in which it is written back."""
 
 
-def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, remat: bool = False) -> Pretrained:
+def load_pretrained(
+    path: str | Path,
+    *,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+    attention: AttentionKernel = "xla",
+) -> Pretrained:
     """Read a folder or hub id. With ``mesh`` the parameters are born sharded by the family's rules.
 
     A PEFT folder gives its base model with the adapters merged in.
 
     ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: whole
-    layers are computed again in the backward pass. ValueError where config or tensors do not fit, FileNotFoundError
-    where they are missing.
+    layers are computed again in the backward pass. ``attention``: as in ``decoder_fns``. ValueError where config or
+    tensors do not fit, FileNotFoundError where they are missing.
     """
     folder = find_folder(path)
     if is_adapter_folder(folder):
-        base = load_pretrained(base_of(folder), dtype=dtype, mesh=mesh, remat=remat)
+        base = load_pretrained(base_of(folder), dtype=dtype, mesh=mesh, remat=remat, attention=attention)
         return replace(base, params=merge_adapters(insert_adapter(base.params, base.arch, folder)))
     config = read_config(folder)
     arch = arch_from_hf(config)
@@ -62,7 +70,7 @@ def load_pretrained(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, r
     shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
     tensors = open_tensors(folder, arch)
     params = read_tree(tensors, arch, language_model_table(arch), shapes, shardings)
-    fns = decoder_fns(arch, dtype=dtype, remat=remat)
+    fns = decoder_fns(arch, dtype=dtype, remat=remat, attention=attention)
     return Pretrained(
         params=params,
         apply_fn=fns.apply_fn,

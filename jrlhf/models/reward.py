@@ -18,6 +18,7 @@ from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_p
 from jrlhf.models.hf import TOKENIZER_FILES, Stored, find_folder, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import write_folder
+from jrlhf.models.layers import AttentionKernel
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, reward_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
@@ -76,11 +77,18 @@ def normalise_reward(model: RewardModel, *, gain: float, bias: float) -> RewardM
     return replace(model, params=params, gain=model.gain * gain, bias=model.bias * gain + bias)
 
 
-def load_reward_model(path: str | Path, *, dtype: Any, mesh: Mesh | None = None, remat: bool = False) -> RewardModel:
+def load_reward_model(
+    path: str | Path,
+    *,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+    attention: AttentionKernel = "xla",
+) -> RewardModel:
     """Read a sequence-classification folder or hub id with one label; the rest is as in ``load_pretrained``."""
     folder = find_folder(path)
     if is_adapter_folder(folder):
-        base = load_pretrained(base_of(folder), dtype=dtype, mesh=mesh, remat=remat)
+        base = load_pretrained(base_of(folder), dtype=dtype, mesh=mesh, remat=remat, attention=attention)
         model = reward_from_pretrained(base, jax.random.key(0))
         return replace(model, params=merge_adapters(insert_adapter(model.params, model.arch, folder)))
     config = read_config(folder)
@@ -97,7 +105,7 @@ def load_reward_model(path: str | Path, *, dtype: Any, mesh: Mesh | None = None,
     )
     return RewardModel(
         params=params,
-        score_fn=decoder_fns(arch, dtype=dtype, remat=remat).score_fn,
+        score_fn=decoder_fns(arch, dtype=dtype, remat=remat, attention=attention).score_fn,
         config=config,
         arch=arch,
         source=folder,

@@ -2,7 +2,7 @@
 
 from jrlhf.parallel.compilation import Compilations, counted_compilations
 from jrlhf.parallel.mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, replicated, shard_batch
-from jrlhf.parallel.peaks import Peaks, device_peaks, measured_peaks
+from jrlhf.parallel.peaks import Peaks, device_peaks, known_peaks, measured_peaks
 from jrlhf.parallel.sharding import Rules, init_sharded, leaf_spec, tree_shardings
 from jrlhf.parallel.step import Step, jit_step
 
@@ -18,6 +18,7 @@ __all__ = [
     "device_peaks",
     "init_sharded",
     "jit_step",
+    "known_peaks",
     "leaf_spec",
     "make_mesh",
     "measured_peaks",

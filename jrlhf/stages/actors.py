@@ -14,6 +14,7 @@ from jrlhf.data import load_tokenizer
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.run import model_source
+from jrlhf.stages.start import computed
 from jrlhf.types import Params, PPOParams, TrainState
 
 
@@ -47,8 +48,8 @@ def load_actors(config: Config, mesh: Mesh) -> Actors:
             f"ppo.value_from: the value network reads the policy's tokens, but {reward_source} has another vocabulary "
             f"than {source}; take policy"
         )
-    policy = load_pretrained(source, dtype=ppo.model.dtype, mesh=mesh, remat=ppo.model.remat)
-    reward = load_reward_model(reward_source, dtype=ppo.reward.dtype, mesh=mesh, remat=ppo.reward.remat)
+    policy = load_pretrained(source, mesh=mesh, **computed(ppo.model, mesh, key="ppo.model"))
+    reward = load_reward_model(reward_source, mesh=mesh, **computed(ppo.reward, mesh, key="ppo.reward"))
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
     value = reward if from_reward else blank_value(policy)
     return Actors(policy, reward, value, tokenizer, None if same else reward_tokenizer)

@@ -36,6 +36,7 @@ def run_generate(args: GenerateConfig) -> None:
         seed=args.seed,
         mesh=mesh,
         batch_size=args.batch_size,
+        show_progress=len(prompts) * args.samples > args.batch_size,
     )
     with _output(args.out) as out:
         out.writelines(json_line(row | {"completions": c}) for row, c in zip(prompts.shown, drawn, strict=True))
@@ -50,7 +51,8 @@ def run_score(args: ScoreConfig) -> None:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     model = load_reward_model(source, dtype=args.dtype, mesh=mesh)
     check_length(model.arch, int(texts.lengths.max()), key="max_length")
-    scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size)
+    shown = len(texts) > args.batch_size
+    scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size, show_progress=shown)
     with _output(args.out) as out:
         out.writelines(json_line(row | {"score": float(s)}) for row, s in zip(texts.shown, scores, strict=True))
 

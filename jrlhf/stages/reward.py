@@ -45,7 +45,7 @@ from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.run import model_source, open_stage, read_summary, stage_folder, write_json
 from jrlhf.stages.scoring import score_texts
-from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.steps import make_reward_step, score_completions
 from jrlhf.types import PackedRankingBatch, Params
 
@@ -65,7 +65,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         tokenizer = load_tokenizer(source)
         rows = load_rankings(reward.data, reward.data.train, tokenizer)
         heldout = load_rankings(reward.data, reward.data.eval, tokenizer) if reward.data.eval else None
-        base = load_pretrained(source, dtype=reward.model.dtype, mesh=mesh, remat=reward.model.remat)
+        base = load_pretrained(source, mesh=mesh, **computed(reward.model, mesh, key="reward.model"))
         model = reward_from_pretrained(base, jax.random.key(config.seed))
         check_length(model.arch, int(rows.lengths.max()), key="reward.data.max_length")
 
@@ -192,7 +192,8 @@ def _normalise(config: Config, model: RewardModel, tokenizer: Any, mesh: Mesh) -
         return model, ""
     # A sampler may answer with nothing, or with a byte that is no text: such answers are counted and left out.
     texts = load_texts(replace(config.reward.data, on_bad_row="skip"), source, tokenizer)
-    scores = score_texts(model, texts, mesh=mesh, batch_size=config.reward.batch_size)
+    batch_size, show_progress = config.reward.batch_size, config.reward.log.progress
+    scores = score_texts(model, texts, mesh=mesh, batch_size=batch_size, show_progress=show_progress)
     spread = float(scores.std())
     if not spread > 0:
         raise ValueError(f"reward.normalise: all {len(scores)} texts of {source} have the same score")

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import SamplingConfig
 from jrlhf.data import PromptRows, stop_token_ids
+from jrlhf.metrics import progress
 from jrlhf.parallel import batch_sharding, shard_batch
 from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.steps import make_generate
@@ -68,15 +69,20 @@ def answers(
     seed: int,
     mesh: Mesh,
     batch_size: int,
+    show_progress: bool,
 ) -> list[list[str]]:
     """``samples`` answers to each prompt, as text, in the order of the prompts."""
     found: list[list[str]] = [[] for _ in range(len(prompts))]
     batch_size = device_multiple(min(batch_size, len(prompts)), mesh)
-    for draw in range(samples):
-        key = jax.random.fold_in(jax.random.key(seed), draw)
-        batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)
-        for indices, real, generation in batches:
-            for index, keep, (_, answer) in zip(indices, real, texts_of(tokenizer, generation), strict=True):
-                if keep:
-                    found[index].append(answer)
+    total, done = samples * len(prompts), 0
+    with progress(total, "Answers", start=0, enabled=show_progress, unit="answers", to_stderr=True) as bar:
+        for draw in range(samples):
+            key = jax.random.fold_in(jax.random.key(seed), draw)
+            batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)
+            for indices, real, generation in batches:
+                for index, keep, (_, answer) in zip(indices, real, texts_of(tokenizer, generation), strict=True):
+                    if keep:
+                        found[index].append(answer)
+                done += int(real.sum())
+                bar.update(done)
     return found

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from jrlhf.core import at_last_token
 from jrlhf.data import BadRow, DataError, Encoder, PromptRows, TextRows
 from jrlhf.data.ragged import Ragged
+from jrlhf.metrics import progress
 from jrlhf.models import RewardModel
 from jrlhf.parallel import batch_sharding, shard_batch
 from jrlhf.stages.actors import Actors
@@ -68,12 +69,16 @@ def padded_width(longest: int, limit: int) -> int:
     return min(width, limit)
 
 
-def score_texts(model: RewardModel, texts: TextRows, *, mesh: Mesh, batch_size: int) -> np.ndarray:
+def score_texts(model: RewardModel, texts: TextRows, *, mesh: Mesh, batch_size: int, show_progress: bool) -> np.ndarray:
     """One score a text, in the order of the rows."""
     score = jax.jit(model.score)
     scores = np.zeros(len(texts), np.float64)
     batch_size = device_multiple(min(batch_size, len(texts)), mesh)
-    for indices, real in covering_batches(texts.lengths, batch_size=batch_size, limit=0):
-        tokens, mask = shard_batch(texts.batch(indices), mesh)
-        scores[indices[real]] = np.asarray(score(model.params, tokens, mask))[real]
+    total, done = len(texts), 0
+    with progress(total, "Scores", start=0, enabled=show_progress, unit="texts", to_stderr=True) as bar:
+        for indices, real in covering_batches(texts.lengths, batch_size=batch_size, limit=0):
+            tokens, mask = shard_batch(texts.batch(indices), mesh)
+            scores[indices[real]] = np.asarray(score(model.params, tokens, mask))[real]
+            done += int(real.sum())
+            bar.update(done)
     return scores

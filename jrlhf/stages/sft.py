@@ -22,7 +22,7 @@ from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, write_json
 from jrlhf.stages.sampling import answers, jit_generate
-from jrlhf.stages.start import check_length, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.types import Params, SFTBatch
 
@@ -43,7 +43,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         tokenizer = load_tokenizer(source)
         rows = load_sft(sft.data, sft.data.train, tokenizer, train_on=sft.train_on)
         heldout = load_sft(sft.data, sft.data.eval, tokenizer, train_on=sft.train_on) if sft.data.eval else None
-        model = load_pretrained(source, dtype=sft.model.dtype, mesh=mesh, remat=sft.model.remat)
+        model = load_pretrained(source, mesh=mesh, **computed(sft.model, mesh, key="sft.model"))
         check_length(model.arch, int(rows.lengths.max()), key="sft.data.max_length")
 
         batches = pack_sft(rows, sft.pack_length) if sft.pack_length else rows
@@ -145,7 +145,15 @@ def _sample_writer(
 
     def write(params: Params, number: int) -> None:
         drawn = answers(
-            generate, params, prompts, tokenizer, samples=1, seed=seed, mesh=mesh, batch_size=sft.batch_size
+            generate,
+            params,
+            prompts,
+            tokenizer,
+            samples=1,
+            seed=seed,
+            mesh=mesh,
+            batch_size=sft.batch_size,
+            show_progress=False,
         )
         rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, drawn, strict=True)]
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as out:
@@ -168,6 +176,7 @@ def _write_candidates(config: Config, model: Pretrained, tokenizer: Any, folder:
         seed=config.seed,
         mesh=mesh,
         batch_size=sft.batch_size,
+        show_progress=sft.log.progress,
     )
     rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
     (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")

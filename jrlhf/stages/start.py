@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jrlhf.config import Config
+from jrlhf.config import Config, ModelConfig
 from jrlhf.config_io import ConfigError, to_yaml
 from jrlhf.models import ArchConfig
 from jrlhf.parallel import Rules, init_sharded, jit_step, make_mesh, replicated, tree_shardings
@@ -25,6 +25,17 @@ def mesh_of(config: Config) -> Mesh:
     """The mesh a config asks for, over all devices."""
     axes = config.mesh
     return make_mesh(data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
+
+
+def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
+    """How a model is computed with: keywords of ``load_pretrained`` and ``load_reward_model``.
+
+    ConfigError, which names ``key``, where this machine cannot.
+    """
+    platform = mesh.devices.flat[0].platform
+    if model.attention == "cudnn" and (platform != "gpu" or model.dtype != "bfloat16"):
+        raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {platform} and {model.dtype}")
+    return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention}
 
 
 def start_training(

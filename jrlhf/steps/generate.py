@@ -64,6 +64,7 @@ def make_generate(
         rows, prompt_length = prompts.shape
         total = prompt_length + max_new_tokens
         prompt_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        params = decode_fns.prepare(params)
         cache = decode_fns.init_cache(rows, total)
         logits, cache = decode_fns.decode(params, prompts, positions_from_mask(mask), cache)
 

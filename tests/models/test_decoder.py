@@ -25,6 +25,7 @@ from jrlhf.models import (
 from jrlhf.models.arch import Rope
 from jrlhf.models.rope import inverse_frequencies
 from jrlhf.steps import make_generate
+from jrlhf.types import DecodeFns
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,21 @@ def test_sampler_logprobs_equal_the_forward(fns, params):
     difference = jnp.where(out.response_mask, logprobs - out.logprobs, 0.0)
     assert float(jnp.max(jnp.abs(difference))) < 1e-5
     assert float(jnp.min(out.logprobs)) < -0.5
+
+
+def test_weights_that_are_cast_once_give_the_same_tokens(arch, params):
+    """In bfloat16 a step of decoding reads half the bytes; norms keep their float32 scales."""
+    tokens, _, mask = batch()
+    fns = decoder_fns(arch, dtype="bfloat16", remat=False).decode_fns
+    kinds = {path[-1].key: leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(fns.prepare(params))}
+    assert kinds["kernel"] == kinds["embed"] == "bfloat16"
+    assert kinds["scale"] == "float32"
+    settings = {"max_new_tokens": 6, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": (), "pad_token": 0}
+    found, expected = (
+        jax.jit(make_generate(given, **settings))(params, tokens, mask, jax.random.key(2))
+        for given in (fns, DecodeFns(fns.init_cache, fns.decode))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize(("tied", "columns"), [(True, 1), (False, 4)])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.models.layers import matmul
+from jrlhf.models.linear import matmul
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])

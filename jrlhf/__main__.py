@@ -1,0 +1,7 @@
+"""``python -m jrlhf``: the command ``jrlhf``, by the interpreter at hand."""
+
+import sys
+
+from jrlhf.cli import main
+
+sys.exit(main())
