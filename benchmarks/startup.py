@@ -59,12 +59,13 @@ def sft_command(folder: Path, run: Path, args) -> list[str]:
         "sft.model.dtype": args.dtype,
         "sft.data.train": folder / "rows.jsonl",
         "sft.data.max_length": args.length,
-        "sft.batch-size": args.batch,
+        "sft.batch_size": args.batch,
         "sft.epochs": 1.0,
         "sft.log.every": 1,
+        "sft.log.progress": "false",
     }
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    return [*JRLHF, "sft", *flags, "--sft.log.no-progress"]
+    return [*JRLHF, "sft", *flags]
 
 
 def to_first_step(command: list[str], run: Path, cache: Path, *, limit: float = 300.0) -> float:

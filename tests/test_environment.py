@@ -35,7 +35,8 @@ def start(cache: Path) -> list[str]:
 
 def test_a_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
     (result, hits), (again, found) = start(tmp_path), start(tmp_path)
-    assert (hits, found) == ("0", "1")
+    # Every program is kept, the small ones around this one too.
+    assert int(found) > int(hits)
     assert result == again
     assert any((tmp_path / "compiled").iterdir())
 
@@ -52,7 +53,7 @@ def test_a_cache_of_the_user_s_own_stays(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("JRLHF_CACHE", str(tmp_path))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "7")
     keep_compiled_programs()
-    assert [os.environ[name] for name in names] == [str(tmp_path / "compiled"), "0.2", "7"]
+    assert [os.environ[name] for name in names] == [str(tmp_path / "compiled"), "0", "7"]
 
 
 def test_a_process_restarts_once_with_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,20 +1,22 @@
-"""A user's own module as the protocols of ``jrlhf.types``. Equinox is imported only by those who use it.
+"""A user's own module as the protocols of ``jrlhf.types``. NNX and Equinox are imported only by those who use them.
 
 A module is called with ``tokens`` and the mask of real tokens, and returns logits (an ``ApplyFn``) or one scalar at
 every position (a ``ScoreFn``). Positions and attention must follow from the mask: ``jrlhf.core.positions_from_mask``.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.types import ApplyFn, DecodeFns, Params
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 ModuleFn = Callable[[Params, Array, Array], Array]
 """``(params, tokens [B, T], mask [B, T]) -> [B, T, V]`` or ``[B, T]``: an ``ApplyFn`` or a ``ScoreFn``."""
@@ -30,11 +32,13 @@ def from_linen(module: nn.Module) -> ModuleFn:
     return fn
 
 
-def from_nnx(module: nnx.Module) -> tuple[Params, ModuleFn]:
+def from_nnx(module: "nnx.Module") -> tuple[Params, ModuleFn]:
     """Flax NNX: ``module(tokens, mask)`` on a batch. The module itself stays as it is.
 
     The params are its ``nnx.Param`` state; other state is held as it is now, and the module is in evaluation mode.
     """
+    from flax import nnx
+
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
 
     def fn(params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], /) -> Float[Array, "B T *V"]:

@@ -16,6 +16,9 @@ from jrlhf.models.arch import Activation, ArchConfig, NormKind
 from jrlhf.models.linear import dense
 from jrlhf.models.rope import Angles
 
+QUERIES, MOST_BLOCKS = 256, 8
+"""Queries a block of attention has at least, and blocks at most: of long sequences nearly half is never computed."""
+
 AttentionKernel = Literal["xla", "cudnn"]
 """What computes attention where nothing is cached: XLA's own operations, or cuDNN's fused ones on a GPU."""
 
@@ -121,6 +124,41 @@ def fused_attention(
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, is_causal=True, implementation=implementation)
 
 
+def attend(
+    q_BKGTH: Float[Array, "B K G T H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    mask: Bool[Array, "B 1 1 T S"],
+    *,
+    cap: float | None,
+) -> Float[Array, "B T K G H"]:
+    """softmax(q · kᵀ) · v of scaled queries over the keys that each may see."""
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    # The lowest finite number, not -inf: a query that attends to nothing averages everything and stays finite.
+    scores = jnp.where(mask, soft_cap(scores, cap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_BKGTH.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)
+
+
+def causal_attend(
+    q_BKGTH: Float[Array, "B K G T H"],
+    k_BKTH: Float[Array, "B K T H"],
+    v_BKTH: Float[Array, "B K T H"],
+    mask: Bool[Array, "B 1 1 T T"],
+    *,
+    cap: float | None,
+) -> Float[Array, "B T K G H"]:
+    """``attend`` within sequences in whose order positions rise: no block of queries looks at keys behind its last."""
+    length = mask.shape[-1]
+    size = max(QUERIES, -(-length // MOST_BLOCKS))
+    blocks = [
+        attend(q_BKGTH[..., start:end, :], k_BKTH[:, :, :end], v_BKTH[:, :, :end], mask[..., start:end, :end], cap=cap)
+        for start in range(0, length, size)
+        for end in (min(start + size, length),)
+    ]
+    return jnp.concatenate(blocks, axis=1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention. Ainslie et al. 2023."""
 
@@ -160,13 +198,10 @@ class Attention(nn.Module):
             k_BKSH = lax.dynamic_update_slice(cache.keys, k_BKSH, slot)
             v_BKSH = lax.dynamic_update_slice(cache.values, v_BKSH, slot)
             cache = LayerCache(k_BKSH, v_BKSH, cache.used)
-        scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-        scores = soft_cap(scores, arch.attention_softcap)
-        # The lowest finite number, not -inf: a query that attends to nothing averages everything and stays finite.
-        scores = jnp.where(sight.mask, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH).reshape(rows, length, arch.num_heads * arch.head_dim)
-        return out(mixed), cache
+            mixed = attend(q_BKGTH, k_BKSH, v_BKSH, sight.mask, cap=arch.attention_softcap)
+        else:
+            mixed = causal_attend(q_BKGTH, k_BKSH, v_BKSH, sight.mask, cap=arch.attention_softcap)
+        return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), cache
 
 
 class MLP(nn.Module):

@@ -70,7 +70,7 @@ def known_peaks(kind: str, count: int) -> Peaks | None:
 
 @cache
 def _cpu_peaks(dtype: str) -> Peaks:
-    return measured_peaks(dtype, size=1024, megabytes=64, repeats=5)
+    return measured_peaks(dtype, size=1024, megabytes=32, repeats=3)
 
 
 def measured_peaks(dtype: str, *, size: int, megabytes: int, repeats: int) -> Peaks:

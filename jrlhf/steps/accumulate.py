@@ -59,7 +59,8 @@ def accumulate_gradients(
     ``loss_fn`` returns Σ loss / N over its slice, N being the count of the whole batch: then N, and with it the loss,
     is the same for any number of slices, any padding and any sharding. ``used``: slices from here on are left out.
     """
-    gradient = jax.value_and_grad(lambda trained, part: loss_fn(combine(trained, frozen), part), has_aux=True)
+    # Jitted, so that it is traced once for its shapes and for the loop.
+    gradient = jax.jit(jax.value_and_grad(lambda trained, part: loss_fn(combine(trained, frozen), part), has_aux=True))
     if slices == 1:
         (_, sums), grads = gradient(params, batch)
         return grads, sums

@@ -1,6 +1,7 @@
-"""Attention by a fused kernel: the same results by jax.nn's own XLA form of it, and never a silent fallback."""
+"""Attention in blocks and by a fused kernel, against a loop; and a kernel never falls back in silence."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from jrlhf.core import positions_from_mask
-from jrlhf.models import decoder_fns, init_params
-from jrlhf.models.layers import attention_mask, fused_attention
+from jrlhf.models import decoder_fns, init_params, layers
+from jrlhf.models.layers import attention_mask, causal_attend, fused_attention
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 3, 6, 4, 2, 8
 RIGHT = np.arange(LENGTH)[None] < np.array([[6], [3], [1]])
@@ -27,9 +28,22 @@ def by_hand(q, k, v, mask):
     return out
 
 
+def in_blocks(q, k, v, seen):
+    """``causal_attend`` in the form of ``fused_attention``."""
+    q_BKGTH = q.reshape(ROWS, LENGTH, KV_HEADS, HEADS // KV_HEADS, WIDTH).transpose(0, 2, 3, 1, 4)
+    found = causal_attend(q_BKGTH, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), seen, cap=None)
+    return found.reshape(ROWS, LENGTH, HEADS, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("attention", "queries", "most"),
+    [(partial(fused_attention, implementation="xla"), 0, 0), (in_blocks, 2, 3), (in_blocks, 4, 8), (in_blocks, 1, 2)],
+)
 @pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
-def test_it_is_attention_over_what_each_query_sees(layout, window):
+def test_it_is_attention_over_what_each_query_sees(monkeypatch, attention, queries, most, layout, window):
+    monkeypatch.setattr(layers, "QUERIES", queries)
+    monkeypatch.setattr(layers, "MOST_BLOCKS", most)
     segments = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 2, 3, 3, 0, 0]], np.int32)
     mask = {"right": RIGHT, "left": RIGHT[:, ::-1], "packed": segments}[layout]
     positions = positions_from_mask(jnp.asarray(mask))
@@ -41,7 +55,7 @@ def test_it_is_attention_over_what_each_query_sees(layout, window):
     q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
 
     def total(q, k, v):
-        found = fused_attention(q, k, v, seen, implementation="xla")
+        found = attention(q, k, v, seen)
         return jnp.sum(jnp.where((mask > 0)[:, :, None, None], found, 0.0)), found
 
     (_, found), gradients = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)
