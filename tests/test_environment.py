@@ -35,8 +35,9 @@ def start(cache: Path) -> list[str]:
 
 def test_a_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
     (result, hits), (again, found) = start(tmp_path), start(tmp_path)
-    # Every program is kept, the small ones around this one too.
-    assert int(found) > int(hits)
+    assert hits == "0"
+    # The small programs around this one are kept too.
+    assert int(found) > 1
     assert result == again
     assert any((tmp_path / "compiled").iterdir())
 
