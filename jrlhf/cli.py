@@ -24,6 +24,7 @@ from jrlhf.config import (
 )
 from jrlhf.config_io import ConfigError
 from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages
+from jrlhf.lock import RunLocked
 from jrlhf.suggest import did_you_mean
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -206,10 +207,7 @@ def is_usage_error(error: Exception) -> bool:
 
     A ValueError from inside a library, or from an array operation, is a failure of the program instead.
     """
-    checkpoint = sys.modules.get("jrlhf.checkpoint")
-    if checkpoint is not None and isinstance(error, checkpoint.RunLocked):
-        return True
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | ConfigError):
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | ConfigError | RunLocked):
         return True
     frames = [*traceback.walk_tb(error.__traceback__)]
     if not isinstance(error, ValueError) or not frames:

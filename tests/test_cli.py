@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jrlhf import __version__, cli
-from jrlhf.checkpoint import RunLocked
 from jrlhf.cli import COMMANDS, main
 from jrlhf.cli_args import STAGES
 from jrlhf.config import (
@@ -24,6 +23,7 @@ from jrlhf.config import (
     VerifyConfig,
 )
 from jrlhf.config_io import ConfigError, flag_types
+from jrlhf.lock import RunLocked
 
 TOOLS = {
     "generate": GenerateConfig,

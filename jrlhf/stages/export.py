@@ -46,6 +46,7 @@ def run_export(args: ExportConfig) -> None:
         step = checkpoints.latest_step() if args.step == -1 else args.step
         if step is None or not (checkpoints.folder / str(step)).is_dir():
             raise ConfigError(f"step: {checkpoints.folder} has no checkpoint{f' {step}' if step else ''}")
+        checkpoints.check(step)
         _export_step(config, stage, checkpoints, step, out)
 
 

@@ -122,6 +122,7 @@ def run_loop(
                 writer.write(start, first)
             window = Window(loop.rates)
             for done in range(start + 1, loop.total + 1):
+                checkpoints.surface()
                 state, metrics = loop.advance(state, done - 1)
                 window.add(metrics)
                 ends = done == loop.total or bool(stop)
@@ -150,7 +151,7 @@ def run_loop(
 
 def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
     """The newest saved state and what was known then, or ``state`` and nothing."""
-    newest = checkpoints.latest_step()
+    newest = checkpoints.newest_sound_step()
     if newest is None:
         return state, {"first": {}, "last": {}, "seconds": 0.0}
     restored: RunState = checkpoints.restore(newest, abstract(saved_part(state)))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jrlhf import assets
-from jrlhf.checkpoint import run_lock
 from jrlhf.config import CheckpointConfig, Config, DataConfig, LogConfig, MeshConfig, PPOConfig, RewardConfig, SFTConfig
 from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
+from jrlhf.lock import run_lock
 
 StageName = Literal["sft", "reward", "ppo"]
 

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from jrlhf.checkpoint import Checkpoints, run_lock
+from jrlhf.checkpoint import Checkpoints
 from jrlhf.config import Config, ExportConfig, GenerateConfig, SamplingConfig, ScoreConfig
 from jrlhf.config_io import ConfigError, to_yaml
 from jrlhf.data import load_tokenizer
+from jrlhf.lock import run_lock
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.stages import ppo_iteration, sft
