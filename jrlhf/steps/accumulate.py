@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jrlhf.core import combine
-from jrlhf.types import Metrics, Params
+from jrlhf.types import Metrics, Params, TrainState
 
 
 class Sums(NamedTuple):
@@ -79,10 +79,23 @@ def accumulate_gradients(
 
 
 def apply_gradients(
-    tx: optax.GradientTransformation, params: Params, opt_state: Any, grads: Params
-) -> tuple[Params, Any]:
-    """One optimizer update."""
+    tx: optax.GradientTransformation, state: TrainState, grads: Params, loss: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update, and ``{"grad_norm", "skipped"}``.
+
+    Where the loss, or the gradient's norm, is not finite, nothing moves, neither parameters nor optimizer nor ``step``,
+    and ``skipped`` is 1.
+    """
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(norm) & jnp.isfinite(loss)
     # Optax raises Python floats to integer counts, which strict promotion, where the caller has set it, would refuse.
     with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+    moved = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+    return select(sound, moved, state), {"grad_norm": norm, "skipped": 1.0 - sound.astype(jnp.float32)}
+
+
+def select(condition: Bool[Array, ""], when_true: Any, when_false: Any) -> Any:
+    """``jnp.where`` on every leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), when_true, when_false)

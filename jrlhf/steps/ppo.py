@@ -15,7 +15,7 @@ from jrlhf.core import (
     ppo_policy_loss,
     ppo_value_loss,
 )
-from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, no_sums
+from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, no_sums, select
 from jrlhf.steps.packing import packed_layout
 from jrlhf.steps.sft import nll_sum, trained_tokens
 from jrlhf.types import (
@@ -49,6 +49,7 @@ class Progress(NamedTuple):
     state: TrainState
     stopped: Bool[Array, ""]
     updates: Int[Array, ""]
+    skipped: Float[Array, ""]
     totals: Metrics
     maxima: Metrics
 
@@ -106,19 +107,19 @@ def make_ppo_step(
             sums = sums._replace(total=sums.total | {"loss/ptx": nll, "loss": sums.total["loss"] + ptx_coef * nll})
         return grads, sums
 
-    def update(state: TrainState, minibatch: Rollout, frozen: Params | None) -> tuple[TrainState, Sums]:
+    def update(state: TrainState, minibatch: Rollout, frozen: Params | None) -> tuple[TrainState, Sums, jax.Array]:
         grads, sums = gradients(state.params, minibatch, frozen)
-        params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
+        moved, applied = apply_gradients(tx, state, grads, sums.total["loss"])
+        params, ema = moved.params, state.ema
         if critic_warmup_updates:
             # A select, not a factor: weight decay and momentum must not move the policy either.
             warm = state.step < critic_warmup_updates
-            policy = jax.tree.map(lambda new, old: jnp.where(warm, old, new), params.policy, state.params.policy)
-            params = params._replace(policy=policy)
-        ema = state.ema
+            params = params._replace(policy=select(warm, state.params.policy, params.policy))
         if ema_decay is not None and ema is not None:
-            ema = optax.incremental_update(params.policy, ema, 1.0 - ema_decay)
-        sums.total["grad_norm"] = optax.tree.norm(grads)
-        return TrainState(params, opt_state, state.step + 1, ema), sums
+            average = optax.incremental_update(params.policy, ema, 1.0 - ema_decay)
+            ema = select(applied["skipped"] > 0, ema, average)
+        sums.total["grad_norm"] = applied["grad_norm"]
+        return moved._replace(params=params, ema=ema), sums, applied["skipped"]
 
     def step(state: TrainState, rollout: Rollout, key: Key) -> tuple[TrainState, Metrics]:
         if ptx_coef and rollout.ptx is None:
@@ -128,41 +129,40 @@ def make_ppo_step(
         batches = shuffled_minibatches(rollout, key, epochs=epochs, minibatches=minibatches)
         # Out of the loop's carry: what no update moves need not be handed from one to the next.
         frozen, state = state.frozen, state._replace(frozen=None)
-        _, shapes = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches), frozen)
+        _, shapes, _ = jax.eval_shape(update, state, jax.tree.map(lambda x: x[0], batches), frozen)
 
         def visit(progress: Progress, minibatch: Rollout) -> tuple[Progress, Metrics]:
             if target_approx_kl is None:
-                new_state, sums = update(progress.state, minibatch, frozen)
+                new_state, sums, skipped = update(progress.state, minibatch, frozen)
             else:
-                new_state, sums = jax.lax.cond(
+                new_state, sums, skipped = jax.lax.cond(
                     progress.stopped,
-                    lambda: (progress.state, no_sums(shapes)),
+                    lambda: (progress.state, no_sums(shapes), jnp.float32(0.0)),
                     lambda: update(progress.state, minibatch, frozen),
                 )
             stop = progress.stopped
             if target_approx_kl is not None:
                 # Not `>`: a NaN must stop it too.
                 stop = stop | ~(sums.total["policy/approxkl"] <= target_approx_kl)
-            kept = new_state if target_approx_kl is None else _select(stop, progress.state, new_state)
-            counted = ~progress.stopped
+            kept = new_state if target_approx_kl is None else select(stop, progress.state, new_state)
+            # What an update that was not made says of itself is not finite, and no part of any mean.
+            counted = ~progress.stopped & (skipped == 0)
             totals = jax.tree.map(lambda a, b: a + jnp.where(counted, b, 0.0), progress.totals, sums.total)
             maxima = jax.tree.map(lambda a, b: jnp.where(counted, jnp.maximum(a, b), a), progress.maxima, sums.maximum)
-            done = Progress(kept, stop, progress.updates + jnp.where(counted, 1, 0), totals, maxima)
+            updates = progress.updates + jnp.where(counted, 1, 0)
+            done = Progress(kept, stop, updates, progress.skipped + skipped, totals, maxima)
             return done, sums.maximum
 
-        start = Progress(state, jnp.bool_(False), jnp.int32(0), *no_sums(shapes))
+        start = Progress(state, jnp.bool_(False), jnp.int32(0), jnp.float32(0.0), *no_sums(shapes))
         end, each = jax.lax.scan(visit, start, batches)
         seen = end.updates.astype(jnp.float32)
         metrics = {name: total / seen for name, total in end.totals.items()} | end.maxima
         metrics["policy/first_minibatch_max_abs_log_ratio"] = each["policy/max_abs_log_ratio"][0]
+        metrics["skipped"] = end.skipped
         metrics["policy/updates"] = (end.state.step - state.step).astype(jnp.float32)
         return end.state._replace(frozen=frozen), metrics
 
     return step
-
-
-def _select(condition: Array, when_true: Any, when_false: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), when_true, when_false)
 
 
 def shuffled_minibatches(rollout: Rollout, key: Key, *, epochs: int, minibatches: int) -> Rollout:

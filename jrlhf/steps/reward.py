@@ -82,9 +82,9 @@ def make_reward_step(
             return loss, Sums({"loss": loss, "accuracy": correct / pair_count, "margin": margin / pair_count}, {})
 
         grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation, frozen=state.frozen)
-        params, opt_state = apply_gradients(tx, state.params, state.opt_state, grads)
-        metrics = sums.total | {"pairs": pair_count, "grad_norm": optax.tree.norm(grads)}
-        return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+        # Frozen weights are no part of it: nothing may be selected of them.
+        moved, applied = apply_gradients(tx, state._replace(frozen=None), grads, sums.total["loss"])
+        return moved._replace(frozen=state.frozen), sums.total | applied | {"pairs": pair_count}
 
     return step
 
