@@ -25,6 +25,7 @@ from jrlhf.config import (
 from jrlhf.config_io import ConfigError
 from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages
 from jrlhf.lock import RunLocked
+from jrlhf.stages.signals import Interrupted
 from jrlhf.suggest import did_you_mean
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -116,7 +117,8 @@ def run_reporting(command: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         where = f": {error}" if str(error) else ""
         complain(f"{command} interrupted{where}{'; the same command resumes it' if command in RESUMABLE else ''}")
-        return INTERRUPTED
+        # 128 and the signal's number, as shells have it.
+        return 128 + error.number if isinstance(error, Interrupted) else INTERRUPTED
     except BrokenPipeError:
         # Whoever read the output (head, less) has seen enough; the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

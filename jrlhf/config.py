@@ -156,6 +156,8 @@ class SFTConfig:
     """Rows are packed into rows of so many tokens, and batch_size and microbatch count those; 0: not packed."""
     microbatch: int = 0
     """Rows a device takes at a time; 0: its whole share of the batch, on a CPU about 1,024 tokens. Same update."""
+    max_skipped: int = 3
+    """Steps in a row that are skipped, as a loss or gradient was not finite, before the run ends."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
     candidate_prompts: str = ""
@@ -182,6 +184,8 @@ class RewardConfig:
     """Rows are packed into rows of so many tokens, and batch_size and microbatch count those; 0: not packed."""
     microbatch: int = 0
     """Prompts a device takes at a time; 0: as in sft.microbatch. Same update."""
+    max_skipped: int = 3
+    """As in sft.max_skipped."""
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)², which keeps scores near 0."""
     normalise: str = ""
@@ -200,6 +204,44 @@ class KLConfig:
     """Episodes over which beta adapts."""
     estimator: Literal["k1", "k2", "k3"] = "k1"
     """Per-token estimator in the reward."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """A bound on a figure of each rollout."""
+
+    bound: float = 0.0
+    """What is crossed."""
+    patience: int = 1
+    """Rollouts in a row that cross it before anything is done."""
+    action: Literal["off", "warn", "stop", "rollback"] = "warn"
+    """warn: an event in events.jsonl and a line on stderr. stop: also, the run ends. rollback: also, it goes back to
+    the newest checkpoint of before."""
+
+
+@dataclass(frozen=True)
+class GuardsConfig:
+    """What a run is stopped or put back for."""
+
+    kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=100.0, action="rollback"))
+    """Nats a sequence to the SFT model, above bound."""
+    negative_kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=2))
+    """The same, below bound: answers do not come from the policy that is trained."""
+    entropy: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.01, patience=3))
+    """Nats a token, below bound."""
+    length: GuardConfig = field(default_factory=lambda: GuardConfig(bound=4.0, patience=3))
+    """Mean answer length: more than bound times the first rollout's, or less than the first's divided by bound."""
+    repetition: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.3, patience=3))
+    """Share of answer tokens that end a run of three seen before in the answer: so much above the first rollout's."""
+    explained_variance: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=5))
+    """Of the returns by the value network, below bound."""
+    rollbacks: int = 2
+    """So often a run goes back; then it stops. Parameters, optimizer, averages and beta are those of the checkpoint;
+    the data goes on."""
+    rollback_lr: float = 0.5
+    """Each time the learning rates are multiplied by this."""
+    rollback_beta: float = 2.0
+    """And beta by this."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +306,9 @@ class PPOConfig:
     """Weight of the SFT loss mixed into the update (PPO-ptx); 0 is off."""
     ptx: DataConfig = field(default_factory=DataConfig)
     """The text for it."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    max_skipped: int = 3
+    """Iterations in a row without an update, as a loss or gradient was not finite, before the run ends."""
 
 
 @dataclass(frozen=True)

@@ -15,39 +15,67 @@ from typing import Any, Protocol, SupportsFloat
 LINES_WITHOUT_TERMINAL = 20
 
 
+class RowLog:
+    """A file of JSON objects, a line each, that is only ever added to.
+
+    ``resume_step``: the step a run goes on from; rows after it are dropped, as they will come again. None: the run
+    starts from the beginning, and nothing of an earlier one is kept.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_after(path, -1 if resume_step is None else resume_step)
+        # O_APPEND and one write a line: a reader, or a run that is killed, never sees lines mixed up.
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Add ``{"step": .., "time": .., **row}``; it is with the operating system when this returns."""
+        line = {"step": step, "time": round(time.time(), 3), **row}
+        os.write(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
+
+    def sync(self) -> None:
+        """Return when all rows are on the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Nothing may be written after it."""
+        os.close(self._file)
+
+
 class MetricsLog:
     """``{"step": .., "time": .., name: value, ...}``, a line each, in ``folder/metrics.jsonl``; and TensorBoard.
 
     ``time`` is in seconds since 1970. JSON has no NaN and no infinity: they are written as the strings ``"nan"``,
-    ``"inf"`` and ``"-inf"``, which ``float()`` and ``read_metrics`` read back.
-
-    ``resume_step``: the step a run goes on from; what was logged after it is dropped, as it will be logged again. None:
-    the run starts from the beginning, and nothing of an earlier one is kept.
+    ``"inf"`` and ``"-inf"``, which ``float()`` and ``read_metrics`` read back. ``folder/events.jsonl`` has what is no
+    number. ``resume_step`` as in ``RowLog``; TensorBoard's files are then written anew from the rows that are kept.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
-        _drop_after(self.path, -1 if resume_step is None else resume_step)
-        # O_APPEND and one write a line: a reader, or a run that is killed, never sees lines mixed up.
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._board = _open_tensorboard(folder / "tensorboard", resume_step) if tensorboard else None
+        self._rows = RowLog(self.path, resume_step=resume_step)
+        self._events = RowLog(folder / "events.jsonl", resume_step=resume_step)
+        self._board = _open_tensorboard(folder / "tensorboard", read_metrics(self.path)) if tensorboard else None
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Log values at a step; the line is on its way to the disk when this returns."""
         values = {name: float(value) for name, value in metrics.items()}
-        row = {"step": step, "time": round(time.time(), 3)}
-        row |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-        os.write(self._file, (json.dumps(row, allow_nan=False) + "\n").encode())
+        self._rows.write(step, {name: _jsonable(value) for name, value in values.items()})
         if self._board is not None:
-            for name, value in values.items():
-                # TensorBoard's curves have no use for a NaN, and its writer prints a warning for each.
-                if math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
+            _add_scalars(self._board, step, values)
+
+    def event(self, step: int, kind: str, **told: str | int | float) -> None:
+        """Note what happened at a step."""
+        self._events.write(step, {"event": kind} | {name: _jsonable(value) for name, value in told.items()})
+
+    def sync(self) -> None:
+        """Return when all of both files is on the disk: a checkpoint must not know more than they."""
+        self._rows.sync()
+        self._events.sync()
 
     def close(self) -> None:
         """Close the files; nothing may be written after it."""
-        os.close(self._file)
+        self._rows.close()
+        self._events.close()
         if self._board is not None:
             self._board.close()
 
@@ -72,7 +100,11 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, json.loads(line)
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _jsonable(value: str | int | float) -> str | int | float:
+    return value if isinstance(value, str) or math.isfinite(value) else str(value)
+
+
+def drop_after(path: Path, step: int) -> None:
     """Rewrite the file without the rows after ``step``, and without a last line that a killed run left unfinished."""
     kept = "".join(line for line, row in _rows(path) if row["step"] <= step)
     if path.exists() and path.read_text() != kept:
@@ -81,15 +113,24 @@ def _drop_after(path: Path, step: int) -> None:
         new.replace(path)
 
 
-def _open_tensorboard(folder: Path, resume_step: int | None) -> Any:
+def _open_tensorboard(folder: Path, rows: list[dict[str, float]]) -> Any:
+    """A new file with ``rows``: what a killed run left has rows too many, and lacks those it had not written yet."""
     # Imported here: it takes half a second, and most commands log nothing.
     from tensorboardX import SummaryWriter
 
-    if resume_step is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        return SummaryWriter(str(folder), flush_secs=10)
-    # Files are named by the second: without a suffix a run resumed within one would overwrite its own past.
-    return SummaryWriter(str(folder), flush_secs=10, purge_step=resume_step + 1, filename_suffix=f".from-{resume_step}")
+    shutil.rmtree(folder, ignore_errors=True)
+    board = SummaryWriter(str(folder), flush_secs=10)
+    for row in rows:
+        values = {name: value for name, value in row.items() if name not in ("step", "time")}
+        _add_scalars(board, int(row["step"]), values, when=row["time"])
+    return board
+
+
+def _add_scalars(board: Any, step: int, values: Mapping[str, float], *, when: float | None = None) -> None:
+    for name, value in values.items():
+        # TensorBoard's curves have no use for a NaN, and its writer prints a warning for each.
+        if math.isfinite(value):
+            board.add_scalar(name, value, step, walltime=when)
 
 
 class ProgressReport(Protocol):

@@ -19,8 +19,8 @@ from jrlhf.models import (
 )
 from jrlhf.parallel import make_mesh
 from jrlhf.stages.adapters import merged, trainable
-from jrlhf.stages.loop import abstract
 from jrlhf.stages.run import StageName, model_source
+from jrlhf.stages.state import abstract
 from jrlhf.types import Params
 
 FURTHEST: tuple[StageName, ...] = ("ppo", "reward", "sft")

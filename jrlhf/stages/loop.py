@@ -1,43 +1,25 @@
 """The loop that all stages share: step, log, evaluate, save; and come back where it left."""
 
-import signal
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from jrlhf.checkpoint import BestMode, Checkpoints
-from jrlhf.config import CheckpointConfig, LogConfig
+from jrlhf.config import CheckpointConfig, GuardsConfig, LogConfig
 from jrlhf.metrics import MetricsLog, progress
-from jrlhf.parallel import counted_compilations
-from jrlhf.types import Key, Metrics, TrainState
+from jrlhf.parallel import Compilations, counted_compilations
+from jrlhf.stages.guards import GuardStop, Watch
+from jrlhf.stages.optim import rate_factor
+from jrlhf.stages.signals import Interrupted, stop_request
+from jrlhf.stages.state import RunState, abstract, saved_part
+from jrlhf.stages.window import Rate, Window
+from jrlhf.types import Metrics
 
-
-class RunState(NamedTuple):
-    """All state of a run. What is not in here is not in the checkpoint, and does not exist."""
-
-    train: TrainState
-    key: Key
-    """The run's key; step i uses ``fold_in(key, i)``."""
-    cursor: Int[Array, ""]
-    """Steps (PPO: iterations) done; with the seed it decides the next batch."""
-    kl_coef: Float[Array, ""]
-    """PPO's beta; 0 in the other stages."""
-
-
-class Rate(NamedTuple):
-    """A metric that counts, summed over the steps of a log line, as so many ``unit`` a second; it is not logged."""
-
-    of: str
-    name: str
-    unit: float = 1.0
-    during: str | None = None
-    """The metric of seconds that it is divided by; None: wall time."""
+logger = logging.getLogger(__name__)
 
 
 class Loop(NamedTuple):
@@ -49,6 +31,12 @@ class Loop(NamedTuple):
     """Step number i. It may return before the device is done: nothing here waits except to log."""
     evaluate: Callable[[RunState, int], dict[str, float]]
     """Held-out metrics after i steps; empty where there is nothing to evaluate on."""
+    guards: GuardsConfig | None
+    """Of PPO's rollouts."""
+    batch_of: Callable[[RunState, int], dict[str, np.ndarray]]
+    """What step number i reads, by name; to be dumped where it cannot be trained on."""
+    max_skipped: int
+    """Skipped steps in a row that end the run."""
     learning_rate: Callable[[int], Any]
     rates: tuple[Rate, ...]
     best_metric: str
@@ -66,39 +54,14 @@ class Outcome(NamedTuple):
     """Wall time of the loop over all attempts, compilation and evaluation included."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, and has saved its state."""
-
-
-@contextmanager
-def _stop_request() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM until the step in progress is whole; a second one stops at once."""
-    received: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are somebody else's business
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_loop(
     loop: Loop, state: RunState, *, folder: Path, log: LogConfig, checkpoint: CheckpointConfig, metadata: dict[str, Any]
 ) -> Outcome:
-    """Take ``state`` to ``loop.total`` steps, or from the newest checkpoint in ``folder`` where there is one.
+    """Take ``state`` to ``loop.total`` steps, or from the newest sound checkpoint in ``folder`` where there is one.
 
-    ``metadata`` is saved with every checkpoint. Raises ``FloatingPointError`` when a logged metric is not finite (such
-    a state is not saved) and ``Interrupted`` on SIGINT or SIGTERM (the state is).
+    ``metadata`` is saved with every checkpoint. Raises ``Interrupted`` on SIGINT or SIGTERM, when the state is saved.
+    ``FloatingPointError``, where too many steps are skipped in a row or a metric of one that was made is not finite,
+    and ``GuardStop`` leave the newest checkpoint of before.
     """
     saved = Checkpoints(
         folder / "checkpoints",
@@ -107,115 +70,164 @@ def run_loop(
         best_metric=loop.best_metric,
         best_mode=loop.best_mode,
     )
-    with saved as checkpoints, _stop_request() as stop, counted_compilations() as compiled:
+    with saved as checkpoints, stop_request() as stop, counted_compilations() as compiled:
         state, past = _resume(checkpoints, state)
         start = int(state.cursor)
-        first, last, spent = past["first"], past["last"], past["seconds"]
         with (
-            MetricsLog(folder, tensorboard=log.tensorboard, resume_step=start or None) as writer,
+            MetricsLog(folder, tensorboard=log.tensorboard, resume_step=start if past else None) as writer,
             progress(loop.total, loop.title, start=start, enabled=log.progress) as bar,
         ):
-            clock = time.perf_counter
-            began = clock() - spent
-            if not first:
-                first = last = loop.evaluate(state, start)
-                writer.write(start, first)
-            window = Window(loop.rates)
+            run = _Run(loop, state, past, folder, metadata, checkpoints, writer)
+            if not past:
+                run.begin()
             for done in range(start + 1, loop.total + 1):
-                checkpoints.surface()
-                state, metrics = loop.advance(state, done - 1)
-                window.add(metrics)
-                ends = done == loop.total or bool(stop)
-                saves = ends or done % checkpoint.every == 0
-                # What is saved is looked at first: a state that is not finite must not get there.
+                if stop:
+                    break
+                rolled_back = run.step(done)
+                ends = done == loop.total
+                saves = ends or rolled_back or done % checkpoint.every == 0
                 if saves or done % log.every == 0:
-                    line = window.close() | {"lr": float(loop.learning_rate(int(state.train.step) - 1))}
-                    line |= {"compile/programs": compiled.programs, "compile/seconds": compiled.seconds}
-                    writer.write(done, line)
-                    bar.update(done, {name: line[name] for name in loop.shown if name in line})
-                    _refuse_non_finite(line, done)
-                if done == loop.total or done % log.eval_every == 0:
-                    with window.apart("evaluation", state):
-                        last = loop.evaluate(state, done)
-                    writer.write(done, last)
+                    shown = run.write_line(done, compiled)
+                    bar.update(done, {name: shown[name] for name in loop.shown if name in shown})
+                if ends or done % log.eval_every == 0:
+                    run.evaluate(done)
                 if saves:
-                    past = {"first": first, "last": last, "seconds": clock() - began}
-                    with window.apart("checkpoint", state):
-                        checkpoints.save(done, saved_part(state), metadata=metadata | past, metrics=last)
-                if stop and done < loop.total:
-                    checkpoints.wait()
-                    raise Interrupted(f"stopped at step {done} of {loop.total}, saved in {folder / 'checkpoints'}")
-            checkpoints.wait()
-            return Outcome(state, first, last, clock() - began)
+                    run.save()
+            reached = run.wait()
+            if stop and reached < loop.total:
+                raise Interrupted(
+                    f"stopped at step {reached} of {loop.total}, saved in {folder / 'checkpoints'}", stop.number
+                )
+            return Outcome(run.state, run.first, run.last, run.seconds())
 
 
 def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
     """The newest saved state and what was known then, or ``state`` and nothing."""
     newest = checkpoints.newest_sound_step()
-    if newest is None:
-        return state, {"first": {}, "last": {}, "seconds": 0.0}
-    restored: RunState = checkpoints.restore(newest, abstract(saved_part(state)))
-    train = restored.train._replace(frozen=state.train.frozen)
-    return restored._replace(train=train), checkpoints.metadata(newest)
+    return (state, {}) if newest is None else (_restored(checkpoints, newest, state), checkpoints.metadata(newest))
 
 
-def saved_part(state: RunState) -> RunState:
-    """Without the frozen weights: they are those of the model that the config names, and never change."""
-    return state._replace(train=state.train._replace(frozen=None))
+def _restored(checkpoints: Checkpoints, step: int, like: RunState) -> RunState:
+    restored: RunState = checkpoints.restore(step, abstract(saved_part(like)))
+    return restored._replace(train=restored.train._replace(frozen=like.train.frozen))
 
 
-def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree, to restore into."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+class _Run:
+    """A run on its way: its state, and what its log and checkpoints need to know besides."""
 
+    def __init__(
+        self,
+        loop: Loop,
+        state: RunState,
+        past: Mapping[str, Any],
+        folder: Path,
+        metadata: dict[str, Any],
+        checkpoints: Checkpoints,
+        writer: MetricsLog,
+    ) -> None:
+        self._loop, self._folder, self._metadata = loop, folder, metadata
+        self._checkpoints, self._writer = checkpoints, writer
+        self.state = state
+        self.first: dict[str, float] = past.get("first", {})
+        self.last: dict[str, float] = past.get("last", {})
+        self._began = time.perf_counter() - past.get("seconds", 0.0)
+        self._skipped_in_row: int = past.get("skipped_in_row", 0)
+        self._window = Window(loop.rates, kept=past.get("window"))
+        self._watch = None if loop.guards is None else Watch(loop.guards, past.get("guards"))
+        self._saved_at = int(state.cursor)
 
-class Window:
-    """The steps since the last log line: means, maxima, counts as rates, and what share of the time went where."""
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
 
-    def __init__(self, rates: tuple[Rate, ...], clock: Callable[[], float] = time.perf_counter) -> None:
-        self._rates = rates
-        self._clock = clock
-        self._restart()
+    def begin(self) -> None:
+        """Before the first step of all: what there is to compare with, and to go back to."""
+        self.first = self.last = self._loop.evaluate(self.state, 0)
+        self._writer.write(0, self.first)
+        if self._watch is not None and self._watch.can_roll_back:
+            self.save()
 
-    def _restart(self) -> None:
-        self._steps: list[Metrics] = []
-        self._apart: dict[str, float] = {}
-        self._since = self._clock()
+    def step(self, done: int) -> bool:
+        """The step that makes ``done`` of them; whether it ended in going back to an earlier state."""
+        self._checkpoints.surface()
+        self.state, metrics = self._loop.advance(self.state, done - 1)
+        self._window.add(metrics)
+        if self._watch is None:
+            return False
+        alarms = self._watch.judge(metrics)
+        for alarm in alarms:
+            self._writer.event(done, "guard", **alarm._asdict())
+            logger.warning("step %d: %s", done, alarm)
+        if ended := [str(alarm) for alarm in alarms if alarm.action == "stop"]:
+            raise GuardStop(f"step {done}: {'; '.join(ended)}")
+        rolls_back = any(alarm.action == "rollback" for alarm in alarms)
+        if rolls_back:
+            self._roll_back(self._watch, done)
+        return rolls_back
 
-    def add(self, metrics: Metrics) -> None:
-        self._steps.append(metrics)
+    def _roll_back(self, watch: Watch, done: int) -> None:
+        saved = self._checkpoints
+        good = next((step for step in reversed(saved.steps()) if saved.metadata(step)["calm"]), None)
+        if good is None:
+            raise GuardStop(f"step {done}: no checkpoint of before the trouble is left; keep more of them")
+        saved.check(good)
+        self.state = watch.gone_back(self.state, _restored(saved, good, self.state))
+        rate, beta = float(rate_factor(self.state.train.opt_state)), float(self.state.kl_coef)
+        self._writer.event(done, "rollback", to=good, rate_factor=rate, kl_coef=beta)
+        logger.warning("step %d: back to the state of step %d, learning rate x %.3g, beta %.3g", done, good, rate, beta)
 
-    @contextmanager
-    def apart(self, name: str, state: Any) -> Iterator[None]:
-        """What the block takes is no part of any rate; ``state`` is awaited first, which belongs to the steps."""
-        jax.block_until_ready(state)
-        start = self._clock()
-        yield
-        self._apart[name] = self._apart.get(name, 0.0) + self._clock() - start
-
-    def close(self) -> dict[str, float]:
-        """Wait for the device, and start anew."""
-        steps = jax.device_get(self._steps)
-        whole = self._clock() - self._since
-        columns = {name: np.asarray([step[name] for step in steps], np.float64) for name in steps[0]}
-        counts = {rate.of for rate in self._rates}
-        line = {
-            name: float(values.max() if "max" in name else values.mean())
-            for name, values in columns.items()
-            if name not in counts
-        }
-        training = whole - sum(self._apart.values())
-        for rate in self._rates:
-            seconds = training if rate.during is None else columns[rate.during].sum()
-            line[rate.name] = float(columns[rate.of].sum() / seconds / rate.unit)
-        phases = {name: columns[name].sum() for name in columns if name.startswith("seconds/")}
-        phases |= {f"seconds/{name}": seconds for name, seconds in self._apart.items()}
-        line |= {name.replace("seconds/", "share/"): float(seconds / whole) for name, seconds in phases.items()}
-        self._restart()
+    def write_line(self, done: int, compiled: Compilations) -> dict[str, float]:
+        """Log the steps since the last line; FloatingPointError where they cannot go on, before anything is saved."""
+        self._note_skipped(done)
+        rate = float(self._loop.learning_rate(max(int(self.state.train.step) - 1, 0)))
+        if self._watch is not None:
+            rate *= float(rate_factor(self.state.train.opt_state))
+        line = self._window.close() | {"lr": rate}
+        line |= {"compile/programs": compiled.programs, "compile/seconds": compiled.seconds}
+        self._writer.write(done, line)
+        wrong = sorted(name for name, value in line.items() if not np.isfinite(value))
+        # A skipped step has moved nothing, whatever it says of itself.
+        if wrong and not line["skipped"]:
+            raise FloatingPointError(f"step {done}: {', '.join(wrong)} not finite; the state is not saved")
         return line
 
+    def _note_skipped(self, done: int) -> None:
+        """An event for each skipped step; FloatingPointError, and a dump, where they are too many in a row."""
+        skipped = self._window.skipped()
+        for number, left_out in enumerate(skipped, done + 1 - len(skipped)):
+            self._skipped_in_row = self._skipped_in_row + 1 if left_out else 0
+            if left_out:
+                self._writer.event(number, "skipped", in_a_row=self._skipped_in_row)
+                logger.warning("step %d skipped: its loss or gradient is not finite", number)
+            if self._skipped_in_row == self._loop.max_skipped:
+                dump = self._folder / f"skipped-{number}.npz"
+                # None of them has moved the state: it is still the one that this batch belongs to.
+                np.savez(dump, allow_pickle=False, **self._loop.batch_of(self.state, number - 1))
+                raise FloatingPointError(
+                    f"step {number}: loss or gradient not finite, {self._skipped_in_row} steps in a row; nothing was "
+                    f"saved since the last good one; what it read is in {dump}"
+                )
 
-def _refuse_non_finite(line: Mapping[str, float], step: int) -> None:
-    wrong = sorted(name for name, value in line.items() if not np.isfinite(value))
-    if wrong:
-        raise FloatingPointError(f"step {step}: {', '.join(wrong)} not finite; the state is not saved")
+    def evaluate(self, done: int) -> None:
+        with self._window.apart("evaluation", self.state):
+            self.last = self._loop.evaluate(self.state, done)
+        self._writer.write(done, self.last)
+
+    def save(self) -> None:
+        """The state, and all that a run that goes on from it must know to end as this one."""
+        self._saved_at = int(self.state.cursor)
+        notes = {"first": self.first, "last": self.last, "seconds": self.seconds(), "window": self._window.keep()}
+        notes["skipped_in_row"] = self._skipped_in_row
+        if self._watch is not None:
+            notes |= {"guards": self._watch.keep(), "calm": self._watch.calm}
+        with self._window.apart("checkpoint", self.state):
+            self._writer.sync()
+            self._checkpoints.save(
+                self._saved_at, saved_part(self.state), metadata=self._metadata | notes, metrics=self.last
+            )
+
+    def wait(self) -> int:
+        """Return when all is saved; how many steps that is."""
+        if int(self.state.cursor) != self._saved_at:
+            self.save()
+        self._checkpoints.wait()
+        return self._saved_at

@@ -1,9 +1,12 @@
 """The optimizer that a config asks for."""
 
 from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from jrlhf.config import OptimConfig
 from jrlhf.types import Params, PPOParams
@@ -61,4 +64,31 @@ def make_actor_critic_optimizer(
     value, _ = make_optimizer(config, updates=updates, peak=value_lr or config.lr)
     halves: dict[Hashable, optax.GradientTransformation] = {"policy": policy, "value": value}
     labels = PPOParams(policy="policy", value="value")
-    return optax.multi_transform(halves, labels), schedule
+    return optax.chain(optax.multi_transform(halves, labels), _scalable()), schedule
+
+
+class RateState(NamedTuple):
+    """What every update is multiplied by, besides the schedule."""
+
+    rate_factor: Float[Array, ""]
+
+
+def _scalable() -> optax.GradientTransformation:
+    """A factor of the learning rate that is state: a run that goes back takes a lower one with it."""
+
+    def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        del params
+        factor = optax.tree.get(state, "rate_factor")
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: RateState(jnp.float32(1.0)), update)
+
+
+def scale_rate(opt_state: Any, factor: float) -> Any:
+    """``make_actor_critic_optimizer``'s state with its learning rates multiplied."""
+    return optax.tree.set(opt_state, rate_factor=rate_factor(opt_state) * jnp.float32(factor))
+
+
+def rate_factor(opt_state: Any) -> jax.Array:
+    """What the learning rates of ``make_actor_critic_optimizer`` are multiplied by."""
+    return optax.tree.get(opt_state, "rate_factor")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jrlhf.core import positions_from_mask
 from jrlhf.models import ArchConfig, decode_bytes, forward_flops
 from jrlhf.parallel import Peaks
-from jrlhf.stages.loop import Rate
+from jrlhf.stages.window import Rate
 from jrlhf.steps import trained_tokens
 from jrlhf.types import Generation, SFTBatch
 

@@ -11,7 +11,7 @@ from jrlhf.models import merge_adapters, save_pretrained
 from jrlhf.parallel import device_peaks
 from jrlhf.stages.actors import learnt_policy, load_actors, trainable_actors
 from jrlhf.stages.adapters import write_adapter
-from jrlhf.stages.loop import Loop, Rate, run_loop
+from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
 from jrlhf.stages.performance import phase_rates, rates
 from jrlhf.stages.ppo_eval import make_evaluator
@@ -20,6 +20,7 @@ from jrlhf.stages.run import open_stage, read_summary, write_json
 from jrlhf.stages.sampling import jit_generate
 from jrlhf.stages.scoring import make_scorer
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.window import Rate
 from jrlhf.steps import make_ppo_step
 from jrlhf.types import ScoreFn, SelectiveLogprobFn
 
@@ -71,12 +72,15 @@ def run_ppo(config: Config) -> dict[str, Any]:
         )
         generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh)
         score = make_scorer(actors, mesh, slices=slices)
-        iterate = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
+        iterate, batch_of = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
         peaks = device_peaks(ppo.model.dtype)
         loop = Loop(
             title="PPO",
             total=ppo.iterations,
             advance=iterate,
+            batch_of=batch_of,
+            max_skipped=ppo.max_skipped,
+            guards=ppo.guards,
             evaluate=make_evaluator(config, actors, generate, heldout, folder, mesh),
             learning_rate=schedule,
             rates=(Rate("length/tokens", "tokens_per_second"), *rates(peaks), *phase_rates(peaks)),

@@ -15,11 +15,11 @@ from jrlhf.data import PromptRows
 from jrlhf.stages.actors import Actors, learnt_policy
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
-from jrlhf.stages.loop import RunState
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fns
 from jrlhf.stages.run import json_line
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
 from jrlhf.stages.scoring import make_scorer
+from jrlhf.stages.state import RunState
 from jrlhf.types import Generation, Params
 
 TEXTS = ("prompt", "completion")

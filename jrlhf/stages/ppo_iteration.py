@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, PPOConfig
@@ -13,15 +14,16 @@ from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, shard_batch
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import device_share, gradient_slices
-from jrlhf.stages.loop import RunState
 from jrlhf.stages.performance import PHASES, rollout_work, timed, training_passes
 from jrlhf.stages.sampling import GenerateFn
 from jrlhf.stages.scoring import Scorer
 from jrlhf.stages.start import JittedStep
+from jrlhf.stages.state import RunState
 from jrlhf.steps import make_experience, rollout_metrics, without_padding
-from jrlhf.types import ScoreFn, SelectiveLogprobFn, SFTBatch
+from jrlhf.types import Generation, Metrics, Rollout, ScoreFn, SelectiveLogprobFn, SFTBatch
 
 Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]
+BatchOf = Callable[[RunState, int], dict[str, np.ndarray]]
 
 SLICES = 8
 """In so many the episodes are read where the config does not say; a slice that holds padding alone is left out."""
@@ -50,8 +52,9 @@ def make_iteration(
     mesh: Mesh,
     *,
     slices: int,
-) -> Iteration:
-    """A function of the state and the iteration's number. ``slices``: of the episodes, while they are scored."""
+) -> tuple[Iteration, BatchOf]:
+    """A function of the state and the iteration's number, and the rollout it trains on. ``slices``: of the episodes,
+    while they are scored."""
     ppo = config.ppo
 
     def in_order(rows: PromptRows | SFTRows) -> Order:
@@ -83,7 +86,8 @@ def make_iteration(
     def next_beta(coef: jax.Array, kl: jax.Array) -> jax.Array:
         if not ppo.kl.target:
             return coef
-        return update_kl_coef(coef, kl, ppo.episodes, target=ppo.kl.target, horizon=ppo.kl.horizon)
+        moved = update_kl_coef(coef, kl, ppo.episodes, target=ppo.kl.target, horizon=ppo.kl.horizon)
+        return jnp.where(jnp.isfinite(kl), moved, coef)
 
     def text_of(number: int) -> SFTBatch | None:
         return None if ptx is None or text_order is None else shard_batch(ptx.batch(text_order[number]), mesh)
@@ -95,10 +99,10 @@ def make_iteration(
         full["tokens/update"] = full["tokens/scoring"] * (made * ppo.epochs)
         return full | {"flops": sum((full[f"flops/{name}"] for name in PHASES), jnp.float32(0.0))}
 
-    def iterate(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-        seconds: dict[str, Any] = {}
-        sample_key, update_key = jax.random.split(jax.random.fold_in(state.key, number))
-        params, beta = combine(state.train.params, state.train.frozen), state.kl_coef
+    def collect(state: RunState, number: int, seconds: dict[str, Any]) -> tuple[Generation, Rollout, Metrics]:
+        """Answers, scored. Of the same state and number it is the same rollout, to the bit."""
+        sample_key, _ = jax.random.split(jax.random.fold_in(state.key, number))
+        params = combine(state.train.params, state.train.frozen)
         with timed(seconds, "seconds/input"):
             rows, text = order[number], text_of(number)
             batch = shard_batch(prompts.batch(rows), mesh)
@@ -106,12 +110,22 @@ def make_iteration(
             generation = wait(generate(params.policy, *batch, sample_key))
         with timed(seconds, "seconds/scoring") as wait:
             scores = score(generation, prompts, rows)
-            rollout = experience(params.policy, actors.policy.params, params.value, generation, scores, beta)
+            rollout = experience(params.policy, actors.policy.params, params.value, generation, scores, state.kl_coef)
             metrics = wait(measure(rollout))
+        return generation, rollout._replace(ptx=text), metrics
+
+    def iterate(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        seconds: dict[str, Any] = {}
+        _, update_key = jax.random.split(jax.random.fold_in(state.key, number))
+        generation, rollout, metrics = collect(state, number, seconds)
         with timed(seconds, "seconds/update") as wait:
-            train, updated = wait(update(state.train, rollout._replace(ptx=text), update_key))
-        metrics |= updated | seconds | {"kl_coef": beta} | counts(work(generation, text), updated)
-        beta = next_beta(beta, metrics["kl"])
+            train, updated = wait(update(state.train, rollout, update_key))
+        metrics |= updated | seconds | {"kl_coef": state.kl_coef} | counts(work(generation, rollout.ptx), updated)
+        beta = next_beta(state.kl_coef, metrics["kl"])
         return RunState(train, state.key, jnp.int32(number + 1), beta), metrics
 
-    return iterate
+    def batch_of(state: RunState, number: int) -> dict[str, np.ndarray]:
+        _, rollout, _ = collect(state, number, {})
+        return jax.device_get({name: array for name, array in rollout._asdict().items() if name != "ptx"})
+
+    return iterate, batch_of

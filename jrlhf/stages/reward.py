@@ -40,12 +40,14 @@ from jrlhf.stages.evaluation import (
     longer_wins_accuracy,
     pair_accuracy,
 )
-from jrlhf.stages.loop import Loop, Rate, RunState, run_loop
+from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.run import model_source, open_stage, read_summary, stage_folder, write_json
 from jrlhf.stages.scoring import score_texts
 from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.state import RunState
+from jrlhf.stages.window import Rate
 from jrlhf.steps import make_reward_step, score_completions
 from jrlhf.types import PackedRankingBatch, Params
 
@@ -97,6 +99,9 @@ def run_reward(config: Config) -> dict[str, Any]:
             total=total,
             advance=advance,
             evaluate=lambda state, number: score(combine(state.train.params, frozen)),
+            batch_of=lambda state, number: batches.batch(order[number])._asdict(),
+            max_skipped=reward.max_skipped,
+            guards=None,
             learning_rate=schedule,
             rates=(Rate("pairs", "pairs_per_second"), *rates(device_peaks(reward.model.dtype))),
             best_metric="eval/accuracy",

@@ -13,16 +13,19 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, SFTConfig
 from jrlhf.core import combine
 from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
+from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
 from jrlhf.parallel import device_peaks, shard_batch
 from jrlhf.stages.adapters import merged, trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, gradient_slices, usual_microbatch
-from jrlhf.stages.loop import Loop, Rate, RunState, run_loop
+from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, write_json
 from jrlhf.stages.sampling import answers, jit_generate
 from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.state import RunState
+from jrlhf.stages.window import Rate
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.types import Params, SFTBatch
 
@@ -80,6 +83,9 @@ def run_sft(config: Config) -> dict[str, Any]:
             total=total,
             advance=advance,
             evaluate=evaluate,
+            batch_of=lambda state, number: batches.batch(order[number])._asdict(),
+            max_skipped=sft.max_skipped,
+            guards=None,
             learning_rate=schedule,
             rates=(Rate("tokens", "tokens_per_second"), *rates(device_peaks(sft.model.dtype))),
             best_metric="eval/nll",
@@ -137,7 +143,8 @@ def _evaluator(
 def _sample_writer(
     sft: SFTConfig, model: Pretrained, tokenizer: Any, heldout: SFTRows | None, folder: Path, *, mesh: Mesh, seed: int
 ) -> Callable[[Params, int], None]:
-    """Appends answers to the prompts of the first held-out rows (plain text has only a BOS) to samples.jsonl."""
+    """Appends answers to the prompts of the first held-out rows (plain text has only a BOS) to samples.jsonl, once a
+    step however often a run is broken off."""
     if heldout is None or sft.log.samples == 0:
         return lambda params, number: None
     generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
@@ -155,6 +162,7 @@ def _sample_writer(
             batch_size=sft.batch_size,
             show_progress=False,
         )
+        drop_after(folder / "samples.jsonl", number - 1)
         rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, drawn, strict=True)]
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as out:
             out.writelines(json_line(row) for row in rows)

@@ -15,7 +15,7 @@ from jrlhf.config_io import ConfigError, to_yaml
 from jrlhf.models import ArchConfig
 from jrlhf.parallel import Rules, init_sharded, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.stages.batches import tree_copy
-from jrlhf.stages.loop import RunState
+from jrlhf.stages.state import RunState
 from jrlhf.types import Key, Metrics, Params, TrainState
 
 JittedStep = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]

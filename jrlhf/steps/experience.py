@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.core import (
     KLEstimator,
@@ -98,11 +98,25 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
         "entropy": masked_mean(rollout.entropy, response),
         "length/mean": jnp.mean(lengths),
         "length/tokens": jnp.sum(lengths),
+        "repetition": repetition(rollout.tokens, response),
         "eos_fraction": jnp.mean(rollout.stopped.astype(jnp.float32)),
         "value/explained_variance": 1.0 - residual / jnp.maximum(spread, 1e-8),
         "sampler/max_abs_logprob_diff": jnp.max(drift),
         "sampler/mean_ratio": masked_mean(sampler_ratio, response),
     }
+
+
+def repetition(tokens: Int[Array, "B T"], response: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """The share of answer tokens that end a run of three which was there before in the same answer.
+
+    Of "a b c a b c" four tokens end a run of three, and the last of them (a b c) one that was there before: 1/4.
+    """
+    back = jnp.stack([jnp.roll(tokens, by, axis=1) for by in range(3)])
+    whole = response & jnp.roll(response, 1, axis=1) & jnp.roll(response, 2, axis=1)
+    whole = whole & (jnp.arange(tokens.shape[1]) >= 2)[None]
+    same = jnp.all(back[:, :, :, None] == back[:, :, None, :], axis=0) & whole[:, None, :]
+    before = jnp.any(same & jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None], axis=-1)
+    return masked_mean(before.astype(jnp.float32), whole)
 
 
 def _centred(x: Float[Array, "*S"], mask: Array) -> Float[Array, "*S"]:

@@ -6,8 +6,8 @@ import pytest
 
 from jrlhf.models import ArchConfig, Rope, forward_flops
 from jrlhf.parallel import Peaks
-from jrlhf.stages.loop import Rate, Window
 from jrlhf.stages.performance import phase_rates, rates, rollout_work, training_flops
+from jrlhf.stages.window import Rate, Window
 from jrlhf.types import Generation, SFTBatch
 
 ARCH = ArchConfig(
@@ -41,7 +41,14 @@ def test_a_line_has_means_maxima_rates_and_shares_of_the_time() -> None:
     clock = Clock()
     window = Window((Rate("tokens", "tokens_per_second"), Rate("work", "used", unit=2.0, during="seconds/fast")), clock)
     for loss, highest, seconds in ((1.0, 5.0, 0.5), (3.0, 4.0, 1.5)):
-        step = {"loss": loss, "ratio_max": highest, "tokens": 40.0, "work": 8.0, "seconds/fast": seconds}
+        step = {
+            "loss": loss,
+            "ratio_max": highest,
+            "tokens": 40.0,
+            "work": 8.0,
+            "seconds/fast": seconds,
+            "skipped": 0.0,
+        }
         window.add({name: jnp.float32(value) for name, value in step.items()})
     with window.apart("evaluation", jnp.float32(0)):
         clock.now += 2.0
@@ -49,6 +56,7 @@ def test_a_line_has_means_maxima_rates_and_shares_of_the_time() -> None:
     assert window.close() == {
         "loss": 2.0,
         "ratio_max": 5.0,
+        "skipped": 0.0,
         "seconds/fast": 1.0,
         "tokens_per_second": 80.0 / 8.0,
         "used": 16.0 / 2.0 / 2.0,

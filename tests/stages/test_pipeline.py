@@ -22,11 +22,11 @@ from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.stages import ppo_iteration, sft
 from jrlhf.stages.export import run_export
 from jrlhf.stages.inference import run_generate, run_score
-from jrlhf.stages.loop import Interrupted
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.run import open_stage
 from jrlhf.stages.sft import run_sft
+from jrlhf.stages.signals import Interrupted
 
 from .conftest import read_jsonl
 

@@ -5,6 +5,7 @@ import pytest
 
 from jrlhf.core import from_logits, gae
 from jrlhf.steps import make_experience, make_generate, rollout_metrics
+from jrlhf.steps.experience import repetition
 from jrlhf.types import DecodeFns, Generation
 
 from .batches import all_finite, assert_close, assert_same, jit
@@ -126,6 +127,31 @@ def test_lambda_and_gamma_reach_gae(plain, generation):
         np.testing.assert_allclose(rollout.returns[b], returns, atol=1e-5)
 
 
+def repeated(tokens, response):
+    """How many answer tokens end a run of three that was there before in the answer, and how many end any."""
+    again = whole = 0
+    for row, real in zip(tokens, response, strict=True):
+        seen = set()
+        answer = row[real].tolist()
+        for at in range(2, len(answer)):
+            three = tuple(answer[at - 2 : at + 1])
+            again, whole = again + (three in seen), whole + 1
+            seen.add(three)
+    return again, whole
+
+
+def test_repetition_is_that_of_a_loop_over_the_answers():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 3, (6, 14)).astype(np.int32)
+    starts, ends = np.array([0, 1, 3, 6, 12, 5]), np.array([14, 13, 14, 9, 14, 5])
+    response = (np.arange(14) >= starts[:, None]) & (np.arange(14) < ends[:, None])
+    again, whole = repeated(tokens, response)
+    assert 0 < again < whole
+    np.testing.assert_allclose(repetition(jnp.asarray(tokens), jnp.asarray(response)), again / whole, rtol=1e-6)
+    abcabc = jnp.array([[0, 1, 2, 0, 1, 2]], jnp.int32)
+    np.testing.assert_allclose(repetition(abcabc, jnp.ones((1, 6), bool)), 1 / 4)
+
+
 def test_metrics_equal_the_loop(plain, generation):
     rollout = experience_of(plain)(plain.params, reference(), plain.value_params, generation, SCORES, BETA)
     metrics = jit(rollout_metrics)(rollout)
@@ -141,6 +167,7 @@ def test_metrics_equal_the_loop(plain, generation):
         "entropy": r.entropy[response].mean(),
         "length/mean": response.sum() / 6,
         "length/tokens": response.sum(),
+        "repetition": np.divide(*repeated(np.asarray(generation.tokens), response)),
         "eos_fraction": np.mean(generation.stopped),
         "value/explained_variance": 1 - residual / r.returns[response].var(),
         "sampler/max_abs_logprob_diff": np.abs((r.logprobs - r.sampler_logprobs)[response]).max(),

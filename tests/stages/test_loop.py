@@ -1,0 +1,381 @@
+"""The loop on a state of three numbers: it comes back to the bit, from whatever broke it off."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrlhf.checkpoint import CheckpointError, Checkpoints
+from jrlhf.config import CheckpointConfig, GuardConfig, GuardsConfig, LogConfig, OptimConfig
+from jrlhf.metrics import read_metrics
+from jrlhf.stages.guards import GuardStop, Watch
+from jrlhf.stages.loop import Loop, Outcome, run_loop
+from jrlhf.stages.optim import make_actor_critic_optimizer, rate_factor
+from jrlhf.stages.signals import Interrupted
+from jrlhf.stages.state import RunState
+from jrlhf.stages.window import Rate
+from jrlhf.steps.accumulate import apply_gradients
+from jrlhf.types import PPOParams, TrainState
+
+ROOT = Path(__file__).parents[2]
+TOTAL = 10
+SILENT = ("negative_kl", "entropy", "length", "repetition", "explained_variance")
+OFF = {name: GuardConfig(action="off") for name in SILENT}
+TX, SCHEDULE = make_actor_critic_optimizer(
+    OptimConfig(lr=0.1, warmup=0.0, schedule="constant"), value_lr=0.0, updates=TOTAL
+)
+
+
+def new_state() -> RunState:
+    params = PPOParams({"w": jnp.arange(3.0)}, {"w": jnp.ones(3)})
+    train = TrainState(params, TX.init(params), jnp.int32(0))
+    return RunState(train, jax.random.key(7), jnp.int32(0), jnp.float32(0.1))
+
+
+@jax.jit
+def update(train: TrainState, key: jax.Array) -> tuple[TrainState, jax.Array]:
+    noise = jax.random.normal(key, (3,))
+    grads = jax.tree.map(lambda w: w - noise, train.params)
+    loss = jnp.sum(jnp.square(grads.policy["w"]))
+    return apply_gradients(TX, train, grads, loss)[0], loss
+
+
+def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+    train, loss = update(state.train, jax.random.fold_in(state.key, number))
+    metrics = {"loss": loss, "n": jnp.float32(8), "skipped": jnp.float32(0), "kl": loss * 0}
+    return state._replace(train=train, cursor=jnp.int32(number + 1), kl_coef=state.kl_coef * 1.1), metrics
+
+
+def evaluate(state: RunState, number: int) -> dict[str, float]:
+    return {"eval/w": float(state.train.params.policy["w"].sum()) + number}
+
+
+def fake_loop(**changes: Any) -> Loop:
+    parts: dict[str, Any] = {
+        "title": "fake",
+        "total": TOTAL,
+        "advance": advance,
+        "evaluate": evaluate,
+        "batch_of": lambda state, number: {"rows": np.arange(3) + number},
+        "max_skipped": 3,
+        "guards": None,
+        "learning_rate": SCHEDULE,
+        "rates": (Rate("n", "n_per_second"),),
+        "best_metric": "eval/w",
+        "best_mode": "max",
+        "shown": ("loss",),
+    }
+    return Loop(**(parts | changes))
+
+
+def run(folder: Path, **changes: Any) -> Outcome:
+    """Lines every 3, evaluations every 4, checkpoints every 5 of 10 steps: none fall together before the end."""
+    return run_loop(
+        fake_loop(**changes),
+        new_state(),
+        folder=folder,
+        log=LogConfig(every=3, eval_every=4, progress=False, tensorboard=True),
+        checkpoint=CheckpointConfig(every=5, keep=2, keep_best=0),
+        metadata={},
+    )
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    measured = ("time", "share/", "compile/", "n_per_second")
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(measured)} for row in rows]
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def bits(state: RunState) -> list[bytes]:
+    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+    return [np.asarray(leaf).tobytes() for leaf in leaves]
+
+
+def board(folder: Path) -> list[tuple[int, str, float]]:
+    """All scalars in TensorBoard's files, in the order they were written."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for file in sorted((folder / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            # A line after a save tells what the save took; a run that came from that save did not make it.
+            told = [value for value in event.summary.value if not value.tag.startswith("share/")]
+            found += [(event.step, value.tag, value.simple_value) for value in told]
+            data = data[16 + size :]
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, run(folder)
+
+
+def assert_ends_as(unbroken: tuple[Path, Outcome], folder: Path, outcome: Outcome) -> None:
+    assert bits(outcome.state) == bits(unbroken[1].state)
+    assert (outcome.first, outcome.last) == (unbroken[1].first, unbroken[1].last)
+    assert lines(folder) == lines(unbroken[0])
+    told = [(step, tag) for step, tag, _ in board(folder)]
+    assert len(set(told)) == len(told), "no step twice"
+    assert told == [(step, tag) for step, tag, _ in board(unbroken[0])], "and none missing"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", ["step", "evaluation", "save"])
+def test_a_signal_in_any_step_of_any_phase_costs_nothing(
+    phase: str, number: int, unbroken: tuple[Path, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten runs a case: the first signal comes in the first step, evaluation or save, the next in the one after it."""
+    count, due = 0, 0
+
+    def asking(function: Any) -> Any:
+        def asked(*arguments: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == due:
+                signal.raise_signal(number)
+            return function(*arguments, **named)
+
+        return asked
+
+    changes: dict[str, Any] = {}
+    match phase:
+        case "step":
+            changes["advance"] = asking(advance)
+        case "evaluation":
+            changes["evaluate"] = asking(evaluate)
+        case "save":
+            monkeypatch.setattr(Checkpoints, "save", asking(Checkpoints.save))
+    for due in range(1, {"step": 11, "evaluation": 5, "save": 3}[phase]):
+        folder, count = tmp_path / str(due), 0
+        asked_too_late = (phase, due) in {("step", TOTAL), ("evaluation", 4), ("save", 2)}
+        with nullcontext() if asked_too_late else pytest.raises(Interrupted, match="saved in") as stopped:
+            run(folder, **changes)
+        assert stopped is None or stopped.value.number == number
+        assert_ends_as(unbroken, folder, run(folder))
+
+
+def test_broken_off_at_any_step_it_ends_as_the_unbroken_run(unbroken: tuple[Path, Outcome], tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    for last in range(1, TOTAL + 1):
+
+        def dying(state: RunState, number: int, last: int = last) -> tuple[RunState, dict[str, Any]]:
+            if number == last:
+                raise Killed
+            return advance(state, number)
+
+        folder = tmp_path / str(last)
+        if last < TOTAL:
+            with pytest.raises(Killed):
+                run(folder, advance=dying)
+        assert_ends_as(unbroken, folder, run(folder))
+
+
+def test_a_damaged_checkpoint_is_gone_back_from(
+    unbroken: tuple[Path, Outcome], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path)
+    os.truncate(tmp_path / "checkpoints" / "10" / "notes.json", 5)
+    assert_ends_as(unbroken, tmp_path, run(tmp_path))
+    assert "checkpoints/10 is damaged (notes.json: 5 bytes" in caplog.text
+    for step in (5, 10):
+        os.truncate(tmp_path / "checkpoints" / str(step) / "notes.json", 5)
+    with pytest.raises(CheckpointError, match="no checkpoint can be used"):
+        run(tmp_path)
+
+
+SLEEPER = """
+    import sys
+    from pathlib import Path
+    import numpy as np
+    sys.path.insert(0, sys.argv[2])
+    from tests.stages.test_loop import advance, run
+
+    def long(state, number):
+        if number == 7:
+            print("working", flush=True)
+            a = np.ones((3000, 3000))
+            for _ in range(1000):
+                a = a @ a * 0  # in C, where no handler of Python's runs
+        return advance(state, number)
+
+    run(Path(sys.argv[1]), advance=long)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_it_at_once(
+    number: int, code: int, unbroken: tuple[Path, Outcome], tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(SLEEPER), str(tmp_path), str(ROOT)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(number)
+        assert process.stderr.readline().startswith("jrlhf: stopping when this step is done")
+        process.send_signal(number)
+        assert process.wait(60) == code
+    finally:
+        process.kill()
+        process.communicate()
+    assert_ends_as(unbroken, tmp_path, run(tmp_path))
+
+
+def skipping(*which: int) -> Any:
+    """``advance`` that leaves the state as it was in those steps."""
+
+    def bad(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        after, metrics = advance(state, number)
+        if number + 1 not in which:
+            return after, metrics
+        return after._replace(train=state.train), metrics | {"loss": jnp.float32(jnp.nan), "skipped": jnp.float32(1)}
+
+    return bad
+
+
+def test_skipped_steps_are_counted_and_no_mean_is_theirs(unbroken: tuple[Path, Outcome], tmp_path: Path) -> None:
+    run(tmp_path, advance=skipping(2, 8, 9))
+    assert [(row["step"], row["event"], row["in_a_row"]) for row in events(tmp_path)] == [
+        (2, "skipped", 1),
+        (8, "skipped", 1),
+        (9, "skipped", 2),
+    ]
+    told = {row["step"]: row for row in lines(tmp_path) if "loss" in row}
+    assert [told[step]["skipped"] for step in (3, 5, 6, 9, 10)] == [1, 0, 0, 2, 0]
+    assert all(np.isfinite(row["loss"]) for row in told.values())
+
+
+def test_too_many_in_a_row_end_the_run_with_what_it_read(tmp_path: Path) -> None:
+    """Also where a restart comes between: the count is part of what is saved."""
+
+    def stopped(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        if number == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return skipping(5, 6, 7, 8)(state, number)
+
+    with pytest.raises(Interrupted, match="stopped at step 6"):
+        run(tmp_path, advance=stopped)
+    with pytest.raises(FloatingPointError, match=r"step 7: loss or gradient not finite, 3 steps in a row"):
+        run(tmp_path, advance=skipping(5, 6, 7, 8))
+    with np.load(tmp_path / "skipped-7.npz", allow_pickle=False) as dump:
+        np.testing.assert_array_equal(dump["rows"], np.arange(3) + 6)
+    with Checkpoints(tmp_path / "checkpoints", keep=9, keep_best=0, best_metric=None, best_mode="max") as saved:
+        assert saved.latest_step() == 6
+        kept = saved.restore(6, new_state())
+    four = run(tmp_path / "four", total=4).state
+    assert bits(kept)[:6] == bits(four)[:6], "the parameters are those after the fourth step"
+
+
+def healthy(**changes: float) -> dict[str, float]:
+    usual = {"kl": 1.0, "entropy": 2.0, "length/mean": 20.0, "repetition": 0.1, "value/explained_variance": 0.5}
+    return usual | changes
+
+
+@pytest.mark.parametrize(
+    ("guard", "bound", "bad", "good"),
+    [
+        ("kl", 5.0, {"kl": 5.1}, {"kl": 4.9}),
+        ("negative_kl", -1.0, {"kl": -1.1}, {"kl": -0.9}),
+        ("entropy", 0.5, {"entropy": 0.4}, {"entropy": 0.6}),
+        ("length", 2.0, {"length/mean": 41.0}, {"length/mean": 39.0}),
+        ("length", 2.0, {"length/mean": 9.0}, {"length/mean": 11.0}),
+        ("repetition", 0.2, {"repetition": 0.31}, {"repetition": 0.29}),
+        ("explained_variance", -0.5, {"value/explained_variance": -0.6}, {"value/explained_variance": -0.4}),
+    ],
+)
+def test_a_guard_fires_at_the_last_of_its_patience_and_once(
+    guard: str, bound: float, bad: dict[str, float], good: dict[str, float]
+) -> None:
+    off = {name: GuardConfig(action="off") for name in ("kl", *OFF)}
+    config = GuardsConfig(**(off | {guard: GuardConfig(bound=bound, patience=2, action="stop")}))
+
+    def fired(watch: Watch, rollouts: list[dict[str, float]]) -> list[list[str]]:
+        return [[alarm.guard for alarm in watch.judge(healthy(**changes))] for changes in rollouts]
+
+    watch = Watch(config, None)
+    assert fired(watch, [{}, bad, good, bad]) == [[], [], [], []]
+    assert not watch.calm
+    # What it remembers goes through JSON, as into a checkpoint.
+    again = Watch(config, json.loads(json.dumps(watch.keep())))
+    assert fired(again, [bad, bad, good, bad, bad]) == [[guard], [], [], [], [guard]]
+    assert fired(again, [dict.fromkeys(healthy(), float("nan"))]) == [[]]
+
+
+def straying(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+    """Its KL grows by the learning rate it is run with; 0.5 an iteration at first."""
+    after, metrics = advance(state, number)
+    kl = 5.0 * (after.train.step.astype(jnp.float32)) * 0.1 * rate_factor(state.train.opt_state)
+    return after, metrics | {name: jnp.float32(v) for name, v in healthy().items()} | {"kl": kl}
+
+
+def test_a_run_that_strays_goes_back_slower_and_under_a_shorter_leash(tmp_path: Path) -> None:
+    guards = GuardsConfig(kl=GuardConfig(bound=2.9, action="rollback"), **OFF)
+    outcome = run(tmp_path, advance=straying, guards=guards)
+    guard, back = events(tmp_path)
+    assert (guard["event"], guard["guard"], guard["step"], guard["action"]) == ("guard", "kl", 6, "rollback")
+    assert (back["event"], back["step"], back["to"], back["rate_factor"]) == ("rollback", 6, 5, 0.5)
+    at_five = run(tmp_path / "five", total=5).state
+    assert back["kl_coef"] == pytest.approx(2 * float(at_five.kl_coef), rel=1e-6)
+    # From the state of the fifth step, at the data of the seventh, with half the rate.
+    expected = at_five._replace(kl_coef=at_five.kl_coef * 2)
+    for number in range(6, TOTAL):
+        halved = update(expected.train, jax.random.fold_in(expected.key, number))[0]
+        moved = jax.tree.map(lambda a, b: a + 0.5 * (b - a), expected.train.params, halved.params)
+        expected = expected._replace(train=halved._replace(params=moved), kl_coef=expected.kl_coef * 1.1)
+    assert int(outcome.state.cursor) == TOTAL
+    assert int(outcome.state.train.step) == TOTAL - 1
+    for got, want in zip(
+        jax.tree.leaves(outcome.state.train.params), jax.tree.leaves(expected.train.params), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert float(outcome.state.kl_coef) == pytest.approx(float(expected.kl_coef), rel=1e-5)
+    lr = [row["lr"] for row in read_metrics(tmp_path / "metrics.jsonl") if "lr" in row]
+    assert lr[-1] == pytest.approx(0.5 * 0.1)
+
+
+def test_a_rollback_too_is_gone_on_from_to_the_bit(tmp_path: Path) -> None:
+    guards = GuardsConfig(kl=GuardConfig(bound=1.4, action="rollback"), rollbacks=9, **OFF)
+    whole = tmp_path / "whole", run(tmp_path / "whole", advance=straying, guards=guards)
+    assert next(e["to"] for e in events(whole[0]) if e["event"] == "rollback") == 0, "what it began with is kept"
+
+    def stopped(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        if number == 3:
+            signal.raise_signal(signal.SIGINT)
+        return straying(state, number)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "broken", advance=stopped, guards=guards)
+    outcome = run(tmp_path / "broken", advance=straying, guards=guards)
+    assert_ends_as(whole, tmp_path / "broken", outcome)
+    assert [e | {"time": 0} for e in events(tmp_path / "broken")] == [e | {"time": 0} for e in events(whole[0])]
+
+
+def test_it_goes_back_so_often_and_no_more(tmp_path: Path) -> None:
+    guards = GuardsConfig(kl=GuardConfig(bound=0.4, action="rollback"), rollbacks=1, rollback_lr=1.0, **OFF)
+    with pytest.raises(GuardStop, match="rolled back 1 times"):
+        run(tmp_path, advance=straying, guards=guards)
+    stop = replace(guards, kl=GuardConfig(bound=0.4, action="stop"))
+    with pytest.raises(GuardStop, match=r"step 1: kl guard \(stop\): 0.5, bound 0.4: the policy has left"):
+        run(tmp_path / "stop", advance=straying, guards=stop)
