@@ -96,10 +96,16 @@ class _WrongValueError(ValueError):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Tuples as lists, so that no Python tag is written."""
+    """Tuples as lists, so that no Python tag is written; in quotes what YAML would read as the end of a line."""
+
+
+def _quoted(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = '"' if re.search("[\x85\u2028\u2029]", value) else None
+    return dumper.represent_scalar(TAG + "str", value, style=style)
 
 
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(list(value)))
+_Dumper.add_representer(str, _quoted)
 
 
 def _load_unchecked(path: Path) -> Config:
