@@ -262,6 +262,11 @@ def test_to_yaml_reads_back_to_the_same_config(tmp_path_factory, run, seed, rate
     assert load_config(path) == config
 
 
+def test_what_yaml_takes_for_the_end_of_a_line_comes_back(tmp_path):
+    sft = SFTConfig(sampling=SamplingConfig(stop=("a\x85", "\u2028 b", "c\u2029c", "d\n")))
+    assert load(tmp_path, to_yaml(replace(Config(), sft=sft))).sft == sft
+
+
 def test_to_yaml_writes_every_field_and_no_tag():
     text = to_yaml(Config())
     assert "!!" not in text
@@ -291,7 +296,8 @@ def test_the_defaults_pass():
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("run", " "), ("run", "../a"), ("run", "a/%2E./b"), ("run", "gs://a/b"), ("seed", "-1"), ("mesh.data", "0"), ("mesh.fsdp", "0"), ("mesh.tensor", "-1"),
+        ("run", " "), ("run", "../a"), ("run", "a/%2E./b"), ("run", "gs://a/b"),
+        ("seed", "-1"), ("mesh.data", "0"), ("mesh.fsdp", "0"), ("mesh.tensor", "-1"),
         ("sft.optim.lr", "-1e-5"), ("sft.optim.warmup", "1.5"), ("sft.optim.b1", "1"), ("reward.optim.b2", "-0.1"),
         ("ppo.optim.eps", "0"), ("sft.optim.weight_decay", "-1"), ("sft.optim.max_grad_norm", "-1"),
         ("sft.data.train", "{}"), ("sft.data.train", "{a: 0}"), ("reward.data.train", "{a: 1, b: -1}"),

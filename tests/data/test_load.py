@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_texts, load_tokenizer, stop_token_ids
 
 HH = "\n\nHuman: hi\n\nAssistant:"
 
@@ -142,6 +142,24 @@ def test_a_text_is_learnt_whole_but_for_its_first_token(tokenizer, config, write
     tokens, learnt = row_of(rows, 0)
     assert tokens == [*tokenizer("Hello there")["input_ids"], tokenizer.eos_token_id]
     assert learnt == [False] + [True] * (len(tokens) - 1)
+
+
+@pytest.mark.parametrize("reload", [False, True], ids=["as it is", "by load_tokenizer"])
+def test_the_eos_keeps_its_label_where_it_is_the_pad_token_too(make_tokenizer, config, write, tmp_path, reload):
+    eos = "<|endoftext|>"
+    tokenizer = make_tokenizer([eos], eos_token=eos, pad_token=eos)
+    if reload:
+        tokenizer.save_pretrained(tmp_path / "saved")
+        tokenizer = load_tokenizer(str(tmp_path / "saved"))
+    source = write([{"prompt": "a", "completion": " b"}, {"prompt": "a much longer one", "completion": " b c d e"}])
+    rows = load_sft(config(), source, tokenizer, train_on="completion")
+    batch = rows.batch([0, 1])
+    for place in (0, 1):
+        tokens, learnt = row_of(rows, place)
+        assert (tokens[-1], learnt[-1]) == (tokenizer.eos_token_id, True)
+        assert batch.mask[place].tolist() == [True] * len(tokens) + [False] * (batch.mask.shape[1] - len(tokens))
+        assert batch.loss_mask[place].sum() == sum(learnt)
+    assert tokenizer.eos_token_id in stop_token_ids(tokenizer, ())
 
 
 def test_answers_are_cut_at_their_end_and_prompts_at_their_start(metaspace, config, write):
