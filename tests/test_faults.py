@@ -78,7 +78,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     24: (
-        "an empty prompt or answer, a prompt beyond the limit, equal answers, ties only, one completion: counted, no NaN",
+        "an empty prompt or answer, a prompt too long, equal answers, ties only, one completion: counted, no NaN",
         (
             "tests/data/test_load.py::test_rankings_without_a_pair_are_counted_by_reason",
             "tests/data/test_load.py::test_answers_are_cut_at_their_end_and_prompts_at_their_start",
@@ -143,7 +143,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     33: (
-        "another jaxlib (both ends are tested where both interpreters are found): cached decode equals the full forward",
+        "another jaxlib (.ci/run tests both ends where it finds both interpreters): cached decode is the full forward",
         (
             "tests/models/test_families.py::test_cached_decode_equals_the_full_forward",
             "tests/models/test_decoder.py::test_cached_decode_equals_the_full_forward",
