@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import PurePath
 from typing import Any
+from urllib.parse import unquote
 
 from jrlhf.config import (
     CheckpointConfig,
@@ -14,6 +17,7 @@ from jrlhf.config import (
     MeshConfig,
     OptimConfig,
     PPOConfig,
+    QuickstartConfig,
     RewardConfig,
     SamplingConfig,
     ScoreConfig,
@@ -26,26 +30,63 @@ Rule = tuple[bool, str, Any, str]
 """Whether it holds, the field's name, its value, and what the value must be."""
 
 
+LOGIN = re.compile(r"(?<=://)[^/\s]*@")
+"""The user and password of a URL."""
+
+
 class ConfigError(ValueError):
-    """A config that cannot be run. Each line of the message begins with the place and path of one mistake."""
+    """A config that cannot be run. Each line of the message begins with the place and path of one mistake.
+
+    The user and password of a URL are left out of it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(LOGIN.sub("***@", message))
 
 
 def check(config: Any) -> None:
     """ConfigError with every field whose value is out of range or does not fit another's, one a line."""
-    problems = [f"{name}: must be {must}, got {value!r}" for holds, name, value, must in _rules(config) if not holds]
+    rules = (*_no_logins(config), *_rules(config))
+    problems = [f"{name}: must be {must}, got {value!r}" for holds, name, value, must in rules if not holds]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted path and value of every field that is no section."""
+    for field in fields(config):
+        value = vars(config)[field.name]
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def _no_logins(config: Any) -> Iterator[Rule]:
+    """A run writes its config into its folder, its checkpoints and its report: no place for a password."""
+    for name, value in leaves(config):
+        yield not LOGIN.search(str(value)), name, value, "without a user and password"
+
+
+def _run_folder(name: str, path: str) -> Iterator[Rule]:
+    """A run is where its name says: what another program would decode or resolve to a folder elsewhere is refused."""
+    yield bool(path.strip()) and "\0" not in path and "://" not in path, name, path, "a folder"
+    climbs = ".." in PurePath(unquote(path)).parts
+    yield not climbs, name, path, "without '..'; a folder elsewhere has an absolute path"
 
 
 def _rules(config: Any) -> Iterator[Rule]:
     match config:
         case Config():
-            yield bool(config.run.strip()), "run", config.run, "a folder"
+            yield from _run_folder("run", config.run)
             yield _seed(config.seed)
             yield from _mesh("mesh", config.mesh)
             yield from _sft("sft", config.sft)
             yield from _reward("reward", config.reward)
             yield from _ppo("ppo", config.ppo)
+        case QuickstartConfig():
+            yield from _run_folder("out", config.out)
+            yield _seed(config.seed)
         case GenerateConfig():
             yield config.samples >= 1, "samples", config.samples, "1 or more"
             yield _seed(config.seed)

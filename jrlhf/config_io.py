@@ -6,15 +6,15 @@ read but never constructed: no tag (`!!python/object`) can do anything, and `1e-
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from jrlhf.config import Config, Sources
-from jrlhf.config_check import ConfigError, check
+from jrlhf.config_check import ConfigError, check, leaves
 from jrlhf.suggest import did_you_mean, either
 
 __all__ = ["ConfigError", "apply_flags", "check", "config_path", "diff_configs", "flag_types", "load_config", "to_yaml"]
@@ -22,6 +22,8 @@ __all__ = ["ConfigError", "apply_flags", "check", "config_path", "diff_configs",
 T = TypeVar("T")
 TAG = "tag:yaml.org,2002:"
 EXPECTED: dict[Any, str] = {str: "a string", bool: "true or false", int: "a whole number", float: "a finite number"}
+LONGEST_SHOWN = 200
+"""Characters of a wrong value that an error repeats, and digits of a whole number."""
 KINDS = {"str": "a string", "bool": "a boolean", "int": "a whole number", "float": "a number", "timestamp": "a date"}
 
 
@@ -61,7 +63,7 @@ def to_yaml(config: Any) -> str:
 
 def diff_configs(old: T, new: T) -> list[str]:
     """`path: old -> new` for every field that differs."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     return [f"{path}: {before[path]!r} -> {value!r}" for path, value in after.items() if before[path] != value]
 
 
@@ -94,10 +96,16 @@ class _WrongValueError(ValueError):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Tuples as lists, so that no Python tag is written."""
+    """Tuples as lists, so that no Python tag is written; in quotes what YAML would read as the end of a line."""
+
+
+def _quoted(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = '"' if re.search("[\x85\u2028\u2029]", value) else None
+    return dumper.represent_scalar(TAG + "str", value, style=style)
 
 
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(list(value)))
+_Dumper.add_representer(str, _quoted)
 
 
 def _load_unchecked(path: Path) -> Config:
@@ -204,8 +212,9 @@ def _scalar(node: yaml.ScalarNode, hint: type) -> str | bool | int | float | Non
     if node.style is not None:
         return None
     if hint is int:
-        # Not YAML's own rule, to which 010 is 8 and 1:30 is 90.
-        return int(node.value) if re.fullmatch(r"[-+]?\d+(_\d+)*", node.value) else None
+        # Not YAML's own rule, to which 010 is 8 and 1:30 is 90. Python itself reads no more than 4,300 digits.
+        is_whole = re.fullmatch(r"[-+]?\d+(_\d+)*", node.value) and len(node.value) <= LONGEST_SHOWN
+        return int(node.value) if is_whole else None
     try:
         value = float(node.value)
     except ValueError:
@@ -238,7 +247,8 @@ def _composed(text: str) -> yaml.Node:
 def _describe(node: yaml.Node) -> str:
     kind = node.tag.removeprefix(TAG)
     if isinstance(node, yaml.ScalarNode) and kind in KINDS:
-        return f"{node.value!r} ({KINDS[kind]})"
+        cut = "..." if len(node.value) > LONGEST_SHOWN else ""
+        return f"{node.value[:LONGEST_SHOWN]!r}{cut} ({KINDS[kind]})"
     plain = {"null": "nothing", "seq": "a list", "map": "a section", "merge": "a merge key (<<)"}
     return plain.get(kind, f"the tag {node.tag.replace(TAG, '!!')}, which is never read")
 
@@ -246,12 +256,3 @@ def _describe(node: yaml.Node) -> str:
 def _replace_at(config: Any, path: Sequence[str], value: Any) -> Any:
     head, *rest = path
     return replace(config, **{head: _replace_at(vars(config)[head], rest, value) if rest else value})
-
-
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for field in fields(config):
-        value = vars(config)[field.name]
-        if is_dataclass(value):
-            yield from _leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value

@@ -13,6 +13,7 @@ from jrlhf.config import (
     KLConfig,
     OptimConfig,
     PPOConfig,
+    QuickstartConfig,
     SamplingConfig,
     ScoreConfig,
     SFTConfig,
@@ -102,6 +103,7 @@ def test_an_unknown_key_names_its_path_and_the_nearest_right_one(tmp_path, text,
         ("seed: 1:30", "seed: expected a whole number, got '1:30' (a whole number)"),
         ("seed:", "seed: expected a whole number, got nothing"),
         ("seed: [1]", "seed: expected a whole number, got a list"),
+        (f"seed: {'9' * 5000}", f"seed: expected a whole number, got '{'9' * 200}'... (a whole number)"),
         ("run: 2026", "run: expected a string, got '2026' (a whole number); put it in quotes"),
         ("run: 2026-01-01", "run: expected a string, got '2026-01-01' (a date); put it in quotes"),
         ("run: {a: 1}", "run: expected a string, got a section"),
@@ -247,7 +249,7 @@ plain = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_siz
 
 
 @given(
-    run=plain.filter(str.strip),
+    run=plain.filter(lambda text: text.strip() and not any(part in text for part in ("..", "%", "://"))),
     seed=st.integers(0, 2**32 - 1),
     rate=st.floats(0, 1e300),
     stop=st.lists(plain.filter(bool), max_size=3),
@@ -258,6 +260,11 @@ def test_to_yaml_reads_back_to_the_same_config(tmp_path_factory, run, seed, rate
     path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
     path.write_bytes(to_yaml(config).encode())
     assert load_config(path) == config
+
+
+def test_what_yaml_takes_for_the_end_of_a_line_comes_back(tmp_path):
+    sft = SFTConfig(sampling=SamplingConfig(stop=("a\x85", "\u2028 b", "c\u2029c", "d\n")))
+    assert load(tmp_path, to_yaml(replace(Config(), sft=sft))).sft == sft
 
 
 def test_to_yaml_writes_every_field_and_no_tag():
@@ -289,7 +296,8 @@ def test_the_defaults_pass():
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("run", " "), ("seed", "-1"), ("mesh.data", "0"), ("mesh.fsdp", "0"), ("mesh.tensor", "-1"),
+        ("run", " "), ("run", "../a"), ("run", "a/%2E./b"), ("run", "gs://a/b"),
+        ("seed", "-1"), ("mesh.data", "0"), ("mesh.fsdp", "0"), ("mesh.tensor", "-1"),
         ("sft.optim.lr", "-1e-5"), ("sft.optim.warmup", "1.5"), ("sft.optim.b1", "1"), ("reward.optim.b2", "-0.1"),
         ("ppo.optim.eps", "0"), ("sft.optim.weight_decay", "-1"), ("sft.optim.max_grad_norm", "-1"),
         ("sft.data.train", "{}"), ("sft.data.train", "{a: 0}"), ("reward.data.train", "{a: 1, b: -1}"),
@@ -334,6 +342,14 @@ def test_the_tools_values_are_checked_too():
         check(ScoreConfig("m", "d", batch_size=0))
     with pytest.raises(ConfigError, match="temperature: must be above 0, got 0"):
         check(VerifyConfig("m", temperature=0.0))
+
+
+def test_a_quick_start_s_folder_is_checked_as_a_run_s():
+    check(QuickstartConfig("/elsewhere/run"))
+    with pytest.raises(
+        ConfigError, match=r"^out: must be without '\.\.'; a folder elsewhere has an absolute path, got"
+    ):
+        check(QuickstartConfig("../run"))
 
 
 def test_config_path_finds_recipes_and_names_a_missing_one():

@@ -18,7 +18,7 @@ hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
 # Compiles for longer than what is not kept.
 def slow(x):
-    for i in range(300):
+    for i in range(100):
         x = jnp.sin(x) @ x + i
     return x
 print(jax.jit(slow)(jnp.full((3, 3), 0.1)).sum().item().hex())
@@ -40,6 +40,20 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path: Path) -> None:
     assert int(found) > 1
     assert result == again
     assert any((tmp_path / "compiled").iterdir())
+
+
+SPOILT = {"empty": lambda data: b"", "cut": lambda data: data[: len(data) // 2], "noise": lambda data: data[::-1]}
+
+
+def test_a_poisoned_or_unwritable_cache_is_gone_without(tmp_path: Path) -> None:
+    result, _ = start(tmp_path)
+    programs = sorted((tmp_path / "compiled").glob("*-cache"))
+    assert len(programs) >= len(SPOILT)
+    for number, program in enumerate(programs):
+        program.write_bytes([*SPOILT.values()][number % len(SPOILT)](program.read_bytes()))
+    assert start(tmp_path) == [result, "0"]
+    (tmp_path / "file").touch()
+    assert start(tmp_path / "file") == [result, "0"]
 
 
 def test_a_cache_of_the_user_s_own_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

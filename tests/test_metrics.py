@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -63,6 +64,28 @@ def test_resuming_drops_what_comes_after_and_a_torn_last_line(tmp_path: Path) ->
         log.write(0, {"x": 0.5})
     assert logged(tmp_path) == [{"step": 0, "x": 0.5}]
     assert sorted(os.listdir(tmp_path)) == ["events.jsonl", "metrics.jsonl"]
+
+
+def test_a_clock_that_is_set_back_changes_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([2e9, 1e9, 1.5e9, 5.0, 4.0, 3.0, 2.0, 1.0])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    with MetricsLog(tmp_path, tensorboard=False, resume_step=None) as log:
+        for step in range(4):
+            log.write(step, {"x": float(step)})
+    # Lines are dropped by their step, whatever their time says.
+    with MetricsLog(tmp_path, tensorboard=False, resume_step=2) as log:
+        log.write(3, {"x": 30.0})
+        log.write(4, {"x": 40.0})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["time"] for row in rows] == [2e9, 1e9, 1.5e9, 4.0, 3.0]
+
+
+def test_no_duration_is_taken_from_a_clock_that_can_be_set_back() -> None:
+    """The time of day is only written beside the metrics; all else is measured by ``perf_counter`` or ``monotonic``."""
+    clock = re.compile(r"\btime\.time\(|\bdatetime\.(now|today|utcnow)\(")
+    files = [path for path in (ROOT / "jrlhf").rglob("*.py") if clock.search(path.read_text())]
+    assert files == [ROOT / "jrlhf" / "metrics.py"]
 
 
 def board_bytes(folder: Path) -> bytes:

@@ -133,7 +133,7 @@ class ChatTemplate:
                 add_generation_prompt=opens,
             )
         except Exception as error:  # whatever the template raises: it is somebody's program
-            raise BadRow(column, "the chat template refuses it", f": {error}") from error
+            raise BadRow(column, "the chat template refuses it", f": {str(error) or type(error).__name__}") from error
         return rendered
 
 

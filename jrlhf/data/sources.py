@@ -142,6 +142,10 @@ def _parsed(text: bytes) -> Any:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise BadRow(None, "not UTF-8", f" at byte {error.start + 1}") from error
+    except (json.JSONDecodeError, BadRow):
+        raise
+    except ValueError as error:  # Python reads no whole number of more than 4,300 digits
+        raise BadRow(None, "a whole number has too many digits") from error
     except RecursionError as error:
         raise BadRow(None, "nested too deeply") from error
 

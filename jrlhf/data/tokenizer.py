@@ -66,7 +66,8 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     try:
         text: Any = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # whatever the template raises: it is somebody's program
-        raise DataError(f"the tokenizer's chat template refuses a question and its answer: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the tokenizer's chat template refuses a question and its answer: {reason}") from error
     after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]
     specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in after if token in specials), None)

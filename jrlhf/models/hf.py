@@ -63,7 +63,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: missing")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object")

@@ -5,12 +5,17 @@ from typing import Any
 
 from jrlhf.models.arch import Activation
 
+LARGEST = 2**24
+"""Of all sizes: no model has more of anything, and arrays are made of some before the weights are looked at."""
+
 
 def size(config: Mapping[str, Any], key: str) -> int:
     """A positive integer."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{key}: expected a positive integer, found {value!r}")
+    if value > LARGEST:
+        raise ValueError(f"{key}: expected at most {LARGEST}, found {value}")
     return value
 
 

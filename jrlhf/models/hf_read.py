@@ -106,6 +106,9 @@ def read_tree(
 
     ``shapes``: a tree with at least these leaves. ValueError naming what is missing, unexpected or misshapen.
     """
+    if arch.num_layers > len(tensors.stored):
+        has = f"has {len(tensors.stored)} tensors"
+        raise ValueError(f"{tensors.folder}: the config asks for {arch.num_layers} layers, the folder {has}")
     _check_names(tensors, arch, {name for entry in table for name in names_of(entry, shapes)})
     tree: dict[str, Any] = {}
     # The biggest first: while one is read it is held twice, which matters most when all the rest is there already.

@@ -88,5 +88,7 @@ def _export_step(config: Config, stage: StageName, checkpoints: Checkpoints, ste
             save_pretrained(replace(model, params=trained(model, config.ppo.lora, part)), out)
     saved = checkpoints.metadata(step)
     for name, text in saved["tokenizer"].items():
+        if Path(name).name != name:
+            raise ValueError(f"{checkpoints.folder / str(step)}: {name!r} is not the name of a tokenizer's file")
         (out / name).write_text(text, encoding="utf-8")
     (out / RUN_CONFIG).write_text(saved["config"], encoding="utf-8")

@@ -12,7 +12,7 @@ from jrlhf.config_io import ConfigError
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.report import write_report
 from jrlhf.stages.reward import run_reward
-from jrlhf.stages.run import write_json
+from jrlhf.stages.run import refuse_links_out, write_json
 from jrlhf.stages.sft import run_sft
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
@@ -31,14 +31,16 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     asked = {name: run for name, (data, run) in stages.items() if data}
     if not asked:
         raise ConfigError("nothing to run: set sft.data.train, reward.data.train or ppo.prompts.train")
+    folder = Path(config.run)
+    refuse_links_out(folder, *(folder / name for name in ("summary.json", "summary.json.partial", "report.html")))
     start = time.perf_counter()
     summary: dict[str, Any] = {name: run(config) for name, run in asked.items()}
     seconds = {name: part["seconds"] for name, part in summary.items()}
     # A stage that was done before keeps its time, and the total is never less than the sum of its parts.
     seconds["total"] = max(time.perf_counter() - start, sum(seconds.values()))
     summary |= {"seconds": seconds, "seed": config.seed, "versions": versions()}
-    write_json(Path(config.run) / "summary.json", summary)
-    write_report(Path(config.run), summary, [])
+    write_json(folder / "summary.json", summary)
+    write_report(folder, summary, [])
     return summary
 
 

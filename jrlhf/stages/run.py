@@ -1,6 +1,7 @@
 """A stage's folder: who may write there, what it was started with, and what is finished."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -78,10 +79,26 @@ def _has_begun(folder: Path) -> bool:
     return read_summary(folder) is not None or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
+def refuse_links_out(run: Path, *paths: Path) -> None:
+    """ConfigError for a link at or below one of ``paths`` that leads out of ``run``: nothing is written outside it.
+
+    The run's own folder may be a link, as to a bigger disk: that is its owner's choice.
+    """
+    home = run.resolve()
+    for path in paths:
+        inside = (Path(at, name) for at, folders, files in os.walk(path) for name in (*folders, *files))
+        for link in (path, *inside):
+            if link.is_symlink() and not link.resolve().is_relative_to(home):
+                raise ConfigError(
+                    f"{link}: a link out of the run, to {link.resolve()}; remove it, or choose another --run"
+                )
+
+
 @contextmanager
 def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
     """The stage's folder, locked, with the config inside; refused if it holds a run of another config."""
     folder = stage_folder(config, stage)
+    refuse_links_out(Path(config.run), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
         saved = folder / "config.yaml"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_texts, load_tokenizer, stop_token_ids
 
 HH = "\n\nHuman: hi\n\nAssistant:"
 
@@ -144,6 +144,24 @@ def test_a_text_is_learnt_whole_but_for_its_first_token(tokenizer, config, write
     assert learnt == [False] + [True] * (len(tokens) - 1)
 
 
+@pytest.mark.parametrize("reload", [False, True], ids=["as it is", "by load_tokenizer"])
+def test_the_eos_keeps_its_label_where_it_is_the_pad_token_too(make_tokenizer, config, write, tmp_path, reload):
+    eos = "<|endoftext|>"
+    tokenizer = make_tokenizer([eos], eos_token=eos, pad_token=eos)
+    if reload:
+        tokenizer.save_pretrained(tmp_path / "saved")
+        tokenizer = load_tokenizer(str(tmp_path / "saved"))
+    source = write([{"prompt": "a", "completion": " b"}, {"prompt": "a much longer one", "completion": " b c d e"}])
+    rows = load_sft(config(), source, tokenizer, train_on="completion")
+    batch = rows.batch([0, 1])
+    for place in (0, 1):
+        tokens, learnt = row_of(rows, place)
+        assert (tokens[-1], learnt[-1]) == (tokenizer.eos_token_id, True)
+        assert batch.mask[place].tolist() == [True] * len(tokens) + [False] * (batch.mask.shape[1] - len(tokens))
+        assert batch.loss_mask[place].sum() == sum(learnt)
+    assert tokenizer.eos_token_id in stop_token_ids(tokenizer, ())
+
+
 def test_answers_are_cut_at_their_end_and_prompts_at_their_start(metaspace, config, write):
     source = write([{"prompt": "What is the answer", "completion": " The answer is 42!"}])
     full = load_sft(config(), source, metaspace, train_on="completion")
@@ -210,6 +228,65 @@ def test_bad_rows_are_counted_and_reported_where_they_are_skipped(chat, config, 
     assert f"{source}: skipped 2 rows: chosen: the same as rejected (first: {source}:3)" in caplog.messages
     assert f"{source}: skipped 1 rows: prompt: is empty (first: {source}:4)" in caplog.messages
     assert len(caplog.messages) == 4
+
+
+NO_TEXT = {
+    b'{"text": "a"': "not a JSON object a line: Expecting ',' delimiter at 13",
+    b'{"text": "a\\u0000b"}': "text: holds a NUL character",
+    b'{"text": "\\ud800"}': "text: holds half of a surrogate pair, which is no text",
+    b'{"text": 7}': "text: expected a string or a list of messages, found int",
+    b'{"text": "a", "text": "b"}': "text: given twice in one object",
+    b'{"text": " "}': "text: is empty",
+    b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}": "nested too deeply",
+}
+
+
+def test_what_is_no_text_is_named_or_counted_and_the_rest_is_learnt(chat, config, write, caplog):
+    good = [
+        b'\xef\xbb\xbf{"text": "Hello"}\r',
+        b'{"text": "Hello\\ud83d\\ude00"}\r',
+        b'{"text": "' + b"x" * 10**6 + b'"}',
+    ]
+    source = write(b"\n".join([*good, *NO_TEXT]))
+    with caplog.at_level(logging.WARNING, logger="jrlhf.data"):
+        rows = load_sft(config(on_bad_row="skip"), source, chat, train_on="completion")
+    assert [chat.decode(row_of(rows, i)[0], skip_special_tokens=True) for i in (0, 1)] == ["Hello", "Hello😀"]
+    assert rows.lengths.tolist()[2] == 256
+    assert sum(rows.skipped.values()) == len(NO_TEXT)
+    for number, (line, reason) in enumerate(NO_TEXT.items(), 4):
+        assert f"(first: {source}:{number})" in caplog.text
+        alone = write(b"\n\n" + line, "alone.jsonl")
+        with pytest.raises(DataError) as error:
+            load_sft(config(), alone, chat, train_on="completion")
+        assert str(error.value) == f"{alone}:3: {reason}"
+
+
+def test_rankings_without_a_pair_are_counted_by_reason(chat, config, write):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    several = {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}
+    bad = [
+        pair | {"prompt": " "},
+        pair | {"chosen": ""},
+        pair | {"rejected": "\n"},
+        pair | {"rejected": "b"},
+        several | {"ranks": [1, 1]},
+        several | {"completions": ["b"], "ranks": [0]},
+        several | {"completions": [], "ranks": []},
+    ]
+    source = write([*bad, pair, several, pair | {"prompt": "long " * 500}])
+    rows = load_rankings(config(on_bad_row="skip", max_length=32), source, chat)
+    assert rows.skipped == {
+        "prompt: is empty": 1,
+        "chosen: is empty": 1,
+        "rejected: is empty": 1,
+        "chosen: the same as rejected": 1,
+        "ranks: all tied, so there is no pair": 1,
+        "completions: fewer than two, so there is nothing to rank": 2,
+    }
+    # A prompt that is too long loses its start, so that both answers stay.
+    assert [len(rows.completions(i)) for i in range(len(rows))] == [2, 2, 2]
+    assert rows.lengths.tolist()[2] == 32
+    assert [rows.tokens[i][-2:].tolist() for i in rows.completions(2)] == [rows.tokens[i][-2:].tolist() for i in (0, 1)]
 
 
 def test_many_reasons_are_summed_up(chat, config, write, caplog):

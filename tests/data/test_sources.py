@@ -89,8 +89,9 @@ def test_a_text_file_edited_in_place_is_read_anew(write):
     assert rows_of(write([{"text": "two"}])) == [{"text": "two"}]
 
 
-def test_a_row_of_a_megabyte(write):
-    long = "a word " * 150_000
+@pytest.mark.parametrize("megabytes", [1, 10])
+def test_a_row_of_megabytes(megabytes, write):
+    long = "a word " * (150_000 * megabytes)
     assert rows_of(write([{"text": long}])) == [{"text": long}]
     assert rows_of(write(f'text\n"{long}"\n', "rows.csv")) == [{"text": long}]
 
@@ -106,6 +107,10 @@ BAD_LINES = {
     b'{"text": "a", "text": "b"}': "text: given twice in one object",
     b'{"messages": [{"role": "user", "role": "user"}]}': "role: given twice in one object",
     b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}": "nested too deeply",
+    b'{"x": ' + b'{"x": ' * 200_000 + b"}" * 200_001: "nested too deeply",
+    b'{"text": "a", "x": ' + b"9" * 5000 + b"}": "a whole number has too many digits",
+    b"\x00\x00\x00\x00": "not a JSON object a line: Expecting value at 1",
+    "{}".encode("utf-16"): "not UTF-8 at byte 1",
 }
 
 
@@ -140,6 +145,8 @@ BROKEN_FILES = {
     "array.json": (b'[{"text": "a"},\n {"text": }]', ":2: not a JSON array: Expecting value at 11"),
     "twice.json": (b'[{"text": "a", "text": "b"}]', ": text: given twice in one object"),
     "bytes.json": (b'[{"text": "\xff"}]', ": not UTF-8 at byte 12"),
+    "deep.json": (b"[" * 200_000, ": nested too deeply"),
+    "digits.json": (b'[{"x": ' + b"9" * 5000 + b"}]", ": a whole number has too many digits"),
     "quote.csv": (b'text\n"open\n', ":2: not CSV: unexpected end of data"),
     "bytes.csv": (b"text\nok\ncaf\xe9\n", ":3: not UTF-8 at byte 4"),
     "header.csv": (b"text,text\na,b\n", ":1: two columns of one name: text, text"),

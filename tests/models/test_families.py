@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jrlhf.core import positions_from_mask
-from jrlhf.models import load_pretrained, save_pretrained
+from jrlhf.models import load_pretrained, load_reward_model, save_pretrained
 from jrlhf.parallel import make_mesh, shard_batch
 
-from .checkpoints import VARIANTS, write_named
+from .checkpoints import CONFIGS, VARIANTS, write_checkpoint, write_named
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -46,6 +46,31 @@ def test_cached_decode_equals_the_full_forward(variant, model, padded):
         np.testing.assert_allclose(logits[real], full[:, column - 1][real], atol=1e-5)
         if column < width:
             logits, cache = decode(model.params, tokens[:, column, None], positions[:, column, None], cache)
+
+
+@pytest.mark.parametrize("variant", ["smollm2", "gpt2"])
+def test_a_reward_score_is_that_of_the_last_real_token_alone_or_in_a_batch(variant, tmp_path):
+    """With and without an EOS at the end, and in a row that fills the whole width; padded left, right or not at all."""
+    config = CONFIGS[variant]
+    classes = {"llama": "Llama", "gpt2": "GPT2"}
+    kind = f"{classes[config['model_type']]}ForSequenceClassification"
+    model = load_reward_model(
+        write_checkpoint(tmp_path, config | {"architectures": [kind], "num_labels": 1}), dtype="float32"
+    )
+    eos, width = 2, 9
+    rows = [[5, 7, 11, eos], [5, 7, 11], [3, 4, 5, 6, 7, 8, 9, 10, eos], [3, 4, 5, 6, 7, 8, 9, 10, 12]]
+    score = jax.jit(model.score)
+    alone = [float(score(model.params, jnp.array([row], jnp.int32), jnp.ones((1, len(row)), bool))[0]) for row in rows]
+    assert np.std(alone) > 1e-2
+    for fill in (0, eos):
+        for left in (True, False):
+            tokens, mask = np.full((len(rows), width), fill, np.int32), np.zeros((len(rows), width), bool)
+            for place, row in enumerate(rows):
+                where = slice(width - len(row), width) if left else slice(0, len(row))
+                tokens[place, where], mask[place, where] = row, True
+            np.testing.assert_allclose(score(model.params, jnp.asarray(tokens), jnp.asarray(mask)), alone, atol=1e-5)
+    every = model.score_fn(model.params, jnp.array(rows[2:], jnp.int32), jnp.ones((2, width), bool))
+    np.testing.assert_allclose(every[:, -1], alone[2:], atol=1e-5)
 
 
 def test_a_loaded_model_is_written_byte_for_byte(model, tmp_path):

@@ -22,6 +22,7 @@ from jrlhf.config import (
 )
 from jrlhf.metrics import read_metrics
 from jrlhf.parallel.compilation import COMPILED
+from jrlhf.stages import sft as sft_stage
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
@@ -67,11 +68,21 @@ def check(folder: Path, compiled: Counter[str], *names: str) -> None:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_sft(lengths: int, tmp_path: Path, compiled: Counter[str]) -> None:
+def test_sft(lengths: int, tmp_path: Path, compiled: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    place, live = sft_stage.shard_batch, list[int]()
+
+    def counting(batch: Any, mesh: Any) -> Any:
+        live.append(len(jax.live_arrays()))
+        return place(batch, mesh)
+
+    monkeypatch.setattr(sft_stage, "shard_batch", counting)
     data = write(tmp_path / "texts.jsonl", [{"text": words(1 + n)} for n in range(lengths)])
     sft = SFTConfig(MODEL, data=data, batch_size=8, epochs=2.0, log=LOG, checkpoint=ONCE)
     run_sft(Config(run=str(tmp_path / "run"), sft=sft))
     check(tmp_path / "run/sft", compiled, "jitted", "flops")
+    # Memory is flat: the second epoch holds no more arrays than the first.
+    assert len(live) == 2 * -(-lengths // 8)
+    assert max(live[len(live) // 2 :]) <= max(live[: len(live) // 2])
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)

@@ -1,12 +1,22 @@
 """What a run's folder holds, and what may change before it is gone on with."""
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from jrlhf.config import Config
+from jrlhf import assets
+from jrlhf.checkpoint import CheckpointError
+from jrlhf.config import CheckpointConfig, Config, DataConfig, ExportConfig, LogConfig, ModelConfig, SFTConfig
 from jrlhf.config_io import ConfigError, apply_flags
+from jrlhf.stages.export import run_export
 from jrlhf.stages.run import open_stage
+from jrlhf.stages.sft import run_sft
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
@@ -23,3 +33,76 @@ def test_a_run_goes_on_with_its_rows_in_another_cache_but_not_from_other_data(st
             open_stage(apply_flags(config, {f"{name}.train": ["{a: 2}"]}), stage),
         ):
             pass
+
+
+CHANGES = {
+    "seed": ("1", r"seed: 0 -> 1"),
+    "sft.batch_size": ("7", r"sft\.batch_size: 32 -> 7"),
+    "sft.model.path": ("other", r"sft\.model\.path: '' -> 'other'"),
+    "sft.data.max_length": ("9", r"sft\.data\.max_length: 1024 -> 9"),
+    "sft.optim.lr": ("1", r"sft\.optim\.lr: 1e-05 -> 1\.0"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_decides_the_result_may_not_change_on_the_way(name: str, tmp_path: Path) -> None:
+    config = Config(run=str(tmp_path))
+    with open_stage(config, "sft") as folder:
+        (folder / "checkpoints" / "1").mkdir(parents=True)
+    value, difference = CHANGES[name]
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=difference), open_stage(apply_flags(config, {name: [value]}), "sft"):
+        pass
+    assert (folder / "config.yaml").read_text() == before
+
+
+def fewer_layers(model: Path) -> None:
+    edit(model, lambda name, tensor: None if name.startswith("model.layers.4.") else tensor, num_hidden_layers=4)
+
+
+def larger_vocabulary(model: Path) -> None:
+    longer = lambda tensor: np.concatenate([tensor, tensor[:8]])  # noqa: E731
+    edit(model, lambda name, tensor: longer(tensor) if name.endswith("embed_tokens.weight") else tensor, vocab_size=520)
+
+
+def edit(model: Path, change: Callable[[str, np.ndarray], np.ndarray | None], **config: int) -> None:
+    """A model folder with some tensors changed or left out, and the config that goes with them."""
+    tensors = {name: change(name, tensor) for name, tensor in load_file(model / "model.safetensors").items()}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    old = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(old | config))
+
+
+def test_another_model_under_the_same_name_is_refused_and_a_checkpoint_names_no_file_outside(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(assets.resolve("asset:stories260k"), tmp_path / "model"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "Once upon a time"}\n' * 8)
+    sft = SFTConfig(
+        ModelConfig(str(model)),
+        data=DataConfig(train=str(tmp_path / "rows.jsonl"), max_length=8, buckets=1, cache=""),
+        batch_size=8,
+        checkpoint=CheckpointConfig(every=1),
+        log=LogConfig(samples=0, progress=False, tensorboard=False),
+    )
+    config = Config(run=str(tmp_path / "run"), sft=sft)
+    run_sft(config)
+    folder = tmp_path / "run" / "sft"
+    (folder / "summary.json").unlink()
+    whole = Path(shutil.copytree(model, tmp_path / "whole"))
+    for change, named in ((fewer_layers, "layers/"), (larger_vocabulary, "embed is ")):
+        shutil.rmtree(model)
+        shutil.copytree(whole, model)
+        change(model)
+        with pytest.raises(CheckpointError, match=rf"does not fit this run's state: .*{named}"):
+            run_sft(config)
+    shutil.rmtree(model)
+    shutil.copytree(whole, model)
+
+    # What a checkpoint says of its tokenizer's files comes from whoever wrote it.
+    [metadata] = (folder / "checkpoints").glob("*/metadata/metadata")
+    said = json.loads(metadata.read_text())
+    said["tokenizer"] = {"../outside.json": "{}"}
+    metadata.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"'\.\./outside\.json' is not the name of a tokenizer's file"):
+        run_export(ExportConfig(str(folder), str(tmp_path / "deep" / "out"), step=1))
+    assert not (tmp_path / "deep" / "outside.json").exists()
