@@ -22,12 +22,15 @@ class MetricsLog:
     ``"inf"`` and ``"-inf"``, which ``float()`` and ``read_metrics`` read back.
 
     ``resume_step``: the step a run goes on from; what was logged after it is dropped, as it will be logged again. None:
-    the run starts from the beginning, and nothing of an earlier one is kept.
+    the run starts from the beginning, and nothing of an earlier one is kept. Not ``enabled``: nothing is written.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int | None, enabled: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
+        self._file, self._board = None, None
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         _drop_after(self.path, -1 if resume_step is None else resume_step)
         # O_APPEND and one write a line: a reader, or a run that is killed, never sees lines mixed up.
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -35,6 +38,8 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Log values at a step; the line is on its way to the disk when this returns."""
+        if self._file is None:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         row = {"step": step, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
@@ -47,7 +52,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files; nothing may be written after it."""
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
         if self._board is not None:
             self._board.close()
 

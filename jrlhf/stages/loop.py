@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jrlhf.checkpoint import BestMode, Checkpoints
 from jrlhf.config import CheckpointConfig, LogConfig
 from jrlhf.metrics import MetricsLog, progress
-from jrlhf.parallel import counted_compilations
+from jrlhf.parallel import AnyProcess, counted_compilations, from_first, is_first
 from jrlhf.types import Key, Metrics, TrainState
 
 
@@ -112,19 +112,20 @@ def run_loop(
         start = int(state.cursor)
         first, last, spent = past["first"], past["last"], past["seconds"]
         with (
-            MetricsLog(folder, tensorboard=log.tensorboard, resume_step=start or None) as writer,
-            progress(loop.total, loop.title, start=start, enabled=log.progress) as bar,
+            MetricsLog(folder, tensorboard=log.tensorboard, resume_step=start or None, enabled=is_first()) as writer,
+            progress(loop.total, loop.title, start=start, enabled=log.progress and is_first()) as bar,
         ):
             clock = time.perf_counter
             began = clock() - spent
             if not first:
                 first = last = loop.evaluate(state, start)
                 writer.write(start, first)
-            window = Window(loop.rates)
+            window, asked = Window(loop.rates), AnyProcess()
             for done in range(start + 1, loop.total + 1):
                 state, metrics = loop.advance(state, done - 1)
                 window.add(metrics)
-                ends = done == loop.total or bool(stop)
+                stopping = asked(bool(stop))
+                ends = done == loop.total or stopping
                 saves = ends or done % checkpoint.every == 0
                 # What is saved is looked at first: a state that is not finite must not get there.
                 if saves or done % log.every == 0:
@@ -141,7 +142,7 @@ def run_loop(
                     past = {"first": first, "last": last, "seconds": clock() - began}
                     with window.apart("checkpoint", state):
                         checkpoints.save(done, saved_part(state), metadata=metadata | past, metrics=last)
-                if stop and done < loop.total:
+                if stopping and done < loop.total:
                     checkpoints.wait()
                     raise Interrupted(f"stopped at step {done} of {loop.total}, saved in {folder / 'checkpoints'}")
             checkpoints.wait()
@@ -150,7 +151,7 @@ def run_loop(
 
 def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
     """The newest saved state and what was known then, or ``state`` and nothing."""
-    newest = checkpoints.latest_step()
+    newest = from_first("find its newest checkpoint", checkpoints.latest_step)
     if newest is None:
         return state, {"first": {}, "last": {}, "seconds": 0.0}
     restored: RunState = checkpoints.restore(newest, abstract(saved_part(state)))

@@ -112,6 +112,6 @@ def make_iteration(
             train, updated = wait(update(state.train, rollout._replace(ptx=text), update_key))
         metrics |= updated | seconds | {"kl_coef": beta} | counts(work(generation, text), updated)
         beta = next_beta(beta, metrics["kl"])
-        return RunState(train, state.key, jnp.int32(number + 1), beta), metrics
+        return RunState(train, state.key, state.cursor + 1, beta), metrics
 
     return iterate

@@ -14,7 +14,7 @@ from jrlhf.config import Config, SFTConfig
 from jrlhf.core import combine
 from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
-from jrlhf.parallel import device_peaks, shard_batch
+from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import merged, trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, gradient_slices, usual_microbatch
 from jrlhf.stages.loop import Loop, Rate, RunState, run_loop
@@ -65,7 +65,7 @@ def run_sft(config: Config) -> dict[str, Any]:
                 batch = shard_batch(batches.batch(order[number]), mesh)
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
             metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
-            return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
+            return state._replace(train=train, cursor=state.cursor + 1), metrics
 
         samples = _sample_writer(sft, model, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
         score = _evaluator(sft, model, heldout, mesh)
@@ -128,7 +128,7 @@ def _evaluator(
             batch: SFTBatch = rows.batch(indices)
             batch = batch._replace(loss_mask=batch.loss_mask & real[:, None])
             parts.append(sums(params, shard_batch(batch, mesh)))
-        nll, tokens = (float(sum(x)) for x in zip(*jax.device_get(parts), strict=True))
+        nll, tokens = (float(sum(x)) for x in zip(*fetch(parts), strict=True))
         return {"eval/nll": nll / max(tokens, 1.0), "eval/perplexity": math.exp(min(nll / max(tokens, 1.0), 80.0))}
 
     return evaluate
@@ -156,8 +156,9 @@ def _sample_writer(
             show_progress=False,
         )
         rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, drawn, strict=True)]
-        with (folder / "samples.jsonl").open("a", encoding="utf-8") as out:
-            out.writelines(json_line(row) for row in rows)
+        if is_first():
+            with (folder / "samples.jsonl").open("a", encoding="utf-8") as out:
+                out.writelines(json_line(row) for row in rows)
 
     return write
 
@@ -179,4 +180,5 @@ def _write_candidates(config: Config, model: Pretrained, tokenizer: Any, folder:
         show_progress=sft.log.progress,
     )
     rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
-    (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+    if is_first():
+        (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")
