@@ -139,13 +139,15 @@ class Peers:
         which: so all that are alive must be heard of once more. Bounded by the heartbeat's timeout.
         """
         start = time.monotonic()
-        self._end(ended)
+        while not self._end(ended):
+            # The other thread has said why, and ends the process.
+            time.sleep(1)
         while ended:
             now = time.monotonic()
             if fault := self._silent(now):
                 return fault
             if all(peer.row.ended is not None or peer.beat_at > start for peer in self._others()):
-                return failed(dict(self._table), me=self.process, before=now, own=ended)
+                return failed(dict(self._table), me=self.process, before=start, own=ended)
             time.sleep(0.05)
         return ""
 
@@ -156,16 +158,20 @@ class Peers:
             if all(peer.row.ended is not None or now - peer.beat_at >= self.heartbeat for peer in self._others()):
                 break
             time.sleep(0.05)
-        # What was said last is on its way.
-        time.sleep(0.2)
+        # They have said that they end, and are about to.
+        time.sleep(1.0 if self.process == 0 else 0.2)
 
     def _others(self) -> list[Seen]:
         return [peer for number, peer in self._table.items() if number != self.process]
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str) -> bool:
+        """Whether this was said first: by the main thread or by the one that judges."""
         with self._lock:
+            if self._row.ended is not None:
+                return False
             self._row = self._row._replace(ended=why)
         self._wake.set()
+        return True
 
     def _silent(self, now: float) -> str:
         if self.process != 0 and now - self._answered >= self.heartbeat:
@@ -204,9 +210,8 @@ class Peers:
                 or failed(table, me=self.process, before=now - GRACE, own=None)
                 or standing(table, now=now, stall=self.stall)
             )
-            if fault and self._row.ended is None:
+            if fault and self._end(fault):
                 print(f"jrlhf: {fault}", file=sys.stderr, flush=True)
-                self._end(fault)
                 self.stay_for_the_others()
                 os._exit(FAILURE)
 
