@@ -21,6 +21,10 @@ SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", 
 """What srun sets for a task, and JAX goes by; a shell inside an allocation lacks some of it."""
 
 
+FLAGS = "flags"
+"""The engine of a launch that flags, or the environment's JAX_ variables, tell all of."""
+
+
 class Launch(NamedTuple):
     """Arguments of ``jax.distributed.initialize``; None is what JAX learns from the engine itself."""
 
@@ -45,24 +49,22 @@ def find_launch(
     process = process if process >= 0 else _whole("JAX_PROCESS_ID", told["JAX_PROCESS_ID"], -1)
     if processes == 1:
         return None
-    engine = _engine(environment, tpu=tpu)
-    if not (coordinator or processes or process >= 0):
+    given = {"coordinator": coordinator, "processes": processes, "process": process >= 0}
+    missing = [name for name in given if not given[name]]
+    # Where all is told, whatever else this process may be part of is of no interest.
+    engine = _engine(environment, tpu=tpu) if missing else FLAGS
+    if len(missing) == len(given):
         return None if engine is None else Launch(engine)
-    missing = [
-        f"distributed.{name}"
-        for name, given in (("coordinator", coordinator), ("processes", processes), ("process", process >= 0))
-        if not given
-    ]
-    if missing and engine is None:
+    if engine is None:
         raise ValueError(
-            f"{missing[0]}: is not set, and no engine that tells it was found; several processes need "
+            f"distributed.{missing[0]}: is not set, and no engine that tells it was found; several processes need "
             "distributed.coordinator, distributed.processes and distributed.process"
         )
     if coordinator and not coordinator.rpartition(":")[2].isdigit():
         raise ValueError(f"distributed.coordinator: must be host:port, got {coordinator!r}")
     if processes and process >= processes:
         raise ValueError(f"distributed.process: must be below distributed.processes ({processes}), got {process}")
-    return Launch(engine or "flags", coordinator or None, processes or None, process if process >= 0 else None)
+    return Launch(engine, coordinator or None, processes or None, process if process >= 0 else None)
 
 
 def _whole(name: str, text: str, missing: int) -> int:
@@ -137,11 +139,14 @@ def _initialize(launch: Launch, *, start_timeout: int, heartbeat_timeout: int) -
             launch.coordinator,
             launch.processes,
             launch.process,
+            cluster_detection_method="deactivate" if launch.engine == FLAGS else None,
             initialization_timeout=start_timeout + 60,
             # The runtime's own check aborts the process and may leave out who is dead: ours comes first.
             heartbeat_timeout_seconds=2 * heartbeat_timeout,
             shutdown_timeout_seconds=heartbeat_timeout,
         )
+        # They tell each other of their devices: left for later, it could be while one waits for another.
+        jax.devices()
     except Exception as error:
         raise ValueError(f"distributed: {launch.engine}: {error}") from error
     finally:

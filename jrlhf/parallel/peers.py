@@ -142,12 +142,16 @@ class Peers:
         while not self._end(ended):
             # The other thread has said why, and ends the process.
             time.sleep(1)
+        heard: dict[int, int] | None = None
         while ended:
-            now = time.monotonic()
-            if fault := self._silent(now):
+            if fault := self._silent(time.monotonic()):
                 return fault
-            if all(peer.row.ended is not None or peer.beat_at > start for peer in self._others()):
-                return failed(dict(self._table), me=self.process, before=start, own=ended)
+            others = self._others()
+            if heard is None and self._answered > start:
+                # The last beats from before; the next ones come of the living.
+                heard = {number: peer.row.beat for number, peer in others.items()}
+            elif heard and all(p.row.ended is not None or p.row.beat > heard[n] for n, p in others.items()):
+                return failed(others, me=self.process, before=start, own=ended)
             time.sleep(0.05)
         return ""
 
@@ -155,14 +159,15 @@ class Peers:
         """The table is in process 0, which leaves last: the others must have read it, or be gone."""
         deadline = time.monotonic() + self.interval + GRACE + 1
         while self.process == 0 and (now := time.monotonic()) < deadline:
-            if all(peer.row.ended is not None or now - peer.beat_at >= self.heartbeat for peer in self._others()):
+            others = self._others().values()
+            if all(peer.row.ended is not None or now - peer.beat_at >= self.heartbeat for peer in others):
                 break
             time.sleep(0.05)
         # They have said that they end, and are about to.
         time.sleep(1.0 if self.process == 0 else 0.2)
 
-    def _others(self) -> list[Seen]:
-        return [peer for number, peer in self._table.items() if number != self.process]
+    def _others(self) -> dict[int, Seen]:
+        return {number: peer for number, peer in self._table.items() if number != self.process}
 
     def _end(self, why: str) -> bool:
         """Whether this was said first: by the main thread or by the one that judges."""
@@ -183,6 +188,7 @@ class Peers:
 
     def _talk(self) -> None:
         while not self._stopped:
+            asked = time.monotonic()
             with self._lock:
                 self._row = self._row._replace(beat=self._row.beat + 1)
                 row = self._row
@@ -192,11 +198,12 @@ class Peers:
             except Exception:
                 # Silence is what counts, and that is measured elsewhere.
                 rows = []
-            else:
-                self._answered = time.monotonic()
+                asked = self._answered
             for key, text in rows:
                 number = int(key.rpartition("/")[2])
                 self._table[number] = seen(self._table[number], Row(*json.loads(text)), time.monotonic())
+            # When it asked last and was answered.
+            self._answered = asked
             self._wake.wait(self.interval if row.ended is None else 0.1)
             self._wake.clear()
 
