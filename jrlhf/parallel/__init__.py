@@ -18,8 +18,8 @@ from jrlhf.parallel.step import Step, jit_step
 
 __all__ = [
     "AXES",
-    "AnyProcess",
     "BATCH_AXES",
+    "AnyProcess",
     "Compilations",
     "Peaks",
     "PeerLost",

@@ -115,9 +115,7 @@ def joined(
     They leave together: one that fails or is lost ends the others, which say so. All times are in seconds.
     ValueError for a launch that cannot be; PeerLost where an error in the block is another process's doing.
     """
-    launch = find_launch(
-        os.environ, coordinator=coordinator, processes=processes, process=process, tpu=_has_tpu()
-    )
+    launch = find_launch(os.environ, coordinator=coordinator, processes=processes, process=process, tpu=_has_tpu())
     if launch is None:
         yield
         return

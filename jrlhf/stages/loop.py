@@ -144,6 +144,8 @@ def run_loop(
                         checkpoints.save(done, saved_part(state), metadata=metadata | past, metrics=last)
                 if stopping and done < loop.total:
                     checkpoints.wait()
+                    # An engine may end all as soon as one has left: none leaves before the state is whole.
+                    from_first("save its state", lambda: None)
                     raise Interrupted(f"stopped at step {done} of {loop.total}, saved in {folder / 'checkpoints'}")
             checkpoints.wait()
             return Outcome(state, first, last, clock() - began)

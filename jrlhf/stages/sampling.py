@@ -75,7 +75,9 @@ def answers(
     found: list[list[str]] = [[] for _ in range(len(prompts))]
     batch_size = device_multiple(min(batch_size, len(prompts)), mesh)
     total, done = samples * len(prompts), 0
-    with progress(total, "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True) as bar:
+    with progress(
+        total, "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True
+    ) as bar:
         for draw in range(samples):
             key = jax.random.fold_in(jax.random.key(seed), draw)
             batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)

@@ -3,7 +3,6 @@
 import json
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,8 +140,15 @@ HEARTBEAT = 5.0
     [
         pytest.param(signal.SIGKILL, 1, {0: 1}, "is dead or stopped", id="killed"),
         pytest.param(signal.SIGSTOP, 1, {0: 1}, "5 s (distributed.heartbeat_timeout)", id="stopped"),
-        pytest.param(signal.SIGSTOP, 0, {1: 1}, "no answer for 5 s (distributed.heartbeat_timeout)", id="stopped 0"),
-        pytest.param("raise", 1, {0: 1, 1: 1}, "failed: KeyError: 'broken'", id="failed"),
+        pytest.param(
+            signal.SIGSTOP,
+            0,
+            {1: 1},
+            "no answer for 5 s (distributed.heartbeat_timeout)",
+            id="stopped 0",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("raise", 1, {0: 1, 1: 1}, "failed: KeyError: 'broken'", id="failed", marks=pytest.mark.slow),
         pytest.param("hang", 1, {0: 1, 1: 1}, "any further for 4 s (distributed.stall_timeout)", id="hung"),
     ],
 )

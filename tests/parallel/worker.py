@@ -5,15 +5,23 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from jrlhf import assets
+from jrlhf.checkpoint import Checkpoints
 from jrlhf.cli import complain, ended
-from jrlhf.config import DistributedConfig
+from jrlhf.config import DistributedConfig, OptimConfig
 from jrlhf.data import Order
 from jrlhf.data.order import Part
+from jrlhf.models import load_pretrained
 from jrlhf.parallel import AnyProcess, fetch, first_goes_ahead, from_first, is_first, joined, make_mesh, shard_batch
+from jrlhf.stages.loop import RunState, abstract
+from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.start import start_training
+from jrlhf.steps import make_sft_step
 
 STEPS, ROWS, BATCH = 7, 40, 8
 
@@ -68,13 +76,48 @@ def train(folder: Path, *fault: str) -> None:
         time.sleep(0.02)
 
 
+def sft_state(devices: Any) -> tuple[RunState, Any]:
+    """A small model and its optimizer on these devices, as the SFT stage starts with, and the step."""
+    mesh = make_mesh(data=-1, fsdp=2 if len(devices) > 1 else 1, tensor=1, devices=devices)
+    model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
+    tx, _ = make_optimizer(OptimConfig(lr=1e-3), updates=100)
+    step = make_sft_step(model.logprob_fn, tx, accumulation=1, selective=True)
+    return start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=0, frozen=None)
+
+
+def open_checkpoints(folder: Path) -> Checkpoints:
+    return Checkpoints(folder, keep=3, keep_best=0, best_metric=None, best_mode="min")
+
+
+def restored(folder: Path, devices: Any) -> tuple[RunState, Any]:
+    """What is saved in a folder, on these devices, and the step."""
+    state, step = sft_state(devices)
+    with open_checkpoints(folder) as checkpoints:
+        return checkpoints.restore(checkpoints.latest_step(), abstract(state)), step
+
+
+def leaves(state: RunState) -> list[np.ndarray]:
+    """Every leaf, whole, keys as the integers they are made of."""
+    return fetch([x if x.dtype != state.key.dtype else jax.random.key_data(x) for x in jax.tree.leaves(state)])
+
+
+def reload(folder: Path) -> None:
+    """Load what one process saved, say what it is, and save it again."""
+    state, _ = restored(folder / "saved", jax.devices())
+    found = leaves(state)
+    if is_first():
+        np.savez(folder / "loaded.npz", *found)
+    with open_checkpoints(folder / "again") as checkpoints:
+        checkpoints.save(1, state, metadata={}, metrics=None)
+
+
 def main(task: str, folder: str, *arguments: str) -> int:
     timeouts = DistributedConfig(start_timeout=60, heartbeat_timeout=5, stall_timeout=100)
     if arguments == ("hang",):
         timeouts = replace(timeouts, stall_timeout=4)
     try:
         with joined(**vars(timeouts)):
-            {"rows": read_rows, "agree": agree, "train": train}[task](Path(folder), *arguments)
+            {"rows": read_rows, "agree": agree, "train": train, "reload": reload}[task](Path(folder), *arguments)
     except BaseException as error:
         complain(f"{type(error).__name__}: {error}")
         return 2 if isinstance(error, ValueError) else 1
