@@ -81,10 +81,13 @@ def _received(peers: Peers, key: str, what: str) -> list[Any]:
     raise PeerLost(f"{peers.name_of(0)} could not {what}: {answer['error']}")
 
 
-def same_everywhere(what: str, value: str) -> None:
-    """PeerRefused on a process whose ``value`` is not process 0's: they would not run the same program."""
-    if from_first(f"tell its {what}", lambda: value) != value:
-        raise PeerRefused(f"{what}: not the same here as on process 0")
+def same_everywhere(what: str, value: Callable[[], str]) -> None:
+    """ValueError on a process whose ``value`` is not process 0's: they would not do the same steps."""
+    if current() is None:
+        return
+    here = value()
+    if from_first(f"tell of {what}", lambda: here) != here:
+        raise ValueError(f"{what}: not the same on process {jax.process_index()} as on process 0")
 
 
 def fetch(tree: Any) -> Any:
@@ -99,7 +102,7 @@ def fetch(tree: Any) -> Any:
 
 
 class AnyProcess:
-    """Whether any process says yes, known to all at the same call: ``asked(yes)``, a call later where there are several.
+    """``asked(yes)``: whether any process has said yes, known to all at the same call; of several, a call later.
 
     The answer to one call is worked out by the devices, behind what they are at, and read at the next one: they never
     wait for the host. A single process is answered at once.

@@ -98,7 +98,7 @@ def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
     Of several processes the first one holds it, and all leave when what it wrote is whole.
     """
     folder = stage_folder(config, stage)
-    same_everywhere("config", to_yaml(comparable(config, stage)))
+    same_everywhere("config", lambda: to_yaml(comparable(config, stage)))
     with ExitStack() as held:
         with first_goes_ahead(f"open {folder}"):
             if is_first():

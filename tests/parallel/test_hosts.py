@@ -113,7 +113,7 @@ def test_the_processes_together_read_each_row_of_a_batch_once(tmp_path, processe
     read = [json.loads((tmp_path / f"{process}.json").read_text()) for process in range(processes)]
     order = Order(5, batch_size=BATCH, lengths=np.arange(ROWS), parts=[Part(ROWS, 1.0)])
     for step in range(STEPS):
-        assert sum((rows[step] for rows in read), []) == order[step].tolist()
+        assert [row for rows in read for row in rows[step]] == order[step].tolist()
         assert {len(rows[step]) for rows in read} == {BATCH // processes}
     # Over an epoch each row of the data is read once.
     epoch = [row for step in range(order.steps_per_epoch) for rows in read for row in rows[step]]
@@ -149,6 +149,9 @@ HEARTBEAT = 5.0
             marks=pytest.mark.slow,
         ),
         pytest.param("raise", 1, {0: 1, 1: 1}, "failed: KeyError: 'broken'", id="failed", marks=pytest.mark.slow),
+        pytest.param(
+            "differ", 1, {0: 1, 1: 2}, "rows: not the same on process 1", id="differs", marks=pytest.mark.slow
+        ),
         pytest.param("hang", 1, {0: 1, 1: 1}, "any further for 4 s (distributed.stall_timeout)", id="hung"),
     ],
 )

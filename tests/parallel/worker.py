@@ -17,7 +17,17 @@ from jrlhf.config import DistributedConfig, OptimConfig
 from jrlhf.data import Order
 from jrlhf.data.order import Part
 from jrlhf.models import load_pretrained
-from jrlhf.parallel import AnyProcess, fetch, first_goes_ahead, from_first, is_first, joined, make_mesh, shard_batch
+from jrlhf.parallel import (
+    AnyProcess,
+    fetch,
+    first_goes_ahead,
+    from_first,
+    is_first,
+    joined,
+    make_mesh,
+    same_everywhere,
+    shard_batch,
+)
 from jrlhf.stages.loop import RunState, abstract
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.start import start_training
@@ -47,6 +57,7 @@ def agree(folder: Path) -> None:
             time.sleep(0.5)
             (folder / "written").write_text("whole")
         found["read"] = (folder / "written").read_text()
+    same_everywhere("the weather", lambda: "fine")
     asked = AnyProcess()
     # One says yes at its third call: all know at the fourth.
     found["asked"] = [asked(jax.process_index() == 1 and call == 2) for call in range(6)]
@@ -66,11 +77,15 @@ def train(folder: Path, *fault: str) -> None:
         step(shard_batch(np.ones((jax.device_count(), 2), np.float32), mesh)).block_until_ready()
         asked(False)
         if number == 20:
+            if fault == ("differ",) and is_first():
+                same_everywhere("rows", lambda: "of a file")
             (folder / f"up-{jax.process_index()}").touch()
             if jax.process_index() == 1:
                 match fault:
                     case ["raise"]:
                         raise KeyError("broken")
+                    case ["differ"]:
+                        same_everywhere("rows", lambda: "of another file")
                     case ["hang"]:
                         time.sleep(1000)
         time.sleep(0.02)
