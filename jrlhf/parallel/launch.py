@@ -121,6 +121,8 @@ def joined(
         return
     # Of a CPU; other devices have collectives of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It takes SIGTERM for itself, which must end a run that is not in its loop; and the loop has its own way to agree.
+    jax.config.update("jax_enable_preemption_service", False)
     _initialize(launch, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
     with watching(heartbeat=heartbeat_timeout, stall=stall_timeout):
         yield
