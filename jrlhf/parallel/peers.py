@@ -116,6 +116,9 @@ class Peers:
     def start(self) -> None:
         self._talker = threading.Thread(target=self._talk, daemon=True)
         self._talker.start()
+
+    def guard(self) -> None:
+        """From now on end this process, whatever it waits for, once another one is gone or all stand still."""
         threading.Thread(target=self._judge, daemon=True).start()
 
     def stop(self) -> None:
@@ -150,7 +153,7 @@ class Peers:
             if heard is None and self._answered > start:
                 # The last beats from before; the next ones come of the living.
                 heard = {number: peer.row.beat for number, peer in others.items()}
-            elif heard and all(p.row.ended is not None or p.row.beat > heard[n] for n, p in others.items()):
+            elif heard is not None and all(p.row.ended is not None or p.row.beat > heard[n] for n, p in others.items()):
                 return failed(others, me=self.process, before=start, own=ended)
             time.sleep(0.05)
         return ""
@@ -243,6 +246,7 @@ def watching(*, heartbeat: float, stall: float) -> Iterator[None]:
         stall=stall,
     )
     me.start()
+    me.guard()
     try:
         yield
     except (PeerLost, PeerRefused) as error:

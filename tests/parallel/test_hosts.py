@@ -10,7 +10,7 @@ import pytest
 from jrlhf.data import Order
 from jrlhf.data.order import Part
 from jrlhf.parallel.launch import Launch, find_launch
-from jrlhf.parallel.peers import Row, failed, seen, silent, standing
+from jrlhf.parallel.peers import Peers, Row, failed, seen, silent, standing
 from tests.parallel.processes import WORKER, by_open_mpi, by_slurm, by_variables, running
 from tests.parallel.worker import BATCH, ROWS, STEPS
 
@@ -98,6 +98,37 @@ def test_standing_still_names_who_is_behind():
     assert "all are as far" in standing({0: table[0]}, now=11.0, stall=10.0)
 
 
+class Table:
+    """The coordinator's, in this process."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool) -> None:
+        assert allow_overwrite
+        self.rows[key] = value
+
+    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
+        assert all(name.startswith(key) for name in self.rows)
+        return list(self.rows.items())
+
+
+def test_who_leaves_with_an_error_hears_of_all_that_are_alive_first():
+    alone = Peers(Table(), process=0, processes=1, heartbeat=5.0, stall=100.0)
+    alone.start()
+    assert alone.leave("broken") == ""
+    alone.stop()
+
+    table = Table()
+    several = [Peers(table, process=number, processes=3, heartbeat=1.0, stall=100.0) for number in range(3)]
+    for peers in several[:2]:
+        peers.start()
+    # The third was never heard of: it takes until its time is over to know whose fault an error is.
+    assert "process 2 (nothing heard of it yet) is dead or stopped" in several[1].leave("broken")
+    for peers in several[:2]:
+        peers.stop()
+
+
 @pytest.mark.parametrize(
     ("processes", "devices", "tensor", "engine"),
     [
@@ -152,7 +183,14 @@ HEARTBEAT = 5.0
         pytest.param(
             "differ", 1, {0: 1, 1: 2}, "rows: not the same on process 1", id="differs", marks=pytest.mark.slow
         ),
-        pytest.param("hang", 1, {0: 1, 1: 1}, "any further for 4 s (distributed.stall_timeout)", id="hung"),
+        pytest.param(
+            "hang",
+            1,
+            {0: 1, 1: 1},
+            "any further for 10 s (distributed.stall_timeout)",
+            id="hung",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_peer_that_is_gone_ends_the_others_and_is_named(tmp_path, fault, victim, codes, message):

@@ -129,7 +129,7 @@ def reload(folder: Path) -> None:
 def main(task: str, folder: str, *arguments: str) -> int:
     timeouts = DistributedConfig(start_timeout=60, heartbeat_timeout=5, stall_timeout=100)
     if arguments == ("hang",):
-        timeouts = replace(timeouts, stall_timeout=4)
+        timeouts = replace(timeouts, stall_timeout=10)
     try:
         with joined(**vars(timeouts)):
             {"rows": read_rows, "agree": agree, "train": train, "reload": reload}[task](Path(folder), *arguments)
