@@ -46,7 +46,7 @@ def command(config: Config, stage: str, folder: Path) -> list[str]:
     return [*JRLHF, stage, "--config", str(path), "--distributed.heartbeat_timeout", "20"]
 
 
-def check_same_metrics(found: Path, expected: Path) -> None:
+def check_same_metrics(found: Path, expected: Path, *, within: float = 1e-5) -> None:
     """Line by line and name by name, but for what the clock says."""
     lines = [read_metrics(path / "metrics.jsonl") for path in (found, expected)]
     assert [row["step"] for row in lines[0]] == [row["step"] for row in lines[1]]
@@ -54,7 +54,7 @@ def check_same_metrics(found: Path, expected: Path) -> None:
         assert row.keys() == other.keys()
         for name in row:
             if not any(part in name for part in TIMING):
-                assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), (row["step"], name)
+                assert row[name] == pytest.approx(other[name], rel=within, abs=1e-6), (row["step"], name)
 
 
 def no_step_twice(folder: Path) -> None:
@@ -121,8 +121,9 @@ def test_the_pipeline_in_the_pods_of_a_jobset_is_that_of_one_process(processes, 
     ) as started:
         summary = run_pipeline(alone)
         started.succeed(within=550)
-    for stage in ("sft", "reward", "ppo"):
-        check_same_metrics(Path(config.run) / stage, Path(alone.run) / stage)
+    # Sums over processes have another order; what PPO samples and the ratios it takes amplify their last bits.
+    for stage, within in (("sft", 1e-5), ("reward", 1e-5), ("ppo", 1e-4)):
+        check_same_metrics(Path(config.run) / stage, Path(alone.run) / stage, within=within)
         no_step_twice(Path(config.run) / stage)
         assert (Path(config.run) / stage / "hf" / "config.json").exists()
     for written in ("sft/samples.jsonl", "sft/candidates.jsonl", "ppo/evals/000003.jsonl"):
@@ -130,7 +131,7 @@ def test_the_pipeline_in_the_pods_of_a_jobset_is_that_of_one_process(processes, 
         completions = [[json.loads(row).get("completion") for row in rows] for rows in texts]
         assert completions[0] == completions[1]
     found = json.loads((Path(config.run) / "summary.json").read_text())
-    assert found["ppo"]["after"] == pytest.approx(summary["ppo"]["after"], rel=1e-5, abs=1e-6)
+    assert found["ppo"]["after"] == pytest.approx(summary["ppo"]["after"], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.slow
