@@ -54,7 +54,9 @@ def check_same_metrics(found: Path, expected: Path, *, within: float = 1e-5) -> 
         assert row.keys() == other.keys()
         for name in row:
             if not any(part in name for part in TIMING):
-                assert row[name] == pytest.approx(other[name], rel=within, abs=1e-6), (row["step"], name)
+                # How far rounding takes two probabilities apart is rounding itself.
+                least = 1e-4 if "max_abs" in name else 1e-6
+                assert row[name] == pytest.approx(other[name], rel=within, abs=least), (row["step"], name)
 
 
 def no_step_twice(folder: Path) -> None:
