@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (pair := " ".join(argv[:2])) in COMMANDS:
         command, rest = pair, rest[1:]
     if command in COMMANDS:
-        return run_reporting(command, rest)
+        return ended(run_reporting(command, rest))
     kind = "flag" if command.startswith("-") else "command"
     complain(f"{command}: unknown {kind}{did_you_mean(command, COMMANDS)}")
     return USAGE
@@ -173,21 +173,47 @@ def run(command: str, argv: Sequence[str]) -> int:
     return OK
 
 
+def ended(code: int) -> int:
+    """The exit code; a process of several that failed must not wait for the others on its way out."""
+    parallel = sys.modules.get("jrlhf.parallel")
+    if parallel is not None:
+        parallel.leave_at_once(code)
+    return code
+
+
 def run_stage(command: str, config: Config) -> None:
     """One stage of the recipe, or all of them; ends with where its results are."""
+    require_data(command, config)
+    from jrlhf.parallel import is_first, joined
+
+    with joined(**vars(config.distributed)):
+        run_joined(command, config)
+        folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
+        if is_first():
+            print(f"{command} done: {folder / 'summary.json'}")
+
+
+def require_data(command: str, config: Config) -> None:
     match command:
         case "sft":
             require(config.sft.data.train, "sft.data.train")
+        case "reward":
+            require(config.reward.data.train, "reward.data.train")
+        case "ppo":
+            require(config.ppo.prompts.train, "ppo.prompts.train")
+
+
+def run_joined(command: str, config: Config) -> None:
+    match command:
+        case "sft":
             from jrlhf.stages.sft import run_sft
 
             run_sft(config)
         case "reward":
-            require(config.reward.data.train, "reward.data.train")
             from jrlhf.stages.reward import run_reward
 
             run_reward(config)
         case "ppo":
-            require(config.ppo.prompts.train, "ppo.prompts.train")
             from jrlhf.stages.ppo import run_ppo
 
             run_ppo(config)
@@ -195,8 +221,6 @@ def run_stage(command: str, config: Config) -> None:
             from jrlhf.stages.pipeline import run_pipeline
 
             run_pipeline(config)
-    folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
-    print(f"{command} done: {folder / 'summary.json'}")
 
 
 def require(value: Sources, path: str) -> None:

@@ -11,10 +11,10 @@ from jrlhf.suggest import did_you_mean
 T = TypeVar("T")
 
 STAGES = {
-    "pipeline": ("run", "seed", "mesh", "sft", "reward", "ppo"),
-    "sft": ("run", "seed", "mesh", "sft"),
-    "reward": ("run", "seed", "mesh", "reward"),
-    "ppo": ("run", "seed", "mesh", "ppo"),
+    "pipeline": ("run", "seed", "mesh", "distributed", "sft", "reward", "ppo"),
+    "sft": ("run", "seed", "mesh", "distributed", "sft"),
+    "reward": ("run", "seed", "mesh", "distributed", "reward"),
+    "ppo": ("run", "seed", "mesh", "distributed", "ppo"),
 }
 """Commands that read a YAML, and the parts of it that each sets by flags."""
 

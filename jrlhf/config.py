@@ -20,6 +20,26 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """The processes of a run over several hosts. Slurm, Open MPI, Cloud TPU, Kubeflow Trainer's jax runtime and the
+    recipes in configs/launch/ tell how they find each other: then nothing is set here."""
+
+    coordinator: str = ""
+    """host:port of process 0, which all others must reach. Empty: $JAX_COORDINATOR_ADDRESS, else the engine's."""
+    processes: int = 0
+    """How many there are. 0: $JAX_NUM_PROCESSES, else as the engine says, 1 without one. 1: alone, whatever it says."""
+    process: int = -1
+    """The number of this one, from 0. -1: $JAX_PROCESS_ID, else as the engine says."""
+    start_timeout: int = 300
+    """Seconds until all must have found each other."""
+    heartbeat_timeout: int = 100
+    """Seconds of silence after which a process counts as dead, and the others end and name it."""
+    stall_timeout: int = 3600
+    """Seconds in which some process must finish a batch or what the others wait for; else all end. It covers the
+    longest compilation, tokenising of a file, and answering of a batch."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Where weights and tokenizer come from, and how they are computed with."""
 
@@ -320,6 +340,7 @@ class Config:
     seed: int = 0
     """Of every random choice in the run."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)

@@ -11,6 +11,7 @@ from jrlhf.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    DistributedConfig,
     GenerateConfig,
     LogConfig,
     LoRAConfig,
@@ -81,6 +82,7 @@ def _rules(config: Any) -> Iterator[Rule]:
             yield from _run_folder("run", config.run)
             yield _seed(config.seed)
             yield from _mesh("mesh", config.mesh)
+            yield from _distributed("distributed", config.distributed)
             yield from _sft("sft", config.sft)
             yield from _reward("reward", config.reward)
             yield from _ppo("ppo", config.ppo)
@@ -117,6 +119,14 @@ def _mesh(path: str, mesh: MeshConfig) -> Iterator[Rule]:
     yield mesh.data >= 1 or mesh.data == -1, f"{path}.data", mesh.data, "1 or more, or -1 for all that are left"
     yield mesh.fsdp >= 1, f"{path}.fsdp", mesh.fsdp, "1 or more"
     yield mesh.tensor >= 1, f"{path}.tensor", mesh.tensor, "1 or more"
+
+
+def _distributed(path: str, distributed: DistributedConfig) -> Iterator[Rule]:
+    yield distributed.processes >= 0, f"{path}.processes", distributed.processes, "1 or more, or 0 (found out)"
+    yield distributed.process >= -1, f"{path}.process", distributed.process, "0 or more, or -1 (found out)"
+    yield distributed.start_timeout >= 1, f"{path}.start_timeout", distributed.start_timeout, "1 or more"
+    yield distributed.heartbeat_timeout >= 5, f"{path}.heartbeat_timeout", distributed.heartbeat_timeout, "5 or more"
+    yield distributed.stall_timeout >= 1, f"{path}.stall_timeout", distributed.stall_timeout, "1 or more"
 
 
 def _optim(path: str, optim: OptimConfig) -> Iterator[Rule]:

@@ -19,10 +19,13 @@ class RowLog:
     """A file of JSON objects, a line each, that is only ever added to.
 
     ``resume_step``: the step a run goes on from; rows after it are dropped, as they will come again. None: the run
-    starts from the beginning, and nothing of an earlier one is kept.
+    starts from the beginning, and nothing of an earlier one is kept. Not ``enabled``: nothing is written.
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+    def __init__(self, path: Path, *, resume_step: int | None, enabled: bool = True) -> None:
+        self._file: int | None = None
+        if not enabled:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_after(path, -1 if resume_step is None else resume_step)
         # O_APPEND and one write a line: a reader, or a run that is killed, never sees lines mixed up.
@@ -30,16 +33,20 @@ class RowLog:
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Add ``{"step": .., "time": .., **row}``; it is with the operating system when this returns."""
+        if self._file is None:
+            return
         line = {"step": step, "time": round(time.time(), 3), **row}
         os.write(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
 
     def sync(self) -> None:
         """Return when all rows are on the disk."""
-        os.fsync(self._file)
+        if self._file is not None:
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Nothing may be written after it."""
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
 
 class MetricsLog:
@@ -47,14 +54,16 @@ class MetricsLog:
 
     ``time`` is in seconds since 1970. JSON has no NaN and no infinity: they are written as the strings ``"nan"``,
     ``"inf"`` and ``"-inf"``, which ``float()`` and ``read_metrics`` read back. ``folder/events.jsonl`` has what is no
-    number. ``resume_step`` as in ``RowLog``; TensorBoard's files are then written anew from the rows that are kept.
+    number. ``resume_step`` and ``enabled`` as in ``RowLog``; TensorBoard's files are written anew from the rows kept.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int | None) -> None:
+    def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int | None, enabled: bool = True) -> None:
         self.path = folder / "metrics.jsonl"
-        self._rows = RowLog(self.path, resume_step=resume_step)
-        self._events = RowLog(folder / "events.jsonl", resume_step=resume_step)
-        self._board = _open_tensorboard(folder / "tensorboard", read_metrics(self.path)) if tensorboard else None
+        self._rows = RowLog(self.path, resume_step=resume_step, enabled=enabled)
+        self._events = RowLog(folder / "events.jsonl", resume_step=resume_step, enabled=enabled)
+        self._board = None
+        if tensorboard and enabled:
+            self._board = _open_tensorboard(folder / "tensorboard", read_metrics(self.path))
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Log values at a step; the line is on its way to the disk when this returns."""

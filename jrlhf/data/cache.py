@@ -26,6 +26,7 @@ from jrlhf.data.columns import Schema, Table, Writer, mapped
 from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.environment import cache_home
+from jrlhf.parallel import first_goes_ahead
 
 log = logging.getLogger("jrlhf.data")
 
@@ -101,12 +102,14 @@ def cached(root: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips]
     """
     name = f"{key['kind']}-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}"
     folder = root / name
-    if not folder.exists():
-        with _disk_errors(root):
-            root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f"{name}.lock", key["name"]) as locked:
-            if not folder.exists():
-                _make(folder, key, schema, fill, locked=locked)
+    # In a run over several hosts the first process makes them, and the others find them where they share the folder.
+    with first_goes_ahead(f"tokenise {key['name']}"):
+        if not folder.exists():
+            with _disk_errors(root):
+                root.mkdir(parents=True, exist_ok=True)
+            with _lock(root / f"{name}.lock", key["name"]) as locked:
+                if not folder.exists():
+                    _make(folder, key, schema, fill, locked=locked)
     return _opened(folder, schema, key["name"])
 
 

@@ -4,8 +4,9 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_l
 from jrlhf.data.sources import Row, Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.workers import encode_all
+from jrlhf.parallel import same_everywhere
 
 log = logging.getLogger("jrlhf.data")
 
@@ -179,7 +181,19 @@ class Loaded(NamedTuple):
 
 def _load(config: DataConfig, sources: Sources, tokenizer: Tokenizer, kind: Kind) -> Loaded:
     weighted = {sources: 1.0} if isinstance(sources, str) else sources
-    return Loaded([_table(config, source, tokenizer, kind) for source in weighted], list(weighted.values()))
+    tables = [_table(config, source, tokenizer, kind) for source in weighted]
+    # Hosts with files of their own would put together batches of rows that are not the same ones.
+    same_everywhere(f"rows of {', '.join(weighted)}", lambda: _digest(tables))
+    return Loaded(tables, list(weighted.values()))
+
+
+def _digest(tables: Sequence[Table]) -> str:
+    """Of how many rows there are and how long each is."""
+    digest = sha256()
+    for table in tables:
+        for name in sorted(table.ragged):
+            digest.update(np.ascontiguousarray(table.ragged[name].lengths).tobytes())
+    return digest.hexdigest()
 
 
 def _table(config: DataConfig, source: str, tokenizer: Tokenizer, kind: Kind) -> Table:

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jrlhf.parallel.hosts import mark_progress
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -41,6 +43,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
     ValueError where the rows do not divide.
     """
+    mark_progress()
     sharding = batch_sharding(mesh)
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -10,7 +10,7 @@ from jrlhf.config import LoRAConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.core import combine, partition
 from jrlhf.models import Pretrained, RewardModel, add_adapters, is_trained, merge_adapters, save_adapter
-from jrlhf.parallel import tree_shardings
+from jrlhf.parallel import fetch, is_first, tree_shardings
 from jrlhf.types import Key, Params
 
 
@@ -41,6 +41,9 @@ def write_adapter(
 ) -> None:
     """A PEFT folder beside the merged model; nothing without ``lora``. ``base``: where the frozen weights are from."""
     if lora.rank:
-        tokenizer.save_pretrained(folder)
         local = str(Path(base).resolve()) if Path(base).is_dir() else base
-        save_adapter(params, model.arch, folder, base=local, alpha=lora.alpha)
+        learnt, frozen = partition(params, is_trained)
+        params = combine(fetch(learnt), frozen)
+        if is_first():
+            tokenizer.save_pretrained(folder)
+            save_adapter(params, model.arch, folder, base=local, alpha=lora.alpha)

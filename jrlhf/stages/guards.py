@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from jrlhf.config import GuardConfig, GuardsConfig
 from jrlhf.stages.optim import scale_rate
 from jrlhf.stages.state import RunState
@@ -97,7 +95,7 @@ class Watch:
         self.rollbacks += 1
         self._in_row = {}
         train = good.train._replace(opt_state=scale_rate(good.train.opt_state, self._config.rollback_lr))
-        beta = good.kl_coef * jnp.float32(self._config.rollback_beta)
+        beta = good.kl_coef * self._config.rollback_beta
         return good._replace(train=train, key=now.key, cursor=now.cursor, kl_coef=beta)
 
 

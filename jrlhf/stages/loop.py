@@ -1,6 +1,7 @@
 """The loop that all stages share: step, log, evaluate, save; and come back where it left."""
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from jrlhf.checkpoint import BestMode, Checkpoints
 from jrlhf.config import CheckpointConfig, GuardsConfig, LogConfig
 from jrlhf.metrics import MetricsLog, progress
-from jrlhf.parallel import Compilations, counted_compilations
+from jrlhf.parallel import AnyProcess, Compilations, counted_compilations, from_first, is_first
 from jrlhf.stages.guards import GuardStop, Watch
 from jrlhf.stages.optim import rate_factor
 from jrlhf.stages.signals import Interrupted, stop_request
@@ -74,14 +75,17 @@ def run_loop(
         state, past = _resume(checkpoints, state)
         start = int(state.cursor)
         with (
-            MetricsLog(folder, tensorboard=log.tensorboard, resume_step=start if past else None) as writer,
-            progress(loop.total, loop.title, start=start, enabled=log.progress) as bar,
+            MetricsLog(
+                folder, tensorboard=log.tensorboard, resume_step=start if past else None, enabled=is_first()
+            ) as writer,
+            progress(loop.total, loop.title, start=start, enabled=log.progress and is_first()) as bar,
         ):
             run = _Run(loop, state, past, folder, metadata, checkpoints, writer)
             if not past:
                 run.begin()
+            asked = AnyProcess()
             for done in range(start + 1, loop.total + 1):
-                if stop:
+                if asked(bool(stop)):
                     break
                 rolled_back = run.step(done)
                 ends = done == loop.total
@@ -94,16 +98,17 @@ def run_loop(
                 if saves:
                     run.save()
             reached = run.wait()
-            if stop and reached < loop.total:
-                raise Interrupted(
-                    f"stopped at step {reached} of {loop.total}, saved in {folder / 'checkpoints'}", stop.number
-                )
+            if reached < loop.total:
+                # An engine may end all as soon as one has left: none leaves before the state is whole.
+                from_first("save its state", lambda: None)
+                where = f"stopped at step {reached} of {loop.total}, saved in {folder / 'checkpoints'}"
+                raise Interrupted(where, stop.number or signal.SIGTERM)
             return Outcome(run.state, run.first, run.last, run.seconds())
 
 
 def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
     """The newest saved state and what was known then, or ``state`` and nothing."""
-    newest = checkpoints.newest_sound_step()
+    newest = from_first("find its newest checkpoint", checkpoints.newest_sound_step)
     return (state, {}) if newest is None else (_restored(checkpoints, newest, state), checkpoints.metadata(newest))
 
 
@@ -166,10 +171,16 @@ class _Run:
 
     def _roll_back(self, watch: Watch, done: int) -> None:
         saved = self._checkpoints
-        good = next((step for step in reversed(saved.steps()) if saved.metadata(step)["calm"]), None)
+
+        def newest_calm() -> int | None:
+            good = next((step for step in reversed(saved.steps()) if saved.metadata(step)["calm"]), None)
+            if good is not None:
+                saved.check(good)
+            return good
+
+        good = from_first("choose what to go back to", newest_calm)
         if good is None:
             raise GuardStop(f"step {done}: no checkpoint of before the trouble is left; keep more of them")
-        saved.check(good)
         self.state = watch.gone_back(self.state, _restored(saved, good, self.state))
         rate, beta = float(rate_factor(self.state.train.opt_state)), float(self.state.kl_coef)
         self._writer.event(done, "rollback", to=good, rate_factor=rate, kl_coef=beta)
@@ -201,7 +212,9 @@ class _Run:
             if self._skipped_in_row == self._loop.max_skipped:
                 dump = self._folder / f"skipped-{number}.npz"
                 # None of them has moved the state: it is still the one that this batch belongs to.
-                np.savez(dump, allow_pickle=False, **self._loop.batch_of(self.state, number - 1))
+                batch = self._loop.batch_of(self.state, number - 1)
+                if is_first():
+                    np.savez(dump, allow_pickle=False, **batch)
                 raise FloatingPointError(
                     f"step {number}: loss or gradient not finite, {self._skipped_in_row} steps in a row; nothing was "
                     f"saved since the last good one; what it read is in {dump}"

@@ -86,7 +86,7 @@ def _scalable() -> optax.GradientTransformation:
 
 def scale_rate(opt_state: Any, factor: float) -> Any:
     """``make_actor_critic_optimizer``'s state with its learning rates multiplied."""
-    return optax.tree.set(opt_state, rate_factor=rate_factor(opt_state) * jnp.float32(factor))
+    return optax.tree.set(opt_state, rate_factor=rate_factor(opt_state) * factor)
 
 
 def rate_factor(opt_state: Any) -> jax.Array:

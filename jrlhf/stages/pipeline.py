@@ -9,6 +9,7 @@ from typing import Any
 from jrlhf import __version__
 from jrlhf.config import Config
 from jrlhf.config_io import ConfigError
+from jrlhf.parallel import is_first
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.report import write_report
 from jrlhf.stages.reward import run_reward
@@ -40,7 +41,8 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     seconds["total"] = max(time.perf_counter() - start, sum(seconds.values()))
     summary |= {"seconds": seconds, "seed": config.seed, "versions": versions()}
     write_json(folder / "summary.json", summary)
-    write_report(folder, summary, [])
+    if is_first():
+        write_report(folder, summary, [])
     return summary
 
 

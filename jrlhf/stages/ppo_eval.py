@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config
 from jrlhf.core import kl_penalty
 from jrlhf.data import PromptRows
+from jrlhf.parallel import fetch, is_first
 from jrlhf.stages.actors import Actors, learnt_policy
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
@@ -63,7 +64,7 @@ def make_evaluator(
         batches = generate_all(generate, policy, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=limit)
         for indices, real, generation in batches:
             scores = score(generation, prompts, indices)
-            figures = jax.device_get({"score": scores} | measure(policy, reference, generation))
+            figures = fetch({"score": scores} | measure(policy, reference, generation))
             for place, (prompt, answer) in enumerate(texts_of(actors.tokenizer, generation)):
                 if real[place]:
                     numbers = {name: values[place].item() for name, values in figures.items()}
@@ -90,5 +91,7 @@ def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    if not is_first():
+        return
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json_line(row) for row in rows), encoding="utf-8")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, PPOConfig
 from jrlhf.core import combine, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows
-from jrlhf.parallel import batch_sharding, shard_batch
+from jrlhf.parallel import batch_sharding, fetch, shard_batch
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import device_share, gradient_slices
 from jrlhf.stages.performance import PHASES, rollout_work, timed, training_passes
@@ -122,10 +122,10 @@ def make_iteration(
             train, updated = wait(update(state.train, rollout, update_key))
         metrics |= updated | seconds | {"kl_coef": state.kl_coef} | counts(work(generation, rollout.ptx), updated)
         beta = next_beta(state.kl_coef, metrics["kl"])
-        return RunState(train, state.key, jnp.int32(number + 1), beta), metrics
+        return RunState(train, state.key, state.cursor + 1, beta), metrics
 
     def batch_of(state: RunState, number: int) -> dict[str, np.ndarray]:
         _, rollout, _ = collect(state, number, {})
-        return jax.device_get({name: array for name, array in rollout._asdict().items() if name != "ptx"})
+        return fetch({name: array for name, array in rollout._asdict().items() if name != "ptx"})
 
     return iterate, batch_of

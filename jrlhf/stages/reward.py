@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
@@ -31,7 +30,7 @@ from jrlhf.models import (
     reward_from_pretrained,
     save_reward_model,
 )
-from jrlhf.parallel import device_peaks, shard_batch
+from jrlhf.parallel import device_peaks, fetch, shard_batch
 from jrlhf.stages.adapters import trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, gradient_slices, usual_microbatch
 from jrlhf.stages.evaluation import (
@@ -91,7 +90,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
             mask = batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask
             metrics |= seconds | {"flops": flops(mask, 0.0)}
-            return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
+            return state._replace(train=train, cursor=state.cursor + 1), metrics
 
         score = _evaluator(reward, model, heldout, mesh)
         loop = Loop(
@@ -158,7 +157,7 @@ def _evaluator(
         parts = []
         for indices, real in covering_batches(rows.lengths, batch_size=batch_size, limit=reward.log.eval_rows):
             batch = rows.batch(indices)
-            scores = np.asarray(score(params, shard_batch(batch, mesh)))
+            scores = fetch(score(params, shard_batch(batch, mesh)))
             ranks, valid, lengths = (np.asarray(x) for x in (batch.ranks, batch.valid, batch.mask.sum(axis=-1)))
             parts.append(ordered_differences(ranks, valid & real[:, None], scores, lengths))
         margins, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))

@@ -3,15 +3,26 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jrlhf import assets
-from jrlhf.config import CheckpointConfig, Config, DataConfig, LogConfig, MeshConfig, PPOConfig, RewardConfig, SFTConfig
+from jrlhf.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    LogConfig,
+    MeshConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
 from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
 from jrlhf.lock import run_lock
+from jrlhf.parallel import first_goes_ahead, from_first, is_first, same_everywhere
 
 StageName = Literal["sft", "reward", "ppo"]
 
@@ -21,13 +32,15 @@ def stage_folder(config: Config, stage: StageName) -> Path:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What a finished stage found, or None for one that is not finished."""
+    """What a finished stage found, or None for one that is not finished; all processes see what the first one sees."""
     path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return from_first("look for a summary", lambda: json.loads(path.read_text("utf-8")) if path.exists() else None)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all: written beside, then renamed over."""
+    """Whole or not at all: written beside, then renamed over. The first process writes."""
+    if not is_first():
+        return
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -70,13 +83,13 @@ def comparable(config: Config, stage: StageName) -> Config:
     parts: dict[StageName, Any] = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
     blank: dict[StageName, Any] = {"sft": SFTConfig(), "reward": RewardConfig(), "ppo": PPOConfig()}
     chosen = {name: neutral(parts[name] if name == stage else blank[name]) for name in parts}
-    return replace(config, run="", mesh=MeshConfig(), **chosen)
+    return replace(config, run="", mesh=MeshConfig(), distributed=DistributedConfig(), **chosen)
 
 
 def _has_begun(folder: Path) -> bool:
     """Whether there is anything to go on from: a run that failed before its first checkpoint may start anew."""
     checkpoints = folder / "checkpoints"
-    return read_summary(folder) is not None or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    return (folder / "summary.json").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def refuse_links_out(run: Path, *paths: Path) -> None:
@@ -96,8 +109,23 @@ def refuse_links_out(run: Path, *paths: Path) -> None:
 
 @contextmanager
 def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
-    """The stage's folder, locked, with the config inside; refused if it holds a run of another config."""
+    """The stage's folder, locked, with the config inside; refused if it holds a run of another config.
+
+    Of several processes the first one holds it, and all leave when what it wrote is whole.
+    """
     folder = stage_folder(config, stage)
+    same_everywhere("config", lambda: to_yaml(comparable(config, stage)))
+    with ExitStack() as held:
+        with first_goes_ahead(f"open {folder}"):
+            if is_first():
+                held.enter_context(_opened(config, stage, folder))
+        yield folder
+        with first_goes_ahead(f"finish {folder}"):
+            pass
+
+
+@contextmanager
+def _opened(config: Config, stage: StageName, folder: Path) -> Iterator[None]:
     refuse_links_out(Path(config.run), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
@@ -112,4 +140,4 @@ def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
                 )
         else:
             saved.write_text(to_yaml(config), encoding="utf-8")
-        yield folder
+        yield

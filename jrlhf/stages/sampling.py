@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jrlhf.config import SamplingConfig
 from jrlhf.data import PromptRows, stop_token_ids
 from jrlhf.metrics import progress
-from jrlhf.parallel import batch_sharding, shard_batch
+from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
 from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.steps import make_generate
 from jrlhf.types import DecodeFns, Generation, Key, Params
@@ -50,7 +50,7 @@ def texts_of(tokenizer: Any, generation: Generation) -> list[tuple[str, str]]:
 
     The answer is what the whole text has beyond the prompt: decoded alone it would lose its leading space.
     """
-    tokens, mask, response = (np.asarray(x) for x in (generation.tokens, generation.mask, generation.response_mask))
+    tokens, mask, response = fetch((generation.tokens, generation.mask, generation.response_mask))
     pairs = []
     for row in range(len(tokens)):
         prompt = tokenizer.decode(tokens[row][mask[row] & ~response[row]], skip_special_tokens=True)
@@ -75,7 +75,9 @@ def answers(
     found: list[list[str]] = [[] for _ in range(len(prompts))]
     batch_size = device_multiple(min(batch_size, len(prompts)), mesh)
     total, done = samples * len(prompts), 0
-    with progress(total, "Answers", start=0, enabled=show_progress, unit="answers", to_stderr=True) as bar:
+    with progress(
+        total, "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True
+    ) as bar:
         for draw in range(samples):
             key = jax.random.fold_in(jax.random.key(seed), draw)
             batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)

@@ -13,7 +13,7 @@ from jrlhf.data import BadRow, DataError, Encoder, PromptRows, TextRows
 from jrlhf.data.ragged import Ragged
 from jrlhf.metrics import progress
 from jrlhf.models import RewardModel
-from jrlhf.parallel import batch_sharding, shard_batch
+from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.stages.sampling import texts_of
@@ -52,7 +52,7 @@ def _by_text(reward: RewardModel, tokenizer: Any, reward_tokenizer: Any, mesh: M
             raise DataError(f"ppo.reward: its tokenizer cannot read a prompt of ppo.prompts: {error}") from error
 
     def score_texts(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> jax.Array:
-        answers, stopped = texts_of(tokenizer, generation), np.asarray(generation.stopped).tolist()
+        answers, stopped = texts_of(tokenizer, generation), fetch(generation.stopped).tolist()
         shown = [prompts.shown[int(row)]["prompt"] for row in rows]
         texts = Ragged.of([ids(*row) for row in zip(shown, (a for _, a in answers), stopped, strict=True)])
         width = padded_width(int(texts.lengths.max()), limit)
@@ -75,10 +75,10 @@ def score_texts(model: RewardModel, texts: TextRows, *, mesh: Mesh, batch_size: 
     scores = np.zeros(len(texts), np.float64)
     batch_size = device_multiple(min(batch_size, len(texts)), mesh)
     total, done = len(texts), 0
-    with progress(total, "Scores", start=0, enabled=show_progress, unit="texts", to_stderr=True) as bar:
+    with progress(total, "Scores", start=0, enabled=show_progress and is_first(), unit="texts", to_stderr=True) as bar:
         for indices, real in covering_batches(texts.lengths, batch_size=batch_size, limit=0):
             tokens, mask = shard_batch(texts.batch(indices), mesh)
-            scores[indices[real]] = np.asarray(score(model.params, tokens, mask))[real]
+            scores[indices[real]] = fetch(score(model.params, tokens, mask))[real]
             done += int(real.sum())
             bar.update(done)
     return scores

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, SFTConfig
@@ -15,7 +14,7 @@ from jrlhf.core import combine
 from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
 from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
-from jrlhf.parallel import device_peaks, shard_batch
+from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import merged, trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, gradient_slices, usual_microbatch
 from jrlhf.stages.loop import Loop, run_loop
@@ -68,7 +67,7 @@ def run_sft(config: Config) -> dict[str, Any]:
                 batch = shard_batch(batches.batch(order[number]), mesh)
             train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
             metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
-            return state._replace(train=train, cursor=jnp.int32(number + 1)), metrics
+            return state._replace(train=train, cursor=state.cursor + 1), metrics
 
         samples = _sample_writer(sft, model, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
         score = _evaluator(sft, model, heldout, mesh)
@@ -134,7 +133,7 @@ def _evaluator(
             batch: SFTBatch = rows.batch(indices)
             batch = batch._replace(loss_mask=batch.loss_mask & real[:, None])
             parts.append(sums(params, shard_batch(batch, mesh)))
-        nll, tokens = (float(sum(x)) for x in zip(*jax.device_get(parts), strict=True))
+        nll, tokens = (float(sum(x)) for x in zip(*fetch(parts), strict=True))
         return {"eval/nll": nll / max(tokens, 1.0), "eval/perplexity": math.exp(min(nll / max(tokens, 1.0), 80.0))}
 
     return evaluate
@@ -162,10 +161,11 @@ def _sample_writer(
             batch_size=sft.batch_size,
             show_progress=False,
         )
-        drop_after(folder / "samples.jsonl", number - 1)
         rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, drawn, strict=True)]
-        with (folder / "samples.jsonl").open("a", encoding="utf-8") as out:
-            out.writelines(json_line(row) for row in rows)
+        if is_first():
+            drop_after(folder / "samples.jsonl", number - 1)
+            with (folder / "samples.jsonl").open("a", encoding="utf-8") as out:
+                out.writelines(json_line(row) for row in rows)
 
     return write
 
@@ -187,4 +187,5 @@ def _write_candidates(config: Config, model: Pretrained, tokenizer: Any, folder:
         show_progress=sft.log.progress,
     )
     rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
-    (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+    if is_first():
+        (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")

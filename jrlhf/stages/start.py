@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, ModelConfig
 from jrlhf.config_io import ConfigError, to_yaml
 from jrlhf.models import ArchConfig
-from jrlhf.parallel import Rules, init_sharded, jit_step, make_mesh, replicated, tree_shardings
+from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.stages.batches import tree_copy
 from jrlhf.stages.state import RunState
 from jrlhf.types import Key, Metrics, Params, TrainState
@@ -62,8 +62,10 @@ def start_training(
     train = init_sharded(init, tree_copy(params), tree_copy(ema), mesh=mesh, rules=rules)
     shardings = tree_shardings(jax.eval_shape(lambda: train), mesh, rules)
     # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
-    scalars = jax.random.key(seed), jnp.int32(0), jnp.float32(kl_coef)
-    key, cursor, beta = jax.device_put(scalars, replicated(mesh))
+    scalars = jax.jit(
+        lambda: (jax.random.key(seed), jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh)
+    )
+    key, cursor, beta = scalars()
     moving = RunState(train._replace(frozen=frozen), key, cursor, beta)
     return moving, jit_step(step, mesh=mesh, state_shardings=shardings)
 
@@ -84,4 +86,5 @@ def provenance(config: Config, tokenizer: Any) -> dict[str, Any]:
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Beside the weights, with whatever pad token was chosen."""
-    tokenizer.save_pretrained(folder)
+    if is_first():
+        tokenizer.save_pretrained(folder)
