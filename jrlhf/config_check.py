@@ -13,6 +13,7 @@ from jrlhf.config import (
     LoRAConfig,
     MeshConfig,
     OptimConfig,
+    PlanConfig,
     PPOConfig,
     RewardConfig,
     SamplingConfig,
@@ -40,6 +41,8 @@ def check(config: Any) -> None:
 def _rules(config: Any) -> Iterator[Rule]:
     match config:
         case Config():
+            if isinstance(config, PlanConfig):
+                yield config.completions >= 2, "completions", config.completions, "2 or more"
             yield bool(config.run.strip()), "run", config.run, "a folder"
             yield _seed(config.seed)
             yield from _mesh("mesh", config.mesh)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import ArchConfig
@@ -34,6 +35,7 @@ def decoder_fns(
     dtype: Any,
     remat: bool,
     attention: AttentionKernel = "xla",
+    mesh: Mesh | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> DecoderFns:
     """The decoder's functions, without any weights. ``dtype``: what is computed in ("float32", "bfloat16").
@@ -41,11 +43,12 @@ def decoder_fns(
     The backward pass computes again what is not a product with a weight, with ``remat`` whole layers.
     ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds. Both change memory, not results.
     ``attention``: "cudnn" wants a GPU and bfloat16; ValueError where the architecture's attention has a soft cap.
+    ``mesh``: rows stay spread over it, whatever the parameters' shardings would suggest.
     """
     dtype = jnp.dtype(dtype)
     if attention != "xla" and arch.attention_softcap is not None:
         raise ValueError(f"attention: {attention!r} knows no soft cap, which this architecture has")
-    module = Decoder(arch, dtype, remat, attention)
+    module = Decoder(arch, dtype, remat, attention, mesh)
 
     def run(params: Params, *args: Any, method: str) -> Any:
         return module.apply({"params": params}, *args, method=method)
@@ -96,7 +99,7 @@ def decoder_fns(
 def init_params(arch: ArchConfig, key: Key) -> Params:
     """Untrained parameters in float32: kernels and embedding normal with std 0.02, norms 1, biases 0."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    module = Decoder(arch, jnp.dtype(jnp.float32), remat=False, kernel="xla")
+    module = Decoder(arch, jnp.dtype(jnp.float32), remat=False, kernel="xla", mesh=None)
     return module.init(key, tokens, jnp.ones((1, 1), jnp.bool_))["params"]
 
 
@@ -118,6 +121,11 @@ def reward_params(params: Params, arch: ArchConfig, key: Key) -> Params:
 def abstract_params(arch: ArchConfig) -> Params:
     """Shapes and dtypes of a language model's tree; no memory, no device."""
     return jax.eval_shape(lambda: init_params(arch, jax.random.key(0)))
+
+
+def abstract_head(arch: ArchConfig) -> Params:
+    """Shapes and dtypes of a scalar head."""
+    return jax.eval_shape(lambda: init_head(arch, jax.random.key(0)))
 
 
 def abstract_reward_params(arch: ArchConfig) -> Params:
