@@ -24,7 +24,7 @@ from jrlhf.config import (
     VerifyConfig,
 )
 from jrlhf.config_io import ConfigError
-from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages
+from jrlhf.environment import keep_compiled_programs, quiet_compiler, restart_with_huge_pages
 from jrlhf.suggest import did_you_mean
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -89,6 +89,8 @@ def prepare_process(command: Sequence[str]) -> None:
         keep_compiled_programs()
         if command[0] in RESUMABLE:
             restart_with_huge_pages()
+    if command and command[0] == "plan":
+        quiet_compiler()
 
 
 def overview() -> str:

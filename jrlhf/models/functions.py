@@ -14,7 +14,7 @@ from jrlhf.models.unembedding import hidden_logprobs
 from jrlhf.types import ApplyFn, DecodeFns, Key, Params, ScoreFn, SelectiveLogprobFn, TokenMask
 
 LOGITS_AT_ONCE = 2**26
-"""Logits that ``logprob_fn`` holds at a time unless told otherwise: 256 MB."""
+"""Logits that ``logprob_fn`` holds at a time on a device unless told otherwise: 256 MB."""
 
 WEIGHTS = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
 """The leaves that are cast to the compute dtype wherever they are used; norms are computed with in float32."""
@@ -41,7 +41,7 @@ def decoder_fns(
     """The decoder's functions, without any weights. ``dtype``: what is computed in ("float32", "bfloat16").
 
     The backward pass computes again what is not a product with a weight, with ``remat`` whole layers.
-    ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds. Both change memory, not results.
+    ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds on a device. Both change memory, not results.
     ``attention``: "cudnn" wants a GPU and bfloat16; ValueError where the architecture's attention has a soft cap.
     ``mesh``: rows stay spread over it, whatever the parameters' shardings would suggest.
     """
@@ -49,6 +49,7 @@ def decoder_fns(
     if attention != "xla" and arch.attention_softcap is not None:
         raise ValueError(f"attention: {attention!r} knows no soft cap, which this architecture has")
     module = Decoder(arch, dtype, remat, attention, mesh)
+    devices = 1 if mesh is None else mesh.size
 
     def run(params: Params, *args: Any, method: str) -> Any:
         return module.apply({"params": params}, *args, method=method)
@@ -89,7 +90,7 @@ def decoder_fns(
             run(params, tokens, mask, method="hidden"),
             tokens,
             temperature=temperature,
-            columns=max(1, logits_at_once // (len(tokens) * arch.vocab_size)),
+            columns=max(1, logits_at_once * devices // (len(tokens) * arch.vocab_size)),
             wanted=wanted,
         )
 

@@ -118,21 +118,27 @@ def compiled_figures(stage: StagePlan, sized: Sized, site: Site) -> list[Figures
 
 
 def summed(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Key by key."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: math.fsum(part.get(name, 0.0) for part in parts) for name in names}
 
 
 def fitting_rows(sized: Sized, site: Site, figures: list[Figures], usable: float) -> int:
-    """The most rows a device may read at a time, by a line through each program's peak at two sizes.
+    """The most rows a device may read at a time, at most ``MOST`` times the config's.
 
-    The second size is the one that would fit if temporaries grew with the rows alone.
+    A program's peak grows along a line, through its peak at two sizes. Were all of its temporaries in proportion to the
+    rows, it would fit the least that it can fit; so a program that fits more by that than another does is not compiled
+    again.
     """
-    room = min(((usable - f.alive) / max(f.temporaries, 1.0) for f in figures), default=1.0)
-    second = min(max(int(room * sized.rows), 1), MOST * sized.rows)
+    least = [sized.rows * max(0.0, usable - f.alive) / max(f.temporaries, 1.0) for f in figures]
+    second = min(max(int(min(least)), 1), MOST * sized.rows)
     second = second if second != sized.rows else sized.rows + 1
-    others = compiled_figures(sized.build(second), sized, site)
-    limit = float(MOST * sized.rows)
-    for one, other in zip(figures, others, strict=True):
+    programs, limit = sized.build(second).programs, float(MOST * sized.rows)
+    for number in sorted(range(len(figures)), key=least.__getitem__):
+        one = figures[number]
+        if least[number] >= limit:
+            break
+        other = measured(programs[number], site.topology, site.mesh, sized.dtype)
         slope = (other.peak - one.peak) / (second - sized.rows)
         if slope > 0:
             limit = min(limit, sized.rows + (usable - one.peak) / slope)
