@@ -51,7 +51,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         total = math.ceil(sft.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(sft.optim, updates=total)
         platform = mesh.devices.flat[0].platform
-        tokens = batches.lengths.mean()
+        tokens = float(batches.lengths.mean())
         slices = reading_slices(share, microbatch=sft.microbatch, tokens=tokens, platform=platform)
         step = make_sft_step(model.logprob_fn, tx, accumulation=slices, selective=True)
         trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")

@@ -1,5 +1,6 @@
 """What ``jrlhf plan`` prints."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -62,7 +63,7 @@ def program_table(stages: list["StageFigures"]) -> Table:
                 f"{stage.name} {program.name}",
                 gigabytes(program.peak),
                 gigabytes(program.temporaries),
-                gigabytes(sum(program.sent.values()), empty=""),
+                gigabytes(math.fsum(program.sent.values()), empty=""),
                 f"{program.flops / 1e15:,.3g}" if program.flops else "",
                 "" if program.seconds is None else f"{program.seconds:,.3g}",
             )

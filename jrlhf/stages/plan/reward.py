@@ -29,7 +29,7 @@ def reward_stage(config: PlanConfig, site: Site) -> Sized:
     reward, completions = config.reward, config.completions
     longest, packed = reward.data.max_length, reward.pack_length
     share = device_share(reward.batch_size, site.mesh, key="reward.batch_size")
-    tokens, platform = packed or completions * longest, site.topology.platform()
+    tokens, platform = float(packed or completions * longest), site.topology.platform()
     slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
     base = planned_model(site, config, reward.model, config.sft.model, key="reward.model")
     check_length(base.arch, longest, key="reward.data.max_length")

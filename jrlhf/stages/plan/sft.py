@@ -30,7 +30,7 @@ def sft_stage(config: PlanConfig, site: Site) -> Sized:
     sft = config.sft
     length = sft.pack_length or sft.data.max_length
     share = device_share(sft.batch_size, site.mesh, key="sft.batch_size")
-    slices = reading_slices(share, microbatch=sft.microbatch, tokens=length, platform=site.topology.platform())
+    slices = reading_slices(share, microbatch=sft.microbatch, tokens=float(length), platform=site.topology.platform())
     model = planned_model(site, config, sft.model, key="sft.model")
     check_length(model.arch, sft.data.max_length, key="sft.data.max_length")
     tx, _ = make_optimizer(sft.optim, updates=UPDATES)
