@@ -51,6 +51,12 @@ CONFIG = PlanConfig(
 LORA = LoRAConfig(rank=4, targets="q_proj")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def all_devices() -> None:
+    """JAX starts with the eight of the tests, and not with as many as the first plan asks for."""
+    assert jax.device_count() == 8
+
+
 def spread(tree) -> int:
     """Bytes of real arrays on the first device."""
     leaves = {id(leaf): leaf for leaf in jax.tree.leaves(tree)}
