@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jrlhf import __version__
-from jrlhf.cli_args import STAGES, print_help, stage_config, tool_config
+from jrlhf.cli_args import STAGES, plan_config, print_help, stage_config, tool_config
 from jrlhf.config import (
     Config,
     ExportConfig,
     GenerateConfig,
+    PlanConfig,
     QuickstartConfig,
     ScoreConfig,
     ShowConfig,
@@ -23,7 +24,7 @@ from jrlhf.config import (
     VerifyConfig,
 )
 from jrlhf.config_io import ConfigError
-from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages
+from jrlhf.environment import keep_compiled_programs, quiet_compiler, restart_with_huge_pages
 from jrlhf.lock import RunLocked
 from jrlhf.stages.signals import Interrupted
 from jrlhf.suggest import did_you_mean
@@ -36,6 +37,7 @@ COMMANDS = {
     "sft": "Fine-tune a model on answers.",
     "reward": "Train a reward model on people's rankings.",
     "ppo": "Optimise the policy on the reward under a KL penalty.",
+    "plan": "Memory, traffic and time of every stage on devices that need not be there.",
     "generate": "Answer a file of prompts with a Hugging Face folder or a run.",
     "score": "Score a file of answers with a reward model.",
     "data show": "Show rows as the model sees them, and count what is odd.",
@@ -89,6 +91,8 @@ def prepare_process(command: Sequence[str]) -> None:
         keep_compiled_programs()
         if command[0] in RESUMABLE:
             restart_with_huge_pages()
+    if command and command[0] == "plan":
+        quiet_compiler()
 
 
 def overview() -> str:
@@ -109,7 +113,7 @@ def run_reporting(command: str, argv: Sequence[str]) -> int:
     """Run a command, and turn whatever ends it into an exit code and a line or two on stderr."""
     try:
         if "-h" in argv or "--help" in argv:
-            print_help(command, TOOLS.get(command, Config), COMMANDS[command])
+            print_help(command, PlanConfig if command == "plan" else TOOLS.get(command, Config), COMMANDS[command])
             return OK
         code = run(command, argv)
         sys.stdout.flush()
@@ -163,6 +167,11 @@ def run(command: str, argv: Sequence[str]) -> int:
             from jrlhf.stages.verify import run_verify
 
             return OK if run_verify(verify) else FAILURE
+        case "plan":
+            plan = plan_config(argv)
+            from jrlhf.stages.plan import run_plan
+
+            run_plan(plan)
         case "quickstart":
             quickstart = tool_config(command, QuickstartConfig, argv)
             from jrlhf.stages.quickstart import run_quickstart

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, get_origin
 
-from jrlhf.config import Config, Sources
+from jrlhf.config import Config, PlanConfig, Sources
 from jrlhf.config_io import ConfigError, apply_flags, check, flag_types, load_config
 from jrlhf.suggest import did_you_mean
 
@@ -16,12 +16,26 @@ STAGES = {
     "reward": ("run", "seed", "mesh", "distributed", "reward"),
     "ppo": ("run", "seed", "mesh", "distributed", "ppo"),
 }
-"""Commands that read a YAML, and the parts of it that each sets by flags."""
+"""Commands that train by a YAML, and the parts of it that each sets by flags."""
+PLANNED = ("topology", "completions", "out")
+"""What only planning asks for, besides all that a pipeline does."""
 
 
 def stage_config(command: str, argv: Sequence[str]) -> Config:
     """The defaults, under the YAML, under the flags."""
-    flags = read_flags(command, argv, stage_flags(command))
+    return _under_flags(read_flags(command, argv, stage_flags(Config, STAGES[command])))
+
+
+def plan_config(argv: Sequence[str]) -> PlanConfig:
+    """A pipeline's config, and what stands on the command line alone."""
+    flags = read_flags("plan", argv, stage_flags(PlanConfig, (*PLANNED, *STAGES["pipeline"])))
+    asked = {name: flags.pop(name) for name in PLANNED if name in flags}
+    config = apply_flags(PlanConfig(**vars(_under_flags(flags))), asked)
+    check(config)
+    return config
+
+
+def _under_flags(flags: dict[str, list[str]]) -> Config:
     if "config" in flags:
         [path] = flags.pop("config")
         return load_config(path, flags)
@@ -30,9 +44,9 @@ def stage_config(command: str, argv: Sequence[str]) -> Config:
     return config
 
 
-def stage_flags(command: str) -> dict[str, Any]:
+def stage_flags(cls: type, parts: Sequence[str]) -> dict[str, Any]:
     """Flag -> type; the parts of other stages are the YAML's alone."""
-    kept = {path: hint for path, hint in flag_types(Config).items() if path.split(".")[0] in STAGES[command]}
+    kept = {path: hint for path, hint in flag_types(cls).items() if path.split(".")[0] in parts}
     return {"config": str, **kept}
 
 
@@ -92,14 +106,15 @@ def print_help(command: str, cls: type, about: str) -> None:
     """Every flag with its type, meaning and default, from the dataclasses and their docstrings; no other stage's."""
     import tyro
 
-    if command in STAGES:
+    if issubclass(cls, Config):
+        parts = STAGES.get(command, STAGES["pipeline"])
         config_help = tyro.conf.arg(help="A recipe; it may hold the other stages too.", metavar="FILE.yaml")
         changed: list[Any] = [("config", Annotated[str, config_help], field(default=""))]
         for f in fields(Config):
-            if f.name not in STAGES[command]:
+            if f.name not in parts:
                 suppressed = Annotated[f.type, tyro.conf.Suppress]  # pyright: ignore[reportInvalidTypeForm]
                 changed += [(f.name, suppressed, field(default_factory=f.default_factory))]
-        cls = make_dataclass("Shown", changed, bases=(Config,), frozen=True)
+        cls = make_dataclass("Shown", changed, bases=(cls,), frozen=True)
         about += " Flags win over the YAML, and the YAML over the defaults shown here."
     elif required := required_fields(cls):
         named = " ".join(f"--{name} {name.upper()}" for name in required)

@@ -347,6 +347,18 @@ class Config:
 
 
 @dataclass(frozen=True)
+class PlanConfig(Config):
+    """A run, and the devices it is planned for."""
+
+    topology: str = ""
+    """Devices: v5p-128 (cores, as Google counts), v5e-16, h100x64, h200x8, a100x16, cpu:8. Empty: this machine's."""
+    completions: int = 2
+    """Of a prompt in the rows of the reward stage, which are not read."""
+    out: str = ""
+    """A JSON file for all figures. Empty: they are only printed."""
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """Answers to a file of prompts, as JSONL."""
 

@@ -17,6 +17,7 @@ from jrlhf.config import (
     LoRAConfig,
     MeshConfig,
     OptimConfig,
+    PlanConfig,
     PPOConfig,
     QuickstartConfig,
     RewardConfig,
@@ -79,6 +80,8 @@ def _run_folder(name: str, path: str) -> Iterator[Rule]:
 def _rules(config: Any) -> Iterator[Rule]:
     match config:
         case Config():
+            if isinstance(config, PlanConfig):
+                yield config.completions >= 2, "completions", config.completions, "2 or more"
             yield from _run_folder("run", config.run)
             yield _seed(config.seed)
             yield from _mesh("mesh", config.mesh)

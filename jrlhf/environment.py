@@ -26,6 +26,11 @@ def keep_compiled_programs() -> None:
             os.environ.setdefault(name, value)
 
 
+def quiet_compiler() -> None:
+    """XLA's warnings are left out: planning shows what they lead to, and tries again what XLA says it cannot do."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 def restart_with_huge_pages() -> None:
     """Training on a CPU spends a fifth of its time on page faults; malloc avoids them if told so before it starts.
 

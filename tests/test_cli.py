@@ -11,11 +11,12 @@ import pytest
 
 from jrlhf import __version__, cli
 from jrlhf.cli import COMMANDS, main
-from jrlhf.cli_args import STAGES
+from jrlhf.cli_args import PLANNED, STAGES
 from jrlhf.config import (
     Config,
     ExportConfig,
     GenerateConfig,
+    PlanConfig,
     QuickstartConfig,
     SamplingConfig,
     ScoreConfig,
@@ -108,7 +109,8 @@ def test_help_of_every_command_shows_every_field(command, capsys, monkeypatch):
         shown |= {name: name.upper() for name in ("model", "prompts", "data", "run", "out") if f"--{name}" not in words}
         shown = {name: text for name, text in shown.items() if name in flag_types(TOOLS[command])}
     else:
-        shown = {name: f"--{name}" for name in flag_types(Config) if name.split(".")[0] in STAGES[command]}
+        cls, parts = (PlanConfig, (*PLANNED, *STAGES["pipeline"])) if command == "plan" else (Config, STAGES[command])
+        shown = {name: f"--{name}" for name in flag_types(cls) if name.split(".")[0] in parts}
         assert "--config" in words
         assert not [w for w in words if w.startswith("--") and "." in w and w.removeprefix("--") not in shown]
     assert not set(shown.values()) - words
@@ -142,6 +144,24 @@ def test_pipeline_takes_the_flags_of_all_stages(stage, capsys):
     assert main(["pipeline", "--run", "here", "--sft.epochs", "2", "--reward.epochs=3", "--ppo.epochs", "5"]) == 0
     [(config,)] = calls
     assert (config.run, config.sft.epochs, config.reward.epochs, config.ppo.epochs) == ("here", 2.0, 3.0, 5)
+
+
+def test_a_plan_takes_a_recipe_its_flags_and_what_is_its_own(stage, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("run: from-yaml\nmesh: {fsdp: 4}\nsft: {batch_size: 8}\n")
+    calls = stage("plan")
+    flags = ["--topology", "v5p-128", "--mesh.fsdp", "64", "--completions=4", "--out", "plan.json"]
+    assert main(["plan", "--config", str(path), *flags]) == 0
+    [(config,)] = calls
+    assert isinstance(config, PlanConfig)
+    assert (config.topology, config.completions, config.out) == ("v5p-128", 4, "plan.json")
+    assert (config.run, config.mesh.fsdp, config.sft.batch_size) == ("from-yaml", 64, 8)
+    assert capsys.readouterr().out == ""
+    assert main(["plan", "--completions", "1"]) == 2
+    assert errors(capsys) == ["jrlhf: completions: must be 2 or more, got 1"]
+    path.write_text("topology: v5p-128\n")
+    assert main(["plan", "--config", str(path)]) == 2
+    assert "topology" in errors(capsys)[0]
 
 
 def test_tools_take_positionals_and_flags_in_any_order(stage):
@@ -326,6 +346,7 @@ def test_the_process_is_prepared_for_what_the_command_does(monkeypatch):
     done = []
     monkeypatch.setattr(cli, "keep_compiled_programs", lambda: done.append("programs"))
     monkeypatch.setattr(cli, "restart_with_huge_pages", lambda: done.append("pages"))
+    monkeypatch.setattr(cli, "quiet_compiler", lambda: done.append("quiet"))
     for command in ([], ["--help"], ["data", "show"], ["export"]):
         cli.prepare_process(command)
     assert done == []
@@ -333,3 +354,6 @@ def test_the_process_is_prepared_for_what_the_command_does(monkeypatch):
     assert done == ["programs"]
     cli.prepare_process(["sft"])
     assert done == ["programs", "programs", "pages"]
+    done.clear()
+    cli.prepare_process(["plan"])
+    assert done == ["quiet"]

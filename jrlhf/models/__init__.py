@@ -1,5 +1,6 @@
 """Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
 
+from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
 from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache
@@ -35,6 +36,8 @@ __all__ = [
     "RewardModel",
     "Rope",
     "abstract_params",
+    "abstract_pretrained",
+    "abstract_reward",
     "abstract_reward_params",
     "add_adapters",
     "arch_from_hf",
@@ -51,6 +54,7 @@ __all__ = [
     "load_reward_model",
     "merge_adapters",
     "normalise_reward",
+    "placed",
     "reward_from_pretrained",
     "reward_params",
     "save_adapter",

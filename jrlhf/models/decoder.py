@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jrlhf.core import positions_from_mask
@@ -16,6 +17,7 @@ from jrlhf.models.arch import ArchConfig
 from jrlhf.models.layers import AttentionKernel, Block, LayerCache, Norm, Sight, attention_mask, soft_cap
 from jrlhf.models.linear import NORMAL, Linear, matmul
 from jrlhf.models.rope import rotary_angles
+from jrlhf.parallel import spread_rows
 from jrlhf.types import TokenMask
 
 
@@ -71,6 +73,8 @@ class Decoder(nn.Module):
     dtype: Any
     remat: bool
     kernel: AttentionKernel
+    mesh: Mesh | None
+    """Rows are kept spread over it."""
 
     def setup(self) -> None:
         arch = self.arch
@@ -89,7 +93,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=arch.num_layers,
-        )(arch, self.dtype, self.kernel)
+        )(arch, self.dtype, self.kernel, self.mesh)
         self.final_norm = Norm(arch.norm, arch.norm_eps, self.dtype)
         if not arch.tie_embeddings:
             self.lm_head = Linear(arch.vocab_size, use_bias=False, dtype=self.dtype, out=jnp.float32)
@@ -113,7 +117,7 @@ class Decoder(nn.Module):
             x_BTD = x_BTD * jnp.asarray(self.arch.hidden_size**0.5, self.dtype)
         if self.arch.rope is None:
             x_BTD = x_BTD + self.position_embed[jnp.maximum(positions, 0)].astype(self.dtype)
-        return x_BTD
+        return spread_rows(x_BTD, self.mesh)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         if self.arch.tie_embeddings:
@@ -136,7 +140,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{length} tokens do not fit a cache of {slots}")
         stored = lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), cache.used))
         kinds = sights(self.arch, positions, stored, segments=None)
-        block = Block(self.arch, self.dtype, "xla", parent=None)
+        block = Block(self.arch, self.dtype, "xla", self.mesh, parent=None)
         stacked = self.variables["params"]["layers"]
         x_BTD, keys, values = self.lookup(tokens, positions), [], []
         for layer, kind in enumerate(self.arch.layer_kinds):

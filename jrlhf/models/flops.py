@@ -53,6 +53,7 @@ def decode_bytes(
 
     ``positions``: of the tokens that were fed, a row at a time or all at once (negative: padding).
     """
-    weights = (body_weights(arch) + head_weights(arch)) * jnp.asarray(steps, jnp.float32)
+    # A float: from 2³¹ weights on, the whole number would not fit an int32.
+    weights = float(body_weights(arch) + head_weights(arch)) * jnp.asarray(steps, jnp.float32)
     cached = 2.0 * arch.num_kv_heads * arch.head_dim * seen_keys(arch, positions)
     return itemsize * (weights + cached)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import ArchConfig
@@ -13,7 +14,7 @@ from jrlhf.models.unembedding import hidden_logprobs
 from jrlhf.types import ApplyFn, DecodeFns, Key, Params, ScoreFn, SelectiveLogprobFn, TokenMask
 
 LOGITS_AT_ONCE = 2**26
-"""Logits that ``logprob_fn`` holds at a time unless told otherwise: 256 MB."""
+"""Logits that ``logprob_fn`` holds at a time on a device unless told otherwise: 256 MB."""
 
 WEIGHTS = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
 """The leaves that are cast to the compute dtype wherever they are used; norms are computed with in float32."""
@@ -34,18 +35,21 @@ def decoder_fns(
     dtype: Any,
     remat: bool,
     attention: AttentionKernel = "xla",
+    mesh: Mesh | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> DecoderFns:
     """The decoder's functions, without any weights. ``dtype``: what is computed in ("float32", "bfloat16").
 
     The backward pass computes again what is not a product with a weight, with ``remat`` whole layers.
-    ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds. Both change memory, not results.
+    ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds on a device. Both change memory, not results.
     ``attention``: "cudnn" wants a GPU and bfloat16; ValueError where the architecture's attention has a soft cap.
+    ``mesh``: rows stay spread over it, whatever the parameters' shardings would suggest.
     """
     dtype = jnp.dtype(dtype)
     if attention != "xla" and arch.attention_softcap is not None:
         raise ValueError(f"attention: {attention!r} knows no soft cap, which this architecture has")
-    module = Decoder(arch, dtype, remat, attention)
+    module = Decoder(arch, dtype, remat, attention, mesh)
+    devices = 1 if mesh is None else mesh.size
 
     def run(params: Params, *args: Any, method: str) -> Any:
         return module.apply({"params": params}, *args, method=method)
@@ -86,7 +90,7 @@ def decoder_fns(
             run(params, tokens, mask, method="hidden"),
             tokens,
             temperature=temperature,
-            columns=max(1, logits_at_once // (len(tokens) * arch.vocab_size)),
+            columns=max(1, logits_at_once * devices // (len(tokens) * arch.vocab_size)),
             wanted=wanted,
         )
 
@@ -96,7 +100,7 @@ def decoder_fns(
 def init_params(arch: ArchConfig, key: Key) -> Params:
     """Untrained parameters in float32: kernels and embedding normal with std 0.02, norms 1, biases 0."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    module = Decoder(arch, jnp.dtype(jnp.float32), remat=False, kernel="xla")
+    module = Decoder(arch, jnp.dtype(jnp.float32), remat=False, kernel="xla", mesh=None)
     return module.init(key, tokens, jnp.ones((1, 1), jnp.bool_))["params"]
 
 
@@ -118,6 +122,11 @@ def reward_params(params: Params, arch: ArchConfig, key: Key) -> Params:
 def abstract_params(arch: ArchConfig) -> Params:
     """Shapes and dtypes of a language model's tree; no memory, no device."""
     return jax.eval_shape(lambda: init_params(arch, jax.random.key(0)))
+
+
+def abstract_head(arch: ArchConfig) -> Params:
+    """Shapes and dtypes of a scalar head."""
+    return jax.eval_shape(lambda: init_head(arch, jax.random.key(0)))
 
 
 def abstract_reward_params(arch: ArchConfig) -> Params:

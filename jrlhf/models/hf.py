@@ -32,8 +32,11 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
-def find_folder(path: str | Path) -> Path:
-    """A local folder as it is, or the hub's snapshot of a hub id: its JSON, safetensors and tokenizer files only."""
+def find_folder(path: str | Path, *, weights: bool = True) -> Path:
+    """A local folder as it is, or the hub's snapshot of a hub id: its JSON, safetensors and tokenizer files only.
+
+    Without ``weights`` no more than its configs.
+    """
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -46,6 +49,7 @@ def find_folder(path: str | Path) -> Path:
 
     adapter = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
     wanted = ["model*.safetensors", INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *adapter]
+    wanted = wanted if weights else [CONFIG, ADAPTER_CONFIG]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (OSError, ValueError) as error:

@@ -10,11 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import Activation, ArchConfig, NormKind
 from jrlhf.models.linear import dense
 from jrlhf.models.rope import Angles
+from jrlhf.parallel import spread_rows
 
 QUERIES, MOST_BLOCKS = 256, 8
 """Queries a block of attention has at least, and blocks at most: of long sequences nearly half is never computed."""
@@ -231,6 +233,7 @@ class Block(nn.Module):
     arch: ArchConfig
     dtype: Any
     kernel: AttentionKernel
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(
@@ -246,7 +249,9 @@ class Block(nn.Module):
             norm("attention_norm", x_BTD), sight, cache
         )
         if arch.parallel_residual:
-            return x_BTD + mixed + MLP(arch, dtype, name="mlp")(norm("mlp_norm", x_BTD)), cache
+            x_BTD = x_BTD + mixed + MLP(arch, dtype, name="mlp")(norm("mlp_norm", x_BTD))
+            return spread_rows(x_BTD, self.mesh), cache
         x_BTD = x_BTD + (norm("attention_post_norm", mixed) if arch.post_norms else mixed)
         wide = MLP(arch, dtype, name="mlp")(norm("mlp_norm", x_BTD))
-        return x_BTD + (norm("mlp_post_norm", wide) if arch.post_norms else wide), cache
+        x_BTD = x_BTD + (norm("mlp_post_norm", wide) if arch.post_norms else wide)
+        return spread_rows(x_BTD, self.mesh), cache

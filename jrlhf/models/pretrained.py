@@ -70,7 +70,7 @@ def load_pretrained(
     shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
     tensors = open_tensors(folder, arch)
     params = read_tree(tensors, arch, language_model_table(arch), shapes, shardings)
-    fns = decoder_fns(arch, dtype=dtype, remat=remat, attention=attention)
+    fns = decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     return Pretrained(
         params=params,
         apply_fn=fns.apply_fn,

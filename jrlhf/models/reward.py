@@ -105,7 +105,7 @@ def load_reward_model(
     )
     return RewardModel(
         params=params,
-        score_fn=decoder_fns(arch, dtype=dtype, remat=remat, attention=attention).score_fn,
+        score_fn=decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh).score_fn,
         config=config,
         arch=arch,
         source=folder,

@@ -1,5 +1,6 @@
 """Mesh, sharding rules, jitted steps, several hosts: any step of the library on any number of devices."""
 
+from jrlhf.parallel.collectives import array_bytes, bytes_sent
 from jrlhf.parallel.compilation import Compilations, counted_compilations
 from jrlhf.parallel.hosts import (
     AnyProcess,
@@ -10,11 +11,12 @@ from jrlhf.parallel.hosts import (
     same_everywhere,
 )
 from jrlhf.parallel.launch import joined
-from jrlhf.parallel.mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, replicated, shard_batch
+from jrlhf.parallel.mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, replicated, shard_batch, spread_rows
 from jrlhf.parallel.peaks import Peaks, device_peaks, known_peaks, measured_peaks
 from jrlhf.parallel.peers import PeerLost, leave_at_once
 from jrlhf.parallel.sharding import Rules, init_sharded, leaf_spec, tree_shardings
-from jrlhf.parallel.step import Step, jit_step
+from jrlhf.parallel.step import Step, jit_moving, jit_step
+from jrlhf.parallel.topology import Topology, parse_topology
 
 __all__ = [
     "AXES",
@@ -25,7 +27,10 @@ __all__ = [
     "PeerLost",
     "Rules",
     "Step",
+    "Topology",
+    "array_bytes",
     "batch_sharding",
+    "bytes_sent",
     "counted_compilations",
     "device_peaks",
     "fetch",
@@ -33,6 +38,7 @@ __all__ = [
     "from_first",
     "init_sharded",
     "is_first",
+    "jit_moving",
     "jit_step",
     "joined",
     "known_peaks",
@@ -40,8 +46,10 @@ __all__ = [
     "leave_at_once",
     "make_mesh",
     "measured_peaks",
+    "parse_topology",
     "replicated",
     "same_everywhere",
     "shard_batch",
+    "spread_rows",
     "tree_shardings",
 ]

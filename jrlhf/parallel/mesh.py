@@ -38,6 +38,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def spread_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """``x`` in a jitted function, its rows laid over the mesh as a batch's are; as it is where they do not divide.
+
+    Where parameters are split over ``fsdp``, this makes XLA fetch a layer's weights to the rows, and not the rows of
+    all devices to each part of the weights.
+    """
+    if mesh is None or mesh.size == 1 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Put a pytree of NumPy arrays on the mesh by rows (axis 0). Every host passes the whole batch and keeps its part.
 

@@ -20,6 +20,17 @@ def jit_step(step: Step, *, mesh: Mesh, state_shardings: Any) -> Step:
     ``frozen`` part is not, as others may share it, and keeps whatever shardings it has.
     ``state_shardings``: ``tree_shardings(jax.eval_shape(make_state), mesh, rules)``, of a state with ``frozen`` None.
     """
+    jitted = jit_moving(step, mesh=mesh, state_shardings=state_shardings)
+
+    def call(state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        new, metrics = jitted(state._replace(frozen=None), state.frozen, batch, key)
+        return new._replace(frozen=state.frozen), metrics
+
+    return call
+
+
+def jit_moving(step: Step, *, mesh: Mesh, state_shardings: Any) -> Any:
+    """What ``jit_step`` calls, to be lowered too: ``(state without its frozen part, frozen, batch, key)``."""
     everywhere = replicated(mesh)
 
     @partial(
@@ -32,8 +43,4 @@ def jit_step(step: Step, *, mesh: Mesh, state_shardings: Any) -> Step:
         new, metrics = step(moving._replace(frozen=frozen), batch, key)
         return new._replace(frozen=None), metrics
 
-    def call(state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
-        new, metrics = jitted(state._replace(frozen=None), state.frozen, batch, key)
-        return new._replace(frozen=state.frozen), metrics
-
-    return call
+    return jitted

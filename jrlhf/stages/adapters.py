@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jrlhf.config import LoRAConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.core import combine, partition
-from jrlhf.models import Pretrained, RewardModel, add_adapters, is_trained, merge_adapters, save_adapter
+from jrlhf.models import ArchConfig, Pretrained, RewardModel, add_adapters, is_trained, merge_adapters, save_adapter
 from jrlhf.parallel import fetch, is_first, tree_shardings
 from jrlhf.types import Key, Params
 
@@ -23,12 +23,17 @@ def trainable(
     """
     if lora.rank == 0:
         return model.params, None
-    try:
-        params = add_adapters(model.params, model.arch, key, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
-    except ValueError as error:
-        raise ConfigError(f"{path}.{error}") from error
+    params = with_adapters(model.params, model.arch, lora, key, path=path)
     # The new leaves go where the rules say; the old ones are there already, and stay as they are.
     return partition(jax.device_put(params, tree_shardings(params, mesh, model.rules)), is_trained)
+
+
+def with_adapters(params: Params, arch: ArchConfig, lora: LoRAConfig, key: Key, *, path: str) -> Params:
+    """The parameters with fresh adapters; ConfigError, which names ``path``, where ``lora.targets`` finds nothing."""
+    try:
+        return add_adapters(params, arch, key, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    except ValueError as error:
+        raise ConfigError(f"{path}.{error}") from error
 
 
 def merged(trained: Params, frozen: Params | None) -> Params:

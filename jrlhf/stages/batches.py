@@ -56,6 +56,12 @@ def usual_microbatch(share: int, *, tokens: float, platform: str) -> int:
     return share if platform != "cpu" else max(1, min(share, int(CPU_TOKENS // tokens)))
 
 
+def reading_slices(share: int, *, microbatch: int, tokens: float, platform: str) -> int:
+    """In how many slices a device reads its share, where the config says ``microbatch`` or (0) nothing."""
+    usual = usual_microbatch(share, tokens=tokens, platform=platform)
+    return gradient_slices(share, microbatch=microbatch or usual)
+
+
 def tree_copy(tree: Any) -> Any:
     """Buffers of its own: a donated state must not take the reference model with it."""
     return jax.tree.map(lambda x: x.copy(), tree)

@@ -32,7 +32,7 @@ from jrlhf.models import (
 )
 from jrlhf.parallel import device_peaks, fetch, shard_batch
 from jrlhf.stages.adapters import trainable, write_adapter
-from jrlhf.stages.batches import covering_batches, device_multiple, device_share, gradient_slices, usual_microbatch
+from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.stages.evaluation import (
     accuracy_by_length_difference,
     expected_calibration_error,
@@ -74,9 +74,8 @@ def run_reward(config: Config) -> dict[str, Any]:
         order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
         total = math.ceil(reward.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(reward.optim, updates=total)
-        platform, tokens = mesh.devices.flat[0].platform, reward.pack_length or rows.most * rows.lengths.mean()
-        microbatch = reward.microbatch or usual_microbatch(share, platform=platform, tokens=tokens)
-        slices = gradient_slices(share, microbatch=microbatch)
+        platform, tokens = mesh.devices.flat[0].platform, float(reward.pack_length or rows.most * rows.lengths.mean())
+        slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
         step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
         trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)

@@ -20,14 +20,22 @@ GenerateFn = Callable[..., Generation]
 
 def jit_generate(decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Any, mesh: Mesh) -> GenerateFn:
     """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are."""
+    stop_tokens, pad_token = stop_token_ids(tokenizer, config.stop), int(tokenizer.pad_token_id)
+    return jit_sampler(decode_fns, config, mesh, stop_tokens=stop_tokens, pad_token=pad_token)
+
+
+def jit_sampler(
+    decode_fns: DecodeFns, config: SamplingConfig, mesh: Mesh, *, stop_tokens: tuple[int, ...], pad_token: int
+) -> Any:
+    """``jit_generate`` of tokens that are known already, without a tokenizer."""
     generate = make_generate(
         decode_fns,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        stop_tokens=stop_token_ids(tokenizer, config.stop),
-        pad_token=int(tokenizer.pad_token_id),
+        stop_tokens=stop_tokens,
+        pad_token=pad_token,
     )
     return jax.jit(generate, out_shardings=batch_sharding(mesh))
 

@@ -31,12 +31,18 @@ def make_scorer(actors: Actors, mesh: Mesh, *, slices: int) -> Scorer:
     reward = actors.reward
     if actors.reward_tokenizer is not None:
         return _by_text(reward, actors.tokenizer, actors.reward_tokenizer, mesh)
+    score = jit_score(actors, mesh, slices=slices)
+    return lambda generation, prompts, rows: score(reward.params, generation.tokens, generation.mask)
+
+
+def jit_score(actors: Actors, mesh: Mesh, *, slices: int) -> Any:
+    """``(reward model's params, tokens, mask) -> scores [B]``, of the policy's tokens."""
+    reward = actors.reward
     score_fn = without_padding(reward.score_fn, slices=slices) if actors.packable else reward.score_fn
-    score = jax.jit(
+    return jax.jit(
         lambda params, tokens, mask: at_last_token(score_fn(params, tokens, mask), mask),
         out_shardings=batch_sharding(mesh),
     )
-    return lambda generation, prompts, rows: score(reward.params, generation.tokens, generation.mask)
 
 
 def _by_text(reward: RewardModel, tokenizer: Any, reward_tokenizer: Any, mesh: Mesh) -> Scorer:

@@ -16,7 +16,7 @@ from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import merged, trainable, write_adapter
-from jrlhf.stages.batches import covering_batches, device_multiple, device_share, gradient_slices, usual_microbatch
+from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
@@ -53,8 +53,8 @@ def run_sft(config: Config) -> dict[str, Any]:
         total = math.ceil(sft.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(sft.optim, updates=total)
         platform = mesh.devices.flat[0].platform
-        microbatch = sft.microbatch or usual_microbatch(share, platform=platform, tokens=batches.lengths.mean())
-        slices = gradient_slices(share, microbatch=microbatch)
+        tokens = float(batches.lengths.mean())
+        slices = reading_slices(share, microbatch=sft.microbatch, tokens=tokens, platform=platform)
         step = make_sft_step(model.logprob_fn, tx, accumulation=slices, selective=True)
         trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)

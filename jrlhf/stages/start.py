@@ -55,11 +55,8 @@ def start_training(
     ``params`` are those that are trained, ``frozen`` completes them: see ``stages.adapters.trainable``.
     """
 
-    def init(params: Params, ema: Params | None) -> TrainState:
-        return TrainState(params, tx.init(params), jnp.int32(0), ema)
-
     # Copies: the jitted step donates its state, and the caller keeps the model it loaded.
-    train = init_sharded(init, tree_copy(params), tree_copy(ema), mesh=mesh, rules=rules)
+    train = init_sharded(first_state(tx), tree_copy(params), tree_copy(ema), mesh=mesh, rules=rules)
     shardings = tree_shardings(jax.eval_shape(lambda: train), mesh, rules)
     # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
     scalars = jax.jit(
@@ -68,6 +65,15 @@ def start_training(
     key, cursor, beta = scalars()
     moving = RunState(train._replace(frozen=frozen), key, cursor, beta)
     return moving, jit_step(step, mesh=mesh, state_shardings=shardings)
+
+
+def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | None], TrainState]:
+    """The state before the first step, of the parameters that are trained and those that an average starts from."""
+
+    def init(params: Params, ema: Params | None) -> TrainState:
+        return TrainState(params, tx.init(params), jnp.int32(0), ema)
+
+    return init
 
 
 def check_length(arch: ArchConfig, tokens: int, *, key: str) -> None:

@@ -1,0 +1,254 @@
+"""What ``jrlhf plan`` says beside what is so: the peak of a real run, and how long big models take to plan.
+
+    python benchmarks/plan.py --work measured --out DIR
+    python benchmarks/plan.py --work big --out DIR
+
+``measured``: SFT and PPO of a Llama with 100 MB of parameters on 8 simulated CPU devices: a plan, and the growth of the
+process's resident memory until the first checkpoint (whose copies are the host's), its programs compiled by a run
+before. ``big``: PPO of Llama-3-8B and 70B by their config.json on 64 and 512 TPU v5p, with the seconds a plan took.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+DEVICES = 8
+LENGTH, PROMPT, NEW = 128, 32, 32
+LLAMA3 = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "eos_token_id": 128001,
+}
+SIZES = {
+    "8B": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+    },
+}
+PLANS = (
+    # Model, TPU v5p's cores, fsdp, tensor.
+    ("8B", 128, 64, 1),
+    ("8B", 1024, 512, 1),
+    ("70B", 128, 8, 8),
+    ("70B", 1024, 64, 8),
+)
+BIG = """
+mesh: {{data: -1, fsdp: {fsdp}, tensor: {tensor}}}
+ppo:
+  model: {{path: {model}, dtype: bfloat16, remat: true}}
+  reward: {{path: {model}, dtype: bfloat16, remat: true}}
+  prompts: {{train: prompts.jsonl, max_length: 512}}
+  sampling: {{max_new_tokens: 512}}
+  episodes: 512
+  microbatch: 1
+"""
+SMALL = """
+run: {out}/run
+mesh: {{data: 1, fsdp: {devices}, tensor: 1}}
+sft:
+  model: {{path: {out}/model}}
+  data: {{train: {out}/text.jsonl, max_length: {length}, buckets: 1, cache: ""}}
+  batch_size: 16
+  microbatch: 2
+  log: {{progress: false, tensorboard: false, every: 1}}
+  checkpoint: {{every: 1000}}
+ppo:
+  model: {{path: {out}/model}}
+  reward: {{path: {out}/reward}}
+  prompts: {{train: {out}/prompts.jsonl, max_length: {prompt}, buckets: 1, cache: ""}}
+  sampling: {{max_new_tokens: {new}}}
+  iterations: 2
+  episodes: 16
+  epochs: 1
+  microbatch: 2
+  log: {{progress: false, tensorboard: false, every: 1}}
+  checkpoint: {{every: 1000}}
+"""
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def highest() -> int:
+    """Bytes of this process that have been in memory at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_small(out: Path) -> None:
+    """Models, rows that are all longer than the limits, and the config."""
+    import jax
+    from common import save_random_model
+
+    from jrlhf import assets
+    from jrlhf.models import ArchConfig, Rope, load_pretrained, reward_from_pretrained, save_reward_model
+
+    arch = ArchConfig(
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        max_positions=1024,
+        norm_eps=1e-5,
+        rope=Rope(kind="default", theta=1e4),
+        activation="silu",
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        tie_embeddings=True,
+    )
+    (out / "model").mkdir(parents=True, exist_ok=True)
+    save_random_model(out / "model", arch)
+    tokenizer = [file for file in Path(assets.resolve("asset:stories260k")).iterdir() if "token" in file.name]
+    for file in tokenizer:
+        shutil.copy(file, out / "model")
+    reward = reward_from_pretrained(load_pretrained(out / "model", dtype="float32"), jax.random.key(0))
+    save_reward_model(replace(reward, config=reward.config | {"pad_token_id": 0}), out / "reward")
+    for file in tokenizer:
+        shutil.copy(file, out / "reward")
+    line = "once upon a time there was a little girl who liked to play outside "
+    (out / "text.jsonl").write_text("".join(json.dumps({"text": line * 40}) + "\n" for _ in range(32)))
+    (out / "prompts.jsonl").write_text("".join(json.dumps({"prompt": line * 40}) + "\n" for _ in range(32)))
+    text = SMALL.format(out=out, devices=DEVICES, length=LENGTH, prompt=PROMPT, new=NEW)
+    (out / "small.yaml").write_text(text)
+
+
+def run_stage(out: Path, stage: str) -> None:
+    """In a process of its own: the stage until its first checkpoint; prints what memory it took."""
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    from jrlhf.checkpoint import Checkpoints
+    from jrlhf.config_io import load_config
+    from jrlhf.data import load_sft, load_tokenizer
+    from jrlhf.stages.ppo import run_ppo
+    from jrlhf.stages.sft import run_sft
+
+    jax.block_until_ready(jax.numpy.zeros(8))
+    config = load_config(out / "small.yaml")
+    # Libraries that are imported where they are first used are no part of the growth.
+    tokenizer = load_tokenizer(str(out / "model"))
+    load_sft(config.sft.data, config.sft.data.train, tokenizer, train_on="all")
+
+    def stop(*_: Any, **__: Any) -> None:
+        print(json.dumps({"resident": highest() - before}), flush=True)
+        os._exit(0)
+
+    Checkpoints.save = stop
+    before = resident()
+    {"sft": run_sft, "ppo": run_ppo}[stage](config)
+
+
+def measure(out: Path) -> None:
+    """A JSON line for SFT and for PPO: predicted and measured bytes of the whole process."""
+    write_small(out)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # What is freed goes back to the system, so that resident memory is what is held.
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
+    planned = plan(out / "small.yaml", f"cpu:{DEVICES}", out)
+    for stage in planned["stages"]:
+        command = [sys.executable, __file__, "--stage", stage["name"], "--out", str(out)]
+        for _ in range(2):  # the second finds its programs compiled
+            shutil.rmtree(out / "run", ignore_errors=True)
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=1800)
+        found = json.loads(done.stdout.splitlines()[-1])["resident"]
+        predicted = stage["peak"] * DEVICES
+        line = {
+            "stage": stage["name"],
+            "predicted_mb": round(predicted / 1e6),
+            "measured_mb": round(found / 1e6),
+            "ratio": round(predicted / found, 3),
+            "peak_in": stage["peak_in"],
+            "state_mb": round(sum(stage["held"].values()) * DEVICES / 1e6),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def plan(config: Path, topology: str, out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "jrlhf", "plan", "--config", str(config), "--topology", topology]
+    subprocess.run([*command, "--out", str(out / "plan.json")], check=True, stdout=subprocess.DEVNULL, timeout=1800)
+    return json.loads((out / "plan.json").read_text())
+
+
+def cpu_seconds() -> float:
+    """That processes started from here have used and ended: what a plan takes where nothing else runs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def plan_big(out: Path, only: str) -> None:
+    """A JSON line a plan."""
+    for size, sizes in SIZES.items():
+        (out / size).mkdir(parents=True, exist_ok=True)
+        (out / size / "config.json").write_text(json.dumps(LLAMA3 | sizes))
+    for size, cores, fsdp, tensor in PLANS:
+        if only not in f"{size} {cores}":
+            continue
+        config = out / f"{size}.yaml"
+        config.write_text(BIG.format(model=out / size, fsdp=fsdp, tensor=tensor))
+        start, used = time.perf_counter(), cpu_seconds()
+        [stage] = plan(config, f"v5p-{cores}", out)["stages"]
+        seconds, used = time.perf_counter() - start, cpu_seconds() - used
+        shown = {"model": size, "devices": cores // 2, "fsdp": fsdp, "tensor": tensor, "planned_in": round(seconds, 1)}
+        shown["cpu_seconds"] = round(used, 1)
+        shown |= {name: round(stage["held"][name] / 1e9, 2) for name in ("trained", "optimizer", "loaded")}
+        shown |= {name: round(stage[name] / 1e9, 2) for name in ("cache", "temporaries", "peak")}
+        shown |= {name: stage[name] for name in ("peak_in", "fits", "batch", "fitting_batch", "seconds")}
+        shown |= {
+            "sent": {axes: round(size / 1e9, 1) for axes, size in stage["sent"].items()},
+            "pflops": stage["flops"] / 1e15,
+        }
+        print(json.dumps(shown), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", default="", choices=("", "measured", "big"))
+    parser.add_argument("--stage", default="", choices=("", "sft", "ppo"), help="(what a process of its own does)")
+    parser.add_argument("--only", default="", help="of the big plans those whose name has it, such as '8B 128'")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for models, runs and plans")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if args.stage:
+        run_stage(out, args.stage)
+    elif args.work == "big":
+        plan_big(out, args.only)
+    else:
+        measure(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Models without weights: shapes, dtypes and shardings of what ``load_pretrained`` would give, for compiling ahead."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jrlhf.models.families import arch_from_hf
+from jrlhf.models.functions import abstract_head, abstract_params, decoder_fns
+from jrlhf.models.hf import find_folder, read_config
+from jrlhf.models.layers import AttentionKernel
+from jrlhf.models.names import RULES
+from jrlhf.models.peft import base_of, is_adapter_folder
+from jrlhf.models.pretrained import Pretrained
+from jrlhf.models.reward import RewardModel
+from jrlhf.parallel import tree_shardings
+from jrlhf.types import Params
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes with their shardings."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
+
+
+def abstract_pretrained(
+    path: str | Path, *, dtype: Any, mesh: Mesh, remat: bool = False, attention: AttentionKernel = "xla"
+) -> Pretrained:
+    """As ``load_pretrained``, of a folder or hub id of which only config.json is read; a PEFT folder is its base model.
+
+    A reward model's folder gives the language model of the same sizes.
+    """
+    folder = find_folder(path, weights=False)
+    while is_adapter_folder(folder):
+        folder = find_folder(base_of(folder), weights=False)
+    config = read_config(folder)
+    arch = arch_from_hf(config)
+    shapes = abstract_params(arch)
+    fns = decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
+    return Pretrained(
+        params=placed(shapes, tree_shardings(shapes, mesh, RULES)),
+        apply_fn=fns.apply_fn,
+        logprob_fn=fns.logprob_fn,
+        decode_fns=fns.decode_fns,
+        score_fn=fns.score_fn,
+        config=config,
+        arch=arch,
+        source=folder,
+        rules=RULES,
+        stored={},
+    )
+
+
+def abstract_reward(pretrained: Pretrained, mesh: Mesh) -> RewardModel:
+    """As ``reward_from_pretrained``: it holds the very shapes of the decoder."""
+    head: Params = {"head": abstract_head(pretrained.arch)}
+    decoder = {name: leaf for name, leaf in pretrained.params.items() if name != "lm_head"}
+    return RewardModel(
+        params={"decoder": decoder} | placed(head, tree_shardings(head, mesh, RULES)),
+        score_fn=pretrained.score_fn,
+        config=pretrained.config,
+        arch=pretrained.arch,
+        source=pretrained.source,
+        rules=pretrained.rules,
+        stored={},
+    )

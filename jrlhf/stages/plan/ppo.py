@@ -1,0 +1,175 @@
+"""The programs of ``run_ppo``."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrlhf.config import PlanConfig
+from jrlhf.core import combine
+from jrlhf.models import ArchConfig, abstract_reward, decode_bytes, forward_flops
+from jrlhf.parallel import batch_sharding
+from jrlhf.stages.actors import Actors
+from jrlhf.stages.optim import make_actor_critic_optimizer
+from jrlhf.stages.performance import rollout_work, training_passes
+from jrlhf.stages.plan.parts import (
+    UPDATES,
+    Site,
+    Sized,
+    StagePlan,
+    Training,
+    abstract_trainable,
+    planned_model,
+    planned_training,
+    sampling_program,
+)
+from jrlhf.stages.plan.programs import Program, device_bytes
+from jrlhf.stages.ppo import make_step
+from jrlhf.stages.ppo_iteration import episode_slices, reading_fns
+from jrlhf.stages.scoring import jit_score, padded_width
+from jrlhf.stages.start import check_length
+from jrlhf.steps import make_experience
+from jrlhf.types import Generation, PPOParams, SFTBatch
+
+
+class Planned(NamedTuple):
+    """The models of a run, and how their state is trained."""
+
+    actors: Actors
+    same_tokens: bool
+    """The reward model reads the policy's: taken to be so where their vocabularies are as large."""
+    training: Training
+    params: PPOParams
+    """All of policy and value network, frozen parts too."""
+
+
+def ppo_stage(config: PlanConfig, site: Site) -> Sized:
+    """Start, and an iteration's rollout, scores, experience and update. Evaluation calls the same or smaller ones."""
+    ppo = config.ppo
+    scored = episode_slices(ppo, ppo.episodes, site.mesh, key="ppo.episodes")
+    minibatch = ppo.episodes // ppo.minibatches
+    slices = episode_slices(ppo, minibatch, site.mesh, key="ppo.episodes / ppo.minibatches")
+    planned = planned_run(config, site, slices=slices)
+    policy, training = planned.actors.policy, planned.training
+    total = ppo.prompts.max_length + ppo.sampling.max_new_tokens
+    check_length(policy.arch, total, key="ppo.sampling.max_new_tokens")
+    of_row = row_work(config, planned.actors)
+    moved = 2 * device_bytes(training.state.params, training.state.opt_state) * ppo.epochs * ppo.minibatches
+
+    def build(rows: int) -> StagePlan:
+        episodes = rows * slices * ppo.minibatches * site.groups
+        work = {name: flops * episodes for name, flops in of_row.items()}
+        prompt, held = ppo.prompts.max_length, training.held
+        rollout = sampling_program(
+            "rollout", policy, planned.params.policy, ppo.sampling, rows=episodes, prompt=prompt, site=site, held=held
+        )._replace(flops=work["rollout"], read=decode_read(config, policy.arch, episodes, site))
+        generation, scores = sampled(site, episodes, total), site.rows((episodes,), jnp.float32)
+        scoring = score_program(planned, site, generation, slices=scored)._replace(flops=work["scores"])
+        experience = experience_program(config, planned, site, generation, scores, slices=scored)
+        experience = experience._replace(flops=work["experience"])
+        targets = jax.eval_shape(experience.jitted, *experience.args)
+        batch = jax.tree.map(lambda x: site.rows(x.shape, x.dtype), targets)
+        batch = batch._replace(ptx=site.text(episodes, ppo.ptx.max_length) if ppo.ptx_coef else None)
+        figures: dict[str, Any] = {"trips": slices, "flops": work["update"], "read": moved}
+        update = training.update(site, batch, generation, scores, **figures)
+        programs = training.start, rollout, scoring, experience, update
+        return StagePlan("ppo", "ppo.episodes", episodes, held, programs)
+
+    return Sized(minibatch // site.groups // slices, ppo.model.dtype, build)
+
+
+def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
+    """As ``load_actors``, ``trainable_actors`` and ``start_training``."""
+    ppo = config.ppo
+    policy = planned_model(site, config, ppo.model, config.sft.model, key="ppo.model")
+    of_reward = planned_model(site, config, ppo.reward, config.reward.model, config.sft.model, key="ppo.reward")
+    reward = abstract_reward(of_reward, site.mesh)
+    same = reward.arch.vocab_size == policy.arch.vocab_size
+    from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
+    value = reward if from_reward else abstract_reward(policy, site.mesh)
+    actors = Actors(policy, reward, value, tokenizer=None, reward_tokenizer=None)
+    (p, p_base), (v, v_base) = (
+        abstract_trainable(model.params, model.arch, ppo.lora, site, policy.rules, path="ppo.lora")
+        for model in (policy, value)
+    )
+    trained, frozen = PPOParams(p, v), PPOParams(p_base, v_base) if ppo.lora.rank else None
+    tx, _ = make_actor_critic_optimizer(ppo.optim, value_lr=ppo.value_lr, updates=UPDATES)
+    fns = policy.logprob_fn, value.score_fn
+    step = make_step(ppo, *fns, tx, accumulation=slices, drop_padding=actors.packable)
+    loaded, ema = (policy.params, reward.params, value.params), p if ppo.ema_decay else None
+    training = planned_training(step, tx, trained, frozen, site, policy.rules, loaded=loaded, ema=ema)
+    return Planned(actors, same, training, combine(training.state.params, frozen))
+
+
+def sampled(site: Site, rows: int, length: int) -> Generation:
+    """What a rollout gives."""
+    shape = rows, length
+    tokens, mask, response = (site.rows(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.bool_))
+    return Generation(tokens, mask, response, site.rows(shape, jnp.float32), site.rows((rows,), jnp.bool_))
+
+
+def score_program(planned: Planned, site: Site, generation: Generation, *, slices: int) -> Program:
+    """The reward model on what was sampled, in the policy's tokens or, at about as many, in its own."""
+    reward = planned.actors.reward
+    if planned.same_tokens:
+        score, texts = jit_score(planned.actors, site.mesh, slices=slices), (generation.tokens, generation.mask)
+    else:
+        score = jax.jit(reward.score, out_shardings=batch_sharding(site.mesh))
+        rows, length = generation.tokens.shape
+        shape = rows, padded_width(length, reward.arch.max_positions)
+        texts = site.rows(shape, jnp.int32), site.rows(shape, jnp.bool_)
+    alive = planned.training.held, generation, texts
+    return Program("scores", score, (reward.params, *texts), alive=alive, trips=slices)
+
+
+def experience_program(
+    config: PlanConfig, planned: Planned, site: Site, generation: Generation, scores: Any, *, slices: int
+) -> Program:
+    """What ``make_iteration`` makes of samples and scores."""
+    ppo = config.ppo
+    experience = jax.jit(
+        make_experience(
+            *reading_fns(planned.actors, slices=slices),
+            temperature=ppo.sampling.temperature,
+            gamma=ppo.gamma,
+            lam=ppo.lam,
+            kl_estimator=ppo.kl.estimator,
+            missing_eos_penalty=ppo.missing_eos_penalty,
+            whiten_rewards=ppo.whiten_rewards,
+            selective=True,
+        ),
+        out_shardings=batch_sharding(site.mesh),
+    )
+    params, coef = planned.params, site.whole(lambda: jnp.float32(0.0))
+    args = params.policy, planned.actors.policy.params, params.value, generation, scores, coef
+    return Program("experience", experience, args, alive=(planned.training.held, args), trips=slices)
+
+
+def row_work(config: PlanConfig, actors: Actors) -> dict[str, float]:
+    """Model FLOPs of an episode of full length, by program; and of a row of text with it, where there is one."""
+    ppo, policy, reward = config.ppo, actors.policy.arch, actors.reward.arch
+    prompt, new = ppo.prompts.max_length, ppo.sampling.max_new_tokens
+    real, answer = jnp.ones((1, prompt + new), jnp.bool_), jnp.arange(prompt + new)[None] >= prompt
+    marks = jnp.ones((1, ppo.ptx.max_length), jnp.bool_)
+    text = SFTBatch(marks.astype(jnp.int32), marks, marks) if ppo.ptx_coef else None
+    generation = Generation(real.astype(jnp.int32), real, answer, real.astype(jnp.float32), real[:, 0])
+    passes = ppo.epochs * training_passes(ppo.lora.rank > 0)
+    work = rollout_work(policy, actors.value.arch, reward, updates=passes, itemsize=1)(generation, text)
+    scores = float(forward_flops(reward, np.arange(prompt + new), logits=0))
+    return {
+        "rollout": float(work["flops/rollout"]),
+        "scores": scores,
+        "experience": float(work["flops/scoring"]) - scores,
+        "update": float(work["flops/update"]),
+    }
+
+
+def decode_read(config: PlanConfig, arch: ArchConfig, episodes: int, site: Site) -> float:
+    """Bytes that a device reads for a rollout: all weights but for those of others in ``tensor``, its rows' caches."""
+    ppo, tensor = config.ppo, site.mesh.shape["tensor"]
+    first, steps = ppo.prompts.max_length, ppo.sampling.max_new_tokens - 1
+    itemsize, nowhere = jnp.dtype(ppo.model.dtype).itemsize, np.full(1, -1)
+    weights = decode_bytes(arch, nowhere, steps=steps, itemsize=itemsize)
+    cached = decode_bytes(arch, np.arange(first, first + steps), steps=0, itemsize=itemsize)
+    return (float(weights) + float(cached) * episodes / site.groups) / tensor

@@ -1,0 +1,120 @@
+"""Programs of a stage, compiled without an array: what each takes of a device, sends to others and computes."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jrlhf.parallel import Topology, array_bytes, bytes_sent
+
+ACHIEVED = 0.5
+"""Of the rates on a data sheet: FLOP/s, memory's and links' bytes/s."""
+
+FOR_CPU = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Buffers are assigned before machine code is made: nobody runs it, so it need not be fast."""
+
+AS_WRITTEN = {"xla_disable_hlo_passes": "float-normalization-bf16"}
+"""XLA for CPU holds and sends bfloat16 in 4 bytes wherever it cannot compute in it; accelerators can."""
+
+
+class Program(NamedTuple):
+    """One of the jitted functions that a stage calls."""
+
+    name: str
+    jitted: Any
+    args: tuple[Any, ...]
+    """Shapes with shardings, in place of arrays."""
+    alive: tuple[Any, ...]
+    """All that devices hold while it runs, its arguments among it; what stands there twice is one array."""
+    trips: int = 1
+    """How often a loop runs that only the data ends."""
+    timed: bool = True
+    """Whether it is part of every step."""
+    flops: float = 0.0
+    """Model FLOPs, of all devices."""
+    read: float = 0.0
+    """Bytes that a device must read from its memory, at least."""
+    cache: tuple[int, int] | None = None
+    """The last two dimensions of an array of the KV cache."""
+
+
+class Figures(NamedTuple):
+    """Of a program; bytes are a device's."""
+
+    name: str
+    alive: float
+    temporaries: float
+    """Besides results that take an argument's place: activations, gradients, the cache."""
+    cache: float
+    sent: dict[str, float]
+    """By mesh axes, ``fsdp`` or ``data+fsdp``."""
+    flops: float
+    seconds: float | None
+    """None: nothing is known of the devices' rates, or it is not part of a step."""
+
+    @property
+    def peak(self) -> float:
+        return self.alive + self.temporaries
+
+
+def device_bytes(*trees: Any) -> float:
+    """What one device holds of trees of arrays or of shapes with shardings; a leaf that occurs twice counts once."""
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(trees)}
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves.values()))
+
+
+def compiled(program: Program, topology: Topology) -> Any:
+    """The program for devices like those of its arguments."""
+    lowered = program.jitted.lower(*program.args)
+    if topology.real and topology.platform() != "cpu":
+        return lowered.compile()
+    if topology.platform() != "cpu":
+        try:
+            return lowered.compile(compiler_options=FOR_CPU | AS_WRITTEN)
+        except jax.errors.JaxRuntimeError:
+            # No product of bfloat16: on JAX 0.10 none, later ones only of a single row. Figures come out too high.
+            pass
+    return lowered.compile(compiler_options=FOR_CPU)
+
+
+def measured(program: Program, topology: Topology, mesh: Mesh, dtype: str) -> Figures:
+    """Compile a program and read its figures from what the compiler made of it."""
+    done = compiled(program, topology)
+    memory, hlo = done.memory_analysis(), done.as_text()
+    sent = bytes_sent(hlo, mesh.shape, trips=program.trips)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Figures(
+        name=program.name,
+        alive=device_bytes(*program.alive),
+        temporaries=float(memory.temp_size_in_bytes + results),
+        cache=cache_bytes(hlo, program.cache),
+        sent={"+".join(axes): size for axes, size in sent.items()},
+        flops=program.flops,
+        seconds=seconds(program, sent, topology, mesh.shape, dtype) if program.timed else None,
+    )
+
+
+def seconds(
+    program: Program, sent: Mapping[tuple[str, ...], float], topology: Topology, mesh: Mapping[str, int], dtype: str
+) -> float | None:
+    """Arithmetic or memory, whichever takes longer, and then what is sent, all at ``ACHIEVED`` of their rates."""
+    peaks = topology.peaks(dtype)
+    if peaks is None:
+        return None
+    total = max(program.flops / peaks.flops, program.read * topology.size / peaks.bytes)
+    for axes, size in sent.items():
+        rate = topology.sent_per_second(mesh, axes)
+        total += 0.0 if rate is None else size / rate
+    return total / ACHIEVED
+
+
+def cache_bytes(hlo: str, shape: tuple[int, int] | None) -> float:
+    """Of the KV cache that a sampling loop carries: its arrays of four dimensions that end in ``shape``."""
+    if shape is None:
+        return 0.0
+    of_cache = re.compile(rf"\w+\[\d+,\d+,{shape[0]},{shape[1]}\]")
+    loops: Iterable[str] = re.findall(r"= \((.*)\) while\(", hlo)
+    return float(max((sum(array_bytes(" ".join(of_cache.findall(carry)))) for carry in loops), default=0))
