@@ -8,6 +8,70 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
+    1: (
+        "kill -9 at a random time, also inside a save: what comes out is the unbroken run's, to the bit",
+        (
+            "tests/stages/test_loop.py::test_ten_kills_at_random_moments_cost_nothing",
+            "tests/test_checkpoint.py::test_a_step_that_was_being_written_at_kill_9_is_never_picked",
+        ),
+    ),
+    2: (
+        "the newest step cut short, or a file of it missing: named, set aside, the step before is used",
+        (
+            "tests/test_checkpoint.py::test_every_file_of_a_step_is_vouched_for",
+            "tests/test_checkpoint.py::test_with_no_sound_step_left_nothing_starts_over",
+            "tests/stages/test_loop.py::test_a_damaged_checkpoint_is_gone_back_from",
+        ),
+    ),
+    3: ("a bit flipped in any file: found", ("tests/test_checkpoint.py::test_a_thousand_flipped_bits_are_found",)),
+    4: (
+        "gone on within an epoch, at its edge, in the last step: the same rows in the same order",
+        (
+            "tests/stages/test_loop.py::test_broken_off_at_any_step_it_ends_as_the_unbroken_run",
+            "tests/stages/test_pipeline.py::test_an_interrupted_run_ends_as_the_unbroken_one",
+        ),
+    ),
+    5: (
+        "broken off inside a PPO iteration: the iteration is made again, with the same rollout",
+        ("tests/stages/test_pipeline.py::test_an_interrupted_run_ends_as_the_unbroken_one",),
+    ),
+    6: (
+        "a leaf of the state gone or renamed: an error that names it",
+        ("tests/test_checkpoint.py::test_leaves_that_do_not_fit_are_named",),
+    ),
+    7: (
+        "SIGTERM, SIGINT, twice in a row: saved and exact, and the second one ends it at once",
+        (
+            "tests/stages/test_loop.py::test_a_signal_in_any_step_of_any_phase_costs_nothing",
+            "tests/stages/test_loop.py::test_a_second_signal_ends_it_at_once",
+        ),
+    ),
+    8: (
+        "a full disk, a read-only folder, a save that fails in the background: an error, and no older step is lost",
+        (
+            "tests/test_checkpoint.py::test_a_full_disk_costs_the_step_alone",
+            "tests/test_checkpoint.py::test_a_folder_that_became_read_only_is_an_error_at_once",
+            "tests/test_checkpoint.py::test_a_failed_background_save_is_an_error_and_costs_no_older_step",
+        ),
+    ),
+    9: (
+        "one step kept, and a kill before the next is whole: the one is still there",
+        ("tests/test_checkpoint.py::test_a_step_that_was_being_written_at_kill_9_is_never_picked",),
+    ),
+    10: (
+        "saved on one layout of devices, loaded on another: the same bits",
+        (
+            "tests/test_checkpoint.py::test_another_mesh_changes_no_bit",
+            "tests/stages/test_hosts.py::test_what_one_topology_saves_any_other_loads_bit_for_bit_and_goes_on_with",
+        ),
+    ),
+    11: (
+        "of two processes one is killed or asleep: the other ends in time and names it",
+        (
+            "tests/parallel/test_hosts.py::test_a_peer_that_is_gone_ends_the_others_and_is_named",
+            "tests/parallel/test_hosts.py::test_a_coordinator_that_is_killed_ends_the_others_at_once",
+        ),
+    ),
     12: (
         "the pad token is the EOS: the EOS keeps its label, and generation stops at it",
         (
@@ -22,6 +86,13 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
             "tests/models/test_families.py::test_a_reward_score_is_that_of_the_last_real_token_alone_or_in_a_batch",
             "tests/models/test_decoder.py::test_padding_changes_no_logprob",
             "tests/steps/test_reward_step.py::test_padding_columns_row_order_and_completion_order_change_nothing",
+        ),
+    ),
+    14: (
+        "learning rate 0, the first minibatch: the ratio is one up to rounding, at temperature 0.7 too",
+        (
+            "tests/steps/test_ppo_step.py::test_lr_zero_moves_nothing_and_the_ratio_is_one",
+            "tests/stages/test_pipeline.py::test_ppo_logs_the_whole_list_and_starts_on_policy",
         ),
     ),
     15: (
@@ -148,6 +219,32 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
             "tests/models/test_families.py::test_cached_decode_equals_the_full_forward",
             "tests/models/test_decoder.py::test_cached_decode_equals_the_full_forward",
             "tests/stages/test_verify.py::test_a_sound_model_holds",
+        ),
+    ),
+    17: (
+        "NaN or infinity from a reward, a loss, a gradient: nothing moves, it is counted, too many in a row end it",
+        (
+            "tests/steps/test_skipping.py::test_sft_and_reward_steps_leave_a_bad_batch_out",
+            "tests/steps/test_skipping.py::test_ppo_leaves_out_the_minibatch_alone_that_is_bad",
+            "tests/stages/test_loop.py::test_too_many_in_a_row_end_the_run_with_what_it_read",
+        ),
+    ),
+    19: (
+        "the policy strays: a guard fires, and the run goes back to the last calm checkpoint",
+        (
+            "tests/stages/test_loop.py::test_a_run_that_strays_goes_back_slower_and_under_a_shorter_leash",
+            "tests/stages/test_loop.py::test_it_goes_back_so_often_and_no_more",
+        ),
+    ),
+    26: (
+        "200 saves: no memory, file or thread is kept",
+        ("tests/test_checkpoint.py::test_two_hundred_saves_leak_nothing",),
+    ),
+    32: (
+        "a checkpoint of an earlier format is read, one of a later format named",
+        (
+            "tests/test_checkpoint.py::test_a_step_that_an_earlier_version_wrote_is_read",
+            "tests/test_checkpoint.py::test_a_step_of_another_format_is_left_where_it_is",
         ),
     ),
 }

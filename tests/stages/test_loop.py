@@ -243,6 +243,45 @@ def test_a_second_signal_ends_it_at_once(
     assert_ends_as(unbroken, tmp_path, run(tmp_path))
 
 
+KILLED = """
+    import sys, time
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[2])
+    from tests.stages.test_loop import advance, run
+
+    def slow(state, number):
+        time.sleep(0.03)
+        return advance(state, number)
+
+    print("up", flush=True)
+    run(Path(sys.argv[1]), advance=slow)
+"""
+
+
+def test_ten_kills_at_random_moments_cost_nothing(unbroken: tuple[Path, Outcome], tmp_path: Path) -> None:
+    """SIGKILL, in a save too: a run is started again until it ends, and another one begun, until there were ten."""
+    random, kills, runs = np.random.default_rng(0), 0, 0
+    for _ in range(40):
+        folder = tmp_path / str(runs)
+        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(ROOT)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            process.wait(random.uniform(0.2, 2.0) if kills < 10 else 60)
+        except subprocess.TimeoutExpired:
+            kills += 1
+        finally:
+            process.kill()
+            process.communicate()
+        if (folder / "checkpoints" / str(TOTAL)).exists():
+            assert_ends_as(unbroken, folder, run(folder))
+            runs += 1
+            if kills >= 10:
+                return
+    pytest.fail(f"{kills} kills and {runs} whole runs in 40 starts")
+
+
 def skipping(*which: int) -> Any:
     """``advance`` that leaves the state as it was in those steps."""
 

@@ -1,0 +1,180 @@
+"""How well runs survive: kills, flipped bits, how long saving holds training up, how fast a run is back.
+
+One JSON line a figure. `--kills` a stage: the real command is killed at random moments and started again until it ends;
+its weights and log are then those of an unbroken run, or its kills are not counted as survived.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jrlhf import assets
+from jrlhf.checkpoint import CheckpointError, Checkpoints
+from jrlhf.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
+from jrlhf.config_io import to_yaml
+from jrlhf.metrics import read_metrics
+
+STAGES = ("sft", "reward", "ppo")
+MEASURED = ("time", "seconds/", "share/", "perf/", "compile/")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="of each stage")
+    parser.add_argument("--flips", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random.seed(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = small_run(Path(folder), "whole")
+        start = time.perf_counter()
+        command(whole, "pipeline").wait()
+        tell("unbroken_run", seconds=round(time.perf_counter() - start, 1), stages=len(STAGES))
+        broken = small_run(Path(folder), "broken")
+        for stage in STAGES:
+            tell("kills_survived", stage=stage, **survived(stage, whole, broken, kills=args.kills))
+        tell("flips_found", **flips_found(Path(whole.run) / "sft" / "checkpoints", flips=args.flips))
+        shares = [row["share/checkpoint"] for row in log_of(whole, "sft", every=True) if "share/checkpoint" in row]
+        tell("blocked_share", of="sft, a checkpoint every 5 steps", value=round(sum(shares) / max(len(shares), 1), 4))
+
+
+def tell(figure: str, **values: Any) -> None:
+    print(json.dumps({"figure": figure} | values), flush=True)
+
+
+def small_run(folder: Path, name: str) -> Config:
+    """The shipped model on a few hundred rows; checkpoints every 5 steps, of PPO every iteration."""
+    log = LogConfig(every=5, eval_every=10, eval_rows=16, samples=2, progress=False)
+
+    def data(train: str, heldout: str) -> DataConfig:
+        return DataConfig(train=f"asset:{train}", eval=f"asset:{heldout}", max_length=48, buckets=1)
+
+    saves = CheckpointConfig(every=5, keep=2, keep_best=1)
+    prompts = replace(data("prompts_train", "prompts_heldout"), max_length=16)
+    return Config(
+        run=str(folder / name),
+        sft=SFTConfig(
+            model=ModelConfig(path="asset:stories260k"),
+            data=DataConfig(
+                train=first_rows("sft_train", 960, folder), eval="asset:sft_heldout", max_length=48, buckets=1
+            ),
+            batch_size=16,
+            log=log,
+            checkpoint=saves,
+        ),
+        reward=RewardConfig(
+            data=replace(data("rankings_train", "rankings_heldout"), train=first_rows("rankings_train", 480, folder)),
+            batch_size=8,
+            log=log,
+            checkpoint=saves,
+        ),
+        ppo=PPOConfig(
+            prompts=prompts, iterations=12, episodes=16, log=replace(log, every=1), checkpoint=replace(saves, every=1)
+        ),
+    )
+
+
+def first_rows(name: str, count: int, folder: Path) -> str:
+    lines = Path(assets.resolve(f"asset:{name}")).read_text(encoding="utf-8").splitlines()[:count]
+    path = folder / f"{name}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def command(config: Config, stage: str) -> subprocess.Popen[bytes]:
+    path = Path(config.run).with_suffix(".yaml")
+    path.write_text(to_yaml(config), encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, "-m", "jrlhf", stage, "--config", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def survived(stage: str, whole: Config, broken: Config, *, kills: int) -> dict[str, Any]:
+    """Kill, start again, and compare; when a run ends before all kills are spent, another one begins."""
+    spent, equal, runs, back = 0, 0, 0, []
+    while spent < kills:
+        in_this_run, folder = 0, Path(broken.run) / stage
+        while not (folder / "summary.json").exists():
+            known = len(log_of(broken, stage))
+            start = time.perf_counter()
+            process = command(broken, stage)
+            # From nothing done at all to the last steps and the export.
+            limit = start + random.uniform(2.0, 14.0) if spent + in_this_run < kills else start + 600
+            while process.poll() is None and time.perf_counter() < limit:
+                time.sleep(0.02)
+                if known and len(log_of(broken, stage)) > known:
+                    back.append(time.perf_counter() - start)
+                    known = 10**9
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                in_this_run += 1
+            process.wait()
+        spent, runs = spent + in_this_run, runs + 1
+        equal += in_this_run * same(stage, whole, broken)
+        if spent < kills:
+            folder.rename(folder.with_name(f"{stage}-{runs}"))
+    found = sorted(back)
+    return {
+        "kills": spent,
+        "survived": equal,
+        "runs": runs,
+        "back_at_a_new_line_seconds": round(found[len(found) // 2], 1) if found else None,
+    }
+
+
+def same(stage: str, a: Config, b: Config) -> bool:
+    """Weights byte for byte, and every line of the log but for what it measures."""
+    weights = [(Path(config.run) / stage / "hf" / "model.safetensors").read_bytes() for config in (a, b)]
+    return weights[0] == weights[1] and log_of(a, stage) == log_of(b, stage)
+
+
+def log_of(config: Config, stage: str, *, every: bool = False) -> list[dict[str, float]]:
+    rows = read_metrics(Path(config.run) / stage / "metrics.jsonl")
+    if every:
+        return rows
+    return [{k: v for k, v in row.items() if not k.startswith(MEASURED) and "_per_second" not in k} for row in rows]
+
+
+def flips_found(folder: Path, *, flips: int) -> dict[str, int]:
+    """Of ``flips`` single bits changed in any file of a checkpoint, one at a time."""
+    found = 0
+    with Checkpoints(folder, keep=9, keep_best=0, best_metric=None, best_mode="min") as saved:
+        step = saved.steps()[-1]
+        files = [path for path in (folder / str(step)).rglob("*") if path.is_file()]
+        for _ in range(flips):
+            file = random.choice(files)
+            content = file.read_bytes()
+            at, bit = random.randrange(len(content)), 1 << random.randrange(8)
+            file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+            try:
+                saved.check(step)
+            except CheckpointError as error:
+                found += file.name in str(error)
+            file.write_bytes(content)
+        saved.check(step)
+    return {"flips": flips, "found": found, "files": len(files)}
+
+
+if __name__ == "__main__":
+    main()
