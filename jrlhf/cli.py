@@ -1,6 +1,6 @@
 """`jrlhf <command>`: YAML and flags in, one stage out. JAX is imported only once the arguments have been read.
 
-Exit codes: 0 done, 1 failure, 2 bad usage or data, 130 interrupted.
+Exit codes: 0 done, 1 failure, 2 bad usage or data, 130 or 143 interrupted.
 """
 
 import logging
@@ -105,7 +105,7 @@ RLHF in JAX: SFT, a reward model from human rankings, and PPO under a KL penalty
 {lines}
 
 jrlhf COMMAND --help lists every flag with its default; a flag is the path of a key in the YAML (--sft.optim.lr 1e-4).
-jrlhf --version prints the version. Exit codes: 0 done, 1 failure, 2 bad usage or data, 130 interrupted.
+jrlhf --version prints the version. Exit codes: 0 done, 1 failure, 2 bad usage or data, 130 or 143 interrupted.
 JRLHF_DEBUG=1 in the environment shows an error's traceback."""
 
 

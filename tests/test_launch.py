@@ -130,7 +130,7 @@ def test_scripts_are_bash(name):
 
 
 @pytest.mark.parametrize(
-    ("code", "before", "again"), [(0, 0, False), (2, 0, False), (1, 0, True), (130, 3, True), (1, 5, False)]
+    ("code", "before", "again"), [(0, 0, False), (2, 0, False), (1, 0, True), (143, 3, True), (1, 5, False)]
 )
 def test_slurm_queues_a_failed_job_again_and_not_for_ever(code, before, again, monkeypatch, tmp_path):
     script = (LAUNCH / "slurm.sbatch").read_text()

@@ -41,6 +41,21 @@ def reading_fns(actors: Actors, *, slices: int) -> tuple[SelectiveLogprobFn, Sco
     return (without_padding(fns[0], slices=slices), without_padding(fns[1], slices=slices)) if actors.packable else fns
 
 
+def jit_experience(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Callable[..., Rollout]:
+    """``make_experience`` with a config's settings, its rollout laid out by rows."""
+    experience = make_experience(
+        *reading_fns(actors, slices=slices),
+        temperature=ppo.sampling.temperature,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        kl_estimator=ppo.kl.estimator,
+        missing_eos_penalty=ppo.missing_eos_penalty,
+        whiten_rewards=ppo.whiten_rewards,
+        selective=True,
+    )
+    return jax.jit(experience, out_shardings=batch_sharding(mesh))
+
+
 def make_iteration(
     config: Config,
     actors: Actors,
@@ -61,19 +76,7 @@ def make_iteration(
         return Order(config.seed, batch_size=ppo.episodes, lengths=rows.lengths, parts=rows.parts)
 
     order, text_order = in_order(prompts), None if ptx is None else in_order(ptx)
-    experience = jax.jit(
-        make_experience(
-            *reading_fns(actors, slices=slices),
-            temperature=ppo.sampling.temperature,
-            gamma=ppo.gamma,
-            lam=ppo.lam,
-            kl_estimator=ppo.kl.estimator,
-            missing_eos_penalty=ppo.missing_eos_penalty,
-            whiten_rewards=ppo.whiten_rewards,
-            selective=True,
-        ),
-        out_shardings=batch_sharding(mesh),
-    )
+    experience = jit_experience(ppo, actors, mesh, slices=slices)
     measure = jax.jit(rollout_metrics)
     work = rollout_work(
         actors.policy.arch,

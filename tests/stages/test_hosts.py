@@ -149,7 +149,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_and_another_topology_goes
     ) as started:
         started.wait_for(lambda: steps() > 8, within=400)
         started.send(1, signal.SIGTERM)
-        assert [started.code(process, within=60) for process in (0, 1)] == [130, 130]
+        assert [started.code(process, within=60) for process in (0, 1)] == [143, 143]
         stopped = [started.output(process).rpartition("stopped at ")[2].partition(",")[0] for process in (0, 1)]
     assert stopped[0] == stopped[1]
     assert "of 200" in stopped[0]

@@ -26,10 +26,9 @@ from jrlhf.stages.plan.parts import (
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
 from jrlhf.stages.ppo import make_step
-from jrlhf.stages.ppo_iteration import episode_slices, reading_fns
+from jrlhf.stages.ppo_iteration import episode_slices, jit_experience
 from jrlhf.stages.scoring import jit_score, padded_width
 from jrlhf.stages.start import check_length
-from jrlhf.steps import make_experience
 from jrlhf.types import Generation, PPOParams, SFTBatch
 
 
@@ -127,20 +126,7 @@ def experience_program(
     config: PlanConfig, planned: Planned, site: Site, generation: Generation, scores: Any, *, slices: int
 ) -> Program:
     """What ``make_iteration`` makes of samples and scores."""
-    ppo = config.ppo
-    experience = jax.jit(
-        make_experience(
-            *reading_fns(planned.actors, slices=slices),
-            temperature=ppo.sampling.temperature,
-            gamma=ppo.gamma,
-            lam=ppo.lam,
-            kl_estimator=ppo.kl.estimator,
-            missing_eos_penalty=ppo.missing_eos_penalty,
-            whiten_rewards=ppo.whiten_rewards,
-            selective=True,
-        ),
-        out_shardings=batch_sharding(site.mesh),
-    )
+    experience = jit_experience(config.ppo, planned.actors, site.mesh, slices=slices)
     params, coef = planned.params, site.whole(lambda: jnp.float32(0.0))
     args = params.policy, planned.actors.policy.params, params.value, generation, scores, coef
     return Program("experience", experience, args, alive=(planned.training.held, args), trips=slices)
