@@ -46,7 +46,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = small_run(Path(folder), "whole")
         start = time.perf_counter()
-        command(whole, "pipeline").wait()
+        if code := command(whole, "pipeline").wait():
+            raise SystemExit(f"the unbroken run ended with {code}")
         tell("unbroken_run", seconds=round(time.perf_counter() - start, 1), stages=len(STAGES))
         broken = small_run(Path(folder), "broken")
         for stage in STAGES:
@@ -105,7 +106,6 @@ def command(config: Config, stage: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "jrlhf", stage, "--config", str(path)],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
 
@@ -129,6 +129,8 @@ def survived(stage: str, whole: Config, broken: Config, *, kills: int) -> dict[s
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGKILL)
                 in_this_run += 1
+            elif process.returncode:
+                raise SystemExit(f"{stage} ended by itself, with {process.returncode}")
             process.wait()
         spent, runs = spent + in_this_run, runs + 1
         equal += in_this_run * same(stage, whole, broken)

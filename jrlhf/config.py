@@ -253,7 +253,7 @@ class GuardsConfig:
     """Mean answer length: more than bound times the first rollout's, or less than the first's divided by bound."""
     repetition: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.3, patience=3))
     """Share of answer tokens that end a run of three seen before in the answer: so much above the first rollout's."""
-    explained_variance: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=5))
+    explained_variance: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=20))
     """Of the returns by the value network, below bound."""
     rollbacks: int = 2
     """So often a run goes back; then it stops. Parameters, optimizer, averages and beta are those of the checkpoint;

@@ -122,11 +122,17 @@ def array_bytes(shape: str) -> list[int]:
     return [one(*found) for found in ARRAY.findall(shape)]
 
 
+MESH = re.compile(
+    r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\](?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{((?:'\w+',? ?)*)\}"
+)
+
+
 def replica_group(text: str, devices: int) -> list[int]:
-    """The first group of devices that a collective joins, in any of the three ways HLO writes them.
+    """The first group of devices that a collective joins, in any of the ways HLO writes them.
 
     ``{{0,1},{2,3}}``; ``[2,4]<=[4,2]T(1,0)``: the numbers up to 8, as [4, 2], transposed, in rows of 4;
-    ``mesh['a'=4,'b'=2] {'b'}``: along axis b. ValueError for another.
+    ``mesh['a'=4,'b'=2] {'b'}``: along axis b; with ``, device_ids=([2,4]T(1,0))`` before the axes, of the numbers so
+    laid out. ValueError for another.
     """
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return [int(x) for x in found[1].split(",")]
@@ -134,14 +140,21 @@ def replica_group(text: str, devices: int) -> list[int]:
         rows, dims, order = ([int(x) for x in part.split(",")] if part else None for part in found.groups())
         ids = np.arange(devices).reshape(dims)
         return (ids.transpose(order) if order else ids).reshape(rows)[0].tolist()
-    if found := re.search(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',? ?)*)\}", text):
+    if found := MESH.search(text):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        along = re.findall(r"'(\w+)'", found[2])
-        ids = np.arange(devices).reshape([*sizes.values()])
+        along = re.findall(r"'(\w+)'", found[4])
+        ids = np.arange(devices)
+        if found[2]:
+            ids = ids.reshape(_ints(found[2])).transpose(_ints(found[3]))
+        ids = ids.reshape([*sizes.values()])
         return ids[tuple(slice(None) if name in along else 0 for name in sizes)].reshape(-1).tolist()
     if "replica_groups={}" in text or "replica_groups" not in text:
         return list(range(devices))
     raise ValueError(f"replica groups of an unknown form: {text[text.index('replica_groups') :][:80]}")
+
+
+def _ints(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _axes(group: list[int], mesh: Mapping[str, int]) -> tuple[str, ...]:

@@ -65,6 +65,8 @@ def test_of_branches_the_one_that_sends_most_counts() -> None:
         ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", [0, 1, 4, 5]),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", [0, 4]),
     ],
 )
 def test_groups_are_read_in_every_form(written: str, group: list[int]) -> None:

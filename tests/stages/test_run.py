@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
-from jrlhf.checkpoint import CheckpointError
+from jrlhf.checkpoint import FORMAT, CheckpointError
 from jrlhf.config import CheckpointConfig, Config, DataConfig, ExportConfig, LogConfig, ModelConfig, SFTConfig
 from jrlhf.config_io import ConfigError, apply_flags
+from jrlhf.manifest import write_manifest
 from jrlhf.stages.export import run_export
 from jrlhf.stages.run import open_stage
 from jrlhf.stages.sft import run_sft
@@ -99,10 +100,11 @@ def test_another_model_under_the_same_name_is_refused_and_a_checkpoint_names_no_
     shutil.copytree(whole, model)
 
     # What a checkpoint says of its tokenizer's files comes from whoever wrote it.
-    [metadata] = (folder / "checkpoints").glob("*/metadata/metadata")
-    said = json.loads(metadata.read_text())
-    said["tokenizer"] = {"../outside.json": "{}"}
-    metadata.write_text(json.dumps(said))
+    notes = folder / "checkpoints" / "1" / "notes.json"
+    said = json.loads(notes.read_text())
+    said["metadata"]["tokenizer"] = {"../outside.json": "{}"}
+    notes.write_text(json.dumps(said))
+    write_manifest(notes.parent, form=FORMAT)
     with pytest.raises(ValueError, match=r"'\.\./outside\.json' is not the name of a tokenizer's file"):
         run_export(ExportConfig(str(folder), str(tmp_path / "deep" / "out"), step=1))
     assert not (tmp_path / "deep" / "outside.json").exists()
