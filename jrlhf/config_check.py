@@ -13,6 +13,8 @@ from jrlhf.config import (
     DataConfig,
     DistributedConfig,
     GenerateConfig,
+    GuardConfig,
+    GuardsConfig,
     LogConfig,
     LoRAConfig,
     MeshConfig,
@@ -205,6 +207,7 @@ def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
     yield sft.epochs > 0, f"{path}.epochs", sft.epochs, "above 0"
     yield from _batches(path, sft.batch_size, sft.microbatch)
     yield from _packing(path, sft.pack_length, sft.data.max_length)
+    yield sft.max_skipped >= 1, f"{path}.max_skipped", sft.max_skipped, "1 or more"
     yield sft.candidates >= 1, f"{path}.candidates", sft.candidates, "1 or more"
 
 
@@ -217,6 +220,7 @@ def _reward(path: str, reward: RewardConfig) -> Iterator[Rule]:
     yield reward.epochs > 0, f"{path}.epochs", reward.epochs, "above 0"
     yield from _batches(path, reward.batch_size, reward.microbatch)
     yield from _packing(path, reward.pack_length, reward.data.max_length)
+    yield reward.max_skipped >= 1, f"{path}.max_skipped", reward.max_skipped, "1 or more"
     yield reward.center_coef >= 0, f"{path}.center_coef", reward.center_coef, "0 or more"
 
 
@@ -233,6 +237,18 @@ def _ppo(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield ppo.kl.coef >= 0, f"{path}.kl.coef", ppo.kl.coef, "0 or more"
     yield ppo.kl.target >= 0, f"{path}.kl.target", ppo.kl.target, "0 or more"
     yield ppo.kl.horizon >= 1, f"{path}.kl.horizon", ppo.kl.horizon, "1 or more"
+    yield ppo.max_skipped >= 1, f"{path}.max_skipped", ppo.max_skipped, "1 or more"
+    yield from _guards(f"{path}.guards", ppo.guards)
+
+
+def _guards(path: str, guards: GuardsConfig) -> Iterator[Rule]:
+    for name, guard in vars(guards).items():
+        if isinstance(guard, GuardConfig):
+            yield guard.patience >= 1, f"{path}.{name}.patience", guard.patience, "1 or more"
+    yield guards.length.bound > 1, f"{path}.length.bound", guards.length.bound, "above 1"
+    yield guards.rollbacks >= 0, f"{path}.rollbacks", guards.rollbacks, "0 or more"
+    yield 0 < guards.rollback_lr <= 1, f"{path}.rollback_lr", guards.rollback_lr, "above 0 and up to 1"
+    yield guards.rollback_beta >= 1, f"{path}.rollback_beta", guards.rollback_beta, "1 or more"
 
 
 def _ppo_sampling(path: str, sampling: SamplingConfig) -> Iterator[Rule]:

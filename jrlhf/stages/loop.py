@@ -188,7 +188,7 @@ class _Run:
 
     def write_line(self, done: int, compiled: Compilations) -> dict[str, float]:
         """Log the steps since the last line; FloatingPointError where they cannot go on, before anything is saved."""
-        self._note_skipped(done)
+        made = not all(self._note_skipped(done))
         rate = float(self._loop.learning_rate(max(int(self.state.train.step) - 1, 0)))
         if self._watch is not None:
             rate *= float(rate_factor(self.state.train.opt_state))
@@ -196,13 +196,13 @@ class _Run:
         line |= {"compile/programs": compiled.programs, "compile/seconds": compiled.seconds}
         self._writer.write(done, line)
         wrong = sorted(name for name, value in line.items() if not np.isfinite(value))
-        # A skipped step has moved nothing, whatever it says of itself.
-        if wrong and not line["skipped"]:
+        # Skipped steps have moved nothing, and are in no mean unless there are none but them.
+        if wrong and made:
             raise FloatingPointError(f"step {done}: {', '.join(wrong)} not finite; the state is not saved")
         return line
 
-    def _note_skipped(self, done: int) -> None:
-        """An event for each skipped step; FloatingPointError, and a dump, where they are too many in a row."""
+    def _note_skipped(self, done: int) -> list[bool]:
+        """Whether each step was skipped, with an event; FloatingPointError and a dump after too many in a row."""
         skipped = self._window.skipped()
         for number, left_out in enumerate(skipped, done + 1 - len(skipped)):
             self._skipped_in_row = self._skipped_in_row + 1 if left_out else 0
@@ -211,7 +211,7 @@ class _Run:
                 logger.warning("step %d skipped: its loss or gradient is not finite", number)
             if self._skipped_in_row == self._loop.max_skipped:
                 dump = self._folder / f"skipped-{number}.npz"
-                # None of them has moved the state: it is still the one that this batch belongs to.
+                # None of them has moved the state: a rollout is made again as it was, where no later step has.
                 batch = self._loop.batch_of(self.state, number - 1)
                 if is_first():
                     np.savez(dump, allow_pickle=False, **batch)
@@ -219,6 +219,7 @@ class _Run:
                     f"step {number}: loss or gradient not finite, {self._skipped_in_row} steps in a row; nothing was "
                     f"saved since the last good one; what it read is in {dump}"
                 )
+        return skipped
 
     def evaluate(self, done: int) -> None:
         with self._window.apart("evaluation", self.state):

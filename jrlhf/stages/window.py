@@ -61,12 +61,13 @@ class Window:
 
     def skipped(self) -> list[bool]:
         """Of each step, whether it left the state as it was, for numbers that are not finite. Waits for the device."""
-        steps = jax.device_get(self._steps)
-        return [bool(step["skipped"] > 0 and step.get("policy/updates", 0.0) == 0) for step in steps]
+        self._steps = jax.device_get(self._steps)
+        return [bool(step["skipped"] > 0 and step.get("policy/updates", 0.0) == 0) for step in self._steps]
 
     def close(self) -> dict[str, float]:
         """Wait for the device, and start anew. What a skipped step says is in no mean, unless all were skipped."""
-        steps, skipped = jax.device_get(self._steps), np.asarray(self.skipped())
+        skipped = np.asarray(self.skipped())
+        steps = self._steps
         whole = self._clock() - self._since
         columns = {name: np.asarray([step[name] for step in steps], np.float64) for name in steps[0]}
         told = np.ones_like(skipped) if skipped.all() else ~skipped

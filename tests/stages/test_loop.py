@@ -306,6 +306,16 @@ def test_skipped_steps_are_counted_and_no_mean_is_theirs(unbroken: tuple[Path, O
     assert all(np.isfinite(row["loss"]) for row in told.values())
 
 
+def test_a_made_step_s_nan_is_not_excused_by_a_skipped_one(tmp_path: Path) -> None:
+    def broken(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        after, metrics = skipping(1)(state, number)
+        return after, metrics | ({"kl": jnp.float32(jnp.nan)} if number == 1 else {})
+
+    with pytest.raises(FloatingPointError, match="step 3: kl not finite; the state is not saved"):
+        run(tmp_path, advance=broken)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_too_many_in_a_row_end_the_run_with_what_it_read(tmp_path: Path) -> None:
     """Also where a restart comes between: the count is part of what is saved."""
 
