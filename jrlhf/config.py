@@ -247,6 +247,9 @@ class GuardsConfig:
     """Nats a sequence to the SFT model, above bound."""
     negative_kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=2))
     """The same, below bound: answers do not come from the policy that is trained."""
+    sampler: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.5))
+    """The largest difference of a token's log-prob in the sampler and in the update, nats, above bound: the same, seen
+    at once. In float32 it is some 1e-5 where all is well."""
     entropy: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.01, patience=3))
     """Nats a token, below bound."""
     length: GuardConfig = field(default_factory=lambda: GuardConfig(bound=4.0, patience=3))

@@ -10,10 +10,14 @@ from jrlhf.stages.state import RunState
 
 BASELINES = ("length/mean", "repetition")
 """What drift is measured from: the first rollout's."""
+OTHER_SAMPLER = (
+    "answers are not drawn from the policy that is trained: look for top_k, top_p, another temperature, a token that "
+    "the sampler masks, or old weights"
+)
 CAUSES = {
     "kl": "the policy has left the SFT model: the learning rate is too high, or beta too low",
-    "negative_kl": "answers are not drawn from the policy that is trained: look for top_k, top_p, another temperature "
-    "or a token that the sampler masks",
+    "negative_kl": OTHER_SAMPLER,
+    "sampler": OTHER_SAMPLER,
     "entropy": "the policy has collapsed onto few answers",
     "length": "the reward pays for length, or answers end too early",
     "repetition": "the policy repeats itself",
@@ -75,6 +79,8 @@ class Watch:
                 return float(metrics["repetition"]) - self._baseline["repetition"]
             case "explained_variance":
                 return float(metrics["value/explained_variance"])
+            case "sampler":
+                return float(metrics["sampler/max_abs_logprob_diff"])
             case _:
                 return float(metrics[name])
 
@@ -83,10 +89,10 @@ class Watch:
         return any(guard.action == "rollback" for guard in self._guards.values())
 
     @property
-    def calm(self) -> bool:
-        """Whether no guard that would act has begun to count: such a state may be gone back to."""
+    def crossings(self) -> int:
+        """Rollouts in a row, this one included, in which some guard that would act has crossed its bound."""
         acting = ("stop", "rollback")
-        return not any(count and self._guards[name].action in acting for name, count in self._in_row.items())
+        return max((count for name, count in self._in_row.items() if self._guards[name].action in acting), default=0)
 
     def gone_back(self, now: RunState, good: RunState) -> RunState:
         """``good`` with a lower learning rate and a higher beta, at ``now``'s place in the data."""
@@ -101,7 +107,7 @@ class Watch:
 
 def _crossed(name: str, value: float, bound: float) -> bool:
     match name:
-        case "kl" | "repetition":
+        case "kl" | "repetition" | "sampler":
             return value > bound
         case "length":
             return value > bound or value < 1.0 / bound

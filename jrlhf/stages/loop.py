@@ -171,9 +171,12 @@ class _Run:
 
     def _roll_back(self, watch: Watch, done: int) -> None:
         saved = self._checkpoints
+        # The rollout of step n tells how the state after n - 1 steps is: of the first that crossed, that state is bad.
+        bad_from = done - watch.crossings
 
         def newest_calm() -> int | None:
-            good = next((step for step in reversed(saved.steps()) if saved.metadata(step)["calm"]), None)
+            before = (step for step in reversed(saved.steps()) if step < bad_from)
+            good = next((step for step in before if saved.metadata(step)["calm"]), None)
             if good is not None:
                 saved.check(good)
             return good
@@ -232,7 +235,7 @@ class _Run:
         notes = {"first": self.first, "last": self.last, "seconds": self.seconds(), "window": self._window.keep()}
         notes["skipped_in_row"] = self._skipped_in_row
         if self._watch is not None:
-            notes |= {"guards": self._watch.keep(), "calm": self._watch.calm}
+            notes |= {"guards": self._watch.keep(), "calm": not self._watch.crossings}
         with self._window.apart("checkpoint", self.state):
             self._writer.sync()
             self._checkpoints.save(

@@ -30,7 +30,7 @@ from jrlhf.types import PPOParams, TrainState
 
 ROOT = Path(__file__).parents[2]
 TOTAL = 10
-SILENT = ("negative_kl", "entropy", "length", "repetition", "explained_variance")
+SILENT = ("negative_kl", "sampler", "entropy", "length", "repetition", "explained_variance")
 OFF = {name: GuardConfig(action="off") for name in SILENT}
 TX, SCHEDULE = make_actor_critic_optimizer(
     OptimConfig(lr=0.1, warmup=0.0, schedule="constant"), value_lr=0.0, updates=TOTAL
@@ -339,7 +339,7 @@ def test_too_many_in_a_row_end_the_run_with_what_it_read(tmp_path: Path) -> None
 
 def healthy(**changes: float) -> dict[str, float]:
     usual = {"kl": 1.0, "entropy": 2.0, "length/mean": 20.0, "repetition": 0.1, "value/explained_variance": 0.5}
-    return usual | changes
+    return usual | {"sampler/max_abs_logprob_diff": 0.0} | changes
 
 
 @pytest.mark.parametrize(
@@ -347,6 +347,7 @@ def healthy(**changes: float) -> dict[str, float]:
     [
         ("kl", 5.0, {"kl": 5.1}, {"kl": 4.9}),
         ("negative_kl", -1.0, {"kl": -1.1}, {"kl": -0.9}),
+        ("sampler", 0.5, {"sampler/max_abs_logprob_diff": 0.6}, {"sampler/max_abs_logprob_diff": 0.4}),
         ("entropy", 0.5, {"entropy": 0.4}, {"entropy": 0.6}),
         ("length", 2.0, {"length/mean": 41.0}, {"length/mean": 39.0}),
         ("length", 2.0, {"length/mean": 9.0}, {"length/mean": 11.0}),
@@ -365,7 +366,7 @@ def test_a_guard_fires_at_the_last_of_its_patience_and_once(
 
     watch = Watch(config, None)
     assert fired(watch, [{}, bad, good, bad]) == [[], [], [], []]
-    assert not watch.calm
+    assert watch.crossings == 1
     # What it remembers goes through JSON, as into a checkpoint.
     again = Watch(config, json.loads(json.dumps(watch.keep())))
     assert fired(again, [bad, bad, good, bad, bad]) == [[guard], [], [], [], [guard]]
@@ -373,9 +374,9 @@ def test_a_guard_fires_at_the_last_of_its_patience_and_once(
 
 
 def straying(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-    """Its KL grows by the learning rate it is run with; 0.5 an iteration at first."""
+    """Its KL grows by the learning rate it is run with; 0.5 a step at first. It is of the state before the step."""
     after, metrics = advance(state, number)
-    kl = 5.0 * (after.train.step.astype(jnp.float32)) * 0.1 * rate_factor(state.train.opt_state)
+    kl = 5.0 * (state.train.step.astype(jnp.float32)) * 0.1 * rate_factor(state.train.opt_state)
     return after, metrics | {name: jnp.float32(v) for name, v in healthy().items()} | {"kl": kl}
 
 
@@ -383,18 +384,19 @@ def test_a_run_that_strays_goes_back_slower_and_under_a_shorter_leash(tmp_path: 
     guards = GuardsConfig(kl=GuardConfig(bound=2.9, action="rollback"), **OFF)
     outcome = run(tmp_path, advance=straying, guards=guards)
     guard, back = events(tmp_path)
-    assert (guard["event"], guard["guard"], guard["step"], guard["action"]) == ("guard", "kl", 6, "rollback")
-    assert (back["event"], back["step"], back["to"], back["rate_factor"]) == ("rollback", 6, 5, 0.5)
+    assert (guard["event"], guard["guard"], guard["step"], guard["action"]) == ("guard", "kl", 7, "rollback")
+    assert (back["event"], back["step"], back["to"], back["rate_factor"]) == ("rollback", 7, 5, 0.5)
     at_five = run(tmp_path / "five", total=5).state
     assert back["kl_coef"] == pytest.approx(2 * float(at_five.kl_coef), rel=1e-6)
-    # From the state of the fifth step, at the data of the seventh, with half the rate.
+    # The state of the sixth step is the one that crossed the bound. From that of the fifth, at the data of the eighth,
+    # with half the rate.
     expected = at_five._replace(kl_coef=at_five.kl_coef * 2)
-    for number in range(6, TOTAL):
+    for number in range(7, TOTAL):
         halved = update(expected.train, jax.random.fold_in(expected.key, number))[0]
         moved = jax.tree.map(lambda a, b: a + 0.5 * (b - a), expected.train.params, halved.params)
         expected = expected._replace(train=halved._replace(params=moved), kl_coef=expected.kl_coef * 1.1)
     assert int(outcome.state.cursor) == TOTAL
-    assert int(outcome.state.train.step) == TOTAL - 1
+    assert int(outcome.state.train.step) == TOTAL - 2
     for got, want in zip(
         jax.tree.leaves(outcome.state.train.params), jax.tree.leaves(expected.train.params), strict=True
     ):
@@ -426,5 +428,5 @@ def test_it_goes_back_so_often_and_no_more(tmp_path: Path) -> None:
     with pytest.raises(GuardStop, match="rolled back 1 times"):
         run(tmp_path, advance=straying, guards=guards)
     stop = replace(guards, kl=GuardConfig(bound=0.4, action="stop"))
-    with pytest.raises(GuardStop, match=r"step 1: kl guard \(stop\): 0.5, bound 0.4: the policy has left"):
+    with pytest.raises(GuardStop, match=r"step 2: kl guard \(stop\): 0.5, bound 0.4: the policy has left"):
         run(tmp_path / "stop", advance=straying, guards=stop)

@@ -1,0 +1,202 @@
+"""Guards on real PPO: a learning rate far too high, rewards that can be hacked, samplers that are not the policy."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrlhf import assets
+from jrlhf.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    GuardConfig,
+    GuardsConfig,
+    KLConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    SamplingConfig,
+)
+from jrlhf.data import load_tokenizer, stop_token_ids
+from jrlhf.metrics import read_metrics
+from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
+from jrlhf.stages import ppo
+from jrlhf.stages.guards import GuardStop
+from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.start import export_tokenizer
+from jrlhf.types import Generation
+
+MODEL = "asset:stories260k"
+LIKELY_TOKEN = 261
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reward")
+    source = assets.resolve(MODEL)
+    save_reward_model(reward_from_pretrained(load_pretrained(source, dtype="float32"), jax.random.key(0)), folder)
+    export_tokenizer(load_tokenizer(source), folder)
+    return folder
+
+
+def small(folder: Path, reward: Path, *, lr: float, iterations: int, stop: tuple[str, ...] = ()) -> Config:
+    return Config(
+        run=str(folder),
+        ppo=PPOConfig(
+            model=ModelConfig(path=MODEL),
+            reward=ModelConfig(path=str(reward)),
+            prompts=DataConfig(train="asset:prompts_train", max_length=12, buckets=1),
+            sampling=SamplingConfig(max_new_tokens=16, stop=stop),
+            optim=OptimConfig(lr=lr, schedule="constant", eps=1e-5, warmup=0.0),
+            kl=KLConfig(coef=0.05, target=0.0),
+            iterations=iterations,
+            episodes=32,
+            epochs=2,
+            minibatches=2,
+            log=LogConfig(every=1, progress=False, tensorboard=False),
+            checkpoint=CheckpointConfig(every=1, keep=20),
+        ),
+    )
+
+
+def guarded(config: Config, **guards: GuardConfig | int | float) -> Config:
+    return replace(config, ppo=replace(config.ppo, guards=GuardsConfig(**guards)))
+
+
+def told(config: Config, kind: str) -> list[dict[str, Any]]:
+    lines = (Path(config.run) / "ppo" / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def rewarded(monkeypatch: pytest.MonkeyPatch, reward: Callable[[Generation], jax.Array]) -> None:
+    score = jax.jit(reward)
+    monkeypatch.setattr(
+        ppo, "make_scorer", lambda actors, mesh, **_: lambda generation, prompts, rows: score(generation)
+    )
+
+
+def length(generation: Generation) -> jax.Array:
+    return jnp.sum(generation.response_mask, axis=-1, dtype=jnp.float32)
+
+
+def lucky_token(generation: Generation) -> jax.Array:
+    lucky = generation.response_mask & (generation.tokens == LIKELY_TOKEN)
+    return jnp.sum(lucky, axis=-1, dtype=jnp.float32)
+
+
+def test_a_learning_rate_a_thousand_times_too_high_is_rolled_back_before_any_nan(
+    tmp_path: Path, reward_folder: Path
+) -> None:
+    config = small(tmp_path, reward_folder, lr=0.5, iterations=8)
+    with pytest.raises(GuardStop, match="rolled back 2 times"):
+        run_ppo(config)
+    lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert sum(line["skipped"] for line in lines) == 0, "the guard came before any step that is not finite"
+    # The state of the first step is what the second rollout has found bad: both times it is gone back to the start.
+    assert [event["step"] for event in told(config, "guard")] == [2, 4, 6]
+    first, second = told(config, "rollback")
+    assert (first["to"], second["to"]) == (0, 2)
+    assert (first["rate_factor"], second["rate_factor"]) == (0.5, 0.25)
+    assert second["kl_coef"] == pytest.approx(0.2)
+    lines = {line["step"]: line for line in lines}
+    assert lines[3]["kl"] == 0.0, "the state that was gone back to is the SFT model itself"
+
+
+def test_a_milder_rate_after_a_rollback_lets_the_run_end(tmp_path: Path, reward_folder: Path) -> None:
+    config = small(tmp_path, reward_folder, lr=0.5, iterations=6)
+    run_ppo(guarded(config, kl=GuardConfig(bound=100.0, action="rollback"), rollback_lr=1e-3))
+    assert len(told(config, "rollback")) == 1
+    lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
+    assert lines[1]["kl"] > 100.0 > 10.0 > lines[-1]["kl"]
+    assert (tmp_path / "ppo" / "hf" / "model.safetensors").exists()
+
+
+def test_a_reward_for_length_trips_the_length_guard(
+    tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarded(monkeypatch, length)
+    config = small(tmp_path, reward_folder, lr=3e-3, iterations=8, stop=(".",))
+    with pytest.raises(GuardStop, match="the reward pays for length"):
+        run_ppo(guarded(config, length=GuardConfig(bound=1.5, patience=2, action="stop")))
+    assert told(config, "guard")[-1]["step"] <= 5
+
+
+def test_a_reward_for_one_token_trips_repetition_and_entropy(
+    tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarded(monkeypatch, lucky_token)
+    config = small(tmp_path, reward_folder, lr=3e-3, iterations=16)
+    run_ppo(guarded(config, entropy=GuardConfig(bound=0.5, patience=2)))
+    fired = {event["guard"]: event["step"] for event in reversed(told(config, "guard"))}
+    assert fired.keys() >= {"repetition", "entropy"}
+    assert max(fired["repetition"], fired["entropy"]) <= 12
+
+
+def _masked_stop(inner: Any) -> Any:
+    def sampler(decode_fns: Any, config: SamplingConfig, tokenizer: Any, mesh: Any) -> Any:
+        masked = jnp.asarray(stop_token_ids(tokenizer, config.stop))
+
+        def decode(*args: Any) -> Any:
+            logits, cache = decode_fns.decode(*args)
+            return logits.at[..., masked].set(-1e9), cache
+
+        return inner(decode_fns._replace(decode=decode), config, tokenizer, mesh)
+
+    return sampler
+
+
+def _narrow_top_p(inner: Any) -> Any:
+    return lambda decode_fns, config, *rest: inner(decode_fns, replace(config, top_p=0.5), *rest)
+
+
+def _old_weights(inner: Any) -> Any:
+    def sampler(*args: Any) -> Any:
+        generate, first = inner(*args), []
+
+        def stale(params: Any, *rest: Any) -> Generation:
+            if not first:
+                first.append(jax.tree.map(jnp.copy, params))
+            return generate(first[0], *rest)
+
+        return stale
+
+    return sampler
+
+
+@pytest.mark.parametrize(
+    ("broken", "guard", "step"),
+    [
+        (_masked_stop, "sampler", 1),
+        (_narrow_top_p, "sampler", 1),
+        (_old_weights, "negative_kl", 3),
+    ],
+)
+def test_a_sampler_that_is_not_the_policy_is_named_as_the_cause(
+    broken: Callable[[Any], Any],
+    guard: str,
+    step: int,
+    tmp_path: Path,
+    reward_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(ppo, "jit_generate", broken(ppo.jit_generate))
+    config = small(tmp_path, reward_folder, lr=3e-3, iterations=step, stop=(".",))
+    run_ppo(config)
+    assert (guard, step) in {(event["guard"], event["step"]) for event in told(config, "guard")}
+    assert "answers are not drawn from the policy that is trained" in caplog.text
+
+
+def test_a_sound_sampler_is_not_suspected(tmp_path: Path, reward_folder: Path) -> None:
+    config = small(tmp_path, reward_folder, lr=1e-4, iterations=3, stop=(".",))
+    run_ppo(config)
+    assert not told(config, "guard")
