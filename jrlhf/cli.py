@@ -1,6 +1,6 @@
 """`jrlhf <command>`: YAML and flags in, one stage out. JAX is imported only once the arguments have been read.
 
-Exit codes: 0 done, 1 failure, 2 bad usage or data, 130 or 143 interrupted.
+Exit codes: 0 done, 1 failure, 2 bad usage or data, 3 a gate failed, 130 or 143 interrupted.
 """
 
 import logging
@@ -25,11 +25,12 @@ from jrlhf.config import (
 )
 from jrlhf.config_io import ConfigError
 from jrlhf.environment import keep_compiled_programs, quiet_compiler, restart_with_huge_pages
+from jrlhf.gates import GatesFailed
 from jrlhf.lock import RunLocked
 from jrlhf.stages.signals import Interrupted
 from jrlhf.suggest import did_you_mean
 
-OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILURE, USAGE, GATE, INTERRUPTED = 0, 1, 2, 3, 130
 
 COMMANDS = {
     "quickstart": "See all three stages at work on a small model and film reviews, in minutes on a CPU.",
@@ -105,8 +106,8 @@ RLHF in JAX: SFT, a reward model from human rankings, and PPO under a KL penalty
 {lines}
 
 jrlhf COMMAND --help lists every flag with its default; a flag is the path of a key in the YAML (--sft.optim.lr 1e-4).
-jrlhf --version prints the version. Exit codes: 0 done, 1 failure, 2 bad usage or data, 130 or 143 interrupted.
-JRLHF_DEBUG=1 in the environment shows an error's traceback."""
+jrlhf --version prints the version. Exit codes: 0 done, 1 failure, 2 bad usage or data, 3 a gate failed,
+130 or 143 interrupted. JRLHF_DEBUG=1 in the environment shows an error's traceback."""
 
 
 def run_reporting(command: str, argv: Sequence[str]) -> int:
@@ -123,6 +124,9 @@ def run_reporting(command: str, argv: Sequence[str]) -> int:
         complain(f"{command} interrupted{where}{'; the same command resumes it' if command in RESUMABLE else ''}")
         # 128 and the signal's number, as shells have it.
         return 128 + error.number if isinstance(error, Interrupted) else INTERRUPTED
+    except GatesFailed as failed:
+        complain(str(failed))
+        return GATE
     except BrokenPipeError:
         # Whoever read the output (head, less) has seen enough; the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

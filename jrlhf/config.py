@@ -178,6 +178,9 @@ class SFTConfig:
     """Rows a device takes at a time; 0: its whole share of the batch, on a CPU about 1,024 tokens. Same update."""
     max_skipped: int = 3
     """Steps in a row that are skipped, as a loss or gradient was not finite, before the run ends."""
+    gates: tuple[str, ...] = ()
+    """What the held-out figures must keep, as accuracy >= 0.6 (names of eval/*). A model that does not is not passed on,
+    and the exit code is 3. Of the checkpoints that do, the best one is exported."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
     candidate_prompts: str = ""
@@ -206,6 +209,8 @@ class RewardConfig:
     """Prompts a device takes at a time; 0: as in sft.microbatch. Same update."""
     max_skipped: int = 3
     """As in sft.max_skipped."""
+    gates: tuple[str, ...] = ()
+    """As in sft.gates."""
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)², which keeps scores near 0."""
     normalise: str = ""
@@ -265,6 +270,21 @@ class GuardsConfig:
     """Each time the learning rates are multiplied by this."""
     rollback_beta: float = 2.0
     """And beta by this."""
+
+
+@dataclass(frozen=True)
+class CanaryConfig:
+    """Held-out answers, judged every log.eval_every iterations, against the best ones so far. The best checkpoint is
+    exported, not the last."""
+
+    action: Literal["off", "warn", "stop", "rollback"] = "off"
+    """On a fall beyond chance. warn: an event. stop: also, the run ends. rollback: also, it goes back to the best
+    checkpoint as guards do, and ends where guards.rollbacks are used up."""
+    judge: ModelConfig = field(default_factory=ModelConfig)
+    """A second reward model, which PPO is not trained on: it sees what the first one is talked into. Empty path: the
+    first one itself."""
+    errors: float = 2.0
+    """Standard errors that a fall must exceed."""
 
 
 @dataclass(frozen=True)
@@ -330,6 +350,9 @@ class PPOConfig:
     ptx: DataConfig = field(default_factory=DataConfig)
     """The text for it."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
+    gates: tuple[str, ...] = ()
+    """As in sft.gates."""
     max_skipped: int = 3
     """Iterations in a row without an update, as a loss or gradient was not finite, before the run ends."""
 

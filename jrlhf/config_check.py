@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from jrlhf.config import (
+    CanaryConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -29,6 +30,7 @@ from jrlhf.config import (
     ShowConfig,
     VerifyConfig,
 )
+from jrlhf.gates import FORM, is_gate
 
 Rule = tuple[bool, str, Any, str]
 """Whether it holds, the field's name, its value, and what the value must be."""
@@ -197,6 +199,27 @@ def _is_regex(pattern: str) -> bool:
     return True
 
 
+def _gates(path: str, gates: tuple[str, ...], heldout: str, source: str) -> Iterator[Rule]:
+    yield all(map(is_gate, gates)), path, gates, FORM
+    yield bool(heldout) or not gates, source, heldout, f"set, as {path} are bounds on held-out figures"
+
+
+def _canary(path: str, canary: CanaryConfig, ppo: PPOConfig) -> Iterator[Rule]:
+    yield canary.errors >= 0, f"{path}.canary.errors", canary.errors, "0 or more"
+    if canary.action != "off":
+        why = f"as {path}.canary.action is {canary.action}"
+        yield bool(ppo.prompts.eval), f"{path}.prompts.eval", ppo.prompts.eval, f"set, {why}"
+        yield (
+            ppo.checkpoint.keep_best >= 1,
+            f"{path}.checkpoint.keep_best",
+            ppo.checkpoint.keep_best,
+            f"1 or more, {why}",
+        )
+        saved = ppo.log.eval_every % max(ppo.checkpoint.every, 1) == 0
+        every = f"a divisor of {path}.log.eval_every ({ppo.log.eval_every}), {why}"
+        yield saved, f"{path}.checkpoint.every", ppo.checkpoint.every, every
+
+
 def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
     yield from _data(f"{path}.data", sft.data)
     yield from _lora(f"{path}.lora", sft.lora)
@@ -208,6 +231,7 @@ def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
     yield from _batches(path, sft.batch_size, sft.microbatch)
     yield from _packing(path, sft.pack_length, sft.data.max_length)
     yield sft.max_skipped >= 1, f"{path}.max_skipped", sft.max_skipped, "1 or more"
+    yield from _gates(f"{path}.gates", sft.gates, sft.data.eval, f"{path}.data.eval")
     yield sft.candidates >= 1, f"{path}.candidates", sft.candidates, "1 or more"
 
 
@@ -221,6 +245,7 @@ def _reward(path: str, reward: RewardConfig) -> Iterator[Rule]:
     yield from _batches(path, reward.batch_size, reward.microbatch)
     yield from _packing(path, reward.pack_length, reward.data.max_length)
     yield reward.max_skipped >= 1, f"{path}.max_skipped", reward.max_skipped, "1 or more"
+    yield from _gates(f"{path}.gates", reward.gates, reward.data.eval, f"{path}.data.eval")
     yield reward.center_coef >= 0, f"{path}.center_coef", reward.center_coef, "0 or more"
 
 
@@ -239,6 +264,8 @@ def _ppo(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield ppo.kl.horizon >= 1, f"{path}.kl.horizon", ppo.kl.horizon, "1 or more"
     yield ppo.max_skipped >= 1, f"{path}.max_skipped", ppo.max_skipped, "1 or more"
     yield from _guards(f"{path}.guards", ppo.guards)
+    yield from _canary(path, ppo.canary, ppo)
+    yield from _gates(f"{path}.gates", ppo.gates, ppo.prompts.eval, f"{path}.prompts.eval")
 
 
 def _guards(path: str, guards: GuardsConfig) -> Iterator[Rule]:

@@ -94,9 +94,14 @@ class Watch:
         acting = ("stop", "rollback")
         return max((count for name, count in self._in_row.items() if self._guards[name].action in acting), default=0)
 
+    @property
+    def may_go_back(self) -> bool:
+        """Whether a rollback is left."""
+        return self.rollbacks < self._config.rollbacks
+
     def gone_back(self, now: RunState, good: RunState) -> RunState:
         """``good`` with a lower learning rate and a higher beta, at ``now``'s place in the data."""
-        if self.rollbacks == self._config.rollbacks:
+        if not self.may_go_back:
             raise GuardStop(f"rolled back {self.rollbacks} times, which is all that guards.rollbacks allows")
         self.rollbacks += 1
         self._in_row = {}

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jrlhf.checkpoint import BestMode, Checkpoints
-from jrlhf.config import CheckpointConfig, GuardsConfig, LogConfig
+from jrlhf.config import CanaryConfig, CheckpointConfig, GuardsConfig, LogConfig
+from jrlhf.config_io import ConfigError
+from jrlhf.gates import all_pass, unknown_metrics
 from jrlhf.metrics import MetricsLog, progress
 from jrlhf.parallel import AnyProcess, Compilations, counted_compilations, from_first, is_first
+from jrlhf.stages.canary import Canary
 from jrlhf.stages.guards import GuardStop, Watch
 from jrlhf.stages.optim import rate_factor
 from jrlhf.stages.signals import Interrupted, stop_request
@@ -34,6 +37,10 @@ class Loop(NamedTuple):
     """Held-out metrics after i steps; empty where there is nothing to evaluate on."""
     guards: GuardsConfig | None
     """Of PPO's rollouts."""
+    canary: CanaryConfig | None
+    """Of PPO's evaluations."""
+    gates: tuple[str, ...]
+    """What the figures of the state that is exported must keep."""
     batch_of: Callable[[RunState, int], dict[str, np.ndarray]]
     """What step number i reads, by name; to be dumped where it cannot be trained on."""
     max_skipped: int
@@ -41,6 +48,7 @@ class Loop(NamedTuple):
     learning_rate: Callable[[int], Any]
     rates: tuple[Rate, ...]
     best_metric: str
+    """Of an evaluation. Where there are gates or a canary, the best state that keeps the gates is what comes out."""
     best_mode: BestMode
     shown: tuple[str, ...]
     """The metrics that the progress bar shows."""
@@ -48,9 +56,12 @@ class Loop(NamedTuple):
 
 class Outcome(NamedTuple):
     state: RunState
+    step: int
+    """After how many steps that is the state."""
     first: dict[str, float]
     """Evaluation before the first step."""
     last: dict[str, float]
+    """Evaluation of ``state``."""
     seconds: float
     """Wall time of the loop over all attempts, compilation and evaluation included."""
 
@@ -85,7 +96,7 @@ def run_loop(
                 run.begin()
             asked = AnyProcess()
             for done in range(start + 1, loop.total + 1):
-                if asked(bool(stop)):
+                if run.ended or asked(bool(stop)):
                     break
                 rolled_back = run.step(done)
                 ends = done == loop.total
@@ -98,12 +109,12 @@ def run_loop(
                 if saves:
                     run.save()
             reached = run.wait()
-            if reached < loop.total:
+            if reached < loop.total and not run.ended:
                 # An engine may end all as soon as one has left: none leaves before the state is whole.
                 from_first("save its state", lambda: None)
                 where = f"stopped at step {reached} of {loop.total}, saved in {folder / 'checkpoints'}"
                 raise Interrupted(where, stop.number or signal.SIGTERM)
-            return Outcome(run.state, run.first, run.last, run.seconds())
+            return run.outcome()
 
 
 def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
@@ -139,7 +150,14 @@ class _Run:
         self._skipped_in_row: int = past.get("skipped_in_row", 0)
         self._window = Window(loop.rates, kept=past.get("window"))
         self._watch = None if loop.guards is None else Watch(loop.guards, past.get("guards"))
+        self._canary = None
+        if loop.canary is not None and loop.canary.action != "off":
+            self._canary = Canary(loop.canary, loop.best_metric, past.get("canary"))
+        self.ended: bool = past.get("ended", False)
+        """Whether the canary has ended it before its last step."""
         self._saved_at = int(state.cursor)
+        self._evaluated: bool = past.get("evaluated", False)
+        """Whether ``last`` is of this very state."""
 
     def seconds(self) -> float:
         return time.perf_counter() - self._began
@@ -147,14 +165,23 @@ class _Run:
     def begin(self) -> None:
         """Before the first step of all: what there is to compare with, and to go back to."""
         self.first = self.last = self._loop.evaluate(self.state, 0)
+        self._evaluated = True
+        if unknown := unknown_metrics(self._loop.gates, self.first):
+            known = ", ".join(name.removeprefix("eval/") for name in self.first)
+            raise ConfigError(
+                f"gates: {self._loop.title} has no held-out figure {', '.join(unknown)}; there are {known}"
+            )
         self._writer.write(0, self.first)
-        if self._watch is not None and self._watch.can_roll_back:
+        if self._canary is not None:
+            self._canary.judge(0, self.first, passes=all_pass(self._loop.gates, self.first))
+        if self._canary is not None or (self._watch is not None and self._watch.can_roll_back):
             self.save()
 
     def step(self, done: int) -> bool:
         """The step that makes ``done`` of them; whether it ended in going back to an earlier state."""
         self._checkpoints.surface()
         self.state, metrics = self._loop.advance(self.state, done - 1)
+        self._evaluated = False
         self._window.add(metrics)
         if self._watch is None:
             return False
@@ -170,24 +197,34 @@ class _Run:
         return rolls_back
 
     def _roll_back(self, watch: Watch, done: int) -> None:
-        saved = self._checkpoints
         # The rollout of step n tells how the state after n - 1 steps is: of the first that crossed, that state is bad.
-        bad_from = done - watch.crossings
+        good = self._go_back(watch, done, lambda: self._newest_calm(done - watch.crossings))
+        if good is None:
+            raise GuardStop(f"step {done}: no checkpoint of before the trouble is left; keep more of them")
 
-        def newest_calm() -> int | None:
-            before = (step for step in reversed(saved.steps()) if step < bad_from)
-            good = next((step for step in before if saved.metadata(step)["calm"]), None)
+    def _newest_calm(self, before: int) -> int | None:
+        steps = (step for step in reversed(self._checkpoints.steps()) if step < before)
+        return next((step for step in steps if self._checkpoints.metadata(step)["calm"]), None)
+
+    def _go_back(self, watch: Watch, done: int, choose: Callable[[], int | None]) -> int | None:
+        """To the checkpoint that the first process chooses; None where there is none."""
+        saved = self._checkpoints
+
+        def chosen() -> int | None:
+            good = choose()
             if good is not None:
                 saved.check(good)
             return good
 
-        good = from_first("choose what to go back to", newest_calm)
+        good = from_first("choose what to go back to", chosen)
         if good is None:
-            raise GuardStop(f"step {done}: no checkpoint of before the trouble is left; keep more of them")
+            return None
         self.state = watch.gone_back(self.state, _restored(saved, good, self.state))
+        self._evaluated = False
         rate, beta = float(rate_factor(self.state.train.opt_state)), float(self.state.kl_coef)
         self._writer.event(done, "rollback", to=good, rate_factor=rate, kl_coef=beta)
         logger.warning("step %d: back to the state of step %d, learning rate x %.3g, beta %.3g", done, good, rate, beta)
+        return good
 
     def write_line(self, done: int, compiled: Compilations) -> dict[str, float]:
         """Log the steps since the last line; FloatingPointError where they cannot go on, before anything is saved."""
@@ -227,19 +264,46 @@ class _Run:
     def evaluate(self, done: int) -> None:
         with self._window.apart("evaluation", self.state):
             self.last = self._loop.evaluate(self.state, done)
+        self._evaluated = True
         self._writer.write(done, self.last)
+        if self._canary is not None and self._watch is not None:
+            self._heed(self._canary, self._watch, done)
+
+    def _heed(self, canary: Canary, watch: Watch, done: int) -> None:
+        """What is done about a regression: the run goes back to its best state, or ends."""
+        fall = canary.judge(done, self.last, passes=all_pass(self._loop.gates, self.last))
+        if fall is None:
+            return
+        self._writer.event(done, "canary", **fall._asdict(), action=canary.action)
+        logger.warning("step %d: %s", done, fall)
+        if canary.action == "warn":
+            return
+        if canary.action == "rollback" and watch.may_go_back:
+            best = self._checkpoints.best_step
+            if (
+                self._go_back(watch, done, lambda: best() if best() is not None else self._newest_calm(done))
+                is not None
+            ):
+                return
+        self.ended = True
+        self._writer.event(done, "ended", rollbacks=watch.rollbacks)
+        logger.warning("step %d: the run ends here", done)
 
     def save(self) -> None:
         """The state, and all that a run that goes on from it must know to end as this one."""
         self._saved_at = int(self.state.cursor)
         notes = {"first": self.first, "last": self.last, "seconds": self.seconds(), "window": self._window.keep()}
-        notes["skipped_in_row"] = self._skipped_in_row
+        notes |= {"skipped_in_row": self._skipped_in_row, "evaluated": self._evaluated, "ended": self.ended}
+        if self._canary is not None:
+            notes["canary"] = self._canary.keep()
         if self._watch is not None:
             notes |= {"guards": self._watch.keep(), "calm": not self._watch.crossings}
+        # A state is as good as its own evaluation says; of one that breaks a gate nothing good is said.
+        merits = self.last if self._evaluated and all_pass(self._loop.gates, self.last) else {}
         with self._window.apart("checkpoint", self.state):
             self._writer.sync()
             self._checkpoints.save(
-                self._saved_at, saved_part(self.state), metadata=self._metadata | notes, metrics=self.last
+                self._saved_at, saved_part(self.state), metadata=self._metadata | notes, metrics=merits
             )
 
     def wait(self) -> int:
@@ -248,3 +312,13 @@ class _Run:
             self.save()
         self._checkpoints.wait()
         return self._saved_at
+
+    def outcome(self) -> Outcome:
+        """What comes out: the last state, or the best of those saved."""
+        seconds = self.seconds()
+        chooses = self._canary is not None or bool(self._loop.gates)
+        best = from_first("choose the best checkpoint", self._checkpoints.best_step) if chooses else None
+        if best is None:
+            return Outcome(self.state, self._saved_at, self.first, self.last, seconds)
+        state = _restored(self._checkpoints, best, self.state)
+        return Outcome(state, best, self.first, self._checkpoints.metadata(best)["last"], seconds)

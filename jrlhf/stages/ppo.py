@@ -14,9 +14,9 @@ from jrlhf.stages.adapters import write_adapter
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
 from jrlhf.stages.performance import phase_rates, rates
-from jrlhf.stages.ppo_eval import make_evaluator
+from jrlhf.stages.ppo_eval import judged, make_evaluator
 from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
-from jrlhf.stages.run import open_stage, read_summary, write_json
+from jrlhf.stages.run import open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.sampling import jit_generate
 from jrlhf.stages.scoring import make_scorer
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
@@ -81,10 +81,12 @@ def run_ppo(config: Config) -> dict[str, Any]:
             batch_of=batch_of,
             max_skipped=ppo.max_skipped,
             guards=ppo.guards,
+            canary=ppo.canary,
+            gates=ppo.gates,
             evaluate=make_evaluator(config, actors, generate, heldout, folder, mesh),
             learning_rate=schedule,
             rates=(Rate("length/tokens", "tokens_per_second"), *rates(peaks), *phase_rates(peaks)),
-            best_metric="eval/score_mean",
+            best_metric="eval/judge_mean" if judged(ppo.canary) else "eval/score_mean",
             best_mode="max",
             shown=SHOWN,
         )
@@ -96,6 +98,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             checkpoint=ppo.checkpoint,
             metadata=provenance(config, actors.tokenizer),
         )
+        pass_gates("ppo", ppo.gates, outcome.last, folder)
         train = outcome.state.train
         params = merge_adapters(learnt_policy(train))
         write_adapter(
@@ -112,6 +115,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             "before": outcome.first,
             "after": outcome.last,
             "iterations": ppo.iterations,
+            "exported_step": outcome.step,
             "kl_coef": float(outcome.state.kl_coef),
             "seconds": outcome.seconds,
         }

@@ -1,5 +1,6 @@
 """The policy's answers to held-out prompts while PPO runs: written down, scored, and held against the reference."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
-from jrlhf.config import Config
+from jrlhf.config import CanaryConfig, Config
 from jrlhf.core import kl_penalty
-from jrlhf.data import PromptRows
-from jrlhf.parallel import fetch, is_first
+from jrlhf.data import PromptRows, load_tokenizer
+from jrlhf.models import load_reward_model
+from jrlhf.parallel import fetch, from_first, is_first
 from jrlhf.stages.actors import Actors, learnt_policy
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fns
-from jrlhf.stages.run import json_line
+from jrlhf.stages.run import json_line, model_source
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
 from jrlhf.stages.scoring import make_scorer
+from jrlhf.stages.start import computed
 from jrlhf.stages.state import RunState
 from jrlhf.types import Generation, Params
 
@@ -42,6 +46,7 @@ def make_evaluator(
     batch_size = device_multiple(min(ppo.episodes, len(prompts)), mesh)
     slices = episode_slices(ppo, batch_size, mesh, key="ppo.prompts.eval")
     score, (logprob_fn, _) = make_scorer(actors, mesh, slices=slices), reading_fns(actors, slices=slices)
+    judge = make_scorer(judging(config, actors, mesh), mesh, slices=slices) if judged(ppo.canary) else None
     key = jax.random.key(config.seed)
 
     @jax.jit
@@ -65,15 +70,49 @@ def make_evaluator(
         for indices, real, generation in batches:
             scores = score(generation, prompts, indices)
             figures = fetch({"score": scores} | measure(policy, reference, generation))
+            if judge is not None:
+                figures["judge"] = fetch(judge(generation, prompts, indices))
             for place, (prompt, answer) in enumerate(texts_of(actors.tokenizer, generation)):
                 if real[place]:
                     numbers = {name: values[place].item() for name, values in figures.items()}
                     rows[int(indices[place])] = {"prompt": prompt, "completion": answer} | numbers
         answers = [rows[index] for index in sorted(rows)]
-        _write_rows(folder / "evals" / f"{number:06d}.jsonl", answers)
-        return evaluation_metrics(answers)
+        _write_rows(answers_file(folder, number), answers)
+        first = from_first("read the first answers", lambda: read_rows(answers_file(folder, 0)))
+        return evaluation_metrics(answers) | win_rates(answers, first)
 
     return evaluate
+
+
+def answers_file(folder: Path, number: int) -> Path:
+    """The held-out answers after so many iterations, in PPO's folder."""
+    return folder / "evals" / f"{number:06d}.jsonl"
+
+
+def judged(canary: CanaryConfig) -> bool:
+    """Whether a second reward model reads the held-out answers."""
+    return bool(canary.judge.path) and canary.action != "off"
+
+
+def judging(config: Config, actors: Actors, mesh: Mesh) -> Actors:
+    """The same actors with the canary's judge in place of the reward model."""
+    wanted = config.ppo.canary.judge
+    source = model_source(config, wanted.path, key="ppo.canary.judge.path", stage=None)
+    tokenizer = load_tokenizer(source)
+    model = load_reward_model(source, mesh=mesh, **computed(wanted, mesh, key="ppo.canary.judge"))
+    same = tokenizer.get_vocab() == actors.tokenizer.get_vocab()
+    return actors._replace(reward=model, reward_tokenizer=None if same else tokenizer)
+
+
+def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:
+    """The share of prompts whose answer scores higher than the first one, of before PPO; a tie is half a win."""
+
+    def rate(name: str) -> float:
+        difference = np.asarray([row[name] for row in answers]) - np.asarray([row[name] for row in first])
+        return float(np.mean(0.5 * (1.0 + np.sign(difference))))
+
+    names = {"score": "eval/win_rate", "judge": "eval/judge_win_rate"}
+    return {figure: rate(name) for name, figure in names.items() if name in answers[0] and name in first[0]}
 
 
 def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
@@ -82,12 +121,26 @@ def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "eval/score_mean": float(column["score"].mean()),
         "eval/score_std": float(column["score"].std()),
+        "eval/score_stderr": standard_error(column["score"]),
         "eval/kl": float(column["kl"].mean()),
         "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
         "eval/length": float(column["length"].mean()),
         "eval/eos_fraction": float(column["stopped"].mean()),
         "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
-    }
+    } | (
+        {"eval/judge_mean": float(column["judge"].mean()), "eval/judge_stderr": standard_error(column["judge"])}
+        if "judge" in column
+        else {}
+    )
+
+
+def standard_error(values: Float[np.ndarray, "N"]) -> float:
+    """Of the mean; 0 where there is one value alone."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -42,7 +42,7 @@ from jrlhf.stages.evaluation import (
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.run import model_source, open_stage, read_summary, stage_folder, write_json
+from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, stage_folder, write_json
 from jrlhf.stages.scoring import score_texts
 from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.stages.state import RunState
@@ -100,6 +100,8 @@ def run_reward(config: Config) -> dict[str, Any]:
             batch_of=lambda state, number: batches.batch(order[number])._asdict(),
             max_skipped=reward.max_skipped,
             guards=None,
+            canary=None,
+            gates=reward.gates,
             learning_rate=schedule,
             rates=(Rate("pairs", "pairs_per_second"), *rates(device_peaks(reward.model.dtype))),
             best_metric="eval/accuracy",
@@ -114,6 +116,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             checkpoint=reward.checkpoint,
             metadata=provenance(config, tokenizer),
         )
+        pass_gates("reward", reward.gates, outcome.last, folder)
         model = replace(model, params=combine(outcome.state.train.params, frozen))
         model, normalised_on = _normalise(config, model, tokenizer, mesh)
         write_adapter(model, model.params, reward.lora, folder / "peft", base=source, tokenizer=tokenizer)
@@ -128,6 +131,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             "bias": model.bias,
             "normalised_on": normalised_on,
             "steps": total,
+            "exported_step": outcome.step,
             "rows": len(rows),
             "skipped": rows.skipped,
             "seconds": outcome.seconds,

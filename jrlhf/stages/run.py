@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from jrlhf.config import (
     SFTConfig,
 )
 from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
+from jrlhf.gates import failure, judge
 from jrlhf.lock import run_lock
 from jrlhf.parallel import first_goes_ahead, from_first, is_first, same_everywhere
 
@@ -44,6 +45,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def pass_gates(stage: StageName, gates: Sequence[str], figures: Mapping[str, float], folder: Path) -> None:
+    """Judge what a stage would pass on, and write ``gates.json``; GatesFailed where it does not keep them all."""
+    verdicts = judge(gates, figures)
+    if verdicts:
+        write_json(folder / "gates.json", {"gates": [verdict._asdict() for verdict in verdicts]})
+    if not all(verdict.passed for verdict in verdicts):
+        raise failure(stage, verdicts)
 
 
 def json_line(row: Mapping[str, Any]) -> str:
@@ -74,11 +84,12 @@ def exported_folder(path: str, *, stages: tuple[StageName, ...] = ()) -> str:
 
 
 def comparable(config: Config, stage: StageName) -> Config:
-    """Only what decides the result of ``stage``: not where it runs, what it logs, caches or how often it saves."""
+    """Only what decides the result of ``stage``: not where it runs, what it logs, caches, how often it saves or what is
+    asked of its model."""
 
     def neutral(part: Any) -> Any:
         data = {name: replace(value, cache="") for name, value in vars(part).items() if isinstance(value, DataConfig)}
-        return replace(part, log=LogConfig(), checkpoint=CheckpointConfig(), **data)
+        return replace(part, log=LogConfig(), checkpoint=CheckpointConfig(), gates=(), **data)
 
     parts: dict[StageName, Any] = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
     blank: dict[StageName, Any] = {"sft": SFTConfig(), "reward": RewardConfig(), "ppo": PPOConfig()}

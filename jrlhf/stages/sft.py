@@ -20,7 +20,7 @@ from jrlhf.stages.batches import covering_batches, device_multiple, device_share
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.run import json_line, model_source, open_stage, read_summary, write_json
+from jrlhf.stages.run import json_line, model_source, open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.sampling import answers, jit_generate
 from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.stages.state import RunState
@@ -85,6 +85,8 @@ def run_sft(config: Config) -> dict[str, Any]:
             batch_of=lambda state, number: batches.batch(order[number])._asdict(),
             max_skipped=sft.max_skipped,
             guards=None,
+            canary=None,
+            gates=sft.gates,
             learning_rate=schedule,
             rates=(Rate("tokens", "tokens_per_second"), *rates(device_peaks(sft.model.dtype))),
             best_metric="eval/nll",
@@ -99,6 +101,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             checkpoint=sft.checkpoint,
             metadata=provenance(config, tokenizer),
         )
+        pass_gates("sft", sft.gates, outcome.last, folder)
         learnt = outcome.state.train.params
         write_adapter(model, combine(learnt, frozen), sft.lora, folder / "peft", base=source, tokenizer=tokenizer)
         model = replace(model, params=merged(learnt, frozen))
@@ -110,6 +113,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             "base_nll": outcome.first.get("eval/nll"),
             "heldout_nll": outcome.last.get("eval/nll"),
             "steps": total,
+            "exported_step": outcome.step,
             "rows": len(rows),
             "skipped": rows.skipped,
             "seconds": outcome.seconds,

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from jrlhf.checkpoint import CheckpointError, Checkpoints
-from jrlhf.config import CheckpointConfig, GuardConfig, GuardsConfig, LogConfig, OptimConfig
+from jrlhf.config import CanaryConfig, CheckpointConfig, GuardConfig, GuardsConfig, LogConfig, OptimConfig
+from jrlhf.config_io import ConfigError
 from jrlhf.metrics import read_metrics
 from jrlhf.stages.guards import GuardStop, Watch
 from jrlhf.stages.loop import Loop, Outcome, run_loop
@@ -70,6 +71,8 @@ def fake_loop(**changes: Any) -> Loop:
         "batch_of": lambda state, number: {"rows": np.arange(3) + number},
         "max_skipped": 3,
         "guards": None,
+        "canary": None,
+        "gates": (),
         "learning_rate": SCHEDULE,
         "rates": (Rate("n", "n_per_second"),),
         "best_metric": "eval/w",
@@ -430,3 +433,91 @@ def test_it_goes_back_so_often_and_no_more(tmp_path: Path) -> None:
     stop = replace(guards, kl=GuardConfig(bound=0.4, action="stop"))
     with pytest.raises(GuardStop, match=r"step 2: kl guard \(stop\): 0.5, bound 0.4: the policy has left"):
         run(tmp_path / "stop", advance=straying, guards=stop)
+
+
+CALM = {"kl": GuardConfig(action="off"), **OFF}
+CANARY = CanaryConfig(action="rollback", errors=2.0)
+
+
+def judged(state: RunState, number: int) -> dict[str, float]:
+    """Rises with the steps that the parameters have seen up to four of them, and falls after that."""
+    seen = int(state.train.step)
+    return {"eval/w_mean": float(seen if seen <= 4 else 4 - 3 * (seen - 4)), "eval/w_stderr": 0.5}
+
+
+def watched_run(folder: Path, **changes: Any) -> Outcome:
+    """Evaluations and checkpoints every 2 of 10 steps."""
+    parts = {"guards": GuardsConfig(**CALM), "canary": CANARY, "evaluate": judged, "best_metric": "eval/w_mean"}
+    return run_loop(
+        fake_loop(**(parts | {"advance": straying} | changes)),
+        new_state(),
+        folder=folder,
+        log=LogConfig(every=2, eval_every=2, progress=False, tensorboard=False),
+        checkpoint=CheckpointConfig(every=2, keep=1, keep_best=1),
+        metadata={},
+    )
+
+
+def test_a_regression_goes_back_to_the_best_state_and_the_best_comes_out(tmp_path: Path) -> None:
+    outcome = watched_run(tmp_path)
+    told = [(e["event"], e["step"]) for e in events(tmp_path)]
+    # Steps 5 and 6 make it worse, beyond two standard errors of the difference (1.41): back to 4. So do 7 and 8, and
+    # 9 and 10; two rollbacks are all there are, and the third time the run ends.
+    assert told == [
+        ("canary", 6), ("rollback", 6), ("canary", 8), ("rollback", 8), ("canary", 10), ("ended", 10),
+    ]  # fmt: skip
+    assert [e["to"] for e in events(tmp_path) if e["event"] == "rollback"] == [4, 4]
+    fall = next(e for e in events(tmp_path) if e["event"] == "canary")
+    assert (fall["value"], fall["best"], fall["best_step"]) == (-2.0, 4.0, 4)
+    assert fall["margin"] == pytest.approx(2 * np.hypot(0.5, 0.5))
+    assert outcome.step == 4
+    assert outcome.last == {"eval/w_mean": 4.0, "eval/w_stderr": 0.5}
+    at_four = run(tmp_path / "four", total=4).state
+    assert bits(outcome.state._replace(kl_coef=at_four.kl_coef))[:6] == bits(at_four)[:6]
+
+
+def test_a_fall_within_chance_is_no_regression(tmp_path: Path) -> None:
+    outcome = watched_run(tmp_path, canary=replace(CANARY, errors=40.0))
+    assert events(tmp_path) == []
+    assert outcome.step == 4, "the best comes out all the same"
+
+
+def test_a_canary_may_only_warn_or_end_the_run_at_once(tmp_path: Path) -> None:
+    watched_run(tmp_path / "warn", canary=replace(CANARY, action="warn"))
+    assert [e["event"] for e in events(tmp_path / "warn")] == ["canary"] * 3
+    outcome = watched_run(tmp_path / "stop", canary=replace(CANARY, action="stop"))
+    assert [(e["event"], e["step"]) for e in events(tmp_path / "stop")] == [("canary", 6), ("ended", 6)]
+    assert outcome.step == 4
+    # The same command again does not go on with what was ended.
+    again = watched_run(tmp_path / "stop", canary=replace(CANARY, action="stop"))
+    assert bits(again.state) == bits(outcome.state)
+    assert [(e["event"], e["step"]) for e in events(tmp_path / "stop")] == [("canary", 6), ("ended", 6)]
+
+
+def test_a_watched_run_is_gone_on_from_to_the_bit(tmp_path: Path) -> None:
+    whole = tmp_path / "whole", watched_run(tmp_path / "whole")
+
+    def stopped(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        if number == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return straying(state, number)
+
+    with pytest.raises(Interrupted, match="stopped at step 7"):
+        watched_run(tmp_path / "broken", advance=stopped)
+    outcome = watched_run(tmp_path / "broken")
+    assert bits(outcome.state) == bits(whole[1].state)
+    assert [e | {"time": 0} for e in events(tmp_path / "broken")] == [e | {"time": 0} for e in events(whole[0])]
+
+
+def test_of_the_states_that_keep_the_gates_the_best_comes_out(tmp_path: Path) -> None:
+    off = replace(CANARY, action="off")
+    assert watched_run(tmp_path / "open", canary=off).step == 10, "without gates and canary the last one"
+    gated = watched_run(tmp_path / "gated", canary=off, gates=("w_mean <= 3",))
+    assert (gated.step, gated.last["eval/w_mean"]) == (2, 2.0)
+    none = watched_run(tmp_path / "none", canary=off, gates=("w_mean >= 5",))
+    assert none.step == 10, "where none does it is the last, which the stage then refuses"
+
+
+def test_a_gate_on_a_figure_that_is_not_there_is_told_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="gates: fake has no held-out figure accuracy; there are w_mean, w_stderr"):
+        watched_run(tmp_path, gates=("accuracy > 0",), advance=lambda state, number: pytest.fail("a step was made"))
