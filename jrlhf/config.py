@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jrlhf.config_rewards import RewardsConfig
+
 Sources = str | dict[str, float]
 """Rows of one source, or of several with the weights they are mixed by."""
 
@@ -272,6 +274,8 @@ class PPOConfig:
     """The policy at the start, and the reference it is held to. Empty path: the SFT stage."""
     reward: ModelConfig = field(default_factory=ModelConfig)
     """The reward model. Empty path: the reward stage. With another tokenizer than the policy's it reads the text."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """Rules beside the reward model or in its place, and other reward models."""
     value_from: Literal["auto", "reward", "policy"] = "auto"
     """What the value network starts from: the reward model (Ouyang et al. 2022), or the policy with a head of zeros.
     auto: the reward model where it has the policy's tokens."""

@@ -29,6 +29,7 @@ from jrlhf.config import (
     ShowConfig,
     VerifyConfig,
 )
+from jrlhf.config_rewards_check import rewards_rules
 
 Rule = tuple[bool, str, Any, str]
 """Whether it holds, the field's name, its value, and what the value must be."""
@@ -239,6 +240,7 @@ def _ppo(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield ppo.kl.horizon >= 1, f"{path}.kl.horizon", ppo.kl.horizon, "1 or more"
     yield ppo.max_skipped >= 1, f"{path}.max_skipped", ppo.max_skipped, "1 or more"
     yield from _guards(f"{path}.guards", ppo.guards)
+    yield from rewards_rules(f"{path}.rewards", ppo.rewards, value_from=ppo.value_from)
 
 
 def _guards(path: str, guards: GuardsConfig) -> Iterator[Rule]:

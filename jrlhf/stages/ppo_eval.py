@@ -17,13 +17,14 @@ from jrlhf.stages.actors import Actors, learnt_policy
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fns
+from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.run import json_line
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
-from jrlhf.stages.scoring import make_scorer
 from jrlhf.stages.state import RunState
 from jrlhf.types import Generation, Params
 
 TEXTS = ("prompt", "completion")
+PARTS = ("model", "rule/")
 
 
 def make_evaluator(
@@ -41,7 +42,7 @@ def make_evaluator(
     limit = ppo.log.eval_rows
     batch_size = device_multiple(min(ppo.episodes, len(prompts)), mesh)
     slices = episode_slices(ppo, batch_size, mesh, key="ppo.prompts.eval")
-    score, (logprob_fn, _) = make_scorer(actors, mesh, slices=slices), reading_fns(actors, slices=slices)
+    score, (logprob_fn, _) = make_rewards(config, actors, mesh, slices=slices), reading_fns(actors, slices=slices)
     key = jax.random.key(config.seed)
 
     @jax.jit
@@ -63,8 +64,8 @@ def make_evaluator(
         rows: dict[int, dict[str, Any]] = {}
         batches = generate_all(generate, policy, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=limit)
         for indices, real, generation in batches:
-            scores = score(generation, prompts, indices)
-            figures = fetch({"score": scores} | measure(policy, reference, generation))
+            _, scores, parts = score(generation, prompts, indices)
+            figures = fetch({"score": scores} | parts | measure(policy, reference, generation))
             for place, (prompt, answer) in enumerate(texts_of(actors.tokenizer, generation)):
                 if real[place]:
                     numbers = {name: values[place].item() for name, values in figures.items()}
@@ -87,7 +88,7 @@ def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
         "eval/length": float(column["length"].mean()),
         "eval/eos_fraction": float(column["stopped"].mean()),
         "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
-    }
+    } | {f"eval/{name}": float(values.mean()) for name, values in column.items() if name.startswith(PARTS)}
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
