@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jrlhf.config_rewards import RewardsConfig
+
 Sources = str | dict[str, float]
 """Rows of one source, or of several with the weights they are mixed by."""
 
@@ -179,8 +181,8 @@ class SFTConfig:
     max_skipped: int = 3
     """Steps in a row that are skipped, as a loss or gradient was not finite, before the run ends."""
     gates: tuple[str, ...] = ()
-    """What the held-out figures must keep, as accuracy >= 0.6 (names of eval/*). A model that does not is not passed on,
-    and the exit code is 3. Of the checkpoints that do, the best one is exported."""
+    """What the held-out figures must keep, as accuracy >= 0.6 (names of eval/*). A model that does not is not passed
+    on, and the exit code is 3. Of the checkpoints that do, the best one is exported."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
     candidate_prompts: str = ""
@@ -295,6 +297,8 @@ class PPOConfig:
     """The policy at the start, and the reference it is held to. Empty path: the SFT stage."""
     reward: ModelConfig = field(default_factory=ModelConfig)
     """The reward model. Empty path: the reward stage. With another tokenizer than the policy's it reads the text."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """Rules beside the reward model or in its place, and other reward models."""
     value_from: Literal["auto", "reward", "policy"] = "auto"
     """What the value network starts from: the reward model (Ouyang et al. 2022), or the policy with a head of zeros.
     auto: the reward model where it has the policy's tokens."""

@@ -30,6 +30,7 @@ from jrlhf.config import (
     ShowConfig,
     VerifyConfig,
 )
+from jrlhf.config_rewards_check import rewards_rules
 from jrlhf.gates import FORM, is_gate
 
 Rule = tuple[bool, str, Any, str]
@@ -266,6 +267,7 @@ def _ppo(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield from _guards(f"{path}.guards", ppo.guards)
     yield from _canary(path, ppo.canary, ppo)
     yield from _gates(f"{path}.gates", ppo.gates, ppo.prompts.eval, f"{path}.prompts.eval")
+    yield from rewards_rules(f"{path}.rewards", ppo.rewards, value_from=ppo.value_from)
 
 
 def _guards(path: str, guards: GuardsConfig) -> Iterator[Rule]:

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ABOVE_PARALLEL = {"core", "types", "parallel"}
 FLOOR_1 = ABOVE_PARALLEL | {"models"}
-CONFIG = {"config", "environment", "suggest"}
+CONFIG = {"config", "config_rewards", "environment", "suggest"}
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 ALLOWED = {
     "types": set(),
@@ -20,7 +20,9 @@ ALLOWED = {
     "parallel": {"core", "types"},
     "models": ABOVE_PARALLEL,
     "steps": {"core", "types"},
-    "config": set(),
+    "config": {"config_rewards"},
+    "config_rewards": set(),
+    "rules": set(),
     "suggest": set(),
     "environment": set(),
     "assets": FLOOR_1 | CONFIG | {"config_io", "data"},
@@ -29,7 +31,8 @@ ALLOWED = {
     "lock": set(),
     "manifest": set(),
     "gates": set(),
-    "config_check": CONFIG | {"gates"},
+    "config_check": CONFIG | {"gates", "config_rewards_check"},
+    "config_rewards_check": CONFIG,
     "config_io": CONFIG | {"config_check"},
     "data": FLOOR_1 | CONFIG | {"assets"},
     "metrics": CONFIG,
@@ -71,6 +74,13 @@ def test_a_file_imports_only_from_lower_floors(path):
         allowed = ALLOWED[own] | {own}
     used = {part(m) for m in imports(path) if m.split(".")[0] == "jrlhf"} - {"__version__"}
     assert used <= allowed, f"imports {sorted(used - allowed)}"
+
+
+@of
+def test_rules_import_no_jax(path):
+    """They are read in threads, by users too: of strings and numbers alone."""
+    if "rules" in path.relative_to(ROOT).parts or path.name.startswith("config"):
+        assert not [m for m in imports(path) if m.split(".")[0] in {"jax", "flax", "jaxtyping"}]
 
 
 @of

@@ -12,7 +12,7 @@ import numpy as np
 from jrlhf.config import DataConfig
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import parse_prompt
-from jrlhf.data.load import Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
+from jrlhf.data.load import Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
 from jrlhf.data.sources import Placed, Row
 from jrlhf.data.tokenizer import Tokenizer, stop_token_ids
 
@@ -62,7 +62,7 @@ class Lens:
                 case "reward":
                     return rankings_kind(config, tokenizer)
                 case "prompts":
-                    return prompts_kind(config, tokenizer)
+                    return prompts_kind(config, tokenizer, Columns())
 
         self._cut, self._whole = made(config), made(replace(config, max_length=UNCUT))
 

@@ -102,21 +102,41 @@ def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) ->
     )
 
 
-def prompts_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
+class Columns(NamedTuple):
+    """The columns of a prompt's row, besides the prompt, that are kept in ``shown``."""
+
+    needed: tuple[str, ...] = ()
+    """A row without one of them is bad."""
+    optional: tuple[str, ...] = ()
+    """Kept where a row has them."""
+    every: bool = False
+    """Keep all that a row has."""
+
+
+def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> "Kind":
     """How ``load_prompts`` makes its rows."""
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
         prompt = parse_prompt(row)
+        for name in columns.needed:
+            if row.get(name) is None:
+                raise BadRow(name, "no such column, but a rule of ppo.rewards reads it")
+        kept = row if columns.every else (*columns.needed, *columns.optional)
+        others = {name: row[name] for name in kept if name in row}
         tokens = encoder.fitted(encoder.prompt(prompt), [], config.max_length)
-        return Encoded({"tokens": [tokens], "shown": [_json({"prompt": prompt})]}, {})
+        return Encoded({"tokens": [tokens], "shown": [_json(others | {"prompt": prompt})]}, {})
 
-    return Kind("prompts", {}, SHOWN, encode)
+    settings = columns._asdict() if any(columns) else {}
+    return Kind("prompts", settings, SHOWN, encode)
 
 
-def load_prompts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> PromptRows:
-    """Prompts; one that is longer than ``max_length`` is cut at its start, a BOS kept."""
-    loaded = _load(config, sources, tokenizer, prompts_kind(config, tokenizer))
+def load_prompts(
+    config: DataConfig, sources: Sources, tokenizer: Tokenizer, columns: Columns | None = None
+) -> PromptRows:
+    """Prompts; one that is longer than ``max_length`` is cut at its start, a BOS kept. ``columns``: what is kept of
+    a row besides."""
+    loaded = _load(config, sources, tokenizer, prompts_kind(config, tokenizer, columns or Columns()))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return PromptRows(
         tokens, shown, _buckets(config, tokens), _pad(tokenizer), loaded.skipped(), loaded.parts("tokens")

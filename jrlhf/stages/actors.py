@@ -23,7 +23,8 @@ class Actors(NamedTuple):
 
     policy: Pretrained
     """Its parameters stay the reference's; the policy that learns is in the state."""
-    reward: RewardModel
+    reward: RewardModel | None
+    """None: scores come of rules alone."""
     value: RewardModel
     """What the value network starts from: the reward model itself, or the policy with a head of zeros."""
     tokenizer: Any
@@ -33,15 +34,20 @@ class Actors(NamedTuple):
     @property
     def packable(self) -> bool:
         """Whether all of them can read several sequences in a row."""
-        return self.policy.arch.packable and self.reward.arch.packable and self.value.arch.packable
+        models = (self.policy, self.value, *(() if self.reward is None else (self.reward,)))
+        return all(model.arch.packable for model in models)
 
 
 def load_actors(config: Config, mesh: Mesh) -> Actors:
     """ConfigError where the value network is to start from a reward model that reads other tokens."""
     ppo = config.ppo
     source = model_source(config, ppo.model.path, key="ppo.model.path", stage="sft")
+    tokenizer = load_tokenizer(source)
+    if not ppo.rewards.uses_model:
+        policy = load_pretrained(source, mesh=mesh, **computed(ppo.model, mesh, key="ppo.model"))
+        return Actors(policy, None, blank_value(policy), tokenizer, None)
     reward_source = model_source(config, ppo.reward.path, key="ppo.reward.path", stage="reward")
-    tokenizer, reward_tokenizer = load_tokenizer(source), load_tokenizer(reward_source)
+    reward_tokenizer = load_tokenizer(reward_source)
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
     if ppo.value_from == "reward" and not same:
         raise ConfigError(

@@ -25,8 +25,9 @@ class Regression(NamedTuple):
 
 
 class Canary:
-    """Remembers the best evaluation by ``metric``, a mean whose standard error is ``..._stderr``. ``kept``: of ``keep``.
+    """Remembers the best evaluation by ``metric``, a mean whose standard error is ``..._stderr``.
 
+    ``kept``: what ``keep`` gave, for a run that goes on.
     The two samples are taken as independent, though they answer the same prompts: the margin errs on the wide side.
     """
 

@@ -44,7 +44,7 @@ def _forward(arch: ArchConfig, mask: AnyMask, logits: Float[Array, ""]) -> Float
 
 
 def rollout_work(
-    policy: ArchConfig, value: ArchConfig, reward: ArchConfig, *, updates: float, itemsize: int
+    policy: ArchConfig, value: ArchConfig, reward: ArchConfig | None, *, updates: float, itemsize: int
 ) -> Callable[[Generation, SFTBatch | None], dict[str, jax.Array]]:
     """Model FLOPs of each phase of a PPO iteration, the bytes that decoding reads, and the tokens of both.
 
@@ -58,6 +58,7 @@ def rollout_work(
         answers = jnp.sum(response, dtype=jnp.float32)
         of_policy = forward_flops(policy, positions, logits=answers)
         of_value = forward_flops(value, positions, logits=0)
+        of_reward = jnp.float32(0.0) if reward is None else forward_flops(reward, positions, logits=0)
         of_text = jnp.float32(0.0)
         if text is not None:
             of_text = _forward(policy, text.mask, jnp.sum(trained_tokens(text), dtype=jnp.float32))
@@ -66,7 +67,7 @@ def rollout_work(
         steps = jnp.max(jnp.sum(response, axis=-1)) - 1
         return {
             "flops/rollout": of_policy,
-            "flops/scoring": 2.0 * of_policy + of_value + forward_flops(reward, positions, logits=0),
+            "flops/scoring": 2.0 * of_policy + of_value + of_reward,
             "flops/update": updates * (of_policy + of_value + of_text),
             "bytes/rollout": decode_bytes(policy, fed, steps=steps, itemsize=itemsize),
             "tokens/rollout": answers,

@@ -16,9 +16,10 @@ from jrlhf.stages.optim import make_actor_critic_optimizer
 from jrlhf.stages.performance import phase_rates, rates
 from jrlhf.stages.ppo_eval import judged, make_evaluator
 from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
+from jrlhf.stages.rewards import make_rewards
+from jrlhf.stages.rules import columns_read
 from jrlhf.stages.run import open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.sampling import jit_generate
-from jrlhf.stages.scoring import make_scorer
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_ppo_step
@@ -41,8 +42,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
         slices = episode_slices(ppo, ppo.episodes, mesh, key="ppo.episodes")
         update_slices = episode_slices(ppo, ppo.episodes // ppo.minibatches, mesh, key="ppo.episodes / ppo.minibatches")
         actors = load_actors(config, mesh)
-        prompts = load_prompts(ppo.prompts, ppo.prompts.train, actors.tokenizer)
-        heldout = load_prompts(ppo.prompts, ppo.prompts.eval, actors.tokenizer) if ppo.prompts.eval else None
+        read, data = columns_read(ppo.rewards), ppo.prompts
+        prompts = load_prompts(data, data.train, actors.tokenizer, read)
+        heldout = load_prompts(data, data.eval, actors.tokenizer, read) if data.eval else None
         ptx = load_sft(ppo.ptx, ppo.ptx.train, actors.tokenizer, train_on="completion") if ppo.ptx_coef else None
         longest = int(prompts.lengths.max()) + ppo.sampling.max_new_tokens
         check_length(actors.policy.arch, longest, key="ppo.sampling.max_new_tokens")
@@ -71,7 +73,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             kl_coef=ppo.kl.coef,
         )
         generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh)
-        score = make_scorer(actors, mesh, slices=slices)
+        score = make_rewards(config, actors, mesh, slices=slices)
         iterate, batch_of = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
         peaks = device_peaks(ppo.model.dtype)
         loop = Loop(

@@ -20,6 +20,7 @@ from jrlhf.stages.actors import Actors, learnt_policy
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fns
+from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.run import json_line, model_source
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
 from jrlhf.stages.scoring import make_scorer
@@ -28,6 +29,7 @@ from jrlhf.stages.state import RunState
 from jrlhf.types import Generation, Params
 
 TEXTS = ("prompt", "completion")
+PARTS = ("model", "rule/")
 
 
 def make_evaluator(
@@ -45,7 +47,7 @@ def make_evaluator(
     limit = ppo.log.eval_rows
     batch_size = device_multiple(min(ppo.episodes, len(prompts)), mesh)
     slices = episode_slices(ppo, batch_size, mesh, key="ppo.prompts.eval")
-    score, (logprob_fn, _) = make_scorer(actors, mesh, slices=slices), reading_fns(actors, slices=slices)
+    score, (logprob_fn, _) = make_rewards(config, actors, mesh, slices=slices), reading_fns(actors, slices=slices)
     judge = make_scorer(judging(config, actors, mesh), mesh, slices=slices) if judged(ppo.canary) else None
     key = jax.random.key(config.seed)
 
@@ -68,8 +70,8 @@ def make_evaluator(
         rows: dict[int, dict[str, Any]] = {}
         batches = generate_all(generate, policy, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=limit)
         for indices, real, generation in batches:
-            scores = score(generation, prompts, indices)
-            figures = fetch({"score": scores} | measure(policy, reference, generation))
+            _, scores, parts = score(generation, prompts, indices)
+            figures = fetch({"score": scores} | parts | measure(policy, reference, generation))
             if judge is not None:
                 figures["judge"] = fetch(judge(generation, prompts, indices))
             for place, (prompt, answer) in enumerate(texts_of(actors.tokenizer, generation)):
@@ -118,19 +120,23 @@ def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dic
 def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
     """Means over answers; entropy is a token's, kl a sequence's, both in nats."""
     column = {name: np.asarray([row[name] for row in answers], np.float64) for name in answers[0] if name not in TEXTS}
-    return {
-        "eval/score_mean": float(column["score"].mean()),
-        "eval/score_std": float(column["score"].std()),
-        "eval/score_stderr": standard_error(column["score"]),
-        "eval/kl": float(column["kl"].mean()),
-        "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
-        "eval/length": float(column["length"].mean()),
-        "eval/eos_fraction": float(column["stopped"].mean()),
-        "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
-    } | (
-        {"eval/judge_mean": float(column["judge"].mean()), "eval/judge_stderr": standard_error(column["judge"])}
-        if "judge" in column
-        else {}
+    return (
+        {
+            "eval/score_mean": float(column["score"].mean()),
+            "eval/score_std": float(column["score"].std()),
+            "eval/score_stderr": standard_error(column["score"]),
+            "eval/kl": float(column["kl"].mean()),
+            "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
+            "eval/length": float(column["length"].mean()),
+            "eval/eos_fraction": float(column["stopped"].mean()),
+            "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
+        }
+        | {f"eval/{name}": float(values.mean()) for name, values in column.items() if name.startswith(PARTS)}
+        | (
+            {"eval/judge_mean": float(column["judge"].mean()), "eval/judge_stderr": standard_error(column["judge"])}
+            if "judge" in column
+            else {}
+        )
     )
 
 

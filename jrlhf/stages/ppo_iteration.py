@@ -15,8 +15,8 @@ from jrlhf.parallel import batch_sharding, fetch, shard_batch
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import device_share, gradient_slices
 from jrlhf.stages.performance import PHASES, rollout_work, timed, training_passes
+from jrlhf.stages.rewards import Rewards, part_metrics
 from jrlhf.stages.sampling import GenerateFn
-from jrlhf.stages.scoring import Scorer
 from jrlhf.stages.start import JittedStep
 from jrlhf.stages.state import RunState
 from jrlhf.steps import make_experience, rollout_metrics, without_padding
@@ -60,7 +60,7 @@ def make_iteration(
     config: Config,
     actors: Actors,
     generate: GenerateFn,
-    score: Scorer,
+    score: Rewards,
     update: JittedStep,
     prompts: PromptRows,
     ptx: SFTRows | None,
@@ -77,11 +77,15 @@ def make_iteration(
 
     order, text_order = in_order(prompts), None if ptx is None else in_order(ptx)
     experience = jit_experience(ppo, actors, mesh, slices=slices)
-    measure = jax.jit(rollout_metrics)
+
+    @jax.jit
+    def measure(rollout: Rollout, parts: dict[str, jax.Array]) -> Metrics:
+        return rollout_metrics(rollout) | part_metrics(parts, jnp.any(rollout.response_mask, axis=-1))
+
     work = rollout_work(
         actors.policy.arch,
         actors.value.arch,
-        actors.reward.arch,
+        None if actors.reward is None else actors.reward.arch,
         updates=ppo.epochs * training_passes(ppo.lora.rank > 0),
         itemsize=jnp.dtype(ppo.model.dtype).itemsize,
     )
@@ -112,9 +116,9 @@ def make_iteration(
         with timed(seconds, "seconds/rollout") as wait:
             generation = wait(generate(params.policy, *batch, sample_key))
         with timed(seconds, "seconds/scoring") as wait:
-            scores = score(generation, prompts, rows)
+            generation, scores, parts = score(generation, prompts, rows)
             rollout = experience(params.policy, actors.policy.params, params.value, generation, scores, state.kl_coef)
-            metrics = wait(measure(rollout))
+            metrics = wait(measure(rollout, parts))
         return generation, rollout._replace(ptx=text), metrics
 
     def iterate(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:

@@ -28,16 +28,23 @@ NARROWEST = 32
 
 def make_scorer(actors: Actors, mesh: Mesh, *, slices: int) -> Scorer:
     """The reward model on sampled answers; ``slices`` as in ``without_padding``."""
-    reward = actors.reward
+    reward = reward_of(actors)
     if actors.reward_tokenizer is not None:
         return _by_text(reward, actors.tokenizer, actors.reward_tokenizer, mesh)
     score = jit_score(actors, mesh, slices=slices)
     return lambda generation, prompts, rows: score(reward.params, generation.tokens, generation.mask)
 
 
+def reward_of(actors: Actors) -> RewardModel:
+    """ValueError where there is none."""
+    if actors.reward is None:
+        raise ValueError("there is no reward model to score with")
+    return actors.reward
+
+
 def jit_score(actors: Actors, mesh: Mesh, *, slices: int) -> Any:
     """``(reward model's params, tokens, mask) -> scores [B]``, of the policy's tokens."""
-    reward = actors.reward
+    reward = reward_of(actors)
     score_fn = without_padding(reward.score_fn, slices=slices) if actors.packable else reward.score_fn
     return jax.jit(
         lambda params, tokens, mask: at_last_token(score_fn(params, tokens, mask), mask),

@@ -13,6 +13,7 @@ import pytest
 
 from jrlhf import assets
 from jrlhf.config import (
+    CanaryConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -26,11 +27,13 @@ from jrlhf.config import (
     SamplingConfig,
 )
 from jrlhf.data import load_tokenizer, stop_token_ids
+from jrlhf.gates import GatesFailed
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
-from jrlhf.stages import ppo
+from jrlhf.stages import ppo, ppo_eval
 from jrlhf.stages.guards import GuardStop
 from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.rewards import Scored
 from jrlhf.stages.start import export_tokenizer
 from jrlhf.types import Generation
 
@@ -78,9 +81,12 @@ def told(config: Config, kind: str) -> list[dict[str, Any]]:
 
 def rewarded(monkeypatch: pytest.MonkeyPatch, reward: Callable[[Generation], jax.Array]) -> None:
     score = jax.jit(reward)
-    monkeypatch.setattr(
-        ppo, "make_scorer", lambda actors, mesh, **_: lambda generation, prompts, rows: score(generation)
-    )
+
+    def scored(generation: Generation, *_: Any) -> Scored:
+        return Scored(generation, score(generation), {})
+
+    monkeypatch.setattr(ppo, "make_rewards", lambda *_, **__: scored)
+    monkeypatch.setattr(ppo_eval, "make_rewards", lambda *_, **__: scored)
 
 
 def length(generation: Generation) -> jax.Array:
@@ -200,3 +206,75 @@ def test_a_sound_sampler_is_not_suspected(tmp_path: Path, reward_folder: Path) -
     config = small(tmp_path, reward_folder, lr=1e-4, iterations=3, stop=(".",))
     run_ppo(config)
     assert not told(config, "guard")
+
+
+def two_lucky_tokens(generation: Generation) -> jax.Array:
+    """What is meant by the reward for the lucky token: some of it is good, more is not."""
+    count = lucky_token(generation)
+    return jnp.where(count <= 2.0, count, 4.0 - count)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "seed"),
+    [
+        ("lucky token", 0),
+        *(pytest.param("lucky token", seed, marks=pytest.mark.slow) for seed in range(1, 5)),
+        *(pytest.param("length", seed, marks=pytest.mark.slow) for seed in range(5)),
+    ],
+)
+def test_a_hacked_reward_is_caught_by_the_canary_and_the_best_model_comes_out(
+    proxy: str, seed: int, tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge, which PPO is not trained on, likes some of what the reward pays for, and not much of it."""
+
+    def twelve_long(generation: Generation) -> jax.Array:
+        return 4.0 - jnp.abs(length(generation) - 12.0)
+
+    reward, gold, stop, lr = {
+        "lucky token": (lucky_token, two_lucky_tokens, (), 2e-3),
+        "length": (length, twelve_long, (".",), 5e-4),
+    }[proxy]
+    rewarded(monkeypatch, reward)
+    judge = jax.jit(gold)
+    monkeypatch.setattr(ppo_eval, "make_scorer", lambda *_, **__: lambda generation, *_: judge(generation))
+    config = small(tmp_path, reward_folder, lr=lr, iterations=30, stop=stop)
+    settings = replace(
+        config.ppo,
+        # A rollback that changes nothing: the reward is hacked again, and the run is ended.
+        guards=GuardsConfig(rollbacks=1, rollback_lr=1.0, rollback_beta=1.0),
+        canary=CanaryConfig(action="rollback", judge=ModelConfig(path=str(reward_folder))),
+        prompts=replace(config.ppo.prompts, eval="asset:prompts_heldout"),
+        log=replace(config.ppo.log, eval_every=1),
+        checkpoint=CheckpointConfig(every=1, keep=1),
+    )
+    summary = run_ppo(replace(config, seed=seed, ppo=settings))
+    assert len(told(config, "canary")) == 2, "caught each time"
+    assert len(told(config, "rollback")) == 1
+    [ended] = told(config, "ended")
+    assert ended["step"] < 30
+    lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "eval/judge_mean" in line]
+    best = max(lines, key=lambda line: line["eval/judge_mean"])
+    assert summary["after"]["eval/judge_mean"] == pytest.approx(best["eval/judge_mean"])
+    assert summary["exported_step"] == best["step"]
+    assert summary["after"]["eval/judge_mean"] > summary["before"]["eval/judge_mean"]
+
+
+def test_a_model_that_breaks_a_gate_is_not_passed_on(
+    tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarded(monkeypatch, length)
+    config = small(tmp_path, reward_folder, lr=1e-4, iterations=2, stop=(".",))
+    prompts = replace(config.ppo.prompts, eval="asset:prompts_heldout")
+    log = replace(config.ppo.log, eval_every=1, eval_rows=16)
+    strict = replace(config, ppo=replace(config.ppo, prompts=prompts, log=log, gates=("kl <= 100", "win_rate >= 1.0")))
+    with pytest.raises(GatesFailed, match=r"ppo: 1 of 2 gates failed.*\n  win_rate >= 1  got 0\.\d+, missed by 0\."):
+        run_ppo(strict)
+    folder = tmp_path / "ppo"
+    verdicts = json.loads((folder / "gates.json").read_text())["gates"]
+    assert [verdict["passed"] for verdict in verdicts] == [True, False]
+    assert not (folder / "hf").exists()
+    assert not (folder / "summary.json").exists()
+    # A gate that is taken back lets the finished run's model through, without a step more.
+    summary = run_ppo(replace(strict, ppo=replace(strict.ppo, gates=("kl <= 100",))))
+    assert summary["exported_step"] == 2
+    assert (folder / "hf" / "model.safetensors").exists()

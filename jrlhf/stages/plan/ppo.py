@@ -27,7 +27,7 @@ from jrlhf.stages.plan.parts import (
 from jrlhf.stages.plan.programs import Program, device_bytes
 from jrlhf.stages.ppo import make_step
 from jrlhf.stages.ppo_iteration import episode_slices, jit_experience
-from jrlhf.stages.scoring import jit_score, padded_width
+from jrlhf.stages.scoring import jit_score, padded_width, reward_of
 from jrlhf.stages.start import check_length
 from jrlhf.types import Generation, PPOParams, SFTBatch
 
@@ -64,7 +64,9 @@ def ppo_stage(config: PlanConfig, site: Site) -> Sized:
             "rollout", policy, planned.params.policy, ppo.sampling, rows=episodes, prompt=prompt, site=site, held=held
         )._replace(flops=work["rollout"], read=decode_read(config, policy.arch, episodes, site))
         generation, scores = sampled(site, episodes, total), site.rows((episodes,), jnp.float32)
-        scoring = score_program(planned, site, generation, slices=scored)._replace(flops=work["scores"])
+        scoring = []
+        if planned.actors.reward is not None:
+            scoring = [score_program(planned, site, generation, slices=scored)._replace(flops=work["scores"])]
         experience = experience_program(config, planned, site, generation, scores, slices=scored)
         experience = experience._replace(flops=work["experience"])
         targets = jax.eval_shape(experience.jitted, *experience.args)
@@ -72,7 +74,7 @@ def ppo_stage(config: PlanConfig, site: Site) -> Sized:
         batch = batch._replace(ptx=site.text(episodes, ppo.ptx.max_length) if ppo.ptx_coef else None)
         figures: dict[str, Any] = {"trips": slices, "flops": work["update"], "read": moved}
         update = training.update(site, batch, generation, scores, **figures)
-        programs = training.start, rollout, scoring, experience, update
+        programs = training.start, rollout, *scoring, experience, update
         return StagePlan("ppo", "ppo.episodes", episodes, held, programs)
 
     return Sized(minibatch // site.groups // slices, ppo.model.dtype, build)
@@ -82,11 +84,13 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
     """As ``load_actors``, ``trainable_actors`` and ``start_training``."""
     ppo = config.ppo
     policy = planned_model(site, config, ppo.model, config.sft.model, key="ppo.model")
-    of_reward = planned_model(site, config, ppo.reward, config.reward.model, config.sft.model, key="ppo.reward")
-    reward = abstract_reward(of_reward, site.mesh)
-    same = reward.arch.vocab_size == policy.arch.vocab_size
+    reward, same = None, True
+    if ppo.rewards.uses_model:
+        of_reward = planned_model(site, config, ppo.reward, config.reward.model, config.sft.model, key="ppo.reward")
+        reward = abstract_reward(of_reward, site.mesh)
+        same = reward.arch.vocab_size == policy.arch.vocab_size
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
-    value = reward if from_reward else abstract_reward(policy, site.mesh)
+    value = reward if reward is not None and from_reward else abstract_reward(policy, site.mesh)
     actors = Actors(policy, reward, value, tokenizer=None, reward_tokenizer=None)
     (p, p_base), (v, v_base) = (
         abstract_trainable(model.params, model.arch, ppo.lora, site, policy.rules, path="ppo.lora")
@@ -96,7 +100,7 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
     tx, _ = make_actor_critic_optimizer(ppo.optim, value_lr=ppo.value_lr, updates=UPDATES)
     fns = policy.logprob_fn, value.score_fn
     step = make_step(ppo, *fns, tx, accumulation=slices, drop_padding=actors.packable)
-    loaded, ema = (policy.params, reward.params, value.params), p if ppo.ema_decay else None
+    loaded, ema = (policy.params, None if reward is None else reward.params, value.params), p if ppo.ema_decay else None
     training = planned_training(step, tx, trained, frozen, site, policy.rules, loaded=loaded, ema=ema)
     return Planned(actors, same, training, combine(training.state.params, frozen))
 
@@ -110,7 +114,7 @@ def sampled(site: Site, rows: int, length: int) -> Generation:
 
 def score_program(planned: Planned, site: Site, generation: Generation, *, slices: int) -> Program:
     """The reward model on what was sampled, in the policy's tokens or, at about as many, in its own."""
-    reward = planned.actors.reward
+    reward = reward_of(planned.actors)
     if planned.same_tokens:
         score, texts = jit_score(planned.actors, site.mesh, slices=slices), (generation.tokens, generation.mask)
     else:
@@ -134,7 +138,8 @@ def experience_program(
 
 def row_work(config: PlanConfig, actors: Actors) -> dict[str, float]:
     """Model FLOPs of an episode of full length, by program; and of a row of text with it, where there is one."""
-    ppo, policy, reward = config.ppo, actors.policy.arch, actors.reward.arch
+    ppo, policy = config.ppo, actors.policy.arch
+    reward = None if actors.reward is None else actors.reward.arch
     prompt, new = ppo.prompts.max_length, ppo.sampling.max_new_tokens
     real, answer = jnp.ones((1, prompt + new), jnp.bool_), jnp.arange(prompt + new)[None] >= prompt
     marks = jnp.ones((1, ppo.ptx.max_length), jnp.bool_)
@@ -142,7 +147,7 @@ def row_work(config: PlanConfig, actors: Actors) -> dict[str, float]:
     generation = Generation(real.astype(jnp.int32), real, answer, real.astype(jnp.float32), real[:, 0])
     passes = ppo.epochs * training_passes(ppo.lora.rank > 0)
     work = rollout_work(policy, actors.value.arch, reward, updates=passes, itemsize=1)(generation, text)
-    scores = float(forward_flops(reward, np.arange(prompt + new), logits=0))
+    scores = 0.0 if reward is None else float(forward_flops(reward, np.arange(prompt + new), logits=0))
     return {
         "rollout": float(work["flops/rollout"]),
         "scores": scores,

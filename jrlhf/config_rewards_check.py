@@ -1,0 +1,33 @@
+"""What the values of ``ppo.rewards`` must satisfy, before any device or file is touched. Imports no JAX."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig, RuleConfig
+
+Rule = tuple[bool, str, Any, str]
+"""As in ``config_check``."""
+
+
+def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iterator[Rule]:
+    """Of the block, and of what it makes possible."""
+    rules = weights_of(rewards)
+    for name, weight in rules.items():
+        yield weight >= 0, f"{path}.{name}.weight", weight, "0 (off) or more"
+    yield rewards.model_weight >= 0, f"{path}.model_weight", rewards.model_weight, "0 (no reward model) or more"
+    scored = rewards.uses_model or any(rules.values())
+    yield scored, f"{path}.model_weight", rewards.model_weight, f"above 0, as no rule of {path} has a weight"
+    yield rewards.timeout > 0, f"{path}.timeout", rewards.timeout, "above 0"
+    unmade = value_from == "reward" and not rewards.uses_model
+    yield not unmade, "ppo.value_from", value_from, f"auto or policy, as {path}.model_weight is 0"
+    yield from _length(f"{path}.length", rewards.length)
+
+
+def weights_of(rewards: RewardsConfig) -> dict[str, float]:
+    """Of each rule by its name."""
+    return {name: part.weight for name, part in vars(rewards).items() if isinstance(part, RuleConfig)}
+
+
+def _length(path: str, rule: LengthRuleConfig) -> Iterator[Rule]:
+    yield rule.min >= 1, f"{path}.min", rule.min, "1 or more"
+    yield rule.max >= rule.min, f"{path}.max", rule.max, f"at least {path}.min ({rule.min})"

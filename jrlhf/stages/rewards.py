@@ -1,0 +1,83 @@
+"""The score of an answer: what the reward model says and what the rules say, weighed and added up."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from jrlhf.config import Config
+from jrlhf.core import masked_mean
+from jrlhf.data import PromptRows
+from jrlhf.parallel import fetch, from_first, is_first, shard_batch
+from jrlhf.rules import Episode
+from jrlhf.stages.actors import Actors
+from jrlhf.stages.rules import make_rules, start_rules
+from jrlhf.stages.sampling import texts_of
+from jrlhf.stages.scoring import make_scorer
+from jrlhf.types import Generation
+
+
+class Scored(NamedTuple):
+    """A batch of answers and what they are worth."""
+
+    generation: Generation
+    """As it was sampled, but that an answer without a score has no response: nothing of it is in any loss."""
+    scores: jax.Array
+    """0 for an answer without one."""
+    parts: dict[str, jax.Array]
+    """Each answer's ``model`` and ``rule/<name>``, unweighted; empty where the reward model's is all there is. NaN: the
+    answer was left out."""
+
+
+Rewards = Callable[[Generation, PromptRows, Int[np.ndarray, "B"]], Scored]
+"""``(what was sampled, all prompts, which of them were answered) -> Scored``."""
+
+
+def make_rewards(config: Config, actors: Actors, mesh: Mesh, *, slices: int) -> Rewards:
+    """As ``ppo.rewards`` says. Rules are run by the first process, while the devices are at the reward model."""
+    rewards, rules = config.ppo.rewards, make_rules(config.ppo.rewards)
+    learned = make_scorer(actors, mesh, slices=slices) if rewards.uses_model else None
+    weights = {f"rule/{rule.name}": rule.weight for rule in rules} | {"model": rewards.model_weight}
+    add_up = jax.jit(lambda generation, parts: weigh(generation, parts, weights=weights))
+
+    def score(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> Scored:
+        if learned is not None and not rules and rewards.model_weight == 1:
+            return Scored(generation, learned(generation, prompts, rows), {})
+        given = [prompts.shown[int(row)] for row in rows]
+        episodes = episodes_of(actors.tokenizer, generation, given) if rules else []
+        wait = start_rules(rules, episodes, timeout=rewards.timeout) if is_first() else dict
+        parts = {} if learned is None else {"model": learned(generation, prompts, rows)}
+        if rules:
+            told = from_first("score answers by ppo.rewards", wait)
+            by_rule = {f"rule/{name}": np.asarray(values, np.float32) for name, values in told.items()}
+            parts |= shard_batch(by_rule, mesh)
+        return add_up(generation, parts)
+
+    return score
+
+
+def episodes_of(tokenizer: Any, generation: Generation, given: list[dict[str, Any]]) -> list[Episode]:
+    """Each answer as the rules see it; all processes must ask."""
+    stopped, response = fetch((generation.stopped, generation.response_mask))
+    answers = [answer for _, answer in texts_of(tokenizer, generation)]
+    lengths = response.sum(axis=-1)
+    rows = zip(given, answers, lengths.tolist(), stopped.tolist(), strict=True)
+    return [Episode(*row) for row in rows]
+
+
+def weigh(generation: Generation, parts: dict[str, Float[Array, "B"]], *, weights: Mapping[str, float]) -> Scored:
+    """Σ weight · part. An answer with a part that is NaN has no score, and loses its response."""
+    kept = jnp.stack([~jnp.isnan(part) for part in parts.values()]).all(axis=0)
+    terms = [weights[name] * part.astype(jnp.float32) for name, part in sorted(parts.items())]
+    scores = jnp.where(kept, jnp.stack(terms).sum(axis=0), 0.0)
+    response = generation.response_mask & kept[:, None]
+    return Scored(generation._replace(response_mask=response), scores, parts)
+
+
+def part_metrics(parts: dict[str, Float[Array, "B"]], kept: Bool[Array, "B"]) -> dict[str, Float[Array, ""]]:
+    """Means over the answers that are kept, ``reward/model`` and ``reward/rule/<name>``."""
+    return {f"reward/{name}": masked_mean(part, kept) for name, part in parts.items()}
