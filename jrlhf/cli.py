@@ -12,18 +12,9 @@ from pathlib import Path
 
 from jrlhf import __version__
 from jrlhf.cli_args import STAGES, plan_config, print_help, stage_config, tool_config
-from jrlhf.config import (
-    Config,
-    ExportConfig,
-    GenerateConfig,
-    PlanConfig,
-    QuickstartConfig,
-    ScoreConfig,
-    ShowConfig,
-    Sources,
-    VerifyConfig,
-)
+from jrlhf.config import Config, PlanConfig, Sources
 from jrlhf.config_io import ConfigError
+from jrlhf.config_tools import ExportConfig, GenerateConfig, QuickstartConfig, ScoreConfig, ShowConfig, VerifyConfig
 from jrlhf.environment import keep_compiled_programs, quiet_compiler, restart_with_huge_pages
 from jrlhf.lock import RunLocked
 from jrlhf.stages.signals import Interrupted

@@ -12,7 +12,6 @@ from jrlhf.config import (
     Config,
     DataConfig,
     DistributedConfig,
-    GenerateConfig,
     GuardConfig,
     GuardsConfig,
     LogConfig,
@@ -21,14 +20,11 @@ from jrlhf.config import (
     OptimConfig,
     PlanConfig,
     PPOConfig,
-    QuickstartConfig,
     RewardConfig,
     SamplingConfig,
-    ScoreConfig,
     SFTConfig,
-    ShowConfig,
-    VerifyConfig,
 )
+from jrlhf.config_tools import GenerateConfig, QuickstartConfig, ScoreConfig, ShowConfig, VerifyConfig
 
 Rule = tuple[bool, str, Any, str]
 """Whether it holds, the field's name, its value, and what the value must be."""

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ABOVE_PARALLEL = {"core", "types", "parallel"}
 FLOOR_1 = ABOVE_PARALLEL | {"models"}
-CONFIG = {"config", "environment", "suggest"}
+CONFIG = {"config", "config_tools", "environment", "suggest"}
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 ALLOWED = {
     "types": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "models": ABOVE_PARALLEL,
     "steps": {"core", "types"},
     "config": set(),
+    "config_tools": {"config"},
     "suggest": set(),
     "environment": set(),
     "assets": FLOOR_1 | CONFIG | {"config_io", "data"},

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TextIO
 
 from jrlhf import assets
-from jrlhf.config import DataConfig, GenerateConfig, ScoreConfig
+from jrlhf.config import DataConfig
+from jrlhf.config_tools import GenerateConfig, ScoreConfig
 from jrlhf.data import load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh

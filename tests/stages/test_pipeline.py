@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, ExportConfig, GenerateConfig, SamplingConfig, ScoreConfig
+from jrlhf.config import Config, SamplingConfig
 from jrlhf.config_io import ConfigError, to_yaml
+from jrlhf.config_tools import ExportConfig, GenerateConfig, ScoreConfig
 from jrlhf.data import load_tokenizer
 from jrlhf.lock import run_lock
 from jrlhf.metrics import read_metrics
