@@ -30,6 +30,40 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class SampleConfig(GenerateConfig):
+    """Several answers to each prompt, as tasks for people to rank."""
+
+    out: str = "tasks.jsonl"
+    """The task file to write; - is stdout."""
+    samples: int = 4
+    """Answers to each prompt, from 2 to 9; those that are the same are shown once."""
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """A page on this machine where people order answers; or what they have decided, as files and figures."""
+
+    tasks: str = "tasks.jsonl"
+    """The task file that jrlhf sample wrote, or a stage's candidates.jsonl."""
+    rater: str = ""
+    """Whose page the printed address opens. Empty: the page asks for a name."""
+    state: str = ""
+    """The SQLite file that keeps the decisions. Empty: beside the tasks, with .sqlite for its suffix."""
+    report: bool = False
+    """Print agreement, accuracy and pace of the raters, and serve no page."""
+    export: str = ""
+    """Write the decisions to this file (- is stdout), and serve no page."""
+    import_from: str = ""
+    """Take decisions made elsewhere from this file, and serve no page."""
+    format: Literal["ranking", "argilla", "label-studio"] = "ranking"
+    """Of what is exported or imported. ranking: JSONL that reward.data.train reads."""
+    host: str = "127.0.0.1"
+    """The address the page is served at; any but this machine's own lets others in who know the printed address."""
+    port: int = 0
+    """0: a free one."""
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """A reward model's scores of a file of texts, as JSONL."""
 

@@ -38,6 +38,11 @@ def test_the_command_line_starts_without_jax(module):
     assert not {"jax", "flax", "orbax", "transformers", "datasets"} & loaded_by(module)
 
 
+@pytest.mark.parametrize("module", ["jrlhf.rank", "jrlhf.rank.run"])
+def test_ranking_needs_neither_jax_nor_what_serves_the_page_until_it_is_served(module):
+    assert not {"jax", "flax", "transformers", "datasets", "starlette", "uvicorn", "markdown_it"} & loaded_by(module)
+
+
 def test_steps_need_neither_flax_nor_orbax_nor_transformers():
     loaded = loaded_by("jrlhf.steps")
     assert not {"flax", "orbax", "transformers", "datasets"} & loaded
