@@ -15,7 +15,7 @@ from starlette.routing import Route
 from jrlhf.rank.guard import Guard
 from jrlhf.rank.render import shown
 from jrlhf.rank.store import Decision, Store, next_task
-from jrlhf.rank.tasks import Task, is_rank
+from jrlhf.rank.tasks import LONGEST_NAME, Task, is_name, is_rank
 
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -24,7 +24,7 @@ PAGE = {
 }
 MARGINS = {"slightly": 1 / 3, "clearly": 1.0}
 """What the loss is given for a rater's word: Llama 2's small margins (arXiv:2307.09288). Unsaid is none."""
-LONGEST_NAME, LONGEST_NOTE, LONGEST_TIME = 64, 2000, 24 * 3600.0
+LONGEST_NOTE, LONGEST_TIME = 2000, 24 * 3600.0
 
 
 def make_app(tasks: Sequence[Task], store: Store, *, token: str, host: str) -> Guard:
@@ -118,11 +118,6 @@ def _rater(asked: Mapping[str, Any]) -> str:
     if not is_name(name):
         raise HTTPException(400, f"rater: expected a name of at most {LONGEST_NAME} printable characters")
     return name
-
-
-def is_name(name: str) -> bool:
-    """Whether decisions can be kept under this name."""
-    return 0 < len(name) <= LONGEST_NAME and name.isprintable()
 
 
 async def _asked(request: Request) -> Mapping[str, Any]:

@@ -9,8 +9,9 @@ from urllib.parse import quote
 
 from jrlhf.config_check import ConfigError
 from jrlhf.config_tools import RankConfig
+from jrlhf.rank.exchange import exported, take_in
 from jrlhf.rank.store import Store
-from jrlhf.rank.tasks import Task, read_tasks
+from jrlhf.rank.tasks import Task, is_name, read_tasks
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -23,18 +24,50 @@ def run_rank(args: RankConfig) -> None:
         print(f"jrlhf: {path}: {note}", file=sys.stderr)
     store = Store(Path(args.state) if args.state else path.with_suffix(".sqlite"))
     try:
-        _serve(args, file.tasks, store)
+        if args.report:
+            _report(file.tasks, store)
+        elif args.export:
+            _export(args, file.tasks, store)
+        elif args.import_from:
+            for note in take_in(Path(args.import_from), args.format, file.tasks, store):
+                print(note)
+        else:
+            _serve(args, file.tasks, store)
     finally:
         store.close()
+
+
+def _report(tasks: Sequence[Task], store: Store) -> None:
+    from jrlhf.rank.report import as_text, figures
+
+    try:
+        print(as_text(figures(tasks, store.standing())))
+    except ModuleNotFoundError as error:
+        raise _missing(error) from error
+
+
+def _export(args: RankConfig, tasks: Sequence[Task], store: Store) -> None:
+    text, notes = exported(tasks, store.standing(), args.format)
+    if args.export == "-":
+        sys.stdout.write(text)
+    else:
+        Path(args.export).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.export).write_text(text, encoding="utf-8")
+    for note in notes:
+        print(f"jrlhf: {note}", file=sys.stderr)
+
+
+def _missing(error: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(f'rank: {error.name} is missing; pip install "jrlhf[rank]"')
 
 
 def _serve(args: RankConfig, tasks: Sequence[Task], store: Store) -> None:
     try:
         import uvicorn
 
-        from jrlhf.rank.app import is_name, make_app
+        from jrlhf.rank.app import make_app
     except ModuleNotFoundError as error:
-        raise ConfigError(f'rank: {error.name} is missing; pip install "jrlhf[rank]"') from error
+        raise _missing(error) from error
     if args.rater and not is_name(args.rater.strip()):
         raise ConfigError(f"rater: must be a name of at most 64 printable characters, got {args.rater!r}")
     if args.host not in LOOPBACK:

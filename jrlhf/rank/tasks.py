@@ -14,6 +14,10 @@ FEWEST, MOST = 2, 9
 """Answers of a task: there is one digit key an answer."""
 
 
+LONGEST_NAME = 64
+"""Characters of a rater's name."""
+
+
 class TaskError(ValueError):
     """A file of tasks or rankings that cannot be used. The message names file, line and column."""
 
@@ -152,6 +156,11 @@ def _gold(ranks: Any, given: list[Content], completions: list[Content]) -> tuple
     if not isinstance(ranks, list) or len(ranks) != len(given) or not all(map(is_rank, ranks)):
         raise TaskError(f"gold: expected {len(given)} whole numbers, 0 for the best, one an answer")
     return tuple(ranks[given.index(answer)] for answer in completions)
+
+
+def is_name(name: str) -> bool:
+    """Whether decisions can be kept under this name."""
+    return name == name.strip() and 0 < len(name) <= LONGEST_NAME and name.isprintable()
 
 
 def is_rank(value: Any) -> bool:

@@ -109,11 +109,18 @@ def test_every_key_does_what_the_help_says(opened, tmp_path):
 
     press("Enter")
     assert page.locator("#status").text_content() == "3 answers have no place yet."
+    press("ArrowDown")
+    press("t")  # with one that has no place: nothing
+    assert places() == ["–", "–", "–"]
     press("2")
     assert (labels(), places()) == (["2", "1", "3"], ["1.", "–", "–"])
     press("3")  # the one that is left gets the last place
     assert (labels(), places()) == (["2", "3", "1"], ["1.", "2.", "3."])
     press("t")
+    assert places() == ["1.", "= 1.", "3."]
+    page.locator(".answer").nth(1).get_by_role("button", name="Tie answer 3").click()
+    assert places() == ["1.", "2.", "3."]
+    press("u")
     assert places() == ["1.", "= 1.", "3."]
     press("u")
     assert places() == ["1.", "2.", "3."]

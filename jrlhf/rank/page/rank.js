@@ -132,12 +132,13 @@ function drop(answer, before) {
   });
 }
 
-function tie() {
+function tie(answer) {
   change(() => {
-    const at = order.indexOf(focused);
-    if (at < 1) return;
+    const at = order.indexOf(answer);
+    focused = answer;
+    if (at < 1 || at > placed) return; // the one above has no place to share
     placed = Math.max(placed, at + 1);
-    if (!tied.delete(focused)) tied.add(focused);
+    if (!tied.delete(answer)) tied.add(answer);
   });
 }
 
@@ -227,6 +228,7 @@ function card(answer, at, rank) {
   const buttons = element("div", "moves");
   buttons.append(button("", "↑", `Move answer ${answer + 1} up`, () => shift(answer, -1)));
   buttons.append(button("", "↓", `Move answer ${answer + 1} down`, () => shift(answer, 1)));
+  buttons.append(button("", "=", `Tie answer ${answer + 1} with the one above, or not`, () => tie(answer)));
   made.append(left, content, buttons);
   made.addEventListener("focus", () => { focused = answer; });
   return made;
@@ -265,7 +267,7 @@ function nextMargin() {
 }
 
 const KEYS = {
-  t: tie,
+  t: () => tie(focused),
   s: skip,
   u: undo,
   m: nextMargin,
