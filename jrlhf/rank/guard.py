@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import socket
 from ipaddress import ip_address
 from urllib.parse import parse_qs, urlsplit
 
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LARGEST_BODY = 64 * 1024
 OWN_NAMES = ("127.0.0.1", "localhost", "::1")
+EVERYWHERE = ("0.0.0.0", "::")
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self';"
@@ -32,7 +34,8 @@ class Guard:
     def __init__(self, app: ASGIApp, *, token: str, host: str) -> None:
         self._app = app
         self._token = token
-        self._host = host
+        self._everywhere = host in EVERYWHERE
+        self._names = {*OWN_NAMES, shown_host(host).lower()}
         # Cookies know no ports: runs side by side must not take each other's.
         self.cookie = "jrlhf_rank_" + hashlib.sha256(token.encode()).hexdigest()[:8]
 
@@ -81,15 +84,18 @@ class Guard:
     def _is_ours(self, host: str) -> bool:
         """A page elsewhere may give its own name this machine's address (DNS rebinding), but then its name stands here.
 
-        A server for all addresses is known by whichever number it was reached at, which is no one's name.
+        A server for all addresses is known by its machine's name, and by any number, which is no one's name.
         """
         try:
             name = (urlsplit(f"//{host}").hostname or "").lower()
         except ValueError:
             return False
-        if name in OWN_NAMES or name == self._host.lower():
-            return True
-        return self._host in ("0.0.0.0", "::") and _is_address(name)
+        return name in self._names or (self._everywhere and _is_address(name))
+
+
+def shown_host(host: str) -> str:
+    """What stands in the printed address: the machine's name where the page is served at all its addresses."""
+    return socket.gethostname() if host in EVERYWHERE else host
 
 
 def _is_address(name: str) -> bool:

@@ -13,8 +13,6 @@ from jrlhf.rank.exchange import exported, take_in
 from jrlhf.rank.store import Store
 from jrlhf.rank.tasks import Task, is_name, read_tasks
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 def run_rank(args: RankConfig) -> None:
     """Serve the page until ctrl-C, or export, import or report."""
@@ -66,18 +64,19 @@ def _serve(args: RankConfig, tasks: Sequence[Task], store: Store) -> None:
         import uvicorn
 
         from jrlhf.rank.app import make_app
+        from jrlhf.rank.guard import OWN_NAMES, shown_host
     except ModuleNotFoundError as error:
         raise _missing(error) from error
     if args.rater and not is_name(args.rater.strip()):
         raise ConfigError(f"rater: must be a name of at most 64 printable characters, got {args.rater!r}")
-    if args.host not in LOOPBACK:
+    if args.host not in OWN_NAMES:
         print(
             f"jrlhf: {args.host}: the page is open to other machines, unencrypted; who has the address can rank",
             file=sys.stderr,
         )
     token = secrets.token_urlsafe(24)
     listening = _listen(args.host, args.port)
-    shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(args.host, args.host)
+    shown = shown_host(args.host)
     where = f"[{shown}]" if ":" in shown else shown
     rater = f"&rater={quote(args.rater.strip())}" if args.rater else ""
     print(f"{len(tasks)} tasks; open http://{where}:{listening.getsockname()[1]}/?token={token}{rater}")

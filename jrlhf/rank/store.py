@@ -52,6 +52,16 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30.0)
+        except sqlite3.OperationalError as error:
+            raise TaskError(f"{path}: cannot be opened: {error}") from error
+        try:
+            self._prepare(path)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self, path: Path) -> None:
+        try:
             # A write-ahead log, so that reports read while people rank; synced at every commit.
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")

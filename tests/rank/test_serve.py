@@ -118,8 +118,17 @@ def test_ctrl_c_ends_it_and_the_address_names_the_rater(tmp_path):
 
 
 @pytest.mark.usefixtures("served")
-def test_another_host_than_this_machine_is_warned_of(tmp_path):
+def test_another_host_than_this_machine_is_warned_of_and_its_printed_name_lets_in(tmp_path):
     with Server(write_tasks(tmp_path / "tasks.jsonl", 2), "--host", "0.0.0.0") as server:
+        printed, port = server.host, urlsplit(server.address).port
+        server.host = f"127.0.0.1:{port}"
+        connection, _ = server.connect()
+        for name, status in ((printed, 200), (f"127.0.0.1:{port}", 200), ("evil.example", 400)):
+            connection.request("GET", f"/?token={server.token}", headers={"host": name})
+            reply = connection.getresponse()
+            reply.read()
+            assert reply.status == status
+        connection.close()
         server.process.send_signal(signal.SIGINT)
         _, err = server.process.communicate(timeout=30)
     assert "open to other machines" in err

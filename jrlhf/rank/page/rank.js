@@ -74,6 +74,7 @@ document.addEventListener("visibilitychange", () => {
 // ---- changing the order
 
 function change(act) {
+  if (busy) return; // the task on the page is on its way out
   const before = { order: [...order], placed, tied: new Set(tied), focused };
   act();
   for (const answer of [...tied]) {
