@@ -79,6 +79,7 @@ def test_a_large_body_is_refused_by_its_header_and_by_its_bytes(client):
     large = b"x" * (LARGEST_BODY + 1)
     assert client("POST", "/api/next", chunks=[large], content_length=str(len(large))).status == 413
     assert client("POST", "/api/next", chunks=[large[:9], large[9:]]).status == 413
+    assert client("POST", "/api/next", chunks=[b"{}"], content_length=str(len(large))).status == 413
     assert client("POST", "/api/next", chunks=[b"{}"], content_length="-1").status == 413
 
 
