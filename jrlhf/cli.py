@@ -12,18 +12,18 @@ from pathlib import Path
 
 from jrlhf import __version__
 from jrlhf.cli_args import STAGES, plan_config, print_help, stage_config, tool_config
-from jrlhf.config import (
-    Config,
+from jrlhf.config import Config, PlanConfig, Sources
+from jrlhf.config_io import ConfigError
+from jrlhf.config_tools import (
     ExportConfig,
     GenerateConfig,
-    PlanConfig,
     QuickstartConfig,
+    RankConfig,
+    SampleConfig,
     ScoreConfig,
     ShowConfig,
-    Sources,
     VerifyConfig,
 )
-from jrlhf.config_io import ConfigError
 from jrlhf.environment import keep_compiled_programs, quiet_compiler, restart_with_huge_pages
 from jrlhf.gates import GatesFailed
 from jrlhf.lock import RunLocked
@@ -40,6 +40,8 @@ COMMANDS = {
     "ppo": "Optimise the policy on the reward under a KL penalty.",
     "plan": "Memory, traffic and time of every stage on devices that need not be there.",
     "generate": "Answer a file of prompts with a Hugging Face folder or a run.",
+    "sample": "Draw several answers to each prompt, as tasks for people to rank.",
+    "rank": "Let people rank answers in the browser; export what they decided, report how far they agree.",
     "score": "Score a file of answers with a reward model.",
     "data show": "Show rows as the model sees them, and count what is odd.",
     "export": "Write a run's checkpoint as a Hugging Face folder.",
@@ -48,6 +50,8 @@ COMMANDS = {
 TOOLS: dict[str, type] = {
     "quickstart": QuickstartConfig,
     "generate": GenerateConfig,
+    "sample": SampleConfig,
+    "rank": RankConfig,
     "score": ScoreConfig,
     "data show": ShowConfig,
     "export": ExportConfig,
@@ -55,7 +59,7 @@ TOOLS: dict[str, type] = {
 }
 """Commands that read no YAML."""
 RESUMABLE = (*STAGES, "quickstart")
-COMPUTING = (*RESUMABLE, "generate", "score", "verify")
+COMPUTING = (*RESUMABLE, "generate", "sample", "score", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,6 +155,16 @@ def run(command: str, argv: Sequence[str]) -> int:
             from jrlhf.stages.inference import run_generate
 
             run_generate(generate)
+        case "sample":
+            sample = tool_config(command, SampleConfig, argv)
+            from jrlhf.stages.inference import run_sample
+
+            run_sample(sample)
+        case "rank":
+            rank = tool_config(command, RankConfig, argv)
+            from jrlhf.rank.run import run_rank
+
+            run_rank(rank)
         case "score":
             score = tool_config(command, ScoreConfig, argv)
             from jrlhf.stages.inference import run_score

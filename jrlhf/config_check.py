@@ -13,7 +13,6 @@ from jrlhf.config import (
     Config,
     DataConfig,
     DistributedConfig,
-    GenerateConfig,
     GuardConfig,
     GuardsConfig,
     LogConfig,
@@ -22,15 +21,20 @@ from jrlhf.config import (
     OptimConfig,
     PlanConfig,
     PPOConfig,
-    QuickstartConfig,
     RewardConfig,
     SamplingConfig,
-    ScoreConfig,
     SFTConfig,
+)
+from jrlhf.config_rewards_check import rewards_rules
+from jrlhf.config_tools import (
+    GenerateConfig,
+    QuickstartConfig,
+    RankConfig,
+    SampleConfig,
+    ScoreConfig,
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.config_rewards_check import rewards_rules
 from jrlhf.gates import FORM, is_gate
 
 Rule = tuple[bool, str, Any, str]
@@ -98,11 +102,23 @@ def _rules(config: Any) -> Iterator[Rule]:
             yield from _run_folder("out", config.out)
             yield _seed(config.seed)
         case GenerateConfig():
+            if isinstance(config, SampleConfig):
+                yield 2 <= config.samples <= 9, "samples", config.samples, "from 2 to 9"
+                temperature = config.sampling.temperature
+                yield temperature != 0, "sampling.temperature", temperature, "above 0: without it all answers are one"
             yield config.samples >= 1, "samples", config.samples, "1 or more"
             yield _seed(config.seed)
             yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
             yield config.max_length >= 1, "max_length", config.max_length, "1 or more"
             yield from _sampling("sampling", config.sampling)
+        case RankConfig():
+            yield bool(config.tasks.strip()), "tasks", config.tasks, "a file"
+            yield bool(config.host.strip()), "host", config.host, "an address"
+            yield 0 <= config.port < 2**16, "port", config.port, "from 0 to 65535"
+            modes = [bool(config.export), bool(config.import_from), config.report]
+            yield sum(modes) <= 1, "report", config.report, "alone: export, import_from and report are one at a time"
+            moves = bool(config.export or config.import_from)
+            yield moves or config.format == "ranking", "format", config.format, "given with export or import_from"
         case ScoreConfig():
             yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
             yield config.max_length >= 1, "max_length", config.max_length, "1 or more"

@@ -12,22 +12,24 @@ import pytest
 from jrlhf import __version__, cli
 from jrlhf.cli import COMMANDS, main
 from jrlhf.cli_args import PLANNED, STAGES
-from jrlhf.config import (
-    Config,
+from jrlhf.config import Config, PlanConfig, SamplingConfig
+from jrlhf.config_io import ConfigError, flag_types
+from jrlhf.config_tools import (
     ExportConfig,
     GenerateConfig,
-    PlanConfig,
     QuickstartConfig,
-    SamplingConfig,
+    RankConfig,
+    SampleConfig,
     ScoreConfig,
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.config_io import ConfigError, flag_types
 from jrlhf.lock import RunLocked
 
 TOOLS = {
     "generate": GenerateConfig,
+    "sample": SampleConfig,
+    "rank": RankConfig,
     "score": ScoreConfig,
     "data show": ShowConfig,
     "export": ExportConfig,
@@ -36,6 +38,8 @@ TOOLS = {
 }
 PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in COMMANDS} | {
     "generate": ("jrlhf.stages.inference", "run_generate"),
+    "sample": ("jrlhf.stages.inference", "run_sample"),
+    "rank": ("jrlhf.rank.run", "run_rank"),
     "score": ("jrlhf.stages.inference", "run_score"),
     "data show": ("jrlhf.stages.show", "run_show"),
 }
@@ -169,6 +173,13 @@ def test_tools_take_positionals_and_flags_in_any_order(stage):
     argv = ["generate", "--sampling.stop", "a", "b", "--samples", "4", "m", "-", "--sampling.temperature=0"]
     assert main(argv) == 0
     assert calls == [(GenerateConfig("m", "-", samples=4, sampling=SamplingConfig(stop=("a", "b"), temperature=0.0)),)]
+    calls = stage("sample")
+    assert main(["sample", "m", "--prompts", "p.jsonl", "--samples", "3", "--out=t.jsonl"]) == 0
+    assert calls == [(SampleConfig("m", "p.jsonl", samples=3, out="t.jsonl"),)]
+    calls = stage("rank")
+    assert main(["rank", "--report"]) == 0
+    assert main(["rank", "--tasks", "t.jsonl", "--export", "r.jsonl", "--format=argilla"]) == 0
+    assert calls == [(RankConfig(report=True),), (RankConfig("t.jsonl", export="r.jsonl", format="argilla"),)]
     calls = stage("score")
     assert main(["score", "--data", "d.csv", "m", "--batch-size", "8"]) == 0
     assert calls == [(ScoreConfig("m", "d.csv", batch_size=8),)]
@@ -222,6 +233,10 @@ def test_a_switch_needs_no_value(stage):
         (["generate", "m"], "prompts: is missing; usage: jrlhf generate MODEL PROMPTS [--FLAG VALUE ...]"),
         (["generate", "m", "p", "q"], "q: unexpected"),
         (["generate", "m", "p", "--sampling.top_p", "2"], "sampling.top_p: must be above 0 and at most 1, got 2.0"),
+        (["sample", "m", "p", "--samples", "10"], "samples: must be from 2 to 9, got 10"),
+        (["rank", "--port", "70000"], "port: must be from 0 to 65535, got 70000"),
+        (["rank", "--report", "--export", "a"], "report: must be alone"),
+        (["rank", "--format", "argilla"], "format: must be given with export or import_from"),
         (["verify", "m", "--temprature", "1"], "--temprature: unknown flag; did you mean --temperature?"),
         (["quickstart", "--preset", "ful"], "--preset: expected full or smoke, got 'ful' (a string)"),
     ],

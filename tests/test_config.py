@@ -7,18 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrlhf.config import (
-    Config,
-    GenerateConfig,
-    KLConfig,
-    OptimConfig,
-    PPOConfig,
-    QuickstartConfig,
-    SamplingConfig,
-    ScoreConfig,
-    SFTConfig,
-    VerifyConfig,
-)
+from jrlhf.config import Config, KLConfig, OptimConfig, PPOConfig, SamplingConfig, SFTConfig
 from jrlhf.config_io import (
     ConfigError,
     apply_flags,
@@ -29,6 +18,7 @@ from jrlhf.config_io import (
     load_config,
     to_yaml,
 )
+from jrlhf.config_tools import GenerateConfig, QuickstartConfig, ScoreConfig, VerifyConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

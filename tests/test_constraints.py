@@ -11,8 +11,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PYTHONS = {"py311.txt": "3.11", "py312.txt": "3.12"}
-UNPINNED = {"torch", "peft"}
-"""Of the tests alone, and with builds for every accelerator."""
+UNPINNED = {"torch", "peft", "jrlhf"}
+"""Of the tests alone, and with builds for every accelerator; and jrlhf's own extras."""
 
 
 def pins(name: str) -> dict[str, str]:
@@ -23,7 +23,8 @@ def pins(name: str) -> dict[str, str]:
 def direct(python: str) -> list[Requirement]:
     """What pyproject.toml asks for, the tests' tools included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = map(Requirement, project["dependencies"] + project["optional-dependencies"]["test"])
+    extras = project["optional-dependencies"]
+    asked = map(Requirement, project["dependencies"] + extras["rank"] + extras["test"])
     environment = {"python_version": python}
     return [need for need in asked if need.marker is None or need.marker.evaluate(environment)]
 

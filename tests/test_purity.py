@@ -38,6 +38,19 @@ def test_the_command_line_starts_without_jax(module):
     assert not {"jax", "flax", "orbax", "transformers", "datasets"} & loaded_by(module)
 
 
+@pytest.mark.parametrize("module", ["jrlhf.rank", "jrlhf.rank.run"])
+def test_ranking_needs_neither_jax_nor_what_serves_the_page_until_it_is_served(module):
+    assert not {"jax", "flax", "transformers", "datasets", "starlette", "uvicorn", "markdown_it"} & loaded_by(module)
+
+
+@pytest.mark.parametrize("module", ["app", "argilla", "exchange", "label_studio", "report", "store"])
+def test_no_part_of_ranking_needs_jax(module):
+    needs = {"app": "starlette", "report": "scipy"}.get(module)
+    if needs:
+        pytest.importorskip(needs)
+    assert not {"jax", "flax", "transformers", "datasets"} & loaded_by(f"jrlhf.rank.{module}")
+
+
 def test_steps_need_neither_flax_nor_orbax_nor_transformers():
     loaded = loaded_by("jrlhf.steps")
     assert not {"flax", "orbax", "transformers", "datasets"} & loaded

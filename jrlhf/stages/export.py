@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 
 from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, ExportConfig, LoRAConfig
+from jrlhf.config import Config, LoRAConfig
 from jrlhf.config_io import ConfigError, load_config
+from jrlhf.config_tools import ExportConfig
 from jrlhf.models import (
     Pretrained,
     RewardModel,

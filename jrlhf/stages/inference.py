@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TextIO
 
 from jrlhf import assets
-from jrlhf.config import DataConfig, GenerateConfig, ScoreConfig
-from jrlhf.data import load_prompts, load_texts, load_tokenizer
+from jrlhf.config import DataConfig
+from jrlhf.config_tools import GenerateConfig, SampleConfig, ScoreConfig
+from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
+from jrlhf.rank.tasks import FEWEST, Content, TaskFile, distinct, task_line
 from jrlhf.stages.run import exported_folder, json_line
 from jrlhf.stages.sampling import answers, jit_generate
 from jrlhf.stages.scoring import score_texts
@@ -19,6 +21,36 @@ from jrlhf.stages.start import check_length
 
 def run_generate(args: GenerateConfig) -> None:
     """One JSON line a prompt, in the order of the prompts: ``{"prompt", "completions": [...]}``."""
+    drawn = _draw(args)
+    with _output(args.out) as out:
+        out.writelines(json_line({"prompt": prompt, "completions": completions}) for prompt, completions in drawn)
+
+
+def run_sample(args: SampleConfig) -> None:
+    """One JSON line a prompt that people can rank answers of; what is left out is said on stderr."""
+    lines: list[str] = []
+    merged = left_out = 0
+    drawn = _draw(args)
+    about = {"model": args.model, "seed": args.seed, "temperature": args.sampling.temperature}
+    for prompt, completions in drawn:
+        different = distinct(completions)
+        merged += len(completions) - len(different)
+        if len(different) < FEWEST:
+            left_out += 1
+        else:
+            lines.append(task_line(prompt, different, **about))
+    unique = list(dict.fromkeys(lines))
+    repeated = len(lines) - len(unique)
+    for note in TaskFile((), merged, left_out, repeated).notes():
+        print(f"jrlhf: {note}", file=sys.stderr)
+    if not unique:
+        raise DataError(f"{args.prompts}: no prompt got two different answers; raise sampling.temperature or samples")
+    with _output(args.out) as out:
+        out.writelines(unique)
+
+
+def _draw(args: GenerateConfig) -> list[tuple[Content, list[str]]]:
+    """Each prompt with its answers."""
     source = exported_folder(assets.resolve(args.model), stages=("ppo", "sft"))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.prompts, max_length=args.max_length)
@@ -38,8 +70,7 @@ def run_generate(args: GenerateConfig) -> None:
         batch_size=args.batch_size,
         show_progress=len(prompts) * args.samples > args.batch_size,
     )
-    with _output(args.out) as out:
-        out.writelines(json_line(row | {"completions": c}) for row, c in zip(prompts.shown, drawn, strict=True))
+    return [(row["prompt"], completions) for row, completions in zip(prompts.shown, drawn, strict=True)]
 
 
 def run_score(args: ScoreConfig) -> None:

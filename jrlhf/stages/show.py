@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.text import Text
 
 from jrlhf import assets
-from jrlhf.config import DataConfig, ShowConfig
+from jrlhf.config import DataConfig
+from jrlhf.config_tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
 from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, look

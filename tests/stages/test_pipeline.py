@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 
 from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, ExportConfig, GenerateConfig, SamplingConfig, ScoreConfig
+from jrlhf.config import Config, SamplingConfig
 from jrlhf.config_io import ConfigError, to_yaml
-from jrlhf.data import load_tokenizer
+from jrlhf.config_tools import ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
+from jrlhf.data import DataError, load_tokenizer
 from jrlhf.lock import run_lock
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, load_reward_model
+from jrlhf.rank import distinct
 from jrlhf.stages import ppo_iteration, sft
 from jrlhf.stages.export import run_export
-from jrlhf.stages.inference import run_generate, run_score
+from jrlhf.stages.inference import run_generate, run_sample, run_score
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.run import open_stage
@@ -208,6 +210,33 @@ def test_answers_can_be_generated_and_scored(finished: Finished, tmp_path: Path)
     scored = read_jsonl(scores)
     assert [row["completion"] for row in scored] == [answer for row in rows for answer in row["completions"]]
     assert all(math.isfinite(row["score"]) for row in scored)
+
+
+def test_answers_are_sampled_as_tasks_to_rank(finished: Finished, tmp_path: Path, capsys) -> None:
+    """Each prompt's different answers, by an id that is theirs; what was drawn twice is counted."""
+    config, _ = finished
+    prompts, out = config.ppo.prompts.eval, tmp_path / "tasks.jsonl"
+    # One token of the three likeliest: nine draws cannot all differ.
+    sampling = SamplingConfig(max_new_tokens=1, temperature=0.7, top_k=3)
+    args = SampleConfig(config.run, prompts, out=str(out), samples=9, seed=5, sampling=sampling)
+    run_sample(args)
+    said = capsys.readouterr().err
+    tasks = read_jsonl(out)
+    assert all(2 <= len(set(task["completions"])) == len(task["completions"]) <= 3 for task in tasks)
+    assert all((task["model"], task["seed"], task["temperature"]) == (config.run, 5, 0.7) for task in tasks)
+    assert len({task["id"] for task in tasks}) == len(tasks)
+    assert "answers left out: blank, or the same as another one of their prompt" in said
+    drawn = tmp_path / "answers.jsonl"
+    run_generate(GenerateConfig(config.run, prompts, out=str(drawn), samples=9, seed=5, sampling=sampling))
+    expected = {row["prompt"]: distinct(row["completions"]) for row in read_jsonl(drawn)}
+    assert {task["prompt"]: task["completions"] for task in tasks} == {
+        prompt: answers for prompt, answers in expected.items() if len(answers) > 1
+    }
+    first = out.read_bytes()
+    run_sample(args)
+    assert out.read_bytes() == first
+    with pytest.raises(DataError, match=r"no prompt got two different answers; raise sampling\.temperature"):
+        run_sample(replace(args, sampling=replace(sampling, top_k=1)))
 
 
 def test_the_exports_load_and_the_policy_has_moved(finished: Finished) -> None:

@@ -1,0 +1,149 @@
+"""The schema of the commands that read no YAML: what has no default is a positional argument. Imports no JAX."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jrlhf.config import SamplingConfig
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answers to a file of prompts, as JSONL."""
+
+    model: str
+    """A Hugging Face folder, a hub id, or a run or stage folder."""
+    prompts: str
+    """A .jsonl, .json, .csv or .parquet file, a hub id (name or name:split), asset:NAME, or - (stdin, one a line)."""
+    out: str = "-"
+    """The JSONL file to write; - is stdout."""
+    samples: int = 1
+    """Answers to each prompt."""
+    seed: int = 0
+    """Of the draws."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    batch_size: int = 16
+    """Answers drawn at once."""
+    max_length: int = 1024
+    """Longest prompt in tokens; longer ones are cut at their start."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+
+
+@dataclass(frozen=True)
+class SampleConfig(GenerateConfig):
+    """Several answers to each prompt, as tasks for people to rank."""
+
+    out: str = "tasks.jsonl"
+    """The task file to write; - is stdout."""
+    samples: int = 4
+    """Answers to each prompt, from 2 to 9; those that are the same are shown once."""
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """A page on this machine where people order answers; or what they have decided, as files and figures."""
+
+    tasks: str = "tasks.jsonl"
+    """The task file that jrlhf sample wrote, or a stage's candidates.jsonl."""
+    rater: str = ""
+    """Whose page the printed address opens. Empty: the page asks for a name."""
+    state: str = ""
+    """The SQLite file that keeps the decisions. Empty: beside the tasks, with .sqlite for its suffix."""
+    report: bool = False
+    """Print agreement, accuracy and pace of the raters, and serve no page."""
+    export: str = ""
+    """Write the decisions to this file (- is stdout), and serve no page."""
+    import_from: str = ""
+    """Take decisions made elsewhere from this file, and serve no page."""
+    format: Literal["ranking", "argilla", "label-studio"] = "ranking"
+    """Of what is exported or imported. ranking: JSONL that reward.data.train reads."""
+    host: str = "127.0.0.1"
+    """The address the page is served at; any but this machine's own lets others in who know the printed address."""
+    port: int = 0
+    """0: a free one."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """A reward model's scores of a file of texts, as JSONL."""
+
+    model: str
+    """A reward model: a Hugging Face folder, a hub id, or a run or stage folder."""
+    data: str
+    """Rows, in generate's forms: prompt (optional) and completion, completions, or chosen and rejected; or text."""
+    out: str = "-"
+    """The JSONL file to write; - is stdout."""
+    batch_size: int = 32
+    """Texts scored at once."""
+    max_length: int = 1024
+    """Longest sequence in tokens; longer ones are cut at the prompt's start."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Rows as the model sees them, and counts of what is odd about them."""
+
+    model: str
+    """Whose tokenizer is used: a Hugging Face folder, a hub id, asset:NAME, or a run or stage folder."""
+    data: str
+    """Rows, in the forms of data.train: one source."""
+    kind: Literal["auto", "sft", "reward", "prompts"] = "auto"
+    """What the rows are for. auto: by the columns of the first one."""
+    rows: int = 3
+    """First rows that are shown; the counts are of all."""
+    max_length: int = 1024
+    """Longest sequence in tokens, as in the stage's data block."""
+    train_on: Literal["completion", "assistant", "all"] = "completion"
+    """What is learnt, as in sft.train_on."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be trained on makes the exit code 2, as training would end there, or not. All are counted."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A checkpoint as a Hugging Face folder."""
+
+    run: str
+    """A run folder, or a stage's folder in it."""
+    out: str
+    """The folder to write."""
+    stage: Literal["last", "sft", "reward", "ppo"] = "last"
+    """Which stage of a run folder; last: the furthest one that has a checkpoint."""
+    step: int = -1
+    """Which checkpoint; -1 is the newest."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """The invariants of RLHF with PPO, checked on one model."""
+
+    model: str
+    """A Hugging Face folder, a hub id, or a run or stage folder."""
+    prompts: str = ""
+    """Prompts, in the forms of generate's. Empty: a few that come with jrlhf."""
+    temperature: float = 0.7
+    """Of the draws and of every log-prob; other than 1, so that a forgotten division shows."""
+    max_new_tokens: int = 32
+    """Longest answer in tokens."""
+    batch_size: int = 8
+    """Prompts used."""
+    max_length: int = 128
+    """Longest prompt in tokens; longer ones are cut at their start."""
+    seed: int = 0
+    """Of the draws."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; the tolerances are those of float32."""
+
+
+@dataclass(frozen=True)
+class QuickstartConfig:
+    """All three stages on the small model and the film reviews that come with jrlhf."""
+
+    out: str = "jrlhf-quickstart"
+    """The run's folder."""
+    seed: int = 0
+    """Of every random choice in the run."""
+    preset: Literal["full", "smoke"] = "full"
+    """full: to the reported figures, up to ten minutes on two CPU cores. smoke: every stage, briefly."""
