@@ -19,6 +19,7 @@ from jrlhf.config_tools import (
     GenerateConfig,
     QuickstartConfig,
     RankConfig,
+    ReportConfig,
     SampleConfig,
     ScoreConfig,
     ShowConfig,
@@ -44,6 +45,7 @@ COMMANDS = {
     "rank": "Let people rank answers in the browser; export what they decided, report how far they agree.",
     "score": "Score a file of answers with a reward model.",
     "data show": "Show rows as the model sees them, and count what is odd.",
+    "report": "A run, or two side by side, on one page that opens without a network.",
     "export": "Write a run's checkpoint as a Hugging Face folder.",
     "verify": "Check the invariants of RLHF on a model, each with its figure.",
 }
@@ -52,6 +54,7 @@ TOOLS: dict[str, type] = {
     "generate": GenerateConfig,
     "sample": SampleConfig,
     "rank": RankConfig,
+    "report": ReportConfig,
     "score": ScoreConfig,
     "data show": ShowConfig,
     "export": ExportConfig,
@@ -175,6 +178,11 @@ def run(command: str, argv: Sequence[str]) -> int:
             from jrlhf.stages.show import run_show
 
             run_show(shown)
+        case "report":
+            report = tool_config(command, ReportConfig, argv)
+            from jrlhf.stages.report import run_report
+
+            print(run_report(report))
         case "export":
             export = tool_config(command, ExportConfig, argv)
             from jrlhf.stages.export import run_export

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Annotated, Any, TypeVar, cast, get_origin
 
 from jrlhf.config import Config, PlanConfig, Sources
 from jrlhf.config_io import ConfigError, apply_flags, check, flag_types, load_config
@@ -53,7 +53,8 @@ def stage_flags(cls: type, parts: Sequence[str]) -> dict[str, Any]:
 def tool_config(command: str, cls: type[T], argv: Sequence[str]) -> T:
     """The arguments of a command that reads no YAML; what has no default comes first, without a flag."""
     required = required_fields(cls)
-    flags = read_flags(command, argv, flag_types(cls), positional=required)
+    named = [*required, *(f.name for f in fields(cast(Any, cls)) if f.metadata.get("positional"))]
+    flags = read_flags(command, argv, flag_types(cls), positional=named)
     if missing := [name for name in required if name not in flags]:
         order = " ".join(name.upper() for name in required)
         raise ConfigError(f"{missing[0]}: is missing; usage: jrlhf {command} {order} [--FLAG VALUE ...]")

@@ -138,6 +138,16 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """A run's figures, curves and answers on one page that opens without a network."""
+
+    run: str
+    """A run's folder, done or not. The page is written into it: report.html, or comparison.html beside another run."""
+    other: str = field(default="", metadata={"positional": True})
+    """A second run's folder, to compare with."""
+
+
+@dataclass(frozen=True)
 class QuickstartConfig:
     """All three stages on the small model and the film reviews that come with jrlhf."""
 

@@ -179,3 +179,33 @@ def bag_of_words_accuracy(train: Sequence[Ranking], heldout: Sequence[Ranking], 
     texts, better, worse = ordered_text_pairs(heldout)
     scores = _bag(texts, index) @ fit.x
     return pair_accuracy(scores[better] - scores[worse])
+
+
+class OveroptimisationFit(NamedTuple):
+    """R(d) = start + d · (α - β · log d), d = √KL."""
+
+    start: float
+    alpha: float
+    beta: float
+
+    def at(self, distances: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+        """R at each d; R(0) is the start."""
+        safe = np.where(distances > 0, distances, 1.0)
+        return self.start + np.where(distances > 0, distances * (self.alpha - self.beta * np.log(safe)), 0.0)
+
+
+def overoptimisation_fit(kl: Float[np.ndarray, "N"], rewards: Float[np.ndarray, "N"]) -> OveroptimisationFit | None:
+    """Least squares over α, β and the start. Gao et al. 2022, "Scaling laws for reward model overoptimization", eq. 2.
+
+    ``kl`` in nats a sequence; one below 0 counts as 0. None with fewer than four different distances, as three
+    unknowns go through any three.
+    """
+    d = np.sqrt(np.maximum(kl.astype(np.float64), 0.0))
+    known = np.isfinite(d) & np.isfinite(rewards)
+    d, rewards = d[known], rewards[known]
+    if np.unique(d).size < 4:
+        return None
+    log_d = np.log(np.where(d > 0, d, 1.0))
+    columns = np.stack([np.ones_like(d), d, -d * log_d], axis=-1)
+    start, alpha, beta = np.linalg.lstsq(columns, rewards.astype(np.float64), rcond=None)[0]
+    return OveroptimisationFit(float(start), float(alpha), float(beta))

@@ -1,10 +1,13 @@
 """The stages of one config, one after the other, skipping what is done."""
 
+import os
 import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jrlhf import __version__
 from jrlhf.config import Config
@@ -39,11 +42,17 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     seconds = {name: part["seconds"] for name, part in summary.items()}
     # A stage that was done before keeps its time, and the total is never less than the sum of its parts.
     seconds["total"] = max(time.perf_counter() - start, sum(seconds.values()))
-    summary |= {"seconds": seconds, "seed": config.seed, "versions": versions()}
+    summary |= {"seconds": seconds, "seed": config.seed, "hardware": hardware(), "versions": versions()}
     write_json(folder / "summary.json", summary)
     if is_first():
-        write_report(folder, summary, [])
+        write_report(folder, summary)
     return summary
+
+
+def hardware() -> dict[str, str]:
+    """What the figures were made on."""
+    devices = jax.devices()
+    return {"devices": f"{len(devices)} x {devices[0].device_kind}", "cores": str(os.cpu_count())}
 
 
 def versions() -> dict[str, str]:

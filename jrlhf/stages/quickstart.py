@@ -35,9 +35,8 @@ def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> di
     config = replace(load_config(config_path(f"quickstart/{preset}.yaml")), run=str(out), seed=seed)
     summary = judge(config, run_pipeline(config))
     write_json(out / "summary.json", summary)
-    samples = before_and_after(config)
-    write_report(out, summary, samples)
-    print_summary(Console(), summary, samples)
+    write_report(out, summary)
+    print_summary(Console(), summary, before_and_after(config))
     return summary
 
 
@@ -75,6 +74,7 @@ def judge(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
         },
         "seconds": summary["seconds"],
         "seed": summary["seed"],
+        "hardware": summary["hardware"],
         "versions": summary["versions"],
     }
 

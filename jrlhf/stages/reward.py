@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from jrlhf.models import (
     reward_from_pretrained,
     save_reward_model,
 )
-from jrlhf.parallel import device_peaks, fetch, shard_batch
+from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.stages.evaluation import (
@@ -38,6 +39,7 @@ from jrlhf.stages.evaluation import (
     expected_calibration_error,
     longer_wins_accuracy,
     pair_accuracy,
+    reliability_curve,
 )
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
@@ -54,7 +56,7 @@ from jrlhf.types import PackedRankingBatch, Params
 def run_reward(config: Config) -> dict[str, Any]:
     """Train, evaluate, normalise and export; returns the summary. Goes on where an earlier call left, if it did.
 
-    Writes ``<run>/reward/{config.yaml, metrics.jsonl, checkpoints/, hf/, peft/, summary.json}``.
+    Writes ``<run>/reward/{config.yaml, metrics.jsonl, evals/<step>.json, checkpoints/, hf/, peft/, summary.json}``.
     """
     reward = config.reward
     with open_stage(config, "reward") as folder:
@@ -91,12 +93,12 @@ def run_reward(config: Config) -> dict[str, Any]:
             metrics |= seconds | {"flops": flops(mask, 0.0)}
             return state._replace(train=train, cursor=state.cursor + 1), metrics
 
-        score = _evaluator(reward, model, heldout, mesh)
+        score = _evaluator(reward, model, heldout, folder, mesh)
         loop = Loop(
             title="Reward model",
             total=total,
             advance=advance,
-            evaluate=lambda state, number: score(combine(state.train.params, frozen)),
+            evaluate=lambda state, number: score(combine(state.train.params, frozen), number),
             batch_of=lambda state, number: batches.batch(order[number])._asdict(),
             max_skipped=reward.max_skipped,
             guards=None,
@@ -148,15 +150,18 @@ def _packed(rows: RankingRows, reward: RewardConfig) -> PackedRankingRows:
 
 
 def _evaluator(
-    reward: RewardConfig, model: RewardModel, heldout: RankingRows | None, mesh: Mesh
-) -> Callable[[Params], dict[str, float]]:
-    """Accuracy, loss, margin and calibration over all held-out pairs, with the "longer wins" baseline beside them."""
+    reward: RewardConfig, model: RewardModel, heldout: RankingRows | None, folder: Path, mesh: Mesh
+) -> Callable[[Params, int], dict[str, float]]:
+    """Accuracy, loss, margin and calibration over all held-out pairs, with the "longer wins" baseline beside them.
+
+    ``evals/<step>.json`` gets the calibration bin by bin.
+    """
     if heldout is None:
-        return lambda params: {}
+        return lambda params, number: {}
     score = jax.jit(lambda params, batch: score_completions(model.score_fn, params, batch))
     rows, batch_size = heldout, device_multiple(reward.batch_size, mesh)
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def evaluate(params: Params, number: int) -> dict[str, float]:
         parts = []
         for indices, real in covering_batches(rows.lengths, batch_size=batch_size, limit=reward.log.eval_rows):
             batch = rows.batch(indices)
@@ -164,6 +169,9 @@ def _evaluator(
             ranks, valid, lengths = (np.asarray(x) for x in (batch.ranks, batch.valid, batch.mask.sum(axis=-1)))
             parts.append(ordered_differences(ranks, valid & real[:, None], scores, lengths))
         margins, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
+        if is_first():
+            (folder / "evals").mkdir(exist_ok=True)
+        write_json(folder / "evals" / f"{number:06d}.json", {"calibration": calibration_bins(margins)})
         return {f"eval/{name}": value for name, value in pair_metrics(margins, lengths).items()}
 
     return evaluate
@@ -190,6 +198,15 @@ def pair_metrics(margins: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
         "longer_wins_accuracy": longer_wins_accuracy(lengths),
         "pairs": float(len(margins)),
     } | {f"accuracy_better_is_{names[part.low]}": part.accuracy for part in by_length}
+
+
+def calibration_bins(margins: np.ndarray) -> list[dict[str, float]]:
+    """``reliability_curve`` as JSON, in the ten bins of the calibration error."""
+    curve = reliability_curve(margins, bins=10)
+    return [
+        {"confidence": float(confidence), "accuracy": float(accuracy), "pairs": int(pairs)}
+        for confidence, accuracy, pairs in zip(*curve, strict=True)
+    ]
 
 
 def _normalise(config: Config, model: RewardModel, tokenizer: Any, mesh: Mesh) -> tuple[RewardModel, str]:

@@ -18,6 +18,7 @@ from jrlhf.stages.evaluation import (
     load_opinion_lexicon,
     longer_wins_accuracy,
     ordered_text_pairs,
+    overoptimisation_fit,
     pair_accuracy,
     paired_difference,
     reliability_curve,
@@ -160,3 +161,23 @@ def test_the_bag_of_words_model_on_the_shipped_rankings() -> None:
 
     accuracy = bag_of_words_accuracy(read("rankings_train"), read("rankings_heldout"), l2=3e-4)
     assert accuracy == pytest.approx(0.817, abs=0.005)
+
+
+def test_the_form_of_overoptimisation_is_found_again() -> None:
+    kl = np.asarray([0.0, 0.5, 1.0, 4.0, 9.0, 30.0, 100.0])
+    d = np.sqrt(kl)
+    rewards = 0.25 + d * (0.8 - 0.3 * np.log(np.maximum(d, 1e-30)))
+    fit = overoptimisation_fit(kl, rewards)
+    assert fit is not None
+    np.testing.assert_allclose([fit.start, fit.alpha, fit.beta], [0.25, 0.8, 0.3], atol=1e-12)
+    np.testing.assert_allclose(fit.at(d), rewards, atol=1e-12)
+    # A KL below 0 is an estimate of 0, and what is not finite is no point.
+    noisy = overoptimisation_fit(np.append(kl, [-0.01, np.nan]), np.append(rewards, [0.25, 1.0]))
+    assert noisy is not None
+    assert noisy.alpha == pytest.approx(0.8)
+
+
+def test_too_few_distances_have_no_fit() -> None:
+    kl = np.asarray([0.0, 1.0, 4.0, 4.0])
+    assert overoptimisation_fit(kl, np.asarray([0.0, 1.0, 1.5, 1.4])) is None
+    assert overoptimisation_fit(np.zeros(0), np.zeros(0)) is None

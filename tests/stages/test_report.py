@@ -3,16 +3,17 @@
 import io
 import json
 import re
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from jrlhf.stages.chart import line_chart, thin, ticks
-from jrlhf.stages.report import figures, print_summary, write_report
+from jrlhf.config_io import ConfigError
+from jrlhf.config_tools import ReportConfig
+from jrlhf.stages.report import figures, print_summary, run_report, write_report
+from jrlhf.stages.report.charts import MOST_POINTS, line_chart, thin
 
 SUMMARY: dict[str, Any] = {
     "sft": {"base_nll": 4.0, "heldout_nll": 2.2},
@@ -42,53 +43,43 @@ PIPELINE: dict[str, Any] = {
 }
 
 
+HOSTILE = "</script><script>document.title = 'taken'</script><!--chart 0-->"
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder with the metrics and config of two stages."""
-    for stage, names in {"sft": ("loss", "nll"), "ppo": ("reward/score_mean", "score_mean")}.items():
-        folder = tmp_path / stage
-        folder.mkdir()
+    """A run's folder as the three stages leave it, with all that a report reads."""
+    folder = tmp_path / "mine"
+    for stage, names in {"sft": ("loss", "nll"), "reward": ("loss", "accuracy"), "ppo": ("kl", "score_mean")}.items():
+        (folder / stage / "evals").mkdir(parents=True)
         rows = [{"step": i, "time": 1e9, names[0]: 3.0 - i / 10, "odd<name>": float(i)} for i in range(1, 11)]
-        rows += [{"step": i, "time": 1e9, f"eval/{names[1]}": 3.25 - i / 10} for i in (0, 5, 10)]
+        rows += [
+            {"step": i, "time": 1e9, f"eval/{names[1]}": 3.25 - i / 10, "eval/kl": i * 0.5} for i in (0, 2, 5, 7, 10)
+        ]
         rows.append({"step": 11, "time": 1e9, names[0]: "nan"})
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "config.yaml").write_text("run: a<b\nseed: 0\n")
-    return tmp_path
+        (folder / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / stage / "config.yaml").write_text("run: a<b\nseed: 0\n")
+    bins = [{"confidence": 0.6, "accuracy": 0.55, "pairs": 10}, {"confidence": 0.9, "accuracy": 0.95, "pairs": 5}]
+    (folder / "reward" / "evals" / "000010.json").write_text(json.dumps({"calibration": bins}))
+    for step, shift in (0, 0.0), (5, 1.0), (10, 2.0):
+        answers = [
+            {"prompt": HOSTILE, "completion": f"answer {i} at {step} {HOSTILE}", "score": i + shift, "rule/json": 1.0}
+            for i in range(25)
+        ]
+        path = folder / "ppo" / "evals" / f"{step:06d}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in answers))
+    (folder / "ppo" / "summary.json").write_text(json.dumps({"exported_step": 5}))
+    verdict = {"gate": "kl <= 3", "value": 5.0, "passed": False, "missed_by": 2.0}
+    (folder / "ppo" / "gates.json").write_text(json.dumps({"gates": [verdict]}))
+    event = {"step": 7, "time": 1e9, "event": "rollback", "to": 5, "kl_coef": 0.25}
+    (folder / "ppo" / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    return folder
 
 
-class Page(HTMLParser):
-    """What a page consists of; fails on tags that are not closed in order."""
-
-    VOID = frozenset({"meta", "br", "line", "polyline", "circle"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def written(run: Path, summary: dict[str, Any], samples: list[dict[str, str]]) -> tuple[str, Page]:
-    write_report(run, summary, samples)
-    text = (run / "report.html").read_text(encoding="utf-8")
-    return text, Page(text)
+def without_library(text: str) -> str:
+    """The page without Bokeh's scripts and what they draw."""
+    return re.sub(r"<script\b.*?</script>", "", text, flags=re.S)
 
 
 def test_before_and_after_are_one_figure() -> None:
@@ -135,79 +126,110 @@ def test_the_terminal_shows_figures_and_samples_as_they_are() -> None:
     assert "prompt" not in printed(PIPELINE, [])
 
 
-def test_the_page_holds_figures_samples_charts_and_config(run: Path) -> None:
-    text, page = written(run, SUMMARY, SAMPLES)
-    content = " ".join(page.text)
+def test_the_page_holds_all_that_the_run_left(run: Path) -> None:
+    text = write_report(run, None).read_text(encoding="utf-8")
     for row in figures(SUMMARY):
-        assert row.label in content
-    for cell in (
-        "2.2",
-        "0.7811",
-        "1.457",
-        "0.0456",
-        "2.5e-06",
-        "jax 0.10.2",
-        "seed 3",
-        '"fun" & [/red]',
-        "run: a<b",
-    ):
-        assert cell in content
-    # Two stages, each with one chart of a train and a held-out line and one chart of another metric.
-    assert page.tags.count("svg") == 4
-    assert text.count('class="line1"') == 2
-    assert page.tags.count("details") == 3  # the two stages' other metrics, and one config for both
+        assert row.label in text.replace("&#x27;", "'").replace("&quot;", '"')
+    for cell in ("0.7811", "1.457", "2.5e-06", "jax 0.10.2", "seed 3", "run: a&lt;b", "failed by 2", "rollback"):
+        assert cell in text, cell
+    assert "answer 19 at 0 " in text
+    assert "answer 19 at 5 " in text, "the answers of the step that was exported"
+    assert "answer 20 at" not in text
+    assert "at 10 " not in text
+    assert "rule/json 1" in text
+    for title in ("Calibration: pairs ordered right", "Scores of held-out answers", "distance from the SFT policy"):
+        assert title in text
+    assert "Fitted d" in text
+    assert len(text) < 5_000_000
 
 
-def test_the_page_fetches_nothing_and_escapes_all(run: Path) -> None:
-    text, page = written(run, SUMMARY, SAMPLES)
-    assert "http" not in text
+def test_what_a_model_wrote_is_text_and_nothing_is_fetched(run: Path) -> None:
+    whole = write_report(run, None).read_text(encoding="utf-8")
+    assert "</script><script>document.title" not in whole
+    text = without_library(whole)
+    assert "&lt;/script&gt;&lt;script&gt;document.title" in text
+    assert "<odd" not in text
+    assert not re.search(r"(src|href)\s*=", text)
     assert not re.search(r"url\(|@import|srcset", text)
-    assert not {"script", "link", "img", "iframe", "object", "odd"} & set(page.tags)
-    assert not {"src", "href"} & {name for name, _ in page.attributes}
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    assert "odd&lt;name&gt;" in text
+    # Each chart is where its hole was, and a prompt that looks like one is none.
+    assert "<!--chart" not in text
+    assert "&lt;!--chart 0--&gt;" in text
 
 
-def test_a_run_without_samples_metrics_or_versions_has_a_page_too(tmp_path: Path) -> None:
-    text, page = written(tmp_path, PIPELINE, [])
-    assert "0.625" in text
-    assert "svg" not in page.tags
-    assert page.tags.count("table") == 1
+def test_two_runs_are_side_by_side(run: Path) -> None:
+    other = run.parent / "yours"
+    shutil.copytree(run, other)
+    (run / "ppo" / "config.yaml").write_text("run: a\nseed: 0\n")
+    (other / "ppo" / "config.yaml").write_text("run: b\nseed: 1\n")
+    text = run_report(ReportConfig(str(run), str(other))).read_text(encoding="utf-8")
+    assert (run / "comparison.html").exists()
+    assert "mine (1) and yours (2)" in text
+    assert "seed: 0 -&gt; 1" in text
+    assert "eval/nll (2)" in text
 
 
-def coordinates(figure: str, line: str) -> list[tuple[float, float]]:
-    root = ElementTree.fromstring(figure)
-    points = next(p.attrib["points"] for p in root.iter("polyline") if p.attrib["class"] == line)
-    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in points.split())]
+def test_a_run_on_its_way_has_a_page_too(run: Path) -> None:
+    for path in (run / "summary.json", run / "ppo" / "summary.json", run / "ppo" / "events.jsonl"):
+        path.unlink()
+    shutil.rmtree(run / "reward")
+    with (run / "ppo" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "ki')
+    text = write_report(run, None).read_text(encoding="utf-8")
+    assert "answer 3 at 10 " in text
+    (run / "sft" / "metrics.jsonl").write_text("")
+    shutil.rmtree(run / "ppo")
+    bare = write_report(run, None).read_text(encoding="utf-8")
+    assert "<h2>Configuration</h2>" in bare
+    assert "Bokeh" not in bare, "no chart, no script"
 
 
-def test_a_chart_is_to_scale() -> None:
-    figure = line_chart("T", {"a": [(0.0, 0.0), (5.0, 1.0), (10.0, 4.0)], "b": [(0.0, float("nan")), (10.0, 2.0)]})
-    (x0, y0), (x1, y1), (x2, y2) = coordinates(figure, "line0")
-    assert (x1 - x0) / (x2 - x0) == pytest.approx(0.5, abs=1e-3)
-    assert (y1 - y0) / (y2 - y0) == pytest.approx(0.25, abs=2e-3)
-    assert y2 < y0
-    assert coordinates(figure, "line1") == [(x2, pytest.approx((y0 + y2) / 2, abs=0.1))]
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run; it has none of sft, reward, ppo"):
+        run_report(ReportConfig(str(tmp_path)))
+    with pytest.raises(ConfigError, match="no run"):
+        run_report(ReportConfig(str(tmp_path / "absent")))
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_chart_of_nothing_finite_is_empty_and_of_one_value_is_flat() -> None:
-    assert line_chart("T", {"a": [(0.0, float("nan"))], "b": []}) == ""
-    flat = coordinates(line_chart("T", {"a": [(0.0, 0.0), (3.0, 0.0)]}), "line0")
-    assert flat[0][1] == flat[1][1]
-    assert len(coordinates(line_chart("T", {"a": [(7.0, 1.0)]}), "line0")) == 1
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0.0, 10.0, [0.0, 5.0, 10.0]), (0.13, 0.41, [0.1, 0.2, 0.3, 0.4, 0.5]), (-1.0, 1.0, [-1.0, -0.5, 0.0, 0.5, 1.0])],
-)
-def test_ticks_are_round_and_enclose(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
+def test_a_chart_of_nothing_finite_is_none() -> None:
+    assert line_chart("T", {"a": [(0.0, float("nan"))], "b": []}, x="step") is None
+    chart = line_chart("T", {"a": [(0.0, 1.0), (1.0, float("inf")), (2.0, 3.0)], "b": [(1.0, 1.0)]}, x="step")
+    lines = [r.data_source.data for r in chart.renderers]
+    assert lines[0] == {"x": [0.0, 2.0], "y": [1.0, 3.0]}
+    assert lines[1] == {"x": [1.0], "y": [1.0]}
 
 
 def test_thinning_keeps_the_last_point() -> None:
     points = [(float(i), float(i)) for i in range(1003)]
     kept = thin(points)
-    assert len(kept) <= 400
+    assert len(kept) <= MOST_POINTS
     assert kept[-1] == points[-1]
     assert thin(points[:400]) == points[:400]
+    assert thin([]) == []
+
+
+def test_in_a_browser_it_draws_and_says_nothing_wrong(run: Path) -> None:
+    sync = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium on the path")
+    page_file = write_report(run, None)
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    told: list[tuple[str, str]] = []
+    asked: list[str] = []
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        page = browser.new_page(viewport={"width": 400, "height": 800})
+        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "request", lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url)
+        )
+        page.goto(page_file.as_uri())
+        page.wait_for_function("document.querySelectorAll('.bk-Figure').length >= 6", timeout=30_000)
+        assert page.title() == "jrlhf: mine"
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, "nothing is wider than a phone"
+        browser.close()
+    assert [text for kind, text in told if kind in ("error", "warning")] == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []

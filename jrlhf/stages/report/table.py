@@ -1,0 +1,124 @@
+"""What a run came to: every figure before and after, and the table in the terminal."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Scalar = float | int | str
+Sample = Mapping[str, str]
+"""``prompt``, ``before`` and ``after``."""
+
+STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "seconds": "Seconds"}
+
+PAIRS = {"base_nll": ("nll", 0), "heldout_nll": ("nll", 1)}
+"""Before (0) and after (1) of one figure, where the names do not say so themselves."""
+
+LABELS = {
+    "nll": "held-out loss, nats per token",
+    "heldout_accuracy": "accuracy on held-out human rankings",
+    "bag_of_words_accuracy": "the same pairs: logistic model on words",
+    "longer_wins_accuracy": "the same pairs: the longer one wins",
+    "ece": "expected calibration error",
+    "reward": "reward",
+    "gold": "gold, the lexicon judge: positive - negative words",
+    "gold_stderr": "gold: standard error of the change",
+    "kl": "KL to the SFT policy, nats per sequence",
+    "entropy": "entropy, nats per token",
+    "distinct2": "distinct-2: different word pairs / all",
+    "max_abs_logprob_diff": "sampler against trainer: max |Δ log-prob|",
+    "first_minibatch_max_abs_log_ratio": "first minibatch: max |log ratio|",
+}
+RELATIVE = frozenset({"nll", "entropy", "distinct2"})
+"""Figures with a true zero, whose change is also told in per cent."""
+
+
+class Figure(NamedTuple):
+    """A row of the table; ``before`` is None where a figure exists only once."""
+
+    stage: str
+    name: str
+    before: Scalar | None
+    after: Scalar | None
+
+    @property
+    def label(self) -> str:
+        return LABELS.get(self.name, self.name)
+
+    @property
+    def change(self) -> str:
+        if not isinstance(self.before, float | int) or not isinstance(self.after, float | int):
+            return ""
+        change = f"{self.after - self.before:+.3g}"
+        relative = self.name in RELATIVE and self.before > 0
+        return f"{change} ({self.after / self.before - 1.0:+.0%})" if relative else change
+
+
+def figures(summary: Mapping[str, Any]) -> list[Figure]:
+    """Every scalar of the stages, in the summary's order.
+
+    ``x_before`` and ``x_after``, or ``before/x`` and ``after/x``, are one figure.
+    """
+    found: dict[tuple[str, str], list[Scalar | None]] = {}
+    for stage in STAGES:
+        for path, value in _scalars(summary.get(stage, {})):
+            if path == "seconds" and "seconds" in summary:
+                continue
+            name, side = _pair(path)
+            found.setdefault((stage, name), [None, None])[side] = value
+    rows = [Figure(stage, name, before, after) for (stage, name), (before, after) in found.items()]
+    return [row for row in rows if row.before is not None or row.after is not None]
+
+
+def _scalars(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, Scalar):
+            yield prefix + name, value
+
+
+def _pair(path: str) -> tuple[str, int]:
+    """The figure that a path belongs to, and whether it is its value before (0) or after (1)."""
+    if path in PAIRS:
+        return PAIRS[path]
+    for side, word in enumerate(("before", "after")):
+        if path.endswith(f"_{word}"):
+            return path.removesuffix(f"_{word}"), side
+        if path.startswith(f"{word}/"):
+            return path.removeprefix(f"{word}/"), side
+    return path, 1
+
+
+def show(value: Scalar | None) -> str:
+    """Four significant digits; whole numbers whole."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def print_summary(console: Console, summary: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+    """Each stage's figures before and after, and samples side by side."""
+    table = Table(title="Before and after", title_justify="left")
+    for title in ("stage", "figure"):
+        table.add_column(title)
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right")
+    last = ""
+    for row in figures(summary):
+        if last and row.stage != last:
+            table.add_section()
+        stage = "" if row.stage == last else STAGES[row.stage]
+        # Text, not str: what a model wrote, or a path, is no markup.
+        table.add_row(*(Text(cell) for cell in (stage, row.label, show(row.before), show(row.after), row.change)))
+        last = row.stage
+    console.print(table)
+    if samples:
+        answers = Table(title="The same prompts, the same seed", title_justify="left", show_lines=True)
+        for title in ("prompt", "before PPO", "after PPO"):
+            answers.add_column(title, overflow="fold", ratio=1 if title == "prompt" else 2)
+        for sample in samples:
+            answers.add_row(*(Text(sample[key].strip()) for key in ("prompt", "before", "after")))
+        console.print(answers)
