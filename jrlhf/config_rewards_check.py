@@ -3,7 +3,16 @@
 from collections.abc import Iterator
 from typing import Any
 
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig, RuleConfig
+import regex
+
+from jrlhf.config_rewards import (
+    BannedRuleConfig,
+    LengthRuleConfig,
+    RefusalRuleConfig,
+    RequiredRuleConfig,
+    RewardsConfig,
+    RuleConfig,
+)
 
 Rule = tuple[bool, str, Any, str]
 """As in ``config_check``."""
@@ -21,6 +30,31 @@ def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iter
     unmade = value_from == "reward" and not rewards.uses_model
     yield not unmade, "ppo.value_from", value_from, f"auto or policy, as {path}.model_weight is 0"
     yield from _length(f"{path}.length", rewards.length)
+    yield rewards.markdown.headings >= 0, f"{path}.markdown.headings", rewards.markdown.headings, "0 or more"
+    yield rewards.markdown.lists >= 0, f"{path}.markdown.lists", rewards.markdown.lists, "0 or more"
+    yield rewards.repetition.n >= 1, f"{path}.repetition.n", rewards.repetition.n, "1 or more"
+    for name, rule in (("banned", rewards.banned), ("required", rewards.required), ("refusal", rewards.refusal)):
+        yield from _patterns(f"{path}.{name}", rule)
+    penalty = rewards.refusal.benign_penalty
+    yield penalty >= 0, f"{path}.refusal.benign_penalty", penalty, "0 or more"
+    for name, column in (("refusal", rewards.refusal.column), ("answer", rewards.answer.column)):
+        yield bool(column) and column != "prompt", f"{path}.{name}.column", column, "a column other than prompt"
+
+
+def _patterns(path: str, rule: BannedRuleConfig | RequiredRuleConfig | RefusalRuleConfig) -> Iterator[Rule]:
+    known = isinstance(rule, RefusalRuleConfig) or bool(rule.patterns)
+    yield not rule.weight or known, f"{path}.patterns", rule.patterns, "set, as the rule has a weight"
+    for pattern in rule.patterns:
+        yield bool(pattern) and _compiles(pattern), f"{path}.patterns", pattern, "a regular expression"
+    yield rule.match_timeout > 0, f"{path}.match_timeout", rule.match_timeout, "above 0"
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        regex.compile(pattern)
+    except (regex.error, RecursionError):
+        return False
+    return True
 
 
 def weights_of(rewards: RewardsConfig) -> dict[str, float]:

@@ -1,13 +1,42 @@
 """The rules of a config: which are on, what they read of a row, and how a batch of answers goes through them."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jrlhf.config_rewards import JSONRuleConfig, LengthRuleConfig, RewardsConfig
-from jrlhf.data import Columns
-from jrlhf.rules import Episode, length_band, valid_json, words
+import regex
+
+from jrlhf.config_check import ConfigError
+from jrlhf.config_rewards import (
+    AnswerRuleConfig,
+    BannedRuleConfig,
+    JSONRuleConfig,
+    LengthRuleConfig,
+    MarkdownRuleConfig,
+    RefusalRuleConfig,
+    RepetitionRuleConfig,
+    RequiredRuleConfig,
+    RewardsConfig,
+)
+from jrlhf.data import Columns, DataError
+from jrlhf.rules import (
+    REFUSALS,
+    Episode,
+    length_band,
+    markdown,
+    refusal,
+    repetition,
+    same_number,
+    same_text,
+    share_found,
+    valid_json,
+    words,
+    yes_or_no,
+)
 
 Scores = list[float]
 
@@ -24,14 +53,22 @@ def make_rules(rewards: RewardsConfig) -> tuple[Rule, ...]:
     """Those with a weight. ConfigError for a file that one needs and cannot read."""
     made: tuple[tuple[str, float, Callable[[], Callable[[Sequence[Episode]], Scores]]], ...] = (
         ("json", rewards.json.weight, lambda: _json(rewards.json)),
+        ("markdown", rewards.markdown.weight, lambda: _markdown(rewards.markdown)),
         ("length", rewards.length.weight, lambda: _length(rewards.length)),
+        ("stop", rewards.stop.weight, lambda: _each(lambda episode: float(episode.stopped))),
+        ("repetition", rewards.repetition.weight, lambda: _repetition(rewards.repetition)),
+        ("banned", rewards.banned.weight, lambda: _patterns(rewards.banned, sign=-1.0)),
+        ("required", rewards.required.weight, lambda: _patterns(rewards.required, sign=1.0)),
+        ("refusal", rewards.refusal.weight, lambda: _refusal(rewards.refusal)),
+        ("answer", rewards.answer.weight, lambda: _answer(rewards.answer)),
     )
     return tuple(Rule(name, weight, make()) for name, weight, make in made if weight)
 
 
 def columns_read(rewards: RewardsConfig) -> Columns:
     """What the rules that are on read of a prompt's row."""
-    return Columns()
+    needed = (rewards.answer.column,) if rewards.answer.weight else ()
+    return Columns(needed, (rewards.refusal.column,) if rewards.refusal.weight else ())
 
 
 def start_rules(
@@ -62,6 +99,8 @@ def start_rules(
             answer = found.get(rule.name)
             if answer is None:
                 raise RuntimeError(f"ppo.rewards.{rule.name}: not done in {timeout:g} s (ppo.rewards.timeout)")
+            if isinstance(answer, DataError):
+                raise DataError(f"ppo.rewards.{rule.name}: {answer}") from answer
             if isinstance(answer, Exception):
                 raise RuntimeError(f"ppo.rewards.{rule.name}: {type(answer).__name__}: {answer}") from answer
             scores[rule.name] = answer
@@ -75,7 +114,66 @@ def _each(score: Callable[[Episode], float]) -> Callable[[Sequence[Episode]], Sc
 
 
 def _json(rule: JSONRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
-    return _each(lambda episode: valid_json(episode.completion, fenced=rule.fenced))
+    fits = _schema(rule.schema) if rule.schema else None
+    return _each(lambda episode: valid_json(episode.completion, fenced=rule.fenced, fits=fits))
+
+
+def _schema(path: str) -> Callable[[Any], bool]:
+    """Whether a value fits the schema of a file. References to other files or addresses are not followed."""
+    try:
+        validators, registry = import_module("jsonschema.validators"), import_module("referencing").Registry()
+    except ImportError as error:
+        raise ConfigError('ppo.rewards.json.schema: needs jsonschema: pip install "jrlhf[rules]"') from error
+    try:
+        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"ppo.rewards.json.schema: {path}: {said}") from error
+    kind = validators.validator_for(schema, default=validators.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except import_module("jsonschema.exceptions").SchemaError as error:
+        raise ConfigError(f"ppo.rewards.json.schema: {path}: {error.json_path}: {error.message}") from error
+    return kind(schema, registry=registry).is_valid
+
+
+def _markdown(rule: MarkdownRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    return _each(lambda episode: markdown(episode.completion, headings=rule.headings, lists=rule.lists))
+
+
+def _repetition(rule: RepetitionRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    return _each(lambda episode: repetition(episode.completion, n=rule.n))
+
+
+def _patterns(rule: BannedRuleConfig | RequiredRuleConfig, *, sign: float) -> Callable[[Sequence[Episode]], Scores]:
+    patterns = [regex.compile(pattern) for pattern in rule.patterns]
+    return _each(lambda episode: sign * share_found(episode.completion, patterns, timeout=rule.match_timeout))
+
+
+def _refusal(rule: RefusalRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    patterns = [regex.compile(pattern) for pattern in rule.patterns or REFUSALS]
+
+    def score(episode: Episode) -> float:
+        try:
+            wanted = yes_or_no(episode.row.get(rule.column))
+        except ValueError as error:
+            raise DataError(f"column {rule.column} of ppo.prompts: {error}") from error
+        at = {"penalty": rule.benign_penalty, "timeout": rule.match_timeout}
+        return refusal(episode.completion, patterns, wanted=wanted, **at)
+
+    return _each(score)
+
+
+def _answer(rule: AnswerRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    same = same_number if rule.match == "number" else same_text
+
+    def score(episode: Episode) -> float:
+        try:
+            return same(episode.completion, str(episode.row[rule.column]))
+        except ValueError as error:
+            raise DataError(f"column {rule.column} of ppo.prompts: {error}") from error
+
+    return _each(score)
 
 
 def _length(rule: LengthRuleConfig) -> Callable[[Sequence[Episode]], Scores]:

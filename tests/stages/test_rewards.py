@@ -10,13 +10,26 @@ import pytest
 
 from jrlhf.config import Config, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
 from jrlhf.config_check import ConfigError, check
-from jrlhf.config_rewards import JSONRuleConfig, LengthRuleConfig, RewardsConfig
+from jrlhf.config_rewards import (
+    AnswerRuleConfig,
+    BannedRuleConfig,
+    JSONRuleConfig,
+    LengthRuleConfig,
+    MarkdownRuleConfig,
+    RefusalRuleConfig,
+    RepetitionRuleConfig,
+    RequiredRuleConfig,
+    RewardsConfig,
+    RuleConfig,
+    StopRuleConfig,
+)
+from jrlhf.data import DataError
 from jrlhf.metrics import read_metrics
 from jrlhf.rules import Episode
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.rules import Rule, start_rules
+from jrlhf.stages.rules import Rule, make_rules, start_rules
 
 from .conftest import read_jsonl, small_config
 from .test_pipeline import compare_runs
@@ -85,6 +98,13 @@ def test_a_rule_that_fails_or_hangs_is_named() -> None:
         (RewardsConfig(json=JSONRuleConfig(weight=-1.0)), r"ppo\.rewards\.json\.weight: must be 0"),
         (RewardsConfig(timeout=0.0), r"ppo\.rewards\.timeout: must be above 0"),
         (RewardsConfig(length=LengthRuleConfig(min=5, max=4)), r"ppo\.rewards\.length\.max: must be at least .*\(5\)"),
+        (RewardsConfig(banned=BannedRuleConfig(patterns=("(",))), r"ppo\.rewards\.banned\.patterns: must be a regular"),
+        (RewardsConfig(required=RequiredRuleConfig(weight=1.0)), r"ppo\.rewards\.required\.patterns: must be set"),
+        (RewardsConfig(required=RequiredRuleConfig(match_timeout=0.0)), r"required\.match_timeout: must be above 0"),
+        (RewardsConfig(repetition=RepetitionRuleConfig(n=0)), r"ppo\.rewards\.repetition\.n: must be 1"),
+        (RewardsConfig(markdown=MarkdownRuleConfig(lists=-1)), r"ppo\.rewards\.markdown\.lists: must be 0"),
+        (RewardsConfig(answer=AnswerRuleConfig(column="prompt")), r"ppo\.rewards\.answer\.column: must be a column"),
+        (RewardsConfig(refusal=RefusalRuleConfig(benign_penalty=-1.0)), r"refusal\.benign_penalty: must be 0"),
         (RewardsConfig(length=LengthRuleConfig(min=0)), r"ppo\.rewards\.length\.min: must be 1 or more"),
     ],
 )
@@ -116,3 +136,109 @@ def test_a_run_on_rules_can_be_planned() -> None:
     names = [program.name for program in sized.build(1).programs]
     assert "scores" not in names
     assert {"rollout", "experience", "update"} <= set(names)
+
+
+def scores_of(rewards: RewardsConfig, *episodes: Episode) -> dict[str, list[float]]:
+    return start_rules(make_rules(rewards), episodes, timeout=60.0)()
+
+
+def test_every_rule_scores_by_its_settings() -> None:
+    rewards = RewardsConfig(
+        json=JSONRuleConfig(weight=1.0, fenced=True),
+        markdown=MarkdownRuleConfig(weight=1.0, headings=1),
+        length=LengthRuleConfig(weight=1.0, unit="words", min=4, max=5),
+        stop=StopRuleConfig(weight=1.0),
+        repetition=RepetitionRuleConfig(weight=1.0, n=1),
+        banned=BannedRuleConfig(weight=1.0, patterns=("cat", "dog")),
+        required=RequiredRuleConfig(weight=1.0, patterns=("cat",)),
+        refusal=RefusalRuleConfig(weight=1.0, benign_penalty=0.5),
+        answer=AnswerRuleConfig(weight=1.0),
+    )
+    row = {"prompt": "p", "answer": "#### 2", "refusal": True}
+    good = Episode(row, "```json\n2\n```", 9, True)
+    bad = Episode(row | {"refusal": False}, "# I cannot see: cat cat", 9, False)
+    assert scores_of(rewards, good, bad) == {
+        "json": [1.0, 0.0],
+        "markdown": [0.5, 1.0],
+        "length": [0.5, 1.0],
+        "stop": [1.0, 0.0],
+        "repetition": [0.0, -0.2],
+        "banned": [0.0, -0.5],
+        "required": [0.0, 1.0],
+        "refusal": [0.0, -0.5],
+        "answer": [1.0, 0.0],
+    }
+
+
+def test_every_rule_of_the_schema_is_made_and_each_can_be_used_alone() -> None:
+    assert [rule.name for rule in make_rules(RewardsConfig())] == []
+    for name, part in vars(RewardsConfig()).items():
+        if isinstance(part, RuleConfig):
+            made = make_rules(replace(RewardsConfig(), **{name: replace(part, weight=0.5, **NEEDED.get(name, {}))}))
+            assert [(rule.name, rule.weight) for rule in made] == [(name, 0.5)]
+
+
+NEEDED: dict[str, dict[str, Any]] = {}
+
+
+def test_an_answer_must_fit_the_schema(tmp_path: Path) -> None:
+    pytest.importorskip("jsonschema")
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}')
+    rewards = RewardsConfig(json=JSONRuleConfig(weight=1.0, schema=str(path)))
+    texts = ['{"a": 1}', '{"a": "1"}', "{}", "3", "", '{"a": 1, "ü": null}']
+    episodes = [Episode({}, text, 1, True) for text in texts]
+    assert scores_of(rewards, *episodes)["json"] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    for text, said in [("{", "Expecting"), ('{"type": 3}', r"\$\.type: 3 is not"), (None, "No such file")]:
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"ppo\.rewards\.json\.schema: .*schema\.json: .*{said}"):
+            make_rules(rewards)
+
+
+def test_a_schema_that_points_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    pytest.importorskip("jsonschema")
+    path = tmp_path / "schema.json"
+    path.write_text('{"$ref": "http://127.0.0.1:9/other.json"}')
+    with pytest.raises(RuntimeError, match=r"ppo\.rewards\.json: .*Unresolvable"):
+        scores_of(RewardsConfig(json=JSONRuleConfig(weight=1.0, schema=str(path))), Episode({}, "1", 1, True))
+
+
+def test_the_reference_comes_with_the_prompt_s_row(tmp_path: Path) -> None:
+    """GSM8K's rows, right and wrong: the score of each held-out answer is that of its own reference."""
+    rewards = RewardsConfig(model_weight=0.0, answer=AnswerRuleConfig(weight=1.0, column="solution", match="text"))
+    config = rules_only(tmp_path, "run", rewards, iterations=1)
+    source = tmp_path / "math.jsonl"
+    rows = [{"prompt": f"What is {n} and {n}?", "solution": f"so ... #### {2 * n}"} for n in range(16)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = replace(config.ppo.prompts, train=str(source), eval=str(source))
+    config = replace(config, ppo=replace(config.ppo, prompts=prompts))
+    run_ppo(config)
+    answers = read_jsonl(tmp_path / "run" / "ppo" / "evals" / "000000.jsonl")
+    assert {row["rule/answer"] for row in answers} == {0.0}
+    # The same draws, with what was answered as the reference of half the rows.
+    for n, row in enumerate(answers):
+        rows[n]["solution"] = f"#### {row['completion']}" if n % 2 and row["completion"].strip() else "#### other"
+    right = [float(row["solution"] != "#### other") for row in rows]
+    assert 0 < sum(right) <= 8
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_ppo(replace(config, run=str(tmp_path / "again")))
+    again = read_jsonl(tmp_path / "again" / "ppo" / "evals" / "000000.jsonl")
+    assert [row["rule/answer"] for row in again] == right
+    del rows[3]["solution"]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"math\.jsonl:4: solution: no such column, but a rule of ppo\.rewards reads"):
+        run_ppo(replace(config, run=str(tmp_path / "third")))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "row", "said"),
+    [
+        (RewardsConfig(refusal=RefusalRuleConfig(weight=1.0)), {"refusal": "maybe"}, "column refusal .*found 'maybe'"),
+        (RewardsConfig(answer=AnswerRuleConfig(weight=1.0)), {"answer": "abc"}, "column answer .*no number in"),
+    ],
+)
+def test_a_cell_that_cannot_be_read_is_named(rewards: RewardsConfig, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=rf"ppo\.rewards\.\w+: {said}"):
+        scores_of(rewards, Episode(row, "I cannot. 1", 1, True))
