@@ -103,6 +103,31 @@ class AnswerRuleConfig(RuleConfig):
 
 
 @dataclass(frozen=True)
+class FunctionRuleConfig(RuleConfig):
+    """What a Python function of your own says: (prompts=[...], completions=[...], **columns) -> a list of floats."""
+
+    path: str = ""
+    """my_module:reward; modules in the current folder are found. It is code that you choose to run."""
+
+
+@dataclass(frozen=True)
+class EndpointRuleConfig(RuleConfig):
+    """What a server says: POST {"prompts", "completions", "columns"}, and it answers {"scores": [...]}."""
+
+    url: str = ""
+    """https, or http on this machine."""
+    timeout: float = 10.0
+    """Seconds to wait for it."""
+    retries: int = 3
+    """Tries after the first, for a server that is not reached, too slow, or answers 429 or 5xx."""
+    batch_size: int = 64
+    """Answers a request, at most."""
+    on_failure: Literal["error", "skip"] = "error"
+    """A request without scores ends the run, or its answers are left out of the update and counted
+    (reward/left_out)."""
+
+
+@dataclass(frozen=True)
 class RewardsConfig:
     """Score = model_weight · learned + Σ weight · rule. Rules are read off the text, on the host."""
 
@@ -119,6 +144,8 @@ class RewardsConfig:
     required: RequiredRuleConfig = field(default_factory=RequiredRuleConfig)
     refusal: RefusalRuleConfig = field(default_factory=RefusalRuleConfig)
     answer: AnswerRuleConfig = field(default_factory=AnswerRuleConfig)
+    function: FunctionRuleConfig = field(default_factory=FunctionRuleConfig)
+    endpoint: EndpointRuleConfig = field(default_factory=EndpointRuleConfig)
 
     @property
     def uses_model(self) -> bool:

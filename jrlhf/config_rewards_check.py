@@ -1,7 +1,9 @@
 """What the values of ``ppo.rewards`` must satisfy, before any device or file is touched. Imports no JAX."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import regex
 
@@ -13,6 +15,8 @@ from jrlhf.config_rewards import (
     RewardsConfig,
     RuleConfig,
 )
+
+DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 Rule = tuple[bool, str, Any, str]
 """As in ``config_check``."""
@@ -30,6 +34,7 @@ def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iter
     unmade = value_from == "reward" and not rewards.uses_model
     yield not unmade, "ppo.value_from", value_from, f"auto or policy, as {path}.model_weight is 0"
     yield from _length(f"{path}.length", rewards.length)
+    yield from _outside(path, rewards)
     yield rewards.markdown.headings >= 0, f"{path}.markdown.headings", rewards.markdown.headings, "0 or more"
     yield rewards.markdown.lists >= 0, f"{path}.markdown.lists", rewards.markdown.lists, "0 or more"
     yield rewards.repetition.n >= 1, f"{path}.repetition.n", rewards.repetition.n, "1 or more"
@@ -39,6 +44,25 @@ def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iter
     yield penalty >= 0, f"{path}.refusal.benign_penalty", penalty, "0 or more"
     for name, column in (("refusal", rewards.refusal.column), ("answer", rewards.answer.column)):
         yield bool(column) and column != "prompt", f"{path}.{name}.column", column, "a column other than prompt"
+
+
+def _outside(path: str, rewards: RewardsConfig) -> Iterator[Rule]:
+    function, endpoint = rewards.function, rewards.endpoint
+    named = bool(DOTTED.fullmatch(function.path)) or not (function.weight or function.path)
+    yield named, f"{path}.function.path", function.path, "module:function, as my_rewards:score"
+    safe = endpoint.url.startswith("https://") or (endpoint.url.startswith("http://") and _here(endpoint.url))
+    safe = safe or not (endpoint.weight or endpoint.url)
+    yield safe, f"{path}.endpoint.url", endpoint.url, "an https URL, or an http one of this machine"
+    yield endpoint.timeout > 0, f"{path}.endpoint.timeout", endpoint.timeout, "above 0"
+    yield endpoint.retries >= 0, f"{path}.endpoint.retries", endpoint.retries, "0 or more"
+    yield endpoint.batch_size >= 1, f"{path}.endpoint.batch_size", endpoint.batch_size, "1 or more"
+
+
+def _here(url: str) -> bool:
+    try:
+        return urlsplit(url).hostname in {"localhost", "127.0.0.1", "::1"}
+    except ValueError:
+        return False
 
 
 def _patterns(path: str, rule: BannedRuleConfig | RequiredRuleConfig | RefusalRuleConfig) -> Iterator[Rule]:

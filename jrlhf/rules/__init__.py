@@ -3,12 +3,17 @@
 from jrlhf.rules.answers import number_in, same_number, same_text, text_in
 from jrlhf.rules.episode import Episode
 from jrlhf.rules.formats import markdown, valid_json
+from jrlhf.rules.outside import EndpointError, by_endpoint, by_function, load_function
 from jrlhf.rules.texts import REFUSALS, length_band, refusal, repetition, share_found, words, yes_or_no
 
 __all__ = [
     "REFUSALS",
+    "EndpointError",
     "Episode",
+    "by_endpoint",
+    "by_function",
     "length_band",
+    "load_function",
     "markdown",
     "number_in",
     "refusal",

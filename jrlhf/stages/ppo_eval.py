@@ -1,5 +1,6 @@
 """The policy's answers to held-out prompts while PPO runs: written down, scored, and held against the reference."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,12 @@ def make_evaluator(
             for place, (prompt, answer) in enumerate(texts_of(actors.tokenizer, generation)):
                 if real[place]:
                     numbers = {name: values[place].item() for name, values in figures.items()}
+                    if any(math.isnan(numbers[name]) for name in parts):
+                        numbers |= dict.fromkeys(("score", *parts))
                     rows[int(indices[place])] = {"prompt": prompt, "completion": answer} | numbers
         answers = [rows[index] for index in sorted(rows)]
+        if all(row["score"] is None for row in answers):
+            raise RuntimeError("ppo.prompts.eval: no answer to it could be scored")
         _write_rows(folder / "evals" / f"{number:06d}.jsonl", answers)
         return evaluation_metrics(answers)
 
@@ -78,17 +83,17 @@ def make_evaluator(
 
 
 def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over answers; entropy is a token's, kl a sequence's, both in nats."""
+    """Means over answers, of scores over those that have one; entropy is a token's, kl a sequence's, both in nats."""
     column = {name: np.asarray([row[name] for row in answers], np.float64) for name in answers[0] if name not in TEXTS}
     return {
-        "eval/score_mean": float(column["score"].mean()),
-        "eval/score_std": float(column["score"].std()),
+        "eval/score_mean": float(np.nanmean(column["score"])),
+        "eval/score_std": float(np.nanstd(column["score"])),
         "eval/kl": float(column["kl"].mean()),
         "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
         "eval/length": float(column["length"].mean()),
         "eval/eos_fraction": float(column["stopped"].mean()),
         "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
-    } | {f"eval/{name}": float(values.mean()) for name, values in column.items() if name.startswith(PARTS)}
+    } | {f"eval/{name}": float(np.nanmean(values)) for name, values in column.items() if name.startswith(PARTS)}
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -27,7 +27,7 @@ class Scored(NamedTuple):
     generation: Generation
     """As it was sampled, but that an answer without a score has no response: nothing of it is in any loss."""
     scores: jax.Array
-    """0 for an answer without one."""
+    """0 for an answer without one; NaN for all where none has one, so that the update is skipped and counted."""
     parts: dict[str, jax.Array]
     """Each answer's ``model`` and ``rule/<name>``, unweighted; empty where the reward model's is all there is. NaN: the
     answer was left out."""
@@ -70,14 +70,18 @@ def episodes_of(tokenizer: Any, generation: Generation, given: list[dict[str, An
 
 
 def weigh(generation: Generation, parts: dict[str, Float[Array, "B"]], *, weights: Mapping[str, float]) -> Scored:
-    """Σ weight · part. An answer with a part that is NaN has no score, and loses its response."""
+    """Σ weight · part. An answer with a part that is NaN has no score, and loses its response.
+
+    Where that is all of them they keep it, and their scores are NaN: then there is no update, and that is counted.
+    """
     kept = jnp.stack([~jnp.isnan(part) for part in parts.values()]).all(axis=0)
     terms = [weights[name] * part.astype(jnp.float32) for name, part in sorted(parts.items())]
-    scores = jnp.where(kept, jnp.stack(terms).sum(axis=0), 0.0)
-    response = generation.response_mask & kept[:, None]
+    scores = jnp.where(kept, jnp.stack(terms).sum(axis=0), jnp.where(kept.any(), 0.0, jnp.nan))
+    response = generation.response_mask & (kept | ~kept.any())[:, None]
     return Scored(generation._replace(response_mask=response), scores, parts)
 
 
 def part_metrics(parts: dict[str, Float[Array, "B"]], kept: Bool[Array, "B"]) -> dict[str, Float[Array, ""]]:
-    """Means over the answers that are kept, ``reward/model`` and ``reward/rule/<name>``."""
-    return {f"reward/{name}": masked_mean(part, kept) for name, part in parts.items()}
+    """Means over the answers that are kept, ``reward/model`` and ``reward/rule/<name>``, and the share left out."""
+    means = {f"reward/{name}": masked_mean(part, kept) for name, part in parts.items()}
+    return means | ({"reward/left_out": jnp.mean(~kept, dtype=jnp.float32)} if parts else {})

@@ -1,6 +1,8 @@
 """The rules of a config: which are on, what they read of a row, and how a batch of answers goes through them."""
 
 import json
+import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,6 +16,8 @@ from jrlhf.config_check import ConfigError
 from jrlhf.config_rewards import (
     AnswerRuleConfig,
     BannedRuleConfig,
+    EndpointRuleConfig,
+    FunctionRuleConfig,
     JSONRuleConfig,
     LengthRuleConfig,
     MarkdownRuleConfig,
@@ -25,8 +29,12 @@ from jrlhf.config_rewards import (
 from jrlhf.data import Columns, DataError
 from jrlhf.rules import (
     REFUSALS,
+    EndpointError,
     Episode,
+    by_endpoint,
+    by_function,
     length_band,
+    load_function,
     markdown,
     refusal,
     repetition,
@@ -37,6 +45,8 @@ from jrlhf.rules import (
     words,
     yes_or_no,
 )
+
+logger = logging.getLogger("jrlhf.rewards")
 
 Scores = list[float]
 
@@ -61,6 +71,8 @@ def make_rules(rewards: RewardsConfig) -> tuple[Rule, ...]:
         ("required", rewards.required.weight, lambda: _patterns(rewards.required, sign=1.0)),
         ("refusal", rewards.refusal.weight, lambda: _refusal(rewards.refusal)),
         ("answer", rewards.answer.weight, lambda: _answer(rewards.answer)),
+        ("function", rewards.function.weight, lambda: _function(rewards.function)),
+        ("endpoint", rewards.endpoint.weight, lambda: _endpoint(rewards.endpoint)),
     )
     return tuple(Rule(name, weight, make()) for name, weight, make in made if weight)
 
@@ -68,7 +80,8 @@ def make_rules(rewards: RewardsConfig) -> tuple[Rule, ...]:
 def columns_read(rewards: RewardsConfig) -> Columns:
     """What the rules that are on read of a prompt's row."""
     needed = (rewards.answer.column,) if rewards.answer.weight else ()
-    return Columns(needed, (rewards.refusal.column,) if rewards.refusal.weight else ())
+    outside = bool(rewards.function.weight or rewards.endpoint.weight)
+    return Columns(needed, (rewards.refusal.column,) if rewards.refusal.weight else (), every=outside)
 
 
 def start_rules(
@@ -181,3 +194,37 @@ def _length(rule: LengthRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
         return episode.tokens if rule.unit == "tokens" else len(words(episode.completion))
 
     return _each(lambda episode: length_band(length(episode), low=rule.min, high=rule.max))
+
+
+def _function(rule: FunctionRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    try:
+        function = load_function(rule.path)
+    except ValueError as error:
+        raise ConfigError(f"ppo.rewards.function.path: {error}") from error
+
+    def score(episodes: Sequence[Episode]) -> Scores:
+        try:
+            return by_function(function, episodes)
+        except Exception as error:
+            raise RuntimeError(f"{rule.path}: {type(error).__name__}: {error}") from error
+
+    return score
+
+
+def _endpoint(rule: EndpointRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    """NaN for the answers of a request that failed, where they are to be left out."""
+
+    def request(episodes: Sequence[Episode]) -> Scores:
+        try:
+            return by_endpoint(rule.url, episodes, timeout=rule.timeout, retries=rule.retries)
+        except EndpointError as error:
+            if rule.on_failure == "error":
+                raise
+            logger.warning("%d answers are left out of the update: ppo.rewards.endpoint: %s", len(episodes), error)
+            return [math.nan] * len(episodes)
+
+    def score(episodes: Sequence[Episode]) -> Scores:
+        starts = range(0, len(episodes), rule.batch_size)
+        return [value for start in starts for value in request(episodes[start : start + rule.batch_size])]
+
+    return score

@@ -109,7 +109,9 @@ def make_ppo_step(
 
     def update(state: TrainState, minibatch: Rollout, frozen: Params | None) -> tuple[TrainState, Sums, jax.Array]:
         grads, sums = gradients(state.params, minibatch, frozen)
-        moved, applied = apply_gradients(tx, state, grads, sums.total["loss"])
+        # A minibatch whose episodes were all left out has no loss, not one of 0: momentum alone would move.
+        loss = jnp.where(jnp.any(minibatch.response_mask), sums.total["loss"], jnp.nan)
+        moved, applied = apply_gradients(tx, state, grads, loss)
         params, ema = moved.params, state.ema
         if critic_warmup_updates:
             # A select, not a factor: weight decay and momentum must not move the policy either.

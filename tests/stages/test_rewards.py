@@ -6,6 +6,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from jrlhf.config import Config, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
@@ -13,6 +14,8 @@ from jrlhf.config_check import ConfigError, check
 from jrlhf.config_rewards import (
     AnswerRuleConfig,
     BannedRuleConfig,
+    EndpointRuleConfig,
+    FunctionRuleConfig,
     JSONRuleConfig,
     LengthRuleConfig,
     MarkdownRuleConfig,
@@ -25,11 +28,14 @@ from jrlhf.config_rewards import (
 )
 from jrlhf.data import DataError
 from jrlhf.metrics import read_metrics
-from jrlhf.rules import Episode
+from jrlhf.rules import EndpointError, Episode
+from jrlhf.stages import rules
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.rules import Rule, make_rules, start_rules
+from jrlhf.stages.rewards import weigh
+from jrlhf.stages.rules import Rule, columns_read, make_rules, start_rules
+from jrlhf.types import Generation
 
 from .conftest import read_jsonl, small_config
 from .test_pipeline import compare_runs
@@ -105,6 +111,15 @@ def test_a_rule_that_fails_or_hangs_is_named() -> None:
         (RewardsConfig(markdown=MarkdownRuleConfig(lists=-1)), r"ppo\.rewards\.markdown\.lists: must be 0"),
         (RewardsConfig(answer=AnswerRuleConfig(column="prompt")), r"ppo\.rewards\.answer\.column: must be a column"),
         (RewardsConfig(refusal=RefusalRuleConfig(benign_penalty=-1.0)), r"refusal\.benign_penalty: must be 0"),
+        (
+            RewardsConfig(function=FunctionRuleConfig(weight=1.0)),
+            r"function\.path: must be module:function",
+        ),
+        (RewardsConfig(function=FunctionRuleConfig(path="a.b")), r"function\.path: must be module:function"),
+        (RewardsConfig(endpoint=EndpointRuleConfig(weight=1.0)), r"ppo\.rewards\.endpoint\.url: must be an https"),
+        (RewardsConfig(endpoint=EndpointRuleConfig(url="http://example.com/")), r"endpoint\.url: must be an https"),
+        (RewardsConfig(endpoint=EndpointRuleConfig(url="https://me:pw@example.com/")), "without a user and password"),
+        (RewardsConfig(endpoint=EndpointRuleConfig(batch_size=0)), r"endpoint\.batch_size: must be 1"),
         (RewardsConfig(length=LengthRuleConfig(min=0)), r"ppo\.rewards\.length\.min: must be 1 or more"),
     ],
 )
@@ -178,7 +193,7 @@ def test_every_rule_of_the_schema_is_made_and_each_can_be_used_alone() -> None:
             assert [(rule.name, rule.weight) for rule in made] == [(name, 0.5)]
 
 
-NEEDED: dict[str, dict[str, Any]] = {}
+NEEDED: dict[str, dict[str, Any]] = {"function": {"path": "json:dumps"}}
 
 
 def test_an_answer_must_fit_the_schema(tmp_path: Path) -> None:
@@ -242,3 +257,63 @@ def test_the_reference_comes_with_the_prompt_s_row(tmp_path: Path) -> None:
 def test_a_cell_that_cannot_be_read_is_named(rewards: RewardsConfig, row: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=rf"ppo\.rewards\.\w+: {said}"):
         scores_of(rewards, Episode(row, "I cannot. 1", 1, True))
+
+
+def test_answers_without_a_score_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that fails on every third request: no zero rewards, other answers learn, and the figures say so."""
+    asked: list[int] = []
+
+    def endpoint(url: str, episodes: Any, *, timeout: float, retries: int) -> list[float]:
+        asked.append(len(episodes))
+        if len(asked) % 3 == 0:
+            raise EndpointError("down")
+        return [5.0] * len(episodes)
+
+    monkeypatch.setattr(rules, "by_endpoint", endpoint)
+    rule = EndpointRuleConfig(weight=1.0, url="https://localhost/", batch_size=4, on_failure="skip")
+    config = rules_only(tmp_path, "run", RewardsConfig(model_weight=0.0, endpoint=rule))
+    run_ppo(config)
+    lines = [line for line in read_metrics(tmp_path / "run" / "ppo" / "metrics.jsonl") if "kl" in line]
+    assert {line["reward/left_out"] for line in lines} <= {0.25, 0.5}
+    assert all(line["reward/score_mean"] == line["reward/rule/endpoint"] == 5.0 for line in lines)
+    answers = read_jsonl(tmp_path / "run" / "ppo" / "evals" / "000003.jsonl")
+    assert {row["score"] for row in answers} == {5.0, None}
+    assert all(row["score"] == row["rule/endpoint"] for row in answers)
+    strict = RewardsConfig(endpoint=replace(rule, on_failure="error"))
+    with pytest.raises(RuntimeError, match=r"ppo\.rewards\.endpoint: EndpointError: down"):
+        scores_of(strict, *[Episode({}, "a", 1, True)] * 12)
+
+
+def test_weighing_leaves_out_what_has_no_score() -> None:
+    tokens = jnp.zeros((3, 2), jnp.int32)
+    ones = jnp.ones((3, 2), bool)
+    generation = Generation(tokens, ones, ones, jnp.zeros((3, 2), jnp.float32), jnp.ones(3, bool))
+    nan = jnp.nan
+    parts = {"model": jnp.asarray([1.0, 2.0, 3.0]), "rule/json": jnp.asarray([1.0, nan, 0.0])}
+    scored = weigh(generation, parts, weights={"model": 2.0, "rule/json": 0.5})
+    assert scored.scores.tolist() == [2.5, 0.0, 6.0]
+    assert scored.generation.response_mask.all(axis=-1).tolist() == [True, False, True]
+    nothing = weigh(generation, {"rule/json": jnp.full(3, nan)}, weights={"rule/json": 0.5})
+    assert bool(jnp.isnan(nothing.scores).all())
+    assert bool(nothing.generation.response_mask.all())
+
+
+def test_a_function_s_mistake_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rewards_of_mine.py").write_text(
+        "def right(prompts, completions, **columns): return [len(t) for t in columns['other']]\n"
+        "def short(prompts, completions, **columns): return [1.0]\n"
+        "def broken(prompts, completions, **columns): raise KeyError('x')\n"
+    )
+    episodes = [Episode({"prompt": "p", "other": "ab"}, "c", 1, True)] * 2
+
+    def rewards(name: str) -> RewardsConfig:
+        return RewardsConfig(function=FunctionRuleConfig(weight=1.0, path=f"rewards_of_mine:{name}"))
+
+    assert columns_read(rewards("right")).every
+    assert scores_of(rewards("right"), *episodes) == {"function": [2.0, 2.0]}
+    for name, said in [("short", "expected 2 numbers"), ("broken", "KeyError: 'x'")]:
+        with pytest.raises(RuntimeError, match=rf"ppo\.rewards\.function: .*rewards_of_mine:{name}: .*{said}"):
+            scores_of(rewards(name), *episodes)
+    with pytest.raises(ConfigError, match=r"ppo\.rewards\.function\.path: rewards_of_mine:none: the module has no"):
+        make_rules(rewards("none"))
