@@ -133,6 +133,12 @@ class RewardsConfig:
 
     model_weight: float = 1.0
     """Of the reward model; 0: none is loaded, and the value network starts from the policy."""
+    models: tuple[str, ...] = ()
+    """Further reward models, as ppo.reward.path; each may have a tokenizer of its own."""
+    combine: Literal["mean", "lower_bound"] = "mean"
+    """Of all reward models' scores of an answer. lower_bound: the mean less lower_bound_coef standard deviations."""
+    lower_bound_coef: float = 1.0
+    """What the models' disagreement costs."""
     timeout: float = 120.0
     """Seconds a rule may take for one batch of answers before the run ends."""
     json: JSONRuleConfig = field(default_factory=JSONRuleConfig)

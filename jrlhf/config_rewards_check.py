@@ -30,6 +30,9 @@ def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iter
     yield rewards.model_weight >= 0, f"{path}.model_weight", rewards.model_weight, "0 (no reward model) or more"
     scored = rewards.uses_model or any(rules.values())
     yield scored, f"{path}.model_weight", rewards.model_weight, f"above 0, as no rule of {path} has a weight"
+    read = not rewards.models or rewards.uses_model
+    yield read and all(rewards.models), f"{path}.models", rewards.models, f"paths, with {path}.model_weight above 0"
+    yield rewards.lower_bound_coef >= 0, f"{path}.lower_bound_coef", rewards.lower_bound_coef, "0 or more"
     yield rewards.timeout > 0, f"{path}.timeout", rewards.timeout, "above 0"
     unmade = value_from == "reward" and not rewards.uses_model
     yield not unmade, "ppo.value_from", value_from, f"auto or policy, as {path}.model_weight is 0"

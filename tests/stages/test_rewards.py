@@ -6,9 +6,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jrlhf import assets
 from jrlhf.config import Config, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
 from jrlhf.config_check import ConfigError, check
 from jrlhf.config_rewards import (
@@ -28,12 +31,13 @@ from jrlhf.config_rewards import (
 )
 from jrlhf.data import DataError
 from jrlhf.metrics import read_metrics
+from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rules import EndpointError, Episode
 from jrlhf.stages import rules
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.rewards import weigh
+from jrlhf.stages.rewards import agreed, weigh
 from jrlhf.stages.rules import Rule, columns_read, make_rules, start_rules
 from jrlhf.types import Generation
 
@@ -120,6 +124,9 @@ def test_a_rule_that_fails_or_hangs_is_named() -> None:
         (RewardsConfig(endpoint=EndpointRuleConfig(url="http://example.com/")), r"endpoint\.url: must be an https"),
         (RewardsConfig(endpoint=EndpointRuleConfig(url="https://me:pw@example.com/")), "without a user and password"),
         (RewardsConfig(endpoint=EndpointRuleConfig(batch_size=0)), r"endpoint\.batch_size: must be 1"),
+        (RewardsConfig(models=("",)), r"ppo\.rewards\.models: must be paths"),
+        (replace(RULES, models=("a",)), r"ppo\.rewards\.models: must be paths, with .*model_weight above 0"),
+        (RewardsConfig(lower_bound_coef=-1.0), r"ppo\.rewards\.lower_bound_coef: must be 0"),
         (RewardsConfig(length=LengthRuleConfig(min=0)), r"ppo\.rewards\.length\.min: must be 1 or more"),
     ],
 )
@@ -317,3 +324,35 @@ def test_a_function_s_mistake_names_it(tmp_path: Path, monkeypatch: pytest.Monke
             scores_of(rewards(name), *episodes)
     with pytest.raises(ConfigError, match=r"ppo\.rewards\.function\.path: rewards_of_mine:none: the module has no"):
         make_rules(rewards("none"))
+
+
+def test_disagreement_costs() -> None:
+    scores = jnp.asarray([[1.0, 2.0], [3.0, 2.0]])
+    assert agreed(scores, coef=0.0).tolist() == [2.0, 2.0]
+    assert agreed(scores, coef=0.5).tolist() == [1.5, 2.0]
+
+
+def test_reward_models_and_rules_add_up(tmp_path: Path) -> None:
+    """Two models and a rule: each held-out score is what the three say, and the models are the ones asked for."""
+    base = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32")
+    for number in (1, 2):
+        save_reward_model(reward_from_pretrained(base, jax.random.key(number)), tmp_path / f"reward{number}")
+    paths = [str(tmp_path / "reward1"), str(tmp_path / "reward2")]
+
+    def evaluated(run: str, first: str, rewards: RewardsConfig) -> list[dict]:
+        config = rules_only(tmp_path, run, rewards, iterations=1)
+        run_ppo(replace(config, ppo=replace(config.ppo, reward=ModelConfig(path=first))))
+        return read_jsonl(tmp_path / run / "ppo" / "evals" / "000000.jsonl")
+
+    # The first evaluation is of the same answers, whatever the reward.
+    one, two = (evaluated(f"alone{i}", path, RewardsConfig()) for i, path in enumerate(paths))
+    both = RewardsConfig(
+        model_weight=2.0, models=(paths[1],), combine="lower_bound", lower_bound_coef=0.5, length=LENGTH
+    )
+    together = evaluated("both", paths[0], both)
+    for a, b, row in zip(one, two, together, strict=True):
+        assert a["completion"] == b["completion"] == row["completion"]
+        scores = np.asarray([a["score"], b["score"]])
+        assert scores.std() > 0
+        assert row["model"] == pytest.approx(scores.mean() - 0.5 * scores.std(), abs=1e-5)
+        assert row["score"] == pytest.approx(2 * row["model"] + 2 * row["rule/length"], abs=1e-5)
