@@ -144,7 +144,7 @@ class ReportConfig:
     run: str
     """A run's folder, done or not. The page is written into it: report.html, or comparison.html beside another run."""
     other: str = field(default="", metadata={"positional": True})
-    """A second run's folder, to compare with."""
+    """A second run's folder, to compare with; it may stand behind the first one."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,28 @@
 """Scores that are read off the text of an answer: pure functions of strings and numbers. Imports no JAX."""
 
+from jrlhf.rules.answers import number_in, same_number, same_text, text_in
 from jrlhf.rules.episode import Episode
-from jrlhf.rules.formats import valid_json
-from jrlhf.rules.texts import length_band, words
+from jrlhf.rules.formats import markdown, valid_json
+from jrlhf.rules.outside import EndpointError, by_endpoint, by_function, load_function
+from jrlhf.rules.texts import REFUSALS, length_band, refusal, repetition, share_found, words, yes_or_no
 
-__all__ = ["Episode", "length_band", "valid_json", "words"]
+__all__ = [
+    "REFUSALS",
+    "EndpointError",
+    "Episode",
+    "by_endpoint",
+    "by_function",
+    "length_band",
+    "load_function",
+    "markdown",
+    "number_in",
+    "refusal",
+    "repetition",
+    "same_number",
+    "same_text",
+    "share_found",
+    "text_in",
+    "valid_json",
+    "words",
+    "yes_or_no",
+]

@@ -18,6 +18,14 @@ from jrlhf.stages.start import computed
 from jrlhf.types import Params, PPOParams, TrainState
 
 
+class Judge(NamedTuple):
+    """A further reward model."""
+
+    model: RewardModel
+    tokenizer: Any | None
+    """Its own, where its tokens are not the policy's."""
+
+
 class Actors(NamedTuple):
     """The models of a run, and their tokenizers."""
 
@@ -30,6 +38,7 @@ class Actors(NamedTuple):
     tokenizer: Any
     reward_tokenizer: Any | None
     """The reward model's own, where its tokens are not the policy's."""
+    others: tuple[Judge, ...] = ()
 
     @property
     def packable(self) -> bool:
@@ -58,7 +67,16 @@ def load_actors(config: Config, mesh: Mesh) -> Actors:
     reward = load_reward_model(reward_source, mesh=mesh, **computed(ppo.reward, mesh, key="ppo.reward"))
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
     value = reward if from_reward else blank_value(policy)
-    return Actors(policy, reward, value, tokenizer, None if same else reward_tokenizer)
+    others = tuple(_judge(config, path, tokenizer, mesh) for path in ppo.rewards.models)
+    return Actors(policy, reward, value, tokenizer, None if same else reward_tokenizer, others)
+
+
+def _judge(config: Config, path: str, tokenizer: Any, mesh: Mesh) -> Judge:
+    """One of ``ppo.rewards.models``, computed with as ``ppo.reward`` is."""
+    source = model_source(config, path, key="ppo.rewards.models", stage=None)
+    own = load_tokenizer(source)
+    model = load_reward_model(source, mesh=mesh, **computed(config.ppo.reward, mesh, key="ppo.reward"))
+    return Judge(model, None if own.get_vocab() == tokenizer.get_vocab() else own)
 
 
 def blank_value(policy: Pretrained) -> RewardModel:

@@ -17,7 +17,7 @@ from jrlhf.stages.performance import phase_rates, rates
 from jrlhf.stages.ppo_eval import judged, make_evaluator
 from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
 from jrlhf.stages.rewards import make_rewards
-from jrlhf.stages.rules import columns_read
+from jrlhf.stages.rules import columns_read, make_rules
 from jrlhf.stages.run import open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.sampling import jit_generate
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
@@ -38,6 +38,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
     with open_stage(config, "ppo") as folder:
         if summary := read_summary(folder):
             return summary
+        make_rules(ppo.rewards)  # before any weight is read: what they miss is said at once
         mesh = mesh_of(config)
         slices = episode_slices(ppo, ppo.episodes, mesh, key="ppo.episodes")
         update_slices = episode_slices(ppo, ppo.episodes // ppo.minibatches, mesh, key="ppo.episodes / ppo.minibatches")

@@ -1,6 +1,7 @@
 """The policy's answers to held-out prompts while PPO runs: written down, scored, and held against the reference."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,12 @@ def make_evaluator(
             for place, (prompt, answer) in enumerate(texts_of(actors.tokenizer, generation)):
                 if real[place]:
                     numbers = {name: values[place].item() for name, values in figures.items()}
+                    if any(math.isnan(numbers[name]) for name in parts):
+                        numbers |= dict.fromkeys(("score", *parts))
                     rows[int(indices[place])] = {"prompt": prompt, "completion": answer} | numbers
         answers = [rows[index] for index in sorted(rows)]
+        if all(row["score"] is None for row in answers):
+            raise RuntimeError("ppo.prompts.eval: no answer to it could be scored")
         _write_rows(answers_file(folder, number), answers)
         first = from_first("read the first answers", lambda: read_rows(answers_file(folder, 0)))
         return evaluation_metrics(answers) | win_rates(answers, first)
@@ -110,34 +115,33 @@ def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dic
     """The share of prompts whose answer scores higher than the first one, of before PPO; a tie is half a win."""
 
     def rate(name: str) -> float:
-        difference = np.asarray([row[name] for row in answers]) - np.asarray([row[name] for row in first])
-        return float(np.mean(0.5 * (1.0 + np.sign(difference))))
+        now, then = (np.asarray([row[name] for row in rows], np.float64) for rows in (answers, first))
+        difference = (now - then)[np.isfinite(now - then)]
+        return float(np.mean(0.5 * (1.0 + np.sign(difference)))) if difference.size else 0.5
 
     names = {"score": "eval/win_rate", "judge": "eval/judge_win_rate"}
     return {figure: rate(name) for name, figure in names.items() if name in answers[0] and name in first[0]}
 
 
 def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over answers; entropy is a token's, kl a sequence's, both in nats."""
+    """Means over answers, of scores over those that have one; entropy is a token's, kl a sequence's, both in nats."""
     column = {name: np.asarray([row[name] for row in answers], np.float64) for name in answers[0] if name not in TEXTS}
-    return (
-        {
-            "eval/score_mean": float(column["score"].mean()),
-            "eval/score_std": float(column["score"].std()),
-            "eval/score_stderr": standard_error(column["score"]),
-            "eval/kl": float(column["kl"].mean()),
-            "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
-            "eval/length": float(column["length"].mean()),
-            "eval/eos_fraction": float(column["stopped"].mean()),
-            "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
-        }
-        | {f"eval/{name}": float(values.mean()) for name, values in column.items() if name.startswith(PARTS)}
-        | (
-            {"eval/judge_mean": float(column["judge"].mean()), "eval/judge_stderr": standard_error(column["judge"])}
-            if "judge" in column
-            else {}
-        )
-    )
+    score = column["score"][np.isfinite(column["score"])]
+    figures = {
+        "eval/score_mean": float(score.mean()),
+        "eval/score_std": float(score.std()),
+        "eval/score_stderr": standard_error(score),
+        "eval/kl": float(column["kl"].mean()),
+        "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
+        "eval/length": float(column["length"].mean()),
+        "eval/eos_fraction": float(column["stopped"].mean()),
+        "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
+    }
+    if "judge" in column:
+        judge = column["judge"]
+        figures |= {"eval/judge_mean": float(judge.mean()), "eval/judge_stderr": standard_error(judge)}
+    parts = {name: values for name, values in column.items() if name.startswith(PARTS)}
+    return figures | {f"eval/{name}": float(np.nanmean(values)) for name, values in parts.items()}
 
 
 def standard_error(values: Float[np.ndarray, "N"]) -> float:

@@ -80,7 +80,8 @@ def make_iteration(
 
     @jax.jit
     def measure(rollout: Rollout, parts: dict[str, jax.Array]) -> Metrics:
-        return rollout_metrics(rollout) | part_metrics(parts, jnp.any(rollout.response_mask, axis=-1))
+        has_score = jnp.any(rollout.response_mask, axis=-1) & jnp.isfinite(rollout.scores)
+        return rollout_metrics(rollout) | part_metrics(parts, has_score)
 
     work = rollout_work(
         actors.policy.arch,
@@ -116,8 +117,8 @@ def make_iteration(
         with timed(seconds, "seconds/rollout") as wait:
             generation = wait(generate(params.policy, *batch, sample_key))
         with timed(seconds, "seconds/scoring") as wait:
-            generation, scores, parts = score(generation, prompts, rows)
-            rollout = experience(params.policy, actors.policy.params, params.value, generation, scores, state.kl_coef)
+            kept, scores, parts = score(generation, prompts, rows)
+            rollout = experience(params.policy, actors.policy.params, params.value, kept, scores, state.kl_coef)
             metrics = wait(measure(rollout, parts))
         return generation, rollout._replace(ptx=text), metrics
 

@@ -82,8 +82,13 @@ def make_experience(
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """What a rollout says before anything is trained on it. KL, entropy and lengths count response tokens only."""
+    """What a rollout says before anything is trained on it. KL, entropy and lengths count response tokens only.
+
+    A row without a response is in no figure.
+    """
     response = rollout.response_mask
+    rows = jnp.any(response, axis=-1)
+    score = masked_mean(rollout.scores, rows)
     kl = jnp.sum(jnp.where(response, kl_penalty(rollout.logprobs, rollout.ref_logprobs, estimator="k1"), 0.0), axis=-1)
     lengths = jnp.sum(response, axis=-1, dtype=jnp.float32)
     drift = jnp.where(response, jnp.abs(rollout.logprobs - rollout.sampler_logprobs), 0.0)
@@ -91,15 +96,15 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
     residual = masked_sum(jnp.square(_centred(rollout.returns - rollout.values, response)), response)
     spread = masked_sum(jnp.square(_centred(rollout.returns, response)), response)
     return {
-        "reward/score_mean": jnp.mean(rollout.scores),
-        "reward/score_std": jnp.std(rollout.scores),
-        "reward/total": jnp.mean(jnp.sum(jnp.where(response, rollout.rewards, 0.0), axis=-1)),
-        "kl": jnp.mean(kl),
+        "reward/score_mean": score,
+        "reward/score_std": jnp.sqrt(masked_mean(jnp.square(rollout.scores - score), rows)),
+        "reward/total": masked_mean(jnp.sum(jnp.where(response, rollout.rewards, 0.0), axis=-1), rows),
+        "kl": masked_mean(kl, rows),
         "entropy": masked_mean(rollout.entropy, response),
-        "length/mean": jnp.mean(lengths),
+        "length/mean": masked_mean(lengths, rows),
         "length/tokens": jnp.sum(lengths),
         "repetition": repetition(rollout.tokens, response),
-        "eos_fraction": jnp.mean(rollout.stopped.astype(jnp.float32)),
+        "eos_fraction": masked_mean(rollout.stopped.astype(jnp.float32), rows),
         "value/explained_variance": 1.0 - residual / jnp.maximum(spread, 1e-8),
         "sampler/max_abs_logprob_diff": jnp.max(drift),
         "sampler/mean_ratio": masked_mean(sampler_ratio, response),

@@ -109,7 +109,10 @@ def make_ppo_step(
 
     def update(state: TrainState, minibatch: Rollout, frozen: Params | None) -> tuple[TrainState, Sums, jax.Array]:
         grads, sums = gradients(state.params, minibatch, frozen)
-        moved, applied = apply_gradients(tx, state, grads, sums.total["loss"])
+        # Without a response there is no loss, not one of 0: nothing moves, where momentum and decay alone would.
+        some = jnp.any(minibatch.response_mask)
+        loss = jnp.where(some, sums.total["loss"], jnp.nan)
+        moved, applied = apply_gradients(tx, state, grads, loss)
         params, ema = moved.params, state.ema
         if critic_warmup_updates:
             # A select, not a factor: weight decay and momentum must not move the policy either.
@@ -119,7 +122,7 @@ def make_ppo_step(
             average = optax.incremental_update(params.policy, ema, 1.0 - ema_decay)
             ema = select(applied["skipped"] > 0, ema, average)
         sums.total["grad_norm"] = applied["grad_norm"]
-        return moved._replace(params=params, ema=ema), sums, applied["skipped"]
+        return moved._replace(params=params, ema=ema), sums, jnp.where(some, applied["skipped"], 0.0)
 
     def step(state: TrainState, rollout: Rollout, key: Key) -> tuple[TrainState, Metrics]:
         if ptx_coef and rollout.ptx is None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jrlhf.rules import valid_json
+from jrlhf.rules import markdown, valid_json
 
 CASES = [
     ('{"a": 1}', 1.0, 1.0),
@@ -40,3 +40,29 @@ def test_valid_json(text: str, bare: float, fenced: float) -> None:
 def test_it_must_fit() -> None:
     assert valid_json("3", fenced=False, fits=lambda value: value == 3) == 1.0
     assert valid_json("4", fenced=False, fits=lambda value: value == 3) == 0.0
+
+
+MARKDOWN = [
+    ("", 0, 0, 0.0),
+    ("  \n", 0, 0, 0.0),
+    ("plain", 0, 0, 1.0),
+    ("```py\nx\n```", 0, 0, 1.0),
+    ("```py\nx", 0, 0, 0.0),
+    ("```", 0, 0, 0.0),
+    ("````\n```", 0, 0, 0.0),
+    ("~~~\n```\n~~~\nafter", 0, 0, 1.0),
+    ("- a\n\n  ```\n  x\n  ```\n- b", 0, 2, 1.0),
+    ("- a\n- b", 0, 3, 0.5),
+    ("# Titel Ä\n\ntext", 1, 0, 1.0),
+    ("#no heading", 1, 0, 0.5),
+    ("```\n# a comment\n```", 1, 0, 0.5),
+    ("Title\n=====\n\n1. a\n2. b", 1, 2, 1.0),
+    ("# a\n```", 1, 1, 1 / 3),
+    ("[" * 50_000, 0, 0, 1.0),
+    (">" * 50_000, 1, 0, 0.5),
+]
+
+
+@pytest.mark.parametrize(("text", "headings", "lists", "score"), MARKDOWN, ids=[repr(m[0][:12]) for m in MARKDOWN])
+def test_markdown(text: str, headings: int, lists: int, score: float) -> None:
+    assert markdown(text, headings=headings, lists=lists) == pytest.approx(score)

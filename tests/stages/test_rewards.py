@@ -6,17 +6,40 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jrlhf import assets
 from jrlhf.config import Config, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
 from jrlhf.config_check import ConfigError, check
-from jrlhf.config_rewards import JSONRuleConfig, LengthRuleConfig, RewardsConfig
+from jrlhf.config_rewards import (
+    AnswerRuleConfig,
+    BannedRuleConfig,
+    EndpointRuleConfig,
+    FunctionRuleConfig,
+    JSONRuleConfig,
+    LengthRuleConfig,
+    MarkdownRuleConfig,
+    RefusalRuleConfig,
+    RepetitionRuleConfig,
+    RequiredRuleConfig,
+    RewardsConfig,
+    RuleConfig,
+    StopRuleConfig,
+)
+from jrlhf.data import DataError
 from jrlhf.metrics import read_metrics
-from jrlhf.rules import Episode
+from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
+from jrlhf.rules import EndpointError, Episode
+from jrlhf.stages import rules
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.rules import Rule, start_rules
+from jrlhf.stages.rewards import agreed, weigh
+from jrlhf.stages.rules import Rule, columns_read, make_rules, start_rules
+from jrlhf.types import Generation
 
 from .conftest import read_jsonl, small_config
 from .test_pipeline import compare_runs
@@ -85,6 +108,25 @@ def test_a_rule_that_fails_or_hangs_is_named() -> None:
         (RewardsConfig(json=JSONRuleConfig(weight=-1.0)), r"ppo\.rewards\.json\.weight: must be 0"),
         (RewardsConfig(timeout=0.0), r"ppo\.rewards\.timeout: must be above 0"),
         (RewardsConfig(length=LengthRuleConfig(min=5, max=4)), r"ppo\.rewards\.length\.max: must be at least .*\(5\)"),
+        (RewardsConfig(banned=BannedRuleConfig(patterns=("(",))), r"ppo\.rewards\.banned\.patterns: must be a regular"),
+        (RewardsConfig(required=RequiredRuleConfig(weight=1.0)), r"ppo\.rewards\.required\.patterns: must be set"),
+        (RewardsConfig(required=RequiredRuleConfig(match_timeout=0.0)), r"required\.match_timeout: must be above 0"),
+        (RewardsConfig(repetition=RepetitionRuleConfig(n=0)), r"ppo\.rewards\.repetition\.n: must be 1"),
+        (RewardsConfig(markdown=MarkdownRuleConfig(lists=-1)), r"ppo\.rewards\.markdown\.lists: must be 0"),
+        (RewardsConfig(answer=AnswerRuleConfig(column="prompt")), r"ppo\.rewards\.answer\.column: must be a column"),
+        (RewardsConfig(refusal=RefusalRuleConfig(benign_penalty=-1.0)), r"refusal\.benign_penalty: must be 0"),
+        (
+            RewardsConfig(function=FunctionRuleConfig(weight=1.0)),
+            r"function\.path: must be module:function",
+        ),
+        (RewardsConfig(function=FunctionRuleConfig(path="a.b")), r"function\.path: must be module:function"),
+        (RewardsConfig(endpoint=EndpointRuleConfig(weight=1.0)), r"ppo\.rewards\.endpoint\.url: must be an https"),
+        (RewardsConfig(endpoint=EndpointRuleConfig(url="http://example.com/")), r"endpoint\.url: must be an https"),
+        (RewardsConfig(endpoint=EndpointRuleConfig(url="https://me:pw@example.com/")), "without a user and password"),
+        (RewardsConfig(endpoint=EndpointRuleConfig(batch_size=0)), r"endpoint\.batch_size: must be 1"),
+        (RewardsConfig(models=("",)), r"ppo\.rewards\.models: must be paths"),
+        (replace(RULES, models=("a",)), r"ppo\.rewards\.models: must be paths, with .*model_weight above 0"),
+        (RewardsConfig(lower_bound_coef=-1.0), r"ppo\.rewards\.lower_bound_coef: must be 0"),
         (RewardsConfig(length=LengthRuleConfig(min=0)), r"ppo\.rewards\.length\.min: must be 1 or more"),
     ],
 )
@@ -116,3 +158,201 @@ def test_a_run_on_rules_can_be_planned() -> None:
     names = [program.name for program in sized.build(1).programs]
     assert "scores" not in names
     assert {"rollout", "experience", "update"} <= set(names)
+
+
+def scores_of(rewards: RewardsConfig, *episodes: Episode) -> dict[str, list[float]]:
+    return start_rules(make_rules(rewards), episodes, timeout=60.0)()
+
+
+def test_every_rule_scores_by_its_settings() -> None:
+    rewards = RewardsConfig(
+        json=JSONRuleConfig(weight=1.0, fenced=True),
+        markdown=MarkdownRuleConfig(weight=1.0, headings=1),
+        length=LengthRuleConfig(weight=1.0, unit="words", min=4, max=5),
+        stop=StopRuleConfig(weight=1.0),
+        repetition=RepetitionRuleConfig(weight=1.0, n=1),
+        banned=BannedRuleConfig(weight=1.0, patterns=("cat", "dog")),
+        required=RequiredRuleConfig(weight=1.0, patterns=("cat",)),
+        refusal=RefusalRuleConfig(weight=1.0, benign_penalty=0.5),
+        answer=AnswerRuleConfig(weight=1.0),
+    )
+    row = {"prompt": "p", "answer": "#### 2", "refusal": True}
+    good = Episode(row, "```json\n2\n```", 9, True)
+    bad = Episode(row | {"refusal": False}, "# I cannot see: cat cat", 9, False)
+    assert scores_of(rewards, good, bad) == {
+        "json": [1.0, 0.0],
+        "markdown": [0.5, 1.0],
+        "length": [0.5, 1.0],
+        "stop": [1.0, 0.0],
+        "repetition": [0.0, -0.2],
+        "banned": [0.0, -0.5],
+        "required": [0.0, 1.0],
+        "refusal": [0.0, -0.5],
+        "answer": [1.0, 0.0],
+    }
+
+
+def test_every_rule_of_the_schema_is_made_and_each_can_be_used_alone() -> None:
+    assert [rule.name for rule in make_rules(RewardsConfig())] == []
+    for name, part in vars(RewardsConfig()).items():
+        if isinstance(part, RuleConfig):
+            made = make_rules(replace(RewardsConfig(), **{name: replace(part, weight=0.5, **NEEDED.get(name, {}))}))
+            assert [(rule.name, rule.weight) for rule in made] == [(name, 0.5)]
+
+
+NEEDED: dict[str, dict[str, Any]] = {"function": {"path": "json:dumps"}}
+
+
+def test_an_answer_must_fit_the_schema(tmp_path: Path) -> None:
+    pytest.importorskip("jsonschema")
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}')
+    rewards = RewardsConfig(json=JSONRuleConfig(weight=1.0, schema=str(path)))
+    texts = ['{"a": 1}', '{"a": "1"}', "{}", "3", "", '{"a": 1, "ü": null}']
+    episodes = [Episode({}, text, 1, True) for text in texts]
+    assert scores_of(rewards, *episodes)["json"] == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    for text, said in [("{", "Expecting"), ('{"type": 3}', r"\$\.type: 3 is not"), (None, "No such file")]:
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"ppo\.rewards\.json\.schema: .*schema\.json: .*{said}"):
+            make_rules(rewards)
+
+
+def test_a_schema_that_points_elsewhere_is_not_followed(tmp_path: Path) -> None:
+    pytest.importorskip("jsonschema")
+    path = tmp_path / "schema.json"
+    path.write_text('{"$ref": "http://127.0.0.1:9/other.json"}')
+    with pytest.raises(RuntimeError, match=r"ppo\.rewards\.json: .*Unresolvable"):
+        scores_of(RewardsConfig(json=JSONRuleConfig(weight=1.0, schema=str(path))), Episode({}, "1", 1, True))
+
+
+def test_the_reference_comes_with_the_prompt_s_row(tmp_path: Path) -> None:
+    """GSM8K's rows, right and wrong: the score of each held-out answer is that of its own reference."""
+    rewards = RewardsConfig(model_weight=0.0, answer=AnswerRuleConfig(weight=1.0, column="solution", match="text"))
+    config = rules_only(tmp_path, "run", rewards, iterations=1)
+    source = tmp_path / "math.jsonl"
+    rows = [{"prompt": f"What is {n} and {n}?", "solution": f"so ... #### {2 * n}"} for n in range(16)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = replace(config.ppo.prompts, train=str(source), eval=str(source))
+    config = replace(config, ppo=replace(config.ppo, prompts=prompts))
+    run_ppo(config)
+    answers = read_jsonl(tmp_path / "run" / "ppo" / "evals" / "000000.jsonl")
+    assert {row["rule/answer"] for row in answers} == {0.0}
+    # The same draws, with what was answered as the reference of half the rows.
+    for n, row in enumerate(answers):
+        rows[n]["solution"] = f"#### {row['completion']}" if n % 2 and row["completion"].strip() else "#### other"
+    right = [float(row["solution"] != "#### other") for row in rows]
+    assert 0 < sum(right) <= 8
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_ppo(replace(config, run=str(tmp_path / "again")))
+    again = read_jsonl(tmp_path / "again" / "ppo" / "evals" / "000000.jsonl")
+    assert [row["rule/answer"] for row in again] == right
+    del rows[3]["solution"]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"math\.jsonl:4: solution: no such column, but a rule of ppo\.rewards reads"):
+        run_ppo(replace(config, run=str(tmp_path / "third")))
+
+
+@pytest.mark.parametrize(
+    ("rewards", "row", "said"),
+    [
+        (RewardsConfig(refusal=RefusalRuleConfig(weight=1.0)), {"refusal": "maybe"}, "column refusal .*found 'maybe'"),
+        (RewardsConfig(answer=AnswerRuleConfig(weight=1.0)), {"answer": "abc"}, "column answer .*no number in"),
+    ],
+)
+def test_a_cell_that_cannot_be_read_is_named(rewards: RewardsConfig, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=rf"ppo\.rewards\.\w+: {said}"):
+        scores_of(rewards, Episode(row, "I cannot. 1", 1, True))
+
+
+def test_answers_without_a_score_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that fails on every third request: no zero rewards, other answers learn, and the figures say so."""
+    asked: list[int] = []
+
+    def endpoint(url: str, episodes: Any, *, timeout: float, retries: int) -> list[float]:
+        asked.append(len(episodes))
+        if len(asked) % 3 == 0:
+            raise EndpointError("down")
+        return [5.0] * len(episodes)
+
+    monkeypatch.setattr(rules, "by_endpoint", endpoint)
+    rule = EndpointRuleConfig(weight=1.0, url="https://localhost/", batch_size=4, on_failure="skip")
+    config = rules_only(tmp_path, "run", RewardsConfig(model_weight=0.0, endpoint=rule))
+    run_ppo(config)
+    lines = [line for line in read_metrics(tmp_path / "run" / "ppo" / "metrics.jsonl") if "kl" in line]
+    assert {line["reward/left_out"] for line in lines} <= {0.25, 0.5}
+    assert all(line["reward/score_mean"] == line["reward/rule/endpoint"] == 5.0 for line in lines)
+    answers = read_jsonl(tmp_path / "run" / "ppo" / "evals" / "000003.jsonl")
+    assert {row["score"] for row in answers} == {5.0, None}
+    assert all(row["score"] == row["rule/endpoint"] for row in answers)
+    strict = RewardsConfig(endpoint=replace(rule, on_failure="error"))
+    with pytest.raises(RuntimeError, match=r"ppo\.rewards\.endpoint: EndpointError: down"):
+        scores_of(strict, *[Episode({}, "a", 1, True)] * 12)
+
+
+def test_weighing_leaves_out_what_has_no_score() -> None:
+    tokens = jnp.zeros((3, 2), jnp.int32)
+    ones = jnp.ones((3, 2), bool)
+    generation = Generation(tokens, ones, ones, jnp.zeros((3, 2), jnp.float32), jnp.ones(3, bool))
+    nan = jnp.nan
+    parts = {"model": jnp.asarray([1.0, 2.0, 3.0]), "rule/json": jnp.asarray([1.0, nan, 0.0])}
+    scored = weigh(generation, parts, weights={"model": 2.0, "rule/json": 0.5})
+    assert scored.scores.tolist() == [2.5, 0.0, 6.0]
+    assert scored.generation.response_mask.all(axis=-1).tolist() == [True, False, True]
+    nothing = weigh(generation, {"rule/json": jnp.full(3, nan)}, weights={"rule/json": 0.5})
+    assert bool(jnp.isnan(nothing.scores).all())
+    assert bool(nothing.generation.response_mask.all())
+
+
+def test_a_function_s_mistake_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rewards_of_mine.py").write_text(
+        "def right(prompts, completions, **columns): return [len(t) for t in columns['other']]\n"
+        "def short(prompts, completions, **columns): return [1.0]\n"
+        "def broken(prompts, completions, **columns): raise KeyError('x')\n"
+    )
+    episodes = [Episode({"prompt": "p", "other": "ab"}, "c", 1, True)] * 2
+
+    def rewards(name: str) -> RewardsConfig:
+        return RewardsConfig(function=FunctionRuleConfig(weight=1.0, path=f"rewards_of_mine:{name}"))
+
+    assert columns_read(rewards("right")).every
+    assert scores_of(rewards("right"), *episodes) == {"function": [2.0, 2.0]}
+    for name, said in [("short", "expected 2 numbers"), ("broken", "KeyError: 'x'")]:
+        with pytest.raises(RuntimeError, match=rf"ppo\.rewards\.function: .*rewards_of_mine:{name}: .*{said}"):
+            scores_of(rewards(name), *episodes)
+    with pytest.raises(ConfigError, match=r"ppo\.rewards\.function\.path: rewards_of_mine:none: the module has no"):
+        make_rules(rewards("none"))
+
+
+def test_disagreement_costs() -> None:
+    scores = jnp.asarray([[1.0, 2.0], [3.0, 2.0]])
+    assert agreed(scores, coef=0.0).tolist() == [2.0, 2.0]
+    assert agreed(scores, coef=0.5).tolist() == [1.5, 2.0]
+
+
+def test_reward_models_and_rules_add_up(tmp_path: Path) -> None:
+    """Two models and a rule: each held-out score is what the three say, and the models are the ones asked for."""
+    base = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32")
+    for number in (1, 2):
+        save_reward_model(reward_from_pretrained(base, jax.random.key(number)), tmp_path / f"reward{number}")
+    paths = [str(tmp_path / "reward1"), str(tmp_path / "reward2")]
+
+    def evaluated(run: str, first: str, rewards: RewardsConfig) -> list[dict]:
+        config = rules_only(tmp_path, run, rewards, iterations=1)
+        run_ppo(replace(config, ppo=replace(config.ppo, reward=ModelConfig(path=first))))
+        return read_jsonl(tmp_path / run / "ppo" / "evals" / "000000.jsonl")
+
+    # The first evaluation is of the same answers, whatever the reward.
+    one, two = (evaluated(f"alone{i}", path, RewardsConfig()) for i, path in enumerate(paths))
+    both = RewardsConfig(
+        model_weight=2.0, models=(paths[1],), combine="lower_bound", lower_bound_coef=0.5, length=LENGTH
+    )
+    together = evaluated("both", paths[0], both)
+    for a, b, row in zip(one, two, together, strict=True):
+        assert a["completion"] == b["completion"] == row["completion"]
+        scores = np.asarray([a["score"], b["score"]])
+        assert scores.std() > 0
+        assert row["model"] == pytest.approx(scores.mean() - 0.5 * scores.std(), abs=1e-5)
+        assert row["score"] == pytest.approx(2 * row["model"] + 2 * row["rule/length"], abs=1e-5)

@@ -1,5 +1,6 @@
 """The programs of ``run_ppo``."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +93,12 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
     value = reward if reward is not None and from_reward else abstract_reward(policy, site.mesh)
     actors = Actors(policy, reward, value, tokenizer=None, reward_tokenizer=None)
+    others = [
+        abstract_reward(
+            planned_model(site, config, replace(ppo.reward, path=path), key="ppo.rewards.models"), site.mesh
+        )
+        for path in ppo.rewards.models
+    ]
     (p, p_base), (v, v_base) = (
         abstract_trainable(model.params, model.arch, ppo.lora, site, policy.rules, path="ppo.lora")
         for model in (policy, value)
@@ -100,7 +107,10 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
     tx, _ = make_actor_critic_optimizer(ppo.optim, value_lr=ppo.value_lr, updates=UPDATES)
     fns = policy.logprob_fn, value.score_fn
     step = make_step(ppo, *fns, tx, accumulation=slices, drop_padding=actors.packable)
-    loaded, ema = (policy.params, None if reward is None else reward.params, value.params), p if ppo.ema_decay else None
+    loaded, ema = (
+        (policy.params, [m.params for m in (reward, *others) if m is not None], value.params),
+        p if ppo.ema_decay else None,
+    )
     training = planned_training(step, tx, trained, frozen, site, policy.rules, loaded=loaded, ema=ema)
     return Planned(actors, same, training, combine(training.state.params, frozen))
 
