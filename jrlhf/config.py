@@ -138,6 +138,10 @@ class LogConfig:
     """Sample texts written with each evaluation (PPO writes all held-out answers)."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    trackers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that are told the same, each by its own package and its own login."""
+    project: str = "jrlhf"
+    """Under what the run stands there."""
     progress: bool = True
     """Show a progress bar."""
 

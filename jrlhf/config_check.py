@@ -181,6 +181,7 @@ def _log(path: str, log: LogConfig) -> Iterator[Rule]:
     yield log.every >= 1, f"{path}.every", log.every, "1 or more"
     yield log.eval_every >= 1, f"{path}.eval_every", log.eval_every, "1 or more"
     yield log.eval_rows >= 0, f"{path}.eval_rows", log.eval_rows, "0 or more"
+    yield bool(log.project.strip()), f"{path}.project", log.project, "a name"
     yield log.samples >= 0, f"{path}.samples", log.samples, "0 or more"
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, SupportsFloat
 
+from jrlhf.trackers import TrackerThread
+
 LINES_WITHOUT_TERMINAL = 20
 
 
@@ -54,11 +56,21 @@ class MetricsLog:
 
     ``time`` is in seconds since 1970. JSON has no NaN and no infinity: they are written as the strings ``"nan"``,
     ``"inf"`` and ``"-inf"``, which ``float()`` and ``read_metrics`` read back. ``folder/events.jsonl`` has what is no
-    number. ``resume_step`` and ``enabled`` as in ``RowLog``; TensorBoard's files are written anew from the rows kept.
+    number. ``trackers`` are told the finite values too, and closed at the end. ``resume_step`` and ``enabled`` as in
+    ``RowLog``; TensorBoard's files are written anew from the rows kept.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool, resume_step: int | None, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tensorboard: bool,
+        resume_step: int | None,
+        enabled: bool = True,
+        trackers: TrackerThread | None = None,
+    ) -> None:
         self.path = folder / "metrics.jsonl"
+        self._trackers = trackers
         self._rows = RowLog(self.path, resume_step=resume_step, enabled=enabled)
         self._events = RowLog(folder / "events.jsonl", resume_step=resume_step, enabled=enabled)
         self._board = None
@@ -71,6 +83,8 @@ class MetricsLog:
         self._rows.write(step, {name: _jsonable(value) for name, value in values.items()})
         if self._board is not None:
             _add_scalars(self._board, step, values)
+        if self._trackers is not None:
+            self._trackers.log(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
     def event(self, step: int, kind: str, **told: str | int | float) -> None:
         """Note what happened at a step."""
@@ -87,6 +101,8 @@ class MetricsLog:
         self._events.close()
         if self._board is not None:
             self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

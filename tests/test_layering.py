@@ -36,7 +36,8 @@ ALLOWED = {
     "config_rewards_check": CONFIG,
     "config_io": CONFIG | {"config_check"},
     "data": FLOOR_1 | CONFIG | {"assets"},
-    "metrics": CONFIG,
+    "metrics": CONFIG | {"trackers"},
+    "trackers": CONFIG | {"config_check"},
 }
 # The page where people rank: it starts without JAX (test_purity.py holds it to that).
 ALLOWED["rank"] = CONFIG | {"config_check", "config_io"}

@@ -21,6 +21,7 @@ from jrlhf.stages.optim import rate_factor
 from jrlhf.stages.signals import Interrupted, stop_request
 from jrlhf.stages.state import RunState, abstract, saved_part
 from jrlhf.stages.window import Rate, Window
+from jrlhf.trackers import TrackerThread, make_trackers
 from jrlhf.types import Metrics
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,14 @@ def run_loop(
     with saved as checkpoints, stop_request() as stop, counted_compilations() as compiled:
         state, past = _resume(checkpoints, state)
         start = int(state.cursor)
+        trackers = _trackers(folder, log, metadata, resumed=bool(past))
         with (
             MetricsLog(
-                folder, tensorboard=log.tensorboard, resume_step=start if past else None, enabled=is_first()
+                folder,
+                tensorboard=log.tensorboard,
+                resume_step=start if past else None,
+                enabled=is_first(),
+                trackers=trackers,
             ) as writer,
             progress(loop.total, loop.title, start=start, enabled=log.progress and is_first()) as bar,
         ):
@@ -115,6 +121,13 @@ def run_loop(
                 where = f"stopped at step {reached} of {loop.total}, saved in {folder / 'checkpoints'}"
                 raise Interrupted(where, stop.number or signal.SIGTERM)
             return run.outcome()
+
+
+def _trackers(folder: Path, log: LogConfig, metadata: Mapping[str, Any], *, resumed: bool) -> TrackerThread | None:
+    """Of the first process alone. They are told the config, and no more of ``metadata``."""
+    made = make_trackers(log) if is_first() else {}
+    about = {"config": metadata.get("config", "")}
+    return TrackerThread(made, folder, project=log.project, about=about, resumed=resumed) if made else None
 
 
 def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
