@@ -46,7 +46,8 @@ class ModelConfig:
     """Where weights and tokenizer come from, and how they are computed with."""
 
     path: str = ""
-    """A Hugging Face folder, hub id, stage folder or asset:NAME (shipped with jrlhf). Empty: the stage before."""
+    """A Hugging Face folder, hub id, run or stage folder, or asset:NAME, which ships with jrlhf. Empty: the stage
+    before."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Master weights and optimizer state are float32 always."""
     remat: bool = False

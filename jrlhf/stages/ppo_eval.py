@@ -104,7 +104,7 @@ def judged(canary: CanaryConfig) -> bool:
 def judging(config: Config, actors: Actors, mesh: Mesh) -> Actors:
     """The same actors with the canary's judge in place of the reward model."""
     wanted = config.ppo.canary.judge
-    source = model_source(config, wanted.path, key="ppo.canary.judge.path", stage=None)
+    source = model_source(config, wanted.path, key="ppo.canary.judge.path", stage="reward")
     tokenizer = load_tokenizer(source)
     model = load_reward_model(source, mesh=mesh, **computed(wanted, mesh, key="ppo.canary.judge"))
     same = tokenizer.get_vocab() == actors.tokenizer.get_vocab()

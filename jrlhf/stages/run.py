@@ -61,12 +61,12 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def model_source(config: Config, path: str, *, key: str, stage: StageName | None) -> str:
-    """Where a model is read from: an asset, a run's or stage's folder, an HF folder or a hub id.
+    """Where a model is read from: an asset, a stage's folder, a run's (its ``stage``), an HF folder or a hub id.
 
     An empty ``path`` is what ``stage`` of the same run exported; ``key`` is the config path to name in an error.
     """
     if path:
-        return exported_folder(assets.resolve(path))
+        return exported_folder(assets.resolve(path), stages=() if stage is None else (stage,))
     if stage is None:
         raise ConfigError(f"{key}: is empty; name a Hugging Face folder, a hub id or asset:stories260k")
     folder = stage_folder(config, stage) / "hf"

@@ -17,7 +17,7 @@ from jrlhf.config_io import ConfigError, apply_flags
 from jrlhf.config_tools import ExportConfig
 from jrlhf.manifest import write_manifest
 from jrlhf.stages.export import run_export
-from jrlhf.stages.run import open_stage
+from jrlhf.stages.run import model_source, open_stage
 from jrlhf.stages.sft import run_sft
 
 
@@ -109,3 +109,12 @@ def test_another_model_under_the_same_name_is_refused_and_a_checkpoint_names_no_
     with pytest.raises(ValueError, match=r"'\.\./outside\.json' is not the name of a tokenizer's file"):
         run_export(ExportConfig(str(folder), str(tmp_path / "deep" / "out"), step=1))
     assert not (tmp_path / "deep" / "outside.json").exists()
+
+
+def test_a_model_is_named_by_its_stage_or_by_the_run_it_came_from(tmp_path):
+    for stage in ("sft", "reward"):
+        (tmp_path / stage / "hf").mkdir(parents=True)
+        (tmp_path / stage / "hf" / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "sft", tmp_path / "sft" / "hf"):
+        assert model_source(Config(), str(path), key="ppo.model.path", stage="sft") == str(tmp_path / "sft" / "hf")
+    assert model_source(Config(), str(tmp_path), key="k", stage="reward") == str(tmp_path / "reward" / "hf")
