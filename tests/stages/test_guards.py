@@ -255,7 +255,9 @@ def test_a_hacked_reward_is_caught_by_the_canary_and_the_best_model_comes_out(
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "eval/judge_mean" in line]
     best = max(lines, key=lambda line: line["eval/judge_mean"])
     assert summary["after"]["eval/judge_mean"] == pytest.approx(best["eval/judge_mean"])
-    assert summary["exported_step"] == best["step"]
+    # Of several that are equally good it is the newest.
+    equal = [line["step"] for line in lines if line["eval/judge_mean"] == best["eval/judge_mean"]]
+    assert summary["exported_step"] == equal[-1]
     assert summary["after"]["eval/judge_mean"] > summary["before"]["eval/judge_mean"]
 
 
