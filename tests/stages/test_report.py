@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bokeh.models import HoverTool
 from rich.console import Console
 
 from jrlhf.config_io import ConfigError
@@ -199,6 +200,13 @@ def test_a_chart_of_nothing_finite_is_none() -> None:
     assert lines[1] == {"x": [1.0], "y": [1.0]}
 
 
+def test_a_pointer_shows_the_point_and_not_its_own_place() -> None:
+    chart = line_chart("T", {"a": [(0.0, 1.0), (1.0, 2e-6)], "b": [(1.0, 1.0)]}, x="step")
+    (hover,) = chart.select(HoverTool)
+    assert hover.tooltips == [("", "$name"), ("step", "@x"), ("value", "@y")]
+    assert [(r.name, type(r.glyph).__name__) for r in hover.renderers] == [("a", "Line"), ("b", "Scatter")]
+
+
 def test_thinning_keeps_the_last_point() -> None:
     points = [(float(i), float(i)) for i in range(1003)]
     kept = thin(points)
@@ -220,11 +228,9 @@ def test_in_a_browser_it_draws_and_says_nothing_wrong(run: Path) -> None:
     with sync.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
         page = browser.new_page(viewport={"width": 400, "height": 800})
-        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on(
-            "request", lambda request: None if request.url.startswith(("file:", "data:")) else wrong.append(request.url)
-        )
+        page.on("console", lambda message: told.append((message.type, message.text)))
+        page.on("pageerror", lambda error: told.append(("error", str(error))))
+        page.on("request", lambda request: asked.append(request.url))
         page.goto(page_file.as_uri())
         page.wait_for_function("document.querySelectorAll('.bk-Figure').length >= 6", timeout=30_000)
         assert page.title() == "jrlhf: mine"

@@ -71,14 +71,19 @@ def line_chart(title: str, series: Mapping[str, Points], *, x: str) -> Any:
     if not finite:
         return None
     plot = _plot(title, x)
+    pointed = []
     for number, (name, points) in enumerate(finite.items()):
         xs, ys = (list(values) for values in zip(*points, strict=True))
         colour = COLOURS[number % len(COLOURS)]
         known = {"legend_label": name} if len(finite) > 1 else {}
-        plot.line(xs, ys, color=colour, line_width=1.6, **known)
+        shown = plot.line(xs, ys, color=colour, line_width=1.6, name=name, **known)
         if number or len(points) == 1:
-            plot.scatter(xs, ys, color=colour, size=5, **known)
-    return _finished(plot, [(x, "$x{0,0.[000]}"), ("value", "$y{0.0000a}")])
+            dots = plot.scatter(xs, ys, color=colour, size=5, name=name, **known)
+            # A line of one point cannot be pointed at.
+            shown = dots if len(points) == 1 else shown
+        pointed.append(shown)
+    # @: the nearest point's own values; $x and $y would be the pointer's place.
+    return _finished(plot, [("", "$name"), (x, "@x"), ("value", "@y")], pointed)
 
 
 def overoptimisation_chart(run: Record) -> tuple[Any, str]:
@@ -114,7 +119,7 @@ def score_histogram(run: Record) -> Any:
             top=counts.tolist(), bottom=0, left=edges[:-1].tolist(), right=edges[1:].tolist(), fill_alpha=0.45,
             color=colour, legend_label=name,
         )  # fmt: skip
-    return _finished(plot, [("score", "@left to @right"), ("answers", "@top")])
+    return _finished(plot, [("score", "@left to @right"), ("answers", "@top")], plot.renderers)
 
 
 def calibration_chart(run: Record) -> Any:
@@ -145,9 +150,9 @@ def _plot(title: str, x: str) -> Any:
     return plot
 
 
-def _finished(plot: Any, shown: list[tuple[str, str]]) -> Any:
-    """With what a pointer shows, and its legend out of the way."""
-    plot.add_tools(HoverTool(tooltips=shown))
+def _finished(plot: Any, shown: list[tuple[str, str]], pointed: Sequence[Any]) -> Any:
+    """With what a pointer shows over ``pointed``, and its legend out of the way."""
+    plot.add_tools(HoverTool(tooltips=shown, renderers=list(pointed)))
     if plot.legend:
         plot.legend.background_fill_alpha = 0.0
         plot.legend.border_line_color = None
