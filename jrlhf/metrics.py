@@ -73,6 +73,9 @@ class MetricsLog:
         self._trackers = trackers
         self._rows = RowLog(self.path, resume_step=resume_step, enabled=enabled)
         self._events = RowLog(folder / "events.jsonl", resume_step=resume_step, enabled=enabled)
+        if trackers is not None:
+            for row in read_metrics(self.path):
+                self._tell(int(row.pop("step")), {name: value for name, value in row.items() if name != "time"})
         self._board = None
         if tensorboard and enabled:
             self._board = _open_tensorboard(folder / "tensorboard", read_metrics(self.path))
@@ -83,6 +86,9 @@ class MetricsLog:
         self._rows.write(step, {name: _jsonable(value) for name, value in values.items()})
         if self._board is not None:
             _add_scalars(self._board, step, values)
+        self._tell(step, values)
+
+    def _tell(self, step: int, values: Mapping[str, float]) -> None:
         if self._trackers is not None:
             self._trackers.log(step, {name: value for name, value in values.items() if math.isfinite(value)})
 

@@ -1,13 +1,16 @@
 """Experiment trackers as sinks of a run's metrics: Weights & Biases, MLflow, trackio. None may hold up or end a run."""
 
+import contextlib
 import importlib
 import json
 import logging
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jrlhf.config import LogConfig
 from jrlhf.config_check import ConfigError
@@ -15,7 +18,7 @@ from jrlhf.config_check import ConfigError
 logger = logging.getLogger(__name__)
 
 KEPT = "trackers.json"
-"""In a stage's folder: each tracker's own name of the run, and the last step it was told."""
+"""In a stage's folder: each tracker's own name of the run, and the last row it was told."""
 WAITING = 1000
 """Rows that may wait for a slow tracker; more are dropped and counted."""
 PATIENCE = 30.0
@@ -51,22 +54,31 @@ class Wandb:
 
 
 class Mlflow:
-    """MLflow: https://mlflow.org/docs/latest/api_reference/python_api/mlflow.client.html"""
+    """MLflow: https://mlflow.org/docs/latest/api_reference/python_api/mlflow.html
+
+    Each call names its run: an active one would be this thread's alone.
+    """
+
+    MOST_PARAMS = 100
+    """In one request, which is what its server takes."""
 
     def start(self, project: str, name: str, run: str, about: Mapping[str, Any]) -> str:
-        # The client, not `mlflow.start_run`: that keeps its run to the thread that began it.
-        self._client = importlib.import_module("mlflow").MlflowClient()
-        if not run:
+        self._mlflow = importlib.import_module("mlflow")
+        self._client = self._mlflow.MlflowClient()
+        if run:
+            self._client.update_run(run, status="RUNNING")
+        else:
             known = self._client.get_experiment_by_name(project)
             experiment = self._client.create_experiment(project) if known is None else known.experiment_id
             run = self._client.create_run(experiment, run_name=name).info.run_id
-            self._client.log_dict(run, dict(about), "run.json")
+            params = list(_flat(about))
+            for at in range(0, len(params), self.MOST_PARAMS):
+                self._mlflow.log_params(dict(params[at : at + self.MOST_PARAMS]), run_id=run)
         self._id = run
         return run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._client.log_metric(self._id, name, value, step=step)
+        self._mlflow.log_metrics(dict(values), step=step, run_id=self._id)
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
@@ -76,8 +88,12 @@ class Trackio:
     """trackio: https://github.com/gradio-app/trackio"""
 
     def start(self, project: str, name: str, run: str, about: Mapping[str, Any]) -> str:
+        # A run is found again by its name, so that no two may have the same.
         self._run = importlib.import_module("trackio").init(
-            project=project, name=run or None, config=dict(about), resume="allow" if run else "never"
+            project=project,
+            name=run or f"{name}-{uuid.uuid4().hex[:6]}",
+            config=dict(about),
+            resume="allow" if run else "never",
         )
         return self._run.name
 
@@ -86,6 +102,15 @@ class Trackio:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``{"ppo": {"clip": 0.2}}`` -> ``ppo.clip``, 0.2."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def make_trackers(log: LogConfig) -> dict[str, Tracker]:
@@ -106,11 +131,21 @@ def make_trackers(log: LogConfig) -> dict[str, Tracker]:
     return made
 
 
+class Told(NamedTuple):
+    """How far a tracker has been told: up to the row that is number ``row``, from 1, of those of ``step``."""
+
+    step: int
+    row: int
+
+
+NOTHING = Told(-1, 0)
+
+
 class TrackerThread:
     """Trackers told from a thread of their own. One that raises is left out, with a warning; the run goes on.
 
-    ``resumed``: the run in ``folder`` goes on; steps that a tracker was told before are not told again. They would be
-    the same to the bit.
+    ``resumed``: the run in ``folder`` goes on. Rows are then told from the first one on, in their order, and each
+    tracker hears those that it has not heard.
     """
 
     def __init__(
@@ -120,64 +155,80 @@ class TrackerThread:
         self._project, self._name, self._about = project, f"{folder.parent.name}/{folder.name}", about
         if not resumed:
             self._file.unlink(missing_ok=True)
-        self._kept: dict[str, dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() else {}
-        self._told = {name: int(kept["step"]) for name, kept in self._kept.items()}
-        self._rows: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(WAITING)
+        self._runs, self._told = _kept(self._file)
+        self._all_heard = min((self._told.get(name, NOTHING) for name in self._trackers), default=NOTHING)
+        """Nothing up to here is news to any of them."""
+        self._last = NOTHING
+        self._rows: queue.Queue[tuple[Told, dict[str, float]] | None] = queue.Queue(WAITING)
         self._dropped = 0
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
-        if self._trackers:
-            self._thread.start()
+        self._thread.start()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Returns at once."""
-        if not self._trackers:
+        self._last = Told(step, self._last.row + 1 if step == self._last.step else 1)
+        if self._last <= self._all_heard:
             return
         try:
-            self._rows.put_nowait((step, dict(values)))
+            self._rows.put_nowait((self._last, dict(values)))
         except queue.Full:
             self._dropped += 1
 
     def close(self) -> None:
-        """Wait until all is told, but not for ever."""
-        if not self._thread.is_alive():
-            return
-        try:
+        """Wait until all is told, but ``PATIENCE`` at most."""
+        end = time.monotonic() + PATIENCE
+        # Full until then: the thread is stuck, which is told below.
+        with contextlib.suppress(queue.Full):
             self._rows.put(None, timeout=PATIENCE)
-        except queue.Full:
-            self._dropped += self._rows.qsize()
-        self._thread.join(PATIENCE)
+        self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
             logger.warning("trackers: not done after %g s; what they have not been told is in metrics.jsonl", PATIENCE)
         if self._dropped:
             logger.warning("trackers: too slow, %d rows were left out; all are in metrics.jsonl", self._dropped)
 
     def _work(self) -> None:
-        self._each(list(self._trackers), self._start)
+        self._each(self._start)
         while (row := self._rows.get()) is not None:
-            step, values = row
-            self._each(list(self._trackers), lambda name, step=step, values=values: self._tell(name, step, values))
-        self._each(list(self._trackers), lambda name: self._trackers[name].close())
+            at, values = row
+            self._each(lambda name, at=at, values=values: self._tell(name, at, values))
+        self._each(lambda name: self._trackers[name].close())
 
-    def _each(self, names: Sequence[str], do: Any) -> None:
-        for name in names:
+    def _each(self, do: Callable[[str], None]) -> None:
+        for name in list(self._trackers):
             try:
                 do(name)
-            except Exception as error:
-                del self._trackers[name]
+            # A package that calls sys.exit must not take the others with it.
+            except BaseException as error:
                 logger.warning("%s is left out from here on: %s: %s", name, type(error).__name__, error)
+                tracker = self._trackers.pop(name)
+                with contextlib.suppress(BaseException):
+                    tracker.close()
 
     def _start(self, name: str) -> None:
-        before = self._kept.get(name, {"run": "", "step": -1})
-        run = self._trackers[name].start(self._project, self._name, before["run"], self._about)
-        self._keep(name, {"run": run, "step": before["step"]})
+        self._runs[name] = self._trackers[name].start(self._project, self._name, self._runs.get(name, ""), self._about)
+        self._keep(name, self._told.get(name, NOTHING))
 
-    def _tell(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        if step > self._told.get(name, -1):
-            self._trackers[name].log(step, values)
-            self._keep(name, self._kept[name] | {"step": step})
+    def _tell(self, name: str, at: Told, values: Mapping[str, float]) -> None:
+        if at > self._told[name]:
+            self._trackers[name].log(at.step, values)
+            self._keep(name, at)
 
-    def _keep(self, name: str, kept: dict[str, Any]) -> None:
-        self._kept[name] = kept
+    def _keep(self, name: str, told: Told) -> None:
+        self._told[name] = told
+        kept = {name: {"run": run, **self._told[name]._asdict()} for name, run in self._runs.items()}
         partial = self._file.with_suffix(".json.partial")
-        partial.write_text(json.dumps(self._kept))
+        partial.write_text(json.dumps(kept), encoding="utf-8")
         partial.replace(self._file)
+
+
+def _kept(path: Path) -> tuple[dict[str, str], dict[str, Told]]:
+    """Each tracker's run and how far it was told; nothing, with a warning, where the file is not as it was written."""
+    if not path.exists():
+        return {}, {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        runs = {name: str(one["run"]) for name, one in kept.items()}
+        return runs, {name: Told(int(one["step"]), int(one["row"])) for name, one in kept.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is damaged (%s): the trackers begin a new run", path, error)
+        return {}, {}

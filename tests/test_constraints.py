@@ -24,7 +24,7 @@ def direct(python: str) -> list[Requirement]:
     """What pyproject.toml asks for, the tests' tools included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    asked = map(Requirement, project["dependencies"] + extras["rank"] + extras["test"])
+    asked = map(Requirement, project["dependencies"] + extras["rank"] + extras["rules"] + extras["test"])
     environment = {"python_version": python}
     return [need for need in asked if need.marker is None or need.marker.evaluate(environment)]
 

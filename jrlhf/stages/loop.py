@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from jrlhf.checkpoint import BestMode, Checkpoints
 from jrlhf.config import CanaryConfig, CheckpointConfig, GuardsConfig, LogConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.gates import all_pass, unknown_metrics
 from jrlhf.metrics import MetricsLog, progress
-from jrlhf.parallel import AnyProcess, Compilations, counted_compilations, from_first, is_first
+from jrlhf.parallel import AnyProcess, Compilations, counted_compilations, first_goes_ahead, from_first, is_first
 from jrlhf.stages.canary import Canary
 from jrlhf.stages.guards import GuardStop, Watch
 from jrlhf.stages.optim import rate_factor
 from jrlhf.stages.signals import Interrupted, stop_request
 from jrlhf.stages.state import RunState, abstract, saved_part
 from jrlhf.stages.window import Rate, Window
-from jrlhf.trackers import TrackerThread, make_trackers
+from jrlhf.trackers import Tracker, TrackerThread, make_trackers
 from jrlhf.types import Metrics
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,9 @@ def run_loop(
             progress(loop.total, loop.title, start=start, enabled=log.progress and is_first()) as bar,
         ):
             run = _Run(loop, state, past, folder, metadata, checkpoints, writer)
-            if not past:
+            if past:
+                run.know_gates()
+            else:
                 run.begin()
             asked = AnyProcess()
             for done in range(start + 1, loop.total + 1):
@@ -125,8 +128,11 @@ def run_loop(
 
 def _trackers(folder: Path, log: LogConfig, metadata: Mapping[str, Any], *, resumed: bool) -> TrackerThread | None:
     """Of the first process alone. They are told the config, and no more of ``metadata``."""
-    made = make_trackers(log) if is_first() else {}
-    about = {"config": metadata.get("config", "")}
+    made: dict[str, Tracker] = {}
+    with first_goes_ahead("find its trackers"):
+        if is_first():
+            made = make_trackers(log)
+    about = yaml.safe_load(metadata.get("config", "")) or {}
     return TrackerThread(made, folder, project=log.project, about=about, resumed=resumed) if made else None
 
 
@@ -179,16 +185,20 @@ class _Run:
         """Before the first step of all: what there is to compare with, and to go back to."""
         self.first = self.last = self._loop.evaluate(self.state, 0)
         self._evaluated = True
-        if unknown := unknown_metrics(self._loop.gates, self.first):
-            known = ", ".join(name.removeprefix("eval/") for name in self.first)
-            raise ConfigError(
-                f"gates: {self._loop.title} has no held-out figure {', '.join(unknown)}; there are {known}"
-            )
+        self.know_gates()
         self._writer.write(0, self.first)
         if self._canary is not None:
             self._canary.judge(0, self.first, passes=all_pass(self._loop.gates, self.first))
         if self._canary is not None or (self._watch is not None and self._watch.can_roll_back):
             self.save()
+
+    def know_gates(self) -> None:
+        """ConfigError for a gate on a figure that no evaluation has."""
+        if unknown := unknown_metrics(self._loop.gates, self.first):
+            known = ", ".join(name.removeprefix("eval/") for name in self.first)
+            raise ConfigError(
+                f"gates: {self._loop.title} has no held-out figure {', '.join(unknown)}; there are {known}"
+            )
 
     def step(self, done: int) -> bool:
         """The step that makes ``done`` of them; whether it ended in going back to an earlier state."""

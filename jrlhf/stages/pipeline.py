@@ -12,12 +12,13 @@ import jax
 from jrlhf import __version__
 from jrlhf.config import Config
 from jrlhf.config_io import ConfigError
-from jrlhf.parallel import is_first
+from jrlhf.parallel import first_goes_ahead, is_first
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.report import write_report
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.run import refuse_links_out, write_json
 from jrlhf.stages.sft import run_sft
+from jrlhf.trackers import make_trackers
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -37,6 +38,11 @@ def run_pipeline(config: Config) -> dict[str, Any]:
         raise ConfigError("nothing to run: set sft.data.train, reward.data.train or ppo.prompts.train")
     folder = Path(config.run)
     refuse_links_out(folder, *(folder / name for name in ("summary.json", "summary.json.partial", "report.html")))
+    # A tracker that the last stage asks for must not be missed only when the first ones are done.
+    with first_goes_ahead("find its trackers"):
+        if is_first():
+            for part in (vars(config)[name] for name in asked):
+                make_trackers(part.log)
     start = time.perf_counter()
     summary: dict[str, Any] = {name: run(config) for name, run in asked.items()}
     seconds = {name: part["seconds"] for name, part in summary.items()}

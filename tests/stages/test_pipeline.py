@@ -3,6 +3,7 @@
 import math
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from jrlhf.stages.run import open_stage
 from jrlhf.stages.sft import run_sft
 from jrlhf.stages.signals import Interrupted
 
-from .conftest import read_jsonl
+from .conftest import read_jsonl, small_config
 
 Finished = tuple[Config, dict[str, Any]]
 
@@ -247,3 +248,14 @@ def test_the_exports_load_and_the_policy_has_moved(finished: Finished) -> None:
     gaps = jax.tree.map(lambda a, b: float(abs(a - b).max()), before.params, after.params)
     assert max(jax.tree.leaves(gaps)) > 1e-4
     assert load_reward_model(run / "reward" / "hf", dtype="float32").gain > 0
+
+
+def test_a_tracker_that_is_missing_is_named_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = small_config(tmp_path, "tracked")
+    log = replace(config.ppo.log, trackers=("wandb",))
+    with pytest.raises(ConfigError, match=r"log\.trackers: wandb cannot be imported"):
+        run_pipeline(replace(config, ppo=replace(config.ppo, log=log)))
+    assert not Path(config.run).exists()
