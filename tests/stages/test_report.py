@@ -167,6 +167,13 @@ def test_two_runs_are_side_by_side(run: Path) -> None:
     assert "mine (1) and yours (2)" in text
     assert "seed: 0 -&gt; 1" in text
     assert "eval/nll (2)" in text
+    for title in ("Calibration: pairs ordered right", "Scores of held-out answers", "distance from the SFT policy"):
+        assert all(f"{title} ({number})" in text for number in (1, 2)), title
+    # A config of another version is told of, and the rest is there.
+    (other / "ppo" / "config.yaml").write_text("run: b\nppo: {no_such_field: 1}\n")
+    text = run_report(ReportConfig(str(run), str(other))).read_text(encoding="utf-8")
+    assert "ppo: cannot be compared" in text
+    assert "no_such_field" in text
 
 
 def test_a_run_on_its_way_has_a_page_too(run: Path) -> None:
@@ -190,6 +197,36 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run"):
         run_report(ReportConfig(str(tmp_path / "absent")))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("summary.json", '{"sft": '),
+        ("ppo/summary.json", ""),
+        ("ppo/gates.json", "rubbish"),
+        ("ppo/events.jsonl", "rubbish\n"),
+        ("ppo/evals/000005.jsonl", "rubbish\n"),
+        ("sft/metrics.jsonl", "rubbish\n"),
+        ("sft/metrics.jsonl", '{"step": 1, "loss": "much"}\n'),
+        ("sft/metrics.jsonl", '{"loss": 1.0}\n'),
+    ],
+)
+def test_a_damaged_file_is_named(file: str, text: str, run: Path) -> None:
+    (run / file).write_text(text)
+    with pytest.raises(ConfigError, match=rf"{re.escape(file)}: damaged .*; mend it or move it away"):
+        write_report(run, None)
+    assert not (run / "report.html").exists()
+
+
+def test_answers_without_a_score_and_events_without_a_time_are_shown_all_the_same(run: Path) -> None:
+    for step in (0, 5):
+        (run / "ppo" / "evals" / f"{step:06d}.jsonl").write_text('{"prompt": "p", "completion": "c", "length": 3}\n')
+    (run / "ppo" / "events.jsonl").write_text('{"step": 7, "event": "ended"}\n')
+    text = write_report(run, None).read_text(encoding="utf-8")
+    assert "Scores of held-out answers" not in text
+    assert "length 3" in text
+    assert "<td>ended</td>" in text
 
 
 def test_a_chart_of_nothing_finite_is_none() -> None:

@@ -86,8 +86,11 @@ def line_chart(title: str, series: Mapping[str, Points], *, x: str) -> Any:
     return _finished(plot, [("", "$name"), (x, "@x"), ("value", "@y")], pointed)
 
 
-def overoptimisation_chart(run: Record) -> tuple[Any, str]:
-    """Held-out rewards over √KL, with the form of Gao et al. where it can be fitted; and what the fit says."""
+def overoptimisation_chart(run: Record, mark: str) -> tuple[Any, str]:
+    """Held-out rewards over √KL, with the form of Gao et al. where it can be fitted; and what the fit says.
+
+    ``mark``: which run it is, for the title.
+    """
     ppo = run.metrics.get("ppo", {})
     kl = dict(ppo.get("eval/kl", []))
     series, told = {}, []
@@ -102,17 +105,17 @@ def overoptimisation_chart(run: Record) -> tuple[Any, str]:
             d = np.linspace(0.0, float(np.sqrt(distances.max())), 50)
             series[f"fit of {name}"] = list(zip(d.tolist(), fit.at(d).tolist(), strict=True))
             told.append(f"{name}: α {fit.alpha:.3g}, β {fit.beta:.3g}")
-    return line_chart("Reward over the distance from the SFT policy", series, x="√KL"), "; ".join(told)
+    return line_chart(f"Reward over the distance from the SFT policy{mark}", series, x="√KL"), "; ".join(told)
 
 
-def score_histogram(run: Record) -> Any:
+def score_histogram(run: Record, mark: str) -> Any:
     """The scores of the held-out answers before and after; None where there are none."""
-    sides = [np.asarray([row["score"] for row in rows], np.float64) for rows in (run.before, run.after)]
+    sides = [np.asarray([row.get("score") for row in rows], np.float64) for rows in (run.before, run.after)]
     sides = [values[np.isfinite(values)] for values in sides]
     if not all(values.size for values in sides):
         return None
     edges = np.histogram_bin_edges(np.concatenate(sides), bins=BINS)
-    plot = _plot("Scores of held-out answers", "score")
+    plot = _plot(f"Scores of held-out answers{mark}", "score")
     for name, values, colour in zip(("before", "after"), sides, COLOURS, strict=False):
         counts, _ = np.histogram(values, bins=edges)
         plot.quad(
@@ -122,13 +125,13 @@ def score_histogram(run: Record) -> Any:
     return _finished(plot, [("score", "@left to @right"), ("answers", "@top")], plot.renderers)
 
 
-def calibration_chart(run: Record) -> Any:
+def calibration_chart(run: Record, mark: str) -> Any:
     """How often a pair is ordered right against how sure the model was of it; None without an evaluation."""
     if not run.calibration:
         return None
     points = [(bin_["confidence"], bin_["accuracy"]) for bin_ in run.calibration]
     lines = {"perfect": [(0.5, 0.5), (1.0, 1.0)], "the reward model": points}
-    return line_chart("Calibration: pairs ordered right", lines, x="confidence")
+    return line_chart(f"Calibration: pairs ordered right{mark}", lines, x="confidence")
 
 
 def thin(points: Points) -> Points:

@@ -9,7 +9,7 @@ from typing import Any
 from bokeh.embed import components
 from bokeh.resources import Resources
 
-from jrlhf.config_io import diff_configs, load_config
+from jrlhf.config_io import ConfigError, diff_configs, load_config
 from jrlhf.config_tools import ReportConfig
 from jrlhf.stages.report.charts import (
     CHARTS,
@@ -97,9 +97,10 @@ def _body(runs: Sequence[Record], differences: Sequence[str], charts: list[Any])
         yield _events(run, mark)
     for stage in CHARTS:
         main, others = stage_charts(stage, runs)
-        extra, told = _extra_charts(stage, runs[0])
+        more = [_extra_charts(stage, run, mark) for run, mark in marked]
+        extra = [chart for found, _ in more for chart in found]
         if main or others or extra:
-            yield f"<h2>{STAGES[stage]}</h2>{grid([*main, *extra])}{told}"
+            yield f"<h2>{STAGES[stage]}</h2>{grid([*main, *extra])}{''.join(told for _, told in more)}"
         if others:
             yield f"<details><summary>All other metrics</summary>{grid(others)}</details>"
     for run, mark in marked:
@@ -108,14 +109,15 @@ def _body(runs: Sequence[Record], differences: Sequence[str], charts: list[Any])
         yield _configs(run, mark)
 
 
-def _extra_charts(stage: str, run: Record) -> tuple[list[Any], str]:
+def _extra_charts(stage: str, run: Record, mark: str) -> tuple[list[Any], str]:
+    """What is no curve over steps, and a line under it."""
     if stage == "reward":
-        return [chart for chart in [calibration_chart(run)] if chart is not None], ""
+        return [chart for chart in [calibration_chart(run, mark)] if chart is not None], ""
     if stage != "ppo":
         return [], ""
-    chart, fit = overoptimisation_chart(run)
-    told = f"<p>Fitted d·(α - β·log d), d = √KL (Gao et al. 2022): {escape(fit)}.</p>" if fit else ""
-    return [found for found in (chart, score_histogram(run)) if found is not None], told
+    chart, fit = overoptimisation_chart(run, mark)
+    told = f"<p>Fitted{mark} d·(α - β·log d), d = √KL (Gao et al. 2022): {escape(fit)}.</p>" if fit else ""
+    return [found for found in (chart, score_histogram(run, mark)) if found is not None], told
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
@@ -146,7 +148,7 @@ def _events(run: Record, mark: str) -> str:
     for stage, events in run.events.items():
         for event in events:
             told = {name: value for name, value in event.items() if name not in ("step", "time", "event")}
-            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"]))
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"])) if "time" in event else ""
             details = ", ".join(f"{name} {show(value)}" for name, value in told.items())
             rows.append((STAGES[stage], str(event["step"]), when, str(event["event"]), details))
     head = ("stage", "step", "time, UTC", "event", "")
@@ -160,9 +162,11 @@ def _samples(run: Record, mark: str) -> str:
 
     def answer(row: Mapping[str, Any]) -> str:
         shown = {name: value for name, value in row.items() if name not in TEXTS and isinstance(value, int | float)}
-        return f"{row['completion'].strip()}\n\n" + ", ".join(f"{name} {show(value)}" for name, value in shown.items())
+        return f"{str(row.get('completion', '')).strip()}\n\n" + ", ".join(
+            f"{name} {show(value)}" for name, value in shown.items()
+        )
 
-    rows = [(str(before["prompt"]), answer(before), answer(after)) for before, after in pairs]
+    rows = [(str(before.get("prompt", "")), answer(before), answer(after)) for before, after in pairs]
     head = ("prompt", "before PPO", "after PPO")
     return f"<h2>The same prompts, the same seed{mark}</h2>" + _table(head, rows, "samples")
 
@@ -185,5 +189,9 @@ def _differences(first: Path, second: Path) -> list[str]:
     for stage in CHARTS:
         paths = [folder / stage / "config.yaml" for folder in (first, second)]
         if all(path.exists() for path in paths):
-            found |= dict.fromkeys(diff_configs(*map(load_config, paths)))
+            try:
+                found |= dict.fromkeys(diff_configs(*map(load_config, paths)))
+            # A run of another version may have fields that this one lacks: its curves are shown all the same.
+            except ConfigError as error:
+                found[f"{stage}: cannot be compared: {error}"] = None
     return list(found)

@@ -1,7 +1,8 @@
 """What a run's folder holds, read for a report; a run that is not done, or has only some stages, has less of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,21 +58,33 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Record:
     )
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """ConfigError for a file that is not as a run writes it: cut, or changed by hand."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); mend it or move it away") from error
+
+
 def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    with _whole(path):
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """A last line that was cut short is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    with _whole(path):
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _series(path: Path) -> dict[str, Points]:
     found: dict[str, Points] = {}
-    for row in read_metrics(path):
-        for name, value in row.items():
-            if name not in ("step", "time"):
-                found.setdefault(name, []).append((row["step"], value))
+    with _whole(path):
+        for row in read_metrics(path):
+            for name, value in row.items():
+                if name not in ("step", "time"):
+                    found.setdefault(name, []).append((row["step"], value))
     return found
