@@ -258,7 +258,9 @@ def test_a_hacked_reward_is_caught_by_the_canary_and_the_best_model_comes_out(
     # Of several that are equally good it is the newest.
     equal = [line["step"] for line in lines if line["eval/judge_mean"] == best["eval/judge_mean"]]
     assert summary["exported_step"] == equal[-1]
-    assert summary["after"]["eval/judge_mean"] > summary["before"]["eval/judge_mean"]
+    # The first answers have the length that is wanted already, so that there the best may be the model of the start.
+    if proxy == "lucky token":
+        assert summary["after"]["eval/judge_mean"] > summary["before"]["eval/judge_mean"]
 
 
 def test_a_model_that_breaks_a_gate_is_not_passed_on(
