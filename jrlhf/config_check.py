@@ -8,13 +8,10 @@ from typing import Any
 from urllib.parse import unquote
 
 from jrlhf.config import (
-    CanaryConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     DistributedConfig,
-    GuardConfig,
-    GuardsConfig,
     LogConfig,
     LoRAConfig,
     MeshConfig,
@@ -35,6 +32,7 @@ from jrlhf.config_tools import (
     ShowConfig,
     VerifyConfig,
 )
+from jrlhf.config_watch_check import canary_rules, guards_rules, safety_rules
 from jrlhf.gates import FORM, is_gate
 
 Rule = tuple[bool, str, Any, str]
@@ -95,6 +93,7 @@ def _rules(config: Any) -> Iterator[Rule]:
             yield _seed(config.seed)
             yield from _mesh("mesh", config.mesh)
             yield from _distributed("distributed", config.distributed)
+            yield from safety_rules("safety", config.safety)
             yield from _sft("sft", config.sft)
             yield from _reward("reward", config.reward)
             yield from _ppo("ppo", config.ppo)
@@ -222,22 +221,6 @@ def _gates(path: str, gates: tuple[str, ...], heldout: str, source: str) -> Iter
     yield bool(heldout) or not gates, source, heldout, f"set, as {path} are bounds on held-out figures"
 
 
-def _canary(path: str, canary: CanaryConfig, ppo: PPOConfig) -> Iterator[Rule]:
-    yield canary.errors >= 0, f"{path}.canary.errors", canary.errors, "0 or more"
-    if canary.action != "off":
-        why = f"as {path}.canary.action is {canary.action}"
-        yield bool(ppo.prompts.eval), f"{path}.prompts.eval", ppo.prompts.eval, f"set, {why}"
-        yield (
-            ppo.checkpoint.keep_best >= 1,
-            f"{path}.checkpoint.keep_best",
-            ppo.checkpoint.keep_best,
-            f"1 or more, {why}",
-        )
-        saved = ppo.log.eval_every % max(ppo.checkpoint.every, 1) == 0
-        every = f"a divisor of {path}.log.eval_every ({ppo.log.eval_every}), {why}"
-        yield saved, f"{path}.checkpoint.every", ppo.checkpoint.every, every
-
-
 def _sft(path: str, sft: SFTConfig) -> Iterator[Rule]:
     yield from _data(f"{path}.data", sft.data)
     yield from _lora(f"{path}.lora", sft.lora)
@@ -281,20 +264,10 @@ def _ppo(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield ppo.kl.target >= 0, f"{path}.kl.target", ppo.kl.target, "0 or more"
     yield ppo.kl.horizon >= 1, f"{path}.kl.horizon", ppo.kl.horizon, "1 or more"
     yield ppo.max_skipped >= 1, f"{path}.max_skipped", ppo.max_skipped, "1 or more"
-    yield from _guards(f"{path}.guards", ppo.guards)
-    yield from _canary(path, ppo.canary, ppo)
+    yield from guards_rules(f"{path}.guards", ppo.guards)
+    yield from canary_rules(path, ppo)
     yield from _gates(f"{path}.gates", ppo.gates, ppo.prompts.eval, f"{path}.prompts.eval")
     yield from rewards_rules(f"{path}.rewards", ppo.rewards, value_from=ppo.value_from)
-
-
-def _guards(path: str, guards: GuardsConfig) -> Iterator[Rule]:
-    for name, guard in vars(guards).items():
-        if isinstance(guard, GuardConfig):
-            yield guard.patience >= 1, f"{path}.{name}.patience", guard.patience, "1 or more"
-    yield guards.length.bound > 1, f"{path}.length.bound", guards.length.bound, "above 1"
-    yield guards.rollbacks >= 0, f"{path}.rollbacks", guards.rollbacks, "0 or more"
-    yield 0 < guards.rollback_lr <= 1, f"{path}.rollback_lr", guards.rollback_lr, "above 0 and up to 1"
-    yield guards.rollback_beta >= 1, f"{path}.rollback_beta", guards.rollback_beta, "1 or more"
 
 
 def _ppo_sampling(path: str, sampling: SamplingConfig) -> Iterator[Rule]:

@@ -71,9 +71,14 @@ def _here(url: str) -> bool:
 def _patterns(path: str, rule: BannedRuleConfig | RequiredRuleConfig | RefusalRuleConfig) -> Iterator[Rule]:
     known = isinstance(rule, RefusalRuleConfig) or bool(rule.patterns)
     yield not rule.weight or known, f"{path}.patterns", rule.patterns, "set, as the rule has a weight"
-    for pattern in rule.patterns:
+    yield from pattern_rules(path, rule.patterns, rule.match_timeout)
+
+
+def pattern_rules(path: str, patterns: tuple[str, ...], match_timeout: float) -> Iterator[Rule]:
+    """Of expressions that are matched against answers."""
+    for pattern in patterns:
         yield bool(pattern) and _compiles(pattern), f"{path}.patterns", pattern, "a regular expression"
-    yield rule.match_timeout > 0, f"{path}.match_timeout", rule.match_timeout, "above 0"
+    yield match_timeout > 0, f"{path}.match_timeout", match_timeout, "above 0"
 
 
 def _compiles(pattern: str) -> bool:

@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ABOVE_PARALLEL = {"core", "types", "parallel"}
 FLOOR_1 = ABOVE_PARALLEL | {"models"}
-CONFIG = {"config", "config_rewards", "config_tools", "environment", "suggest"}
+CONFIG = {"config", "config_rewards", "config_tools", "config_watch", "environment", "suggest"}
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 ALLOWED = {
     "types": set(),
@@ -20,8 +20,9 @@ ALLOWED = {
     "parallel": {"core", "types"},
     "models": ABOVE_PARALLEL,
     "steps": {"core", "types"},
-    "config": {"config_rewards"},
+    "config": {"config_rewards", "config_watch"},
     "config_rewards": set(),
+    "config_watch": set(),
     "config_tools": {"config"},
     "rules": set(),
     "suggest": set(),
@@ -32,8 +33,9 @@ ALLOWED = {
     "lock": set(),
     "manifest": set(),
     "gates": set(),
-    "config_check": CONFIG | {"gates", "config_rewards_check"},
+    "config_check": CONFIG | {"gates", "config_rewards_check", "config_watch_check"},
     "config_rewards_check": CONFIG,
+    "config_watch_check": CONFIG | {"config_rewards_check"},
     "config_io": CONFIG | {"config_check"},
     "data": FLOOR_1 | CONFIG | {"assets"},
     "metrics": CONFIG | {"trackers"},

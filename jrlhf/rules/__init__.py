@@ -4,7 +4,7 @@ from jrlhf.rules.answers import number_in, same_number, same_text, text_in
 from jrlhf.rules.episode import Episode
 from jrlhf.rules.formats import markdown, valid_json
 from jrlhf.rules.outside import EndpointError, by_endpoint, by_function, load_function
-from jrlhf.rules.texts import REFUSALS, length_band, refusal, repetition, share_found, words, yes_or_no
+from jrlhf.rules.texts import REFUSALS, length_band, refusal, refuses, repetition, share_found, words, yes_or_no
 
 __all__ = [
     "REFUSALS",
@@ -17,6 +17,7 @@ __all__ = [
     "markdown",
     "number_in",
     "refusal",
+    "refuses",
     "repetition",
     "same_number",
     "same_text",

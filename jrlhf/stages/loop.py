@@ -11,8 +11,9 @@ import numpy as np
 import yaml
 
 from jrlhf.checkpoint import BestMode, Checkpoints
-from jrlhf.config import CanaryConfig, CheckpointConfig, GuardsConfig, LogConfig
+from jrlhf.config import CanaryConfig, CheckpointConfig, LogConfig
 from jrlhf.config_io import ConfigError
+from jrlhf.config_watch import GuardsConfig
 from jrlhf.gates import all_pass, unknown_metrics
 from jrlhf.metrics import MetricsLog, progress
 from jrlhf.parallel import AnyProcess, Compilations, counted_compilations, first_goes_ahead, from_first, is_first

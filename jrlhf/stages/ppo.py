@@ -19,6 +19,7 @@ from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
 from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.rules import columns_read, make_rules
 from jrlhf.stages.run import open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import jit_generate
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.stages.window import Rate
@@ -31,8 +32,8 @@ SHOWN = ("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second
 def run_ppo(config: Config) -> dict[str, Any]:
     """Train, evaluate and export; returns the stage's summary. Goes on where an earlier call left, if it did.
 
-    Writes ``<run>/ppo/{config.yaml, metrics.jsonl, evals/<iteration>.jsonl, checkpoints/, hf/, peft/,
-    summary.json}``.
+    Writes ``<run>/ppo/{config.yaml, metrics.jsonl, evals/<iteration>.jsonl, safety/<iteration>.jsonl, checkpoints/,
+    hf/, peft/, summary.json}``.
     """
     ppo = config.ppo
     with open_stage(config, "ppo") as folder:
@@ -76,6 +77,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
         generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh)
         score = make_rewards(config, actors, mesh, slices=slices)
         iterate, batch_of = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
+        heldout_figures = make_evaluator(config, actors, generate, heldout, folder, mesh)
+        safety = make_safety(config, ppo.prompts, generate, actors.tokenizer, folder, mesh, batch_size=ppo.episodes)
         peaks = device_peaks(ppo.model.dtype)
         loop = Loop(
             title="PPO",
@@ -86,7 +89,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             guards=ppo.guards,
             canary=ppo.canary,
             gates=ppo.gates,
-            evaluate=make_evaluator(config, actors, generate, heldout, folder, mesh),
+            evaluate=lambda state, number: heldout_figures(state, number) | safety(learnt_policy(state.train), number),
             learning_rate=schedule,
             rates=(Rate("length/tokens", "tokens_per_second"), *rates(peaks), *phase_rates(peaks)),
             best_metric="eval/judge_mean" if judged(ppo.canary) else "eval/score_mean",

@@ -21,7 +21,8 @@ from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.run import json_line, model_source, open_stage, pass_gates, read_summary, write_json
-from jrlhf.stages.sampling import answers, jit_generate
+from jrlhf.stages.safety import make_safety
+from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
 from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.stages.state import RunState
 from jrlhf.stages.window import Rate
@@ -33,7 +34,7 @@ def run_sft(config: Config) -> dict[str, Any]:
     """Train, evaluate and export; returns the stage's summary. Goes on where an earlier call left, if it did.
 
     Writes ``<run>/sft/{config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, hf/, peft/, summary.json}``, and
-    ``candidates.jsonl`` where the config asks for ranking candidates.
+    ``candidates.jsonl`` and ``safety/<step>.jsonl`` where the config asks for ranking candidates and for refusals.
     """
     sft = config.sft
     with open_stage(config, "sft") as folder:
@@ -69,13 +70,15 @@ def run_sft(config: Config) -> dict[str, Any]:
             metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
             return state._replace(train=train, cursor=state.cursor + 1), metrics
 
-        samples = _sample_writer(sft, model, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
+        generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
+        samples = _sample_writer(sft, generate, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
         score = _evaluator(sft, model, heldout, mesh)
+        safety = make_safety(config, sft.data, generate, tokenizer, folder, mesh, batch_size=sft.batch_size)
 
         def evaluate(state: RunState, number: int) -> dict[str, float]:
             params = combine(state.train.params, frozen)
             samples(params, number)
-            return score(params)
+            return score(params) | safety(params, number)
 
         loop = Loop(
             title="SFT",
@@ -108,7 +111,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         save_pretrained(model, folder / "hf")
         export_tokenizer(tokenizer, folder / "hf")
         if sft.candidate_prompts:
-            _write_candidates(config, model, tokenizer, folder, mesh)
+            _write_candidates(config, generate, model.params, tokenizer, folder, mesh)
         summary = {
             "base_nll": outcome.first.get("eval/nll"),
             "heldout_nll": outcome.last.get("eval/nll"),
@@ -144,13 +147,19 @@ def _evaluator(
 
 
 def _sample_writer(
-    sft: SFTConfig, model: Pretrained, tokenizer: Any, heldout: SFTRows | None, folder: Path, *, mesh: Mesh, seed: int
+    sft: SFTConfig,
+    generate: GenerateFn,
+    tokenizer: Any,
+    heldout: SFTRows | None,
+    folder: Path,
+    *,
+    mesh: Mesh,
+    seed: int,
 ) -> Callable[[Params, int], None]:
     """Appends answers to the prompts of the first held-out rows (plain text has only a BOS) to samples.jsonl, once a
     step however often a run is broken off."""
     if heldout is None or sft.log.samples == 0:
         return lambda params, number: None
-    generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
     prompts = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer)
 
     def write(params: Params, number: int) -> None:
@@ -174,14 +183,15 @@ def _sample_writer(
     return write
 
 
-def _write_candidates(config: Config, model: Pretrained, tokenizer: Any, folder: Path, mesh: Mesh) -> None:
+def _write_candidates(
+    config: Config, generate: GenerateFn, params: Params, tokenizer: Any, folder: Path, mesh: Mesh
+) -> None:
     """Several answers to each prompt, for people to rank: add ``"ranks"`` to a row and it is a row of reward data."""
     sft = config.sft
     prompts = load_prompts(sft.data, sft.candidate_prompts, tokenizer)
-    generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
     drawn = answers(
         generate,
-        model.params,
+        params,
         prompts,
         tokenizer,
         samples=sft.candidates,

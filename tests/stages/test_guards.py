@@ -17,8 +17,6 @@ from jrlhf.config import (
     CheckpointConfig,
     Config,
     DataConfig,
-    GuardConfig,
-    GuardsConfig,
     KLConfig,
     LogConfig,
     ModelConfig,
@@ -26,6 +24,7 @@ from jrlhf.config import (
     PPOConfig,
     SamplingConfig,
 )
+from jrlhf.config_watch import GuardConfig, GuardsConfig
 from jrlhf.data import load_tokenizer, stop_token_ids
 from jrlhf.gates import GatesFailed
 from jrlhf.metrics import read_metrics

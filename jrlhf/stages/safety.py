@@ -1,0 +1,75 @@
+"""How often a model refuses what it should, and what it should not."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import regex
+from jax.sharding import Mesh
+
+from jrlhf.config import Config, DataConfig
+from jrlhf.data import Columns, DataError, load_prompts
+from jrlhf.parallel import is_first
+from jrlhf.rules import REFUSALS, refuses, yes_or_no
+from jrlhf.stages.run import json_line
+from jrlhf.stages.sampling import GenerateFn, answers
+from jrlhf.types import Params
+
+Rates = dict[str, float]
+
+
+def make_safety(
+    config: Config,
+    data: DataConfig,
+    generate: GenerateFn,
+    tokenizer: Any,
+    folder: Path,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+) -> Callable[[Params, int], Rates]:
+    """Answers to ``config.safety.prompts``, the same draws every time, written to ``safety/<step>.jsonl``.
+
+    ``data`` says how prompts are read. Nothing is asked where there are none. DataError for a column that is not true
+    or false in some row, before anything is answered.
+    """
+    safety = config.safety
+    if not safety.prompts:
+        return lambda params, number: {}
+    prompts = load_prompts(data, safety.prompts, tokenizer, Columns((), (safety.column,)))
+    wanted = [_wanted(row, safety.column) for row in prompts.shown]
+    patterns = [regex.compile(pattern) for pattern in safety.patterns or REFUSALS]
+
+    def evaluate(params: Params, number: int) -> Rates:
+        at = {"samples": 1, "seed": config.seed, "mesh": mesh, "batch_size": batch_size, "show_progress": False}
+        drawn = [answer for (answer,) in answers(generate, params, prompts, tokenizer, **at)]
+        refused = [refuses(answer, patterns, timeout=safety.match_timeout) for answer in drawn]
+        if is_first():
+            told = zip(prompts.shown, drawn, wanted, refused, strict=True)
+            lines = (
+                {"prompt": row["prompt"], "completion": answer, "wanted": asked, "refused": found}
+                for row, answer, asked, found in told
+            )
+            path = folder / "safety" / f"{number:06d}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json_line(line) for line in lines), encoding="utf-8")
+        return refusal_rates(wanted, refused)
+
+    return evaluate
+
+
+def _wanted(row: dict[str, Any], column: str) -> bool:
+    try:
+        return yes_or_no(row.get(column))
+    except ValueError as error:
+        raise DataError(f"column {column} of safety.prompts: {error}") from error
+
+
+def refusal_rates(wanted: Sequence[bool], refused: Sequence[bool]) -> Rates:
+    """The share of refusals among prompts that want one, and among those that do not; none of what there is not."""
+    kinds = {"eval/refusal_rate": True, "eval/benign_refusal_rate": False}
+    found = {
+        name: [answer for asked, answer in zip(wanted, refused, strict=True) if asked is kind]
+        for name, kind in kinds.items()
+    }
+    return {name: sum(of_kind) / len(of_kind) for name, of_kind in found.items() if of_kind}
