@@ -12,7 +12,9 @@ import jax
 from jrlhf import __version__
 from jrlhf.config import Config
 from jrlhf.config_io import ConfigError
+from jrlhf.gates import GatesFailed
 from jrlhf.parallel import first_goes_ahead, is_first
+from jrlhf.stages.guards import GuardStop
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.report import write_report
 from jrlhf.stages.reward import run_reward
@@ -26,7 +28,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 def run_pipeline(config: Config) -> dict[str, Any]:
     """Run each stage that has training data; write ``<run>/{summary.json, report.html}`` and return the summary.
 
-    A stage's part is what the stage itself found; ``seconds`` are its wall time over all attempts.
+    A stage's part is what the stage itself found; ``seconds`` are its wall time over all attempts. Where a gate or a
+    guard ends the run the report is written, the summary is not.
     """
     stages = {
         "sft": (config.sft.data.train, run_sft),
@@ -44,7 +47,12 @@ def run_pipeline(config: Config) -> dict[str, Any]:
             for part in (vars(config)[name] for name in asked):
                 make_trackers(part.log)
     start = time.perf_counter()
-    summary: dict[str, Any] = {name: run(config) for name, run in asked.items()}
+    try:
+        summary: dict[str, Any] = {name: run(config) for name, run in asked.items()}
+    except (GatesFailed, GuardStop):
+        if is_first():
+            write_report(folder, None)
+        raise
     seconds = {name: part["seconds"] for name, part in summary.items()}
     # A stage that was done before keeps its time, and the total is never less than the sum of its parts.
     seconds["total"] = max(time.perf_counter() - start, sum(seconds.values()))

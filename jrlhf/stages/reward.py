@@ -18,6 +18,7 @@ from jrlhf.data import (
     Order,
     PackedRankingRows,
     RankingRows,
+    TextRows,
     load_rankings,
     load_texts,
     load_tokenizer,
@@ -68,6 +69,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         tokenizer = load_tokenizer(source)
         rows = load_rankings(reward.data, reward.data.train, tokenizer)
         heldout = load_rankings(reward.data, reward.data.eval, tokenizer) if reward.data.eval else None
+        texts_source, texts = _normalising_texts(config, tokenizer)
         base = load_pretrained(source, mesh=mesh, **computed(reward.model, mesh, key="reward.model"))
         model = reward_from_pretrained(base, jax.random.key(config.seed))
         check_length(model.arch, int(rows.lengths.max()), key="reward.data.max_length")
@@ -120,7 +122,8 @@ def run_reward(config: Config) -> dict[str, Any]:
         )
         pass_gates("reward", reward.gates, outcome.last, folder)
         model = replace(model, params=combine(outcome.state.train.params, frozen))
-        model, normalised_on = _normalise(config, model, tokenizer, mesh)
+        if texts is not None:
+            model = _normalise(reward, model, texts, texts_source, mesh)
         write_adapter(model, model.params, reward.lora, folder / "peft", base=source, tokenizer=tokenizer)
         model = replace(model, params=merge_adapters(model.params))
         # transformers scores a batch by finding the last token that is not padding.
@@ -131,7 +134,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             **{name.removeprefix("eval/"): value for name, value in outcome.last.items()},
             "gain": model.gain,
             "bias": model.bias,
-            "normalised_on": normalised_on,
+            "normalised_on": texts_source,
             "steps": total,
             "exported_step": outcome.step,
             "rows": len(rows),
@@ -209,23 +212,21 @@ def calibration_bins(margins: np.ndarray) -> list[dict[str, float]]:
     ]
 
 
-def _normalise(config: Config, model: RewardModel, tokenizer: Any, mesh: Mesh) -> tuple[RewardModel, str]:
-    """Mean 0 and standard deviation 1 on the SFT policy's own answers, so that beta means the same in every run."""
-    source = _normalising_texts(config)
-    if source is None:
-        return model, ""
+def _normalising_texts(config: Config, tokenizer: Any) -> tuple[str, TextRows | None]:
+    """The SFT policy's own answers, or what the config names, and where they are from; read before any step is made."""
+    candidates = stage_folder(config, "sft") / "candidates.jsonl"
+    source = config.reward.normalise or (str(candidates) if candidates.exists() else config.reward.data.eval)
+    if not source:
+        return "", None
     # A sampler may answer with nothing, or with a byte that is no text: such answers are counted and left out.
-    texts = load_texts(replace(config.reward.data, on_bad_row="skip"), source, tokenizer)
-    batch_size, show_progress = config.reward.batch_size, config.reward.log.progress
+    return source, load_texts(replace(config.reward.data, on_bad_row="skip"), source, tokenizer)
+
+
+def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source: str, mesh: Mesh) -> RewardModel:
+    """Mean 0 and standard deviation 1 on those texts, so that beta means the same in every run."""
+    batch_size, show_progress = reward.batch_size, reward.log.progress
     scores = score_texts(model, texts, mesh=mesh, batch_size=batch_size, show_progress=show_progress)
     spread = float(scores.std())
     if not spread > 0:
         raise ValueError(f"reward.normalise: all {len(scores)} texts of {source} have the same score")
-    return normalise_reward(model, gain=1.0 / spread, bias=-float(scores.mean()) / spread), source
-
-
-def _normalising_texts(config: Config) -> str | None:
-    candidates = stage_folder(config, "sft") / "candidates.jsonl"
-    if config.reward.normalise:
-        return config.reward.normalise
-    return str(candidates) if candidates.exists() else config.reward.data.eval or None
+    return normalise_reward(model, gain=1.0 / spread, bias=-float(scores.mean()) / spread)

@@ -27,6 +27,7 @@ from jrlhf.stages.export import run_export
 from jrlhf.stages.inference import run_generate, run_sample, run_score
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.reward import run_reward
 from jrlhf.stages.run import open_stage
 from jrlhf.stages.sft import run_sft
 from jrlhf.stages.signals import Interrupted
@@ -172,6 +173,15 @@ def test_a_run_that_failed_before_its_first_checkpoint_may_start_anew(tmp_path: 
         pass
     with open_stage(Config(run=str(tmp_path), seed=7), "sft"):
         assert "seed: 7" in (folder / "config.yaml").read_text()
+
+
+def test_texts_that_cannot_be_scored_are_named_before_the_first_step(tmp_path: Path) -> None:
+    config = small_config(tmp_path, "run")
+    prompts = config.ppo.prompts.eval
+    reward = replace(config.reward, model=config.sft.model, normalise=prompts)
+    with pytest.raises(DataError, match=r"no rows; all 16 were skipped, most for: text: no such column"):
+        run_reward(replace(config, reward=reward))
+    assert not (Path(config.run) / "reward" / "metrics.jsonl").exists()
 
 
 def test_a_folder_in_use_is_refused(finished: Finished) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from jrlhf.config import Config
+from jrlhf.config import Config, DataConfig
 from jrlhf.config_check import ConfigError, check
 from jrlhf.config_rewards import JSONRuleConfig, RewardsConfig
 from jrlhf.config_watch import SafetyConfig
 from jrlhf.data import DataError
 from jrlhf.gates import GatesFailed
 from jrlhf.metrics import read_metrics
+from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.safety import refusal_rates
 from jrlhf.stages.sft import run_sft
@@ -75,9 +76,13 @@ def test_both_stages_say_how_often_they_refuse(tmp_path: Path) -> None:
 
 def test_an_sft_model_that_refuses_what_is_harmless_is_not_passed_on(tmp_path: Path) -> None:
     config = with_safety(tmp_path, gates=("benign_refusal_rate < 0",))
+    reward, ppo = config.reward, config.ppo
+    config = replace(config, reward=replace(reward, data=DataConfig()), ppo=replace(ppo, prompts=DataConfig()))
     with pytest.raises(GatesFailed, match=r"sft: 1 of 1 gates failed(.|\n)*benign_refusal_rate < 0 +got [\d.]+"):
-        run_sft(config)
+        run_pipeline(config)
     assert not (Path(config.run) / "sft" / "hf").exists()
+    assert not (Path(config.run) / "summary.json").exists()
+    assert "benign_refusal_rate &lt; 0" in (Path(config.run) / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_kind_that_is_not_asked_for_has_no_rate() -> None:
