@@ -14,6 +14,8 @@ import yaml
 
 from jrlhf.config import Config
 from jrlhf.config_io import to_yaml
+from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.config_watch import SafetyConfig
 from jrlhf.metrics import read_metrics
 from jrlhf.parallel import shard_batch
 from jrlhf.stages.pipeline import run_pipeline
@@ -110,10 +112,23 @@ def recipe_variables(port: int, processes: int, process: int) -> dict[str, str]:
     return found | {"JAX_COORDINATOR_ADDRESS": f"{host}:{port}", "JAX_NUM_PROCESSES": str(processes)}
 
 
+def ruled(config: Config, folder: Path) -> Config:
+    """With a rule beside the reward model, and prompts that should be refused."""
+    safety = folder / "safety.jsonl"
+    rows = [{"prompt": "Once upon a", "refusal": True}, {"prompt": "There was a", "refusal": False}]
+    safety.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rewards = RewardsConfig(length=LengthRuleConfig(weight=0.5, min=2, max=6))
+    return replace(
+        config,
+        safety=SafetyConfig(prompts=str(safety), patterns=("the",)),
+        ppo=replace(config.ppo, rewards=rewards, gates=("rule/length > 0",)),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_pipeline_in_the_pods_of_a_jobset_is_that_of_one_process(processes, tmp_path):
-    config, alone = small_config(tmp_path, "several"), small_config(tmp_path, "one")
+    config, alone = (ruled(small_config(tmp_path, run), tmp_path) for run in ("several", "one"))
     with running(
         command(config, "pipeline", tmp_path),
         processes=processes,
@@ -128,7 +143,7 @@ def test_the_pipeline_in_the_pods_of_a_jobset_is_that_of_one_process(processes, 
         check_same_metrics(Path(config.run) / stage, Path(alone.run) / stage, within=within)
         no_step_twice(Path(config.run) / stage)
         assert (Path(config.run) / stage / "hf" / "config.json").exists()
-    for written in ("sft/samples.jsonl", "sft/candidates.jsonl", "ppo/evals/000003.jsonl"):
+    for written in ("sft/samples.jsonl", "sft/candidates.jsonl", "ppo/evals/000003.jsonl", "ppo/safety/000003.jsonl"):
         texts = [(Path(run) / written).read_text().splitlines() for run in (config.run, alone.run)]
         completions = [[json.loads(row).get("completion") for row in rows] for rows in texts]
         assert completions[0] == completions[1]

@@ -1,6 +1,7 @@
 """PPO on rules: alone, and beside a reward model."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -33,12 +34,13 @@ from jrlhf.data import DataError
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rules import EndpointError, Episode
-from jrlhf.stages import rules
+from jrlhf.stages import rewards, rules
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.rewards import agreed, weigh
 from jrlhf.stages.rules import Rule, columns_read, make_rules, start_rules
+from jrlhf.stages.signals import Interrupted
 from jrlhf.types import Generation
 
 from .conftest import read_jsonl, small_config
@@ -79,8 +81,22 @@ def test_rules_alone_make_a_run(ruled: Config) -> None:
     assert after["eval/rule/length"] == pytest.approx(sum(row["rule/length"] for row in answers) / len(answers))
 
 
-def test_the_same_seed_gives_the_same_run(ruled: Config, tmp_path: Path) -> None:
-    again = replace(ruled, run=str(tmp_path / "again"))
+def test_broken_off_while_rules_score_it_ends_as_the_unbroken_run(
+    ruled: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again, asked = replace(ruled, run=str(tmp_path / "again")), 0
+
+    def interrupting(*given: Any, **named: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 3:  # the held-out answers of the start, then the first and the second rollout
+            signal.raise_signal(signal.SIGTERM)
+        return start_rules(*given, **named)
+
+    monkeypatch.setattr(rewards, "start_rules", interrupting)
+    with pytest.raises(Interrupted, match="stopped at step 2 of 3"):
+        run_ppo(again)
+    monkeypatch.setattr(rewards, "start_rules", start_rules)
     run_ppo(again)
     compare_runs(Path(ruled.run) / "ppo", tmp_path / "again" / "ppo")
 
