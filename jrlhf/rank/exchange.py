@@ -14,16 +14,17 @@ Format = Literal["ranking", "argilla", "label-studio"]
 
 
 def exported(tasks: Sequence[Task], decisions: Iterable[Decision], form: Format) -> tuple[str, list[str]]:
-    """A file's text, and what was left out of it."""
+    """A file's text, and what is in it and what was left out."""
     by_key = {task.key: task for task in tasks}
     known = [(by_key[decision.task], decision) for decision in decisions if decision.task in by_key]
     placed = [(task, Placed.of(decision)) for task, decision in known if decision.kind == "rank"]
-    notes = [f"{count} skipped tasks left out" for count in [len(known) - len(placed)] if count]
+    notes = [f"{len(placed)} rankings of {len({made.rater for _, made in placed})} raters"]
+    notes += [f"{count} skipped tasks left out" for count in [len(known) - len(placed)] if count]
     match form:
         case "ranking":
             rows = [ranking_row(task, made) for task, made in placed if len(set(made.ranks)) > 1]
             if tied := len(placed) - len(rows):
-                notes.append(f"{tied} rankings left out: all answers tied, so there is nothing to learn")
+                notes.append(f"{tied} of the rankings left out: all answers tied, so there is nothing to learn")
             return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), notes
         case "argilla":
             value = argilla.records(tasks, placed)

@@ -81,8 +81,9 @@ def test_what_is_left_out_is_said(tasks, store, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out.count("\n") == 4
     assert err.splitlines() == [
+        "jrlhf: 5 rankings of 3 raters",
         "jrlhf: 1 skipped tasks left out",
-        "jrlhf: 1 rankings left out: all answers tied, so there is nothing to learn",
+        "jrlhf: 1 of the rankings left out: all answers tied, so there is nothing to learn",
     ]
 
 
