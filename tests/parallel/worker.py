@@ -28,9 +28,9 @@ from jrlhf.parallel import (
     same_everywhere,
     shard_batch,
 )
-from jrlhf.stages.loop import RunState, abstract
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.start import start_training
+from jrlhf.stages.state import RunState, abstract
 from jrlhf.steps import make_sft_step
 
 STEPS, ROWS, BATCH = 7, 40, 8

@@ -20,6 +20,7 @@ BINS = 20
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {
         "Loss, nats per token": ("loss", "eval/nll"),
+        "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
         "Learning rate": ("lr",),
         "Tokens a second": ("tokens_per_second",),
     },
@@ -34,6 +35,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "KL, nats per sequence": ("kl", "eval/kl"),
         "Entropy, nats per token": ("entropy", "eval/entropy"),
         "Answer length, tokens": ("length/mean", "eval/length"),
+        "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
         "KL coefficient": ("kl_coef",),
         "Distinct-2": ("eval/distinct2",),
         "Time by phase, share": ("share/rollout", "share/scoring", "share/update", "share/evaluation"),
@@ -58,8 +60,9 @@ def stage_charts(stage: str, runs: Sequence[Record]) -> tuple[list[Any], list[An
         }
         return line_chart(title, lines, x="step")
 
-    main = [chart(title, wanted) for title, wanted in CHARTS[stage].items()]
-    drawn = {name for wanted in CHARTS[stage].values() for name in wanted}
+    asked = CHARTS[stage] | {"Rules, held out": tuple(name for name in names if name.startswith("eval/rule/"))}
+    main = [chart(title, wanted) for title, wanted in asked.items()]
+    drawn = {name for wanted in asked.values() for name in wanted}
     others = [chart(name, (name,)) for name in sorted(names.keys() - drawn)]
     return [c for c in main if c is not None], [c for c in others if c is not None]
 
@@ -161,7 +164,7 @@ def _finished(plot: Any, shown: list[tuple[str, str]], pointed: Sequence[Any]) -
         plot.legend.border_line_color = None
         plot.legend.label_text_color = SOFT
         plot.legend.label_text_font_size = "11px"
-        plot.legend.padding = plot.legend.spacing = 0
+        plot.legend.padding, plot.legend.spacing = 0, 14
         plot.add_layout(plot.legend[0], "below")
         plot.legend.orientation = "horizontal"
     return plot

@@ -16,5 +16,6 @@ th { font-weight: 600; color: var(--soft) }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem 1.5rem }
 figure { margin: 0; min-width: 0 }
 details { margin: 1rem 0 } summary { cursor: pointer; color: var(--soft) } pre { overflow-x: auto; font-size: 13px }
-@media print { body { margin: 0; max-width: none; font-size: 11px } figure, tr { break-inside: avoid } }
+@media print { body { margin: 0; max-width: none; font-size: 11px } figure, tr { break-inside: avoid }
+  h2, h3 { break-after: avoid } .charts { grid-template-columns: 1fr 1fr } }
 """
