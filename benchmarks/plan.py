@@ -157,7 +157,11 @@ def run_stage(out: Path, stage: str) -> None:
     tokenizer = load_tokenizer(str(out / "model"))
     load_sft(config.sft.data, config.sft.data.train, tokenizer, train_on="all")
 
-    def stop(*_: Any, **__: Any) -> None:
+    save = Checkpoints.save
+
+    def stop(checkpoints: Checkpoints, step: int, *arguments: Any, **named: Any) -> None:
+        if step == 0:  # what there is to go back to: no step has been made
+            return save(checkpoints, step, *arguments, **named)
         print(json.dumps({"resident": highest() - before}), flush=True)
         os._exit(0)
 

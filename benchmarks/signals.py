@@ -1,0 +1,191 @@
+"""Whether a run that is asked to stop does so, whatever it is at: PPO by the real command, signals in every phase.
+
+    python benchmarks/signals.py [--signals 20] [--phases rollout save]
+
+One JSON line a phase. Processes are sent SIGTERM and SIGINT in turn, at a random moment of the phase in a random
+iteration. A signal counts as stopped where the process ends with 143 or 130 and its state saved, and as exact where the
+run, started again by the same command until it ends, has the weights and the log of an unbroken one.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from reliability import command, same, small_run, tell
+
+from jrlhf.config import Config
+from jrlhf.config_io import to_yaml
+
+PHASES = ("compile", "rollout", "scoring", "update", "evaluation", "save")
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--signals", type=int, default=20, help="of each phase")
+    parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-with-signal", default="", help="(what a process of its own does)")
+    args = parser.parse_args()
+    if args.run_with_signal:
+        sys.exit(run_with_signal(**json.loads(args.run_with_signal)))
+    random.seed(args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        whole = evaluated_often(small_run(Path(folder), "whole"))
+        if code := command(whole, "pipeline").wait():
+            raise SystemExit(f"the unbroken run ended with {code}")
+        for phase in args.phases:
+            tell("signals_survived", phase=phase, **survived(phase, whole, args.signals))
+
+
+def evaluated_often(config: Config) -> Config:
+    return replace(config, ppo=replace(config.ppo, log=replace(config.ppo.log, eval_every=2)))
+
+
+def survived(phase: str, whole: Config, signals: int) -> dict[str, Any]:
+    """Runs of PPO on the unbroken run's models, broken off again and again until all signals are spent."""
+    sent = stopped = runs = equal = 0
+    seconds = []
+    while sent < signals:
+        runs, in_this_run = runs + 1, 0
+        broken = replace(whole, run=f"{whole.run}-{phase}-{runs}")
+        folder = Path(broken.run) / "ppo"
+        folder.parent.mkdir()
+        for stage in ("sft", "reward"):
+            shutil.copytree(Path(whole.run) / stage, folder.parent / stage)
+        while not (folder / "summary.json").exists():
+            if sent == signals:
+                if code := command(broken, "ppo").wait():
+                    raise SystemExit(f"going on after {phase} ended with {code}")
+                break
+            number = (signal.SIGTERM, signal.SIGINT)[sent % 2]
+            found = stop_once(broken, phase, number)
+            if found is None:  # the run was over before that phase came again
+                break
+            code, after = found
+            sent, in_this_run = sent + 1, in_this_run + 1
+            # Asked in its last iteration, there is nothing left to stop: it ends as always.
+            over = (folder / "summary.json").exists()
+            ended_well = code == (0 if over else CODES[number])
+            stopped += ended_well
+            if not ended_well:
+                tell("ended_otherwise", phase=phase, code=code, log=log_of_it(broken).read_text()[-2000:])
+            seconds.append(after)
+        equal += in_this_run * same("ppo", whole, broken)
+    found = sorted(seconds)
+    return {
+        "signals": sent,
+        "stopped": stopped,
+        "exact": equal,
+        "runs": runs,
+        "ends_after_seconds": [round(found[len(found) // 2], 2), round(found[-1], 2)],
+    }
+
+
+def log_of_it(config: Config) -> Path:
+    """What the process said that was signalled last."""
+    return Path(config.run).with_suffix(".log")
+
+
+def stop_once(config: Config, phase: str, number: int) -> tuple[int, float] | None:
+    """Start it, and signal it in that phase; its exit code and the seconds from signal to end."""
+    asked = {"config": str(Path(config.run).with_suffix(".yaml")), "phase": phase, "number": int(number)}
+    asked["call"], asked["share"] = random.randint(1, 1 if phase == "compile" else 3), random.random()
+    command_line = [sys.executable, __file__, "--run-with-signal", json.dumps(asked)]
+    Path(asked["config"]).write_text(to_yaml(config), encoding="utf-8")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if phase == "compile":
+        environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with log_of_it(config).open("w") as output:
+        process = subprocess.Popen(command_line, stdout=output, stderr=output, env=environment)
+        code = process.wait(timeout=600)
+    ended = time.time()
+    sent = [line for line in log_of_it(config).read_text().splitlines() if line.startswith("signal at ")]
+    if not sent:
+        if code:
+            raise SystemExit(f"{phase}: ended with {code} before any signal\n{log_of_it(config).read_text()}")
+        return None
+    return code, ended - float(sent[0].split()[-1])
+
+
+def run_with_signal(config: str, phase: str, number: int, call: int, share: float) -> int:
+    """``jrlhf ppo`` with a signal ``share`` of the way through that phase, the ``call``-th time it is entered."""
+    from jrlhf.checkpoint import Checkpoints
+    from jrlhf.cli import main as jrlhf
+    from jrlhf.stages import ppo, ppo_iteration
+
+    entered, last, sent = 0, 0.0, False
+
+    def send() -> None:
+        nonlocal sent
+        if sent:
+            return
+        sent = True
+        print(f"signal at {time.time()}", flush=True)
+        os.kill(os.getpid(), number)
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        nonlocal entered, last
+        entered += 1
+        due = None
+        if entered == call:
+            # A save goes on in the background when its call returns.
+            due = threading.Timer(share * (0.3 if phase == "save" else last or 0.05), send)
+            due.start()
+        start = time.perf_counter()
+        yield
+        last = time.perf_counter() - start
+        if due is not None and phase != "save" and due.is_alive():
+            # It went quicker than the time before: now, then, before it is left.
+            due.cancel()
+            due.join()
+            send()
+
+    def marked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*arguments: Any, **named: Any) -> Any:
+            with within():
+                return function(*arguments, **named)
+
+        return inside
+
+    timed = ppo_iteration.timed
+
+    @contextmanager
+    def marked_phase(seconds: dict[str, Any], name: str) -> Iterator[Any]:
+        # The first time of all is the one in which it is compiled.
+        compiles = phase == "compile" and entered == 0
+        if name == f"seconds/{phase}" or (name != "seconds/input" and compiles and random.random() < 0.5):
+            with within(), timed(seconds, name) as wait:
+                yield wait
+        else:
+            with timed(seconds, name) as wait:
+                yield wait
+
+    ppo_iteration.timed = marked_phase  # pyright: ignore
+    if phase == "compile":
+        last = 2.0
+        random.seed(share)
+    if phase == "evaluation":
+        made = ppo.make_evaluator
+        ppo.make_evaluator = lambda *arguments: marked(made(*arguments))
+    if phase == "save":
+        Checkpoints.save = marked(Checkpoints.save)
+    return jrlhf(["ppo", "--config", config])
+
+
+if __name__ == "__main__":
+    main()
