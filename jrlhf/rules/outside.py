@@ -79,22 +79,27 @@ class EndpointError(Exception):
     """A server gave no scores: it was not reached, was too slow, refused, or answered something else."""
 
 
-def by_endpoint(url: str, episodes: Sequence[Episode], *, timeout: float, retries: int) -> list[float]:
+def by_endpoint(url: str, episodes: Sequence[Episode], *, timeout: float, retries: int, deadline: float) -> list[float]:
     """POST ``{"prompts", "completions", "columns"}`` for ``{"scores": [...]}``; EndpointError where all tries fail.
 
-    What may pass is tried again: no connection, no answer in time, 429 and 5xx.
+    What may pass is tried again: no connection, no answer in time, 429 and 5xx; but not after ``deadline``, of
+    ``time.monotonic()``.
     """
     told = arguments(episodes)
     body = {"prompts": told.pop("prompts"), "completions": told.pop("completions"), "columns": told}
     request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST")
     for left in range(retries, -1, -1):
+        remains = deadline - time.monotonic()
+        if remains <= 0:
+            raise EndpointError(f"{url}: no time is left for a request (ppo.rewards.timeout)")
         try:
-            return _scores(_answer(request, timeout), len(episodes))
+            return _scores(_answer(request, min(timeout, remains)), len(episodes))
         except (OSError, ValueError, RecursionError) as error:
             lasting = isinstance(error, HTTPError) and error.code != 429 and error.code < 500
-            if lasting or not left:
+            wait = pause(retries - left)
+            if lasting or not left or time.monotonic() + wait >= deadline:
                 raise EndpointError(f"{url}: {error}") from error
-        time.sleep(pause(retries - left))
+        time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 

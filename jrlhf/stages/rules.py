@@ -72,7 +72,7 @@ def make_rules(rewards: RewardsConfig) -> tuple[Rule, ...]:
         ("refusal", rewards.refusal.weight, lambda: _refusal(rewards.refusal)),
         ("answer", rewards.answer.weight, lambda: _answer(rewards.answer)),
         ("function", rewards.function.weight, lambda: _function(rewards.function)),
-        ("endpoint", rewards.endpoint.weight, lambda: _endpoint(rewards.endpoint)),
+        ("endpoint", rewards.endpoint.weight, lambda: _endpoint(rewards.endpoint, rewards.timeout)),
     )
     return tuple(Rule(name, weight, make()) for name, weight, make in made if weight)
 
@@ -211,12 +211,14 @@ def _function(rule: FunctionRuleConfig) -> Callable[[Sequence[Episode]], Scores]
     return score
 
 
-def _endpoint(rule: EndpointRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
-    """NaN for the answers of a request that failed, where they are to be left out."""
+def _endpoint(rule: EndpointRuleConfig, limit: float) -> Callable[[Sequence[Episode]], Scores]:
+    """NaN for the answers of a request that failed, where they are to be left out. Of ``limit`` seconds for a batch
+    nine tenths are for its requests: then the rest is left out too, before the run is ended for it."""
 
-    def request(episodes: Sequence[Episode]) -> Scores:
+    def request(episodes: Sequence[Episode], deadline: float) -> Scores:
+        at = {"timeout": rule.timeout, "retries": rule.retries, "deadline": deadline}
         try:
-            return by_endpoint(rule.url, episodes, timeout=rule.timeout, retries=rule.retries)
+            return by_endpoint(rule.url, episodes, **at)
         except EndpointError as error:
             if rule.on_failure == "error":
                 raise
@@ -224,7 +226,7 @@ def _endpoint(rule: EndpointRuleConfig) -> Callable[[Sequence[Episode]], Scores]
             return [math.nan] * len(episodes)
 
     def score(episodes: Sequence[Episode]) -> Scores:
-        starts = range(0, len(episodes), rule.batch_size)
-        return [value for start in starts for value in request(episodes[start : start + rule.batch_size])]
+        starts, deadline = range(0, len(episodes), rule.batch_size), time.monotonic() + 0.9 * limit
+        return [value for start in starts for value in request(episodes[start : start + rule.batch_size], deadline)]
 
     return score

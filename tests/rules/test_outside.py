@@ -103,7 +103,7 @@ GOOD = b'{"scores": [1, 0.5]}'
 
 def test_a_server_is_asked_again_until_it_answers() -> None:
     with server((503, b""), (429, b""), (200, b"no JSON"), (200, GOOD)) as (url, asked):
-        assert by_endpoint(url, EPISODES, timeout=20.0, retries=3) == [1.0, 0.5]
+        assert by_endpoint(url, EPISODES, timeout=20.0, retries=3, deadline=math.inf) == [1.0, 0.5]
     chat = [{"role": "user", "content": "ü"}]
     body = {"prompts": ["p", chat], "completions": ["a", "bb"], "columns": {"n": [1, None]}}
     assert asked == [body] * 4
@@ -123,7 +123,7 @@ def test_a_server_is_asked_again_until_it_answers() -> None:
 )
 def test_a_server_without_scores_is_a_failure(replies: list[tuple[int, bytes]], said: str) -> None:
     with server(*replies) as (url, asked), pytest.raises(EndpointError, match=said):
-        by_endpoint(url, EPISODES, timeout=20.0, retries=1)
+        by_endpoint(url, EPISODES, timeout=20.0, retries=1, deadline=math.inf)
     assert len(asked) == len(replies)
 
 
@@ -131,4 +131,24 @@ def test_a_server_that_is_not_there_is_a_failure() -> None:
     with server() as (url, _):
         pass
     with pytest.raises(EndpointError, match=r"127\.0\.0\.1.*refused"):
-        by_endpoint(url, EPISODES, timeout=20.0, retries=1)
+        by_endpoint(url, EPISODES, timeout=20.0, retries=1, deadline=math.inf)
+
+
+def test_no_try_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try takes as long as it may: 10 s, 10 s, and the 5 s that are left of 25."""
+    now, given = 100.0, []
+
+    def slow(request: Any, timeout: float) -> Any:
+        nonlocal now
+        now += timeout
+        given.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(outside, "_answer", slow)
+    monkeypatch.setattr(outside.time, "monotonic", lambda: now)
+    with pytest.raises(EndpointError, match="timed out"):
+        by_endpoint("https://localhost/", EPISODES, timeout=10.0, retries=50, deadline=125.0)
+    assert given == [10.0, 10.0, 5.0]
+    with pytest.raises(EndpointError, match=r"no time is left for a request \(ppo\.rewards\.timeout\)"):
+        by_endpoint("https://localhost/", EPISODES, timeout=10.0, retries=50, deadline=125.0)
+    assert len(given) == 3

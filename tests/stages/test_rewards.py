@@ -286,7 +286,7 @@ def test_answers_without_a_score_are_left_out_and_counted(tmp_path: Path, monkey
     """A server that fails on every third request: no zero rewards, other answers learn, and the figures say so."""
     asked: list[int] = []
 
-    def endpoint(url: str, episodes: Any, *, timeout: float, retries: int) -> list[float]:
+    def endpoint(url: str, episodes: Any, *, timeout: float, retries: int, deadline: float) -> list[float]:
         asked.append(len(episodes))
         if len(asked) % 3 == 0:
             raise EndpointError("down")
