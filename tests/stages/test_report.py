@@ -33,6 +33,7 @@ SUMMARY: dict[str, Any] = {
 SAMPLES = [{"prompt": "The [bold]story", "before": " <script>alert(1)</script>", "after": ' is "fun" & [/red] good.'}]
 PIPELINE: dict[str, Any] = {
     "sft": {"base_nll": None, "heldout_nll": 2.5, "steps": 10, "skipped": {"empty": 7}, "seconds": 1.5},
+    "reward": {"normalised_on": ""},
     "ppo": {
         "before": {"eval/score_mean": 0.125, "eval/kl": 0.0},
         "after": {"eval/score_mean": 0.625, "eval/kl": 3.5},

@@ -60,7 +60,9 @@ def stage_charts(stage: str, runs: Sequence[Record]) -> tuple[list[Any], list[An
         }
         return line_chart(title, lines, x="step")
 
-    asked = CHARTS[stage] | {"Rules, held out": tuple(name for name in names if name.startswith("eval/rule/"))}
+    rules = tuple(name for name in names if name.startswith("eval/rule/"))
+    title = f"{rules[0].removeprefix('eval/')}, held out" if len(rules) == 1 else "Rules, held out"
+    asked = CHARTS[stage] | {title: rules}
     main = [chart(title, wanted) for title, wanted in asked.items()]
     drawn = {name for wanted in asked.values() for name in wanted}
     others = [chart(name, (name,)) for name in sorted(names.keys() - drawn)]
@@ -166,5 +168,5 @@ def _finished(plot: Any, shown: list[tuple[str, str]], pointed: Sequence[Any]) -
         plot.legend.label_text_font_size = "11px"
         plot.legend.padding, plot.legend.spacing = 0, 14
         plot.add_layout(plot.legend[0], "below")
-        plot.legend.orientation = "horizontal"
+        plot.legend.orientation, plot.legend.ncols = "horizontal", 2
     return plot

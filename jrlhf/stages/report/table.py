@@ -57,14 +57,14 @@ class Figure(NamedTuple):
 
 
 def figures(summary: Mapping[str, Any]) -> list[Figure]:
-    """Every scalar of the stages, in the summary's order.
+    """Every scalar of the stages that is not empty, in the summary's order.
 
     ``x_before`` and ``x_after``, or ``before/x`` and ``after/x``, are one figure.
     """
     found: dict[tuple[str, str], list[Scalar | None]] = {}
     for stage in STAGES:
         for path, value in _scalars(summary.get(stage, {})):
-            if path == "seconds" and "seconds" in summary:
+            if value == "" or (path == "seconds" and "seconds" in summary):
                 continue
             name, side = _pair(path)
             found.setdefault((stage, name), [None, None])[side] = value
