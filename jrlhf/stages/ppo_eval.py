@@ -112,7 +112,10 @@ def judging(config: Config, actors: Actors, mesh: Mesh) -> Actors:
 
 
 def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:
-    """The share of prompts whose answer scores higher than the first one, of before PPO; a tie is half a win."""
+    """The share of prompts whose answer scores higher than the first one, of before PPO; a tie is half a win.
+
+    By the whole score, by the judge, and by each part of the score where it has several.
+    """
 
     def rate(name: str) -> float:
         now, then = (np.asarray([row[name] for row in rows], np.float64) for rows in (answers, first))
@@ -120,6 +123,7 @@ def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dic
         return float(np.mean(0.5 * (1.0 + np.sign(difference)))) if difference.size else 0.5
 
     names = {"score": "eval/win_rate", "judge": "eval/judge_win_rate"}
+    names |= {part: f"eval/win_rate/{part}" for part in answers[0] if part.startswith(PARTS)}
     return {figure: rate(name) for name, figure in names.items() if name in answers[0] and name in first[0]}
 
 

@@ -79,6 +79,11 @@ def test_rules_alone_make_a_run(ruled: Config) -> None:
         assert row["score"] == pytest.approx(row["rule/json"] + 2 * row["rule/length"])
     after = json.loads((folder / "summary.json").read_text())["after"]
     assert after["eval/rule/length"] == pytest.approx(sum(row["rule/length"] for row in answers) / len(answers))
+    first = read_jsonl(folder / "evals" / "000000.jsonl")
+    for part, figure in (("score", "eval/win_rate"), ("rule/length", "eval/win_rate/rule/length")):
+        pairs = [(row[part], before[part]) for row, before in zip(answers, first, strict=True)]
+        wins = sum((now > then) + 0.5 * (now == then) for now, then in pairs)
+        assert after[figure] == pytest.approx(wins / len(pairs)), figure
 
 
 def test_broken_off_while_rules_score_it_ends_as_the_unbroken_run(
