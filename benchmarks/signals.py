@@ -3,8 +3,9 @@
     python benchmarks/signals.py [--signals 20] [--phases rollout save]
 
 One JSON line a phase. Processes are sent SIGTERM and SIGINT in turn, at a random moment of the phase in a random
-iteration. A signal counts as stopped where the process ends with 143 or 130 and its state saved, and as exact where the
-run, started again by the same command until it ends, has the weights and the log of an unbroken one.
+iteration. A signal counts as stopped where the process ends with 143 or 130 and its state saved; one in the last
+iteration, after which nothing is left to stop, where it ends as always, with 0 (``in_last_iteration``). It counts as
+exact where the run, started again by the same command until it ends, has the weights and the log of an unbroken one.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def evaluated_often(config: Config) -> Config:
 
 def survived(phase: str, whole: Config, signals: int) -> dict[str, Any]:
     """Runs of PPO on the unbroken run's models, broken off again and again until all signals are spent."""
-    sent = stopped = runs = equal = 0
+    sent = stopped = last = runs = equal = 0
     seconds = []
     while sent < signals:
         runs, in_this_run = runs + 1, 0
@@ -79,6 +80,7 @@ def survived(phase: str, whole: Config, signals: int) -> dict[str, Any]:
             sent, in_this_run = sent + 1, in_this_run + 1
             # Asked in its last iteration, there is nothing left to stop: it ends as always.
             over = (folder / "summary.json").exists()
+            last += over
             ended_well = code == (0 if over else CODES[number])
             stopped += ended_well
             if not ended_well:
@@ -89,6 +91,7 @@ def survived(phase: str, whole: Config, signals: int) -> dict[str, Any]:
     return {
         "signals": sent,
         "stopped": stopped,
+        "in_last_iteration": last,
         "exact": equal,
         "runs": runs,
         "ends_after_seconds": [round(found[len(found) // 2], 2), round(found[-1], 2)],

@@ -21,6 +21,7 @@ from jrlhf.config import (
     SFTConfig,
 )
 from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
+from jrlhf.config_watch import SafetyConfig
 from jrlhf.gates import failure, judge
 from jrlhf.lock import run_lock
 from jrlhf.parallel import first_goes_ahead, from_first, is_first, same_everywhere
@@ -94,7 +95,7 @@ def comparable(config: Config, stage: StageName) -> Config:
     parts: dict[StageName, Any] = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
     blank: dict[StageName, Any] = {"sft": SFTConfig(), "reward": RewardConfig(), "ppo": PPOConfig()}
     chosen = {name: neutral(parts[name] if name == stage else blank[name]) for name in parts}
-    return replace(config, run="", mesh=MeshConfig(), distributed=DistributedConfig(), **chosen)
+    return replace(config, run="", mesh=MeshConfig(), distributed=DistributedConfig(), safety=SafetyConfig(), **chosen)
 
 
 def _has_begun(folder: Path) -> bool:

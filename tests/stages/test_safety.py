@@ -65,6 +65,8 @@ def test_both_stages_say_how_often_they_refuse(tmp_path: Path) -> None:
     run_sft(config)
     sft = check_by_hand(Path(config.run) / "sft")
     assert [line["step"] for line in sft] == [0, 2]
+    # As a gate, it is asked of the model and decides nothing of it: it may be added to a run, or changed.
+    assert run_sft(replace(config, safety=SafetyConfig()))["steps"] == 2
     rewards = RewardsConfig(model_weight=0.0, json=JSONRuleConfig(weight=1.0))
     config = replace(config, ppo=replace(config.ppo, rewards=rewards, ptx_coef=0.0, gates=("refusal_rate >= 0",)))
     run_ppo(config)
