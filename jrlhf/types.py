@@ -141,6 +141,15 @@ class Generation(NamedTuple):
     """True where a stop token ended the response, False where the length limit did."""
 
 
+class Readings(NamedTuple):
+    """What the networks say of a generation, before anyone has judged it. Read at response tokens alone."""
+
+    logprobs: Float[Array, "B T"]
+    entropy: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"]
+    values: Float[Array, "B T"]
+
+
 class Rollout(NamedTuple):
     """A batch of experience for PPO: what was sampled, how it was scored, and the targets made of it."""
 

@@ -36,7 +36,11 @@ def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
     # Attention scores reach 170 here, where one unit in the last place of a float32 is 1.5e-5.
     assert summary["ppo"]["first_minibatch_max_abs_log_ratio"] <= 5e-5
     assert "gold" in capsys.readouterr().out
-    assert (tmp_path / "report.html").exists()
+    gold = summary["curves"]["ppo"]["eval/gold"]
+    assert [step for step, _ in gold] == [0, 2]
+    assert [value for _, value in gold] == [summary["ppo"]["gold_before"], summary["ppo"]["gold_after"]]
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "eval/gold" in report
 
 
 @pytest.mark.slow
@@ -53,3 +57,5 @@ def test_full_reaches_its_targets(tmp_path: Path, seed: int) -> None:
     assert ppo["distinct2_after"] >= 0.6 * ppo["distinct2_before"]
     assert ppo["kl"] <= 20.0
     assert ppo["first_minibatch_max_abs_log_ratio"] <= 5e-5
+    # Enough evaluations that reward and gold over √KL can be fitted.
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("fit of eval/") >= 2

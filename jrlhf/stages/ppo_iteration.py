@@ -19,8 +19,8 @@ from jrlhf.stages.rewards import Rewards, part_metrics
 from jrlhf.stages.sampling import GenerateFn
 from jrlhf.stages.start import JittedStep
 from jrlhf.stages.state import RunState
-from jrlhf.steps import make_experience, rollout_metrics, without_padding
-from jrlhf.types import Generation, Metrics, Rollout, ScoreFn, SelectiveLogprobFn, SFTBatch
+from jrlhf.steps import make_readings, make_targets, rollout_metrics, without_padding
+from jrlhf.types import Generation, Metrics, Readings, Rollout, ScoreFn, SelectiveLogprobFn, SFTBatch
 
 Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]
 BatchOf = Callable[[RunState, int], dict[str, np.ndarray]]
@@ -41,19 +41,23 @@ def reading_fns(actors: Actors, *, slices: int) -> tuple[SelectiveLogprobFn, Sco
     return (without_padding(fns[0], slices=slices), without_padding(fns[1], slices=slices)) if actors.packable else fns
 
 
-def jit_experience(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Callable[..., Rollout]:
-    """``make_experience`` with a config's settings, its rollout laid out by rows."""
-    experience = make_experience(
-        *reading_fns(actors, slices=slices),
-        temperature=ppo.sampling.temperature,
+def jit_readings(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Callable[..., Readings]:
+    """``make_readings`` with a config's settings, laid out by rows."""
+    fns = reading_fns(actors, slices=slices)
+    read = make_readings(*fns, temperature=ppo.sampling.temperature, selective=True)
+    return jax.jit(read, out_shardings=batch_sharding(mesh))
+
+
+def jit_targets(ppo: PPOConfig, mesh: Mesh) -> Callable[..., Rollout]:
+    """``make_targets`` with a config's settings, laid out by rows."""
+    targets = make_targets(
         gamma=ppo.gamma,
         lam=ppo.lam,
         kl_estimator=ppo.kl.estimator,
         missing_eos_penalty=ppo.missing_eos_penalty,
         whiten_rewards=ppo.whiten_rewards,
-        selective=True,
     )
-    return jax.jit(experience, out_shardings=batch_sharding(mesh))
+    return jax.jit(targets, out_shardings=batch_sharding(mesh))
 
 
 def make_iteration(
@@ -76,7 +80,7 @@ def make_iteration(
         return Order(config.seed, batch_size=ppo.episodes, lengths=rows.lengths, parts=rows.parts)
 
     order, text_order = in_order(prompts), None if ptx is None else in_order(ptx)
-    experience = jit_experience(ppo, actors, mesh, slices=slices)
+    read, targets = jit_readings(ppo, actors, mesh, slices=slices), jit_targets(ppo, mesh)
 
     @jax.jit
     def measure(rollout: Rollout, parts: dict[str, jax.Array]) -> Metrics:
@@ -117,8 +121,10 @@ def make_iteration(
         with timed(seconds, "seconds/rollout") as wait:
             generation = wait(generate(params.policy, *batch, sample_key))
         with timed(seconds, "seconds/scoring") as wait:
+            # Handed out first: the devices are at it while the rules score on the host.
+            readings = read(params.policy, actors.policy.params, params.value, generation)
             kept, scores, parts = score(generation, prompts, rows)
-            rollout = experience(params.policy, actors.policy.params, params.value, kept, scores, state.kl_coef)
+            rollout = targets(kept, readings, scores, state.kl_coef)
             metrics = wait(measure(rollout, parts))
         return generation, rollout._replace(ptx=text), metrics
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 
 from jrlhf import assets
@@ -43,8 +44,8 @@ def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> di
 def judge(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
     """The summary in the quick start's terms: each stage before and after, beside its baselines."""
     before, after = read_answers(config, 0), read_answers(config, config.ppo.iterations)
-    lexicon = load_opinion_lexicon()
-    gold_before, gold_after = (lexicon_scores([whole_text(r) for r in rows], lexicon) for rows in (before, after))
+    gold = gold_scores(config)
+    gold_before, gold_after = gold[0], gold[config.ppo.iterations]
     _, stderr = paired_difference(gold_before, gold_after)
     log = read_metrics(Path(config.run) / "ppo" / "metrics.jsonl")
     sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
@@ -72,11 +73,19 @@ def judge(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
             "max_abs_logprob_diff": largest(log, "sampler/max_abs_logprob_diff"),
             "first_minibatch_max_abs_log_ratio": largest(log, "policy/first_minibatch_max_abs_log_ratio"),
         },
+        "curves": {"ppo": {"eval/gold": [(step, float(np.mean(scores))) for step, scores in gold.items()]}},
         "seconds": summary["seconds"],
         "seed": summary["seed"],
         "hardware": summary["hardware"],
         "versions": summary["versions"],
     }
+
+
+def gold_scores(config: Config) -> dict[int, Float[np.ndarray, "N"]]:
+    """What the lexicon says of the held-out answers of every evaluation of PPO, by iteration."""
+    lexicon = load_opinion_lexicon()
+    steps = sorted(int(path.stem) for path in (Path(config.run) / "ppo" / "evals").glob("*.jsonl"))
+    return {s: lexicon_scores([whole_text(row) for row in read_answers(config, s)], lexicon) for s in steps}
 
 
 def whole_text(row: dict[str, Any]) -> str:

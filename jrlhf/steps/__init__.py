@@ -1,6 +1,6 @@
 """Factories of pure training steps over any model that speaks the protocols of ``jrlhf.types``."""
 
-from jrlhf.steps.experience import make_experience, rollout_metrics
+from jrlhf.steps.experience import make_experience, make_readings, make_targets, rollout_metrics
 from jrlhf.steps.generate import make_generate
 from jrlhf.steps.packing import without_padding
 from jrlhf.steps.ppo import make_ppo_step
@@ -11,9 +11,11 @@ __all__ = [
     "make_experience",
     "make_generate",
     "make_ppo_step",
+    "make_readings",
     "make_reward_step",
     "make_sft_eval",
     "make_sft_step",
+    "make_targets",
     "rollout_metrics",
     "score_completions",
     "score_sequences",

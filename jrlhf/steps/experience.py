@@ -17,7 +17,7 @@ from jrlhf.core import (
     masked_whiten,
     shape_rewards,
 )
-from jrlhf.types import Generation, LogprobFn, Metrics, Params, Rollout, ScoreFn, SelectiveLogprobFn
+from jrlhf.types import Generation, LogprobFn, Metrics, Params, Readings, Rollout, ScoreFn, SelectiveLogprobFn
 
 
 def make_experience(
@@ -34,11 +34,17 @@ def make_experience(
 ) -> Callable[[Params, Params, Params, Generation, Float[Array, "B"], Float[Array, ""]], Rollout]:
     """A pure function ``(policy, ref, value params, generation, scores, kl_coef) -> Rollout``.
 
-    ``temperature`` must be the sampler's: one probability for sampler, old policy, new policy and reference.
-    ``missing_eos_penalty`` is taken from the score of a response that no stop token ended.
-    Advantages are whitened over the whole rollout; returns are advantages + values before that.
-    ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about response tokens alone.
+    It is ``make_readings`` followed by ``make_targets``, which say what the settings do. Who waits for scores runs the
+    two apart: the first needs none.
     """
+    read = make_readings(logprob_fn, value_fn, temperature=temperature, selective=selective)
+    targets = make_targets(
+        gamma=gamma,
+        lam=lam,
+        kl_estimator=kl_estimator,
+        missing_eos_penalty=missing_eos_penalty,
+        whiten_rewards=whiten_rewards,
+    )
 
     def experience(
         policy: Params,
@@ -48,27 +54,58 @@ def make_experience(
         scores: Float[Array, "B"],
         kl_coef: Float[Array, ""],
     ) -> Rollout:
-        tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
-        only = {"wanted": response} if selective else {}
+        return targets(generation, read(policy, reference, value, generation), scores, kl_coef)
+
+    return experience
+
+
+def make_readings(
+    logprob_fn: LogprobFn | SelectiveLogprobFn, value_fn: ScoreFn, *, temperature: float, selective: bool = False
+) -> Callable[[Params, Params, Params, Generation], Readings]:
+    """A pure function ``(policy, ref, value params, generation) -> Readings``: all forward passes of a rollout.
+
+    ``temperature`` must be the sampler's: one probability for sampler, old policy, new policy and reference.
+    ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about response tokens alone.
+    """
+
+    def read(policy: Params, reference: Params, value: Params, generation: Generation) -> Readings:
+        tokens, mask = generation.tokens, generation.mask
+        only = {"wanted": generation.response_mask} if selective else {}
         logprobs, entropy = logprob_fn(policy, tokens, mask, temperature=temperature, **only)
         ref_logprobs, _ = logprob_fn(reference, tokens, mask, temperature=temperature, **only)
         values = align_to_tokens(value_fn(value, tokens, mask).astype(jnp.float32))
-        kl = kl_penalty(logprobs, ref_logprobs, estimator=kl_estimator)
-        scores = scores.astype(jnp.float32)
+        return jax.lax.stop_gradient(Readings(logprobs, entropy, ref_logprobs, values))
+
+    return read
+
+
+def make_targets(
+    *, gamma: float, lam: float, kl_estimator: KLEstimator, missing_eos_penalty: float, whiten_rewards: bool
+) -> Callable[[Generation, Readings, Float[Array, "B"], Float[Array, ""]], Rollout]:
+    """A pure function ``(generation, readings, scores, kl_coef) -> Rollout``.
+
+    ``missing_eos_penalty`` is taken from the score of a response that no stop token ended.
+    Advantages are whitened over the whole rollout; returns are advantages + values before that.
+    The generation's response may be smaller than the one that was read.
+    """
+
+    def targets(
+        generation: Generation, readings: Readings, scores: Float[Array, "B"], kl_coef: Float[Array, ""]
+    ) -> Rollout:
+        response, scores = generation.response_mask, scores.astype(jnp.float32)
+        kl = kl_penalty(readings.logprobs, readings.ref_logprobs, estimator=kl_estimator)
         penalised = scores - jnp.where(generation.stopped, 0.0, missing_eos_penalty)
         rewards = shape_rewards(penalised, kl, response, kl_coef=kl_coef)
         if whiten_rewards:
             rewards = masked_whiten(rewards, response, shift_mean=False)
+        values = readings.values
         advantages, returns = jax.vmap(lambda r, v, m: gae(r, v, m, gamma=gamma, lam=lam))(rewards, values, response)
         rollout = Rollout(
-            tokens=tokens,
-            mask=mask,
+            **readings._asdict(),
+            tokens=generation.tokens,
+            mask=generation.mask,
             response_mask=response,
-            logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
             sampler_logprobs=generation.logprobs,
-            entropy=entropy,
-            values=values,
             rewards=rewards,
             advantages=masked_whiten(advantages, response, shift_mean=True),
             returns=returns,
@@ -78,7 +115,7 @@ def make_experience(
         # Targets are constants of the update, whatever the caller differentiates.
         return jax.lax.stop_gradient(rollout)
 
-    return experience
+    return targets
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:

@@ -130,7 +130,7 @@ def test_every_stage_is_planned_and_written_down(
     assert names == {
         "sft": ["start", "update", "evaluation", "answers"],
         "reward": ["start", "update", "evaluation"],
-        "ppo": ["start", "rollout", "scores", "experience", "update"],
+        "ppo": ["start", "rollout", "readings", "scores", "update"],
     }
     for stage in found.values():
         assert stage.fits

@@ -114,4 +114,4 @@ def test_reward_model_and_ppo(lengths: int, tmp_path: Path, compiled: Counter[st
         checkpoint=ONCE,
     )
     run_ppo(Config(run=config.run, reward=reward, ppo=ppo))
-    check(tmp_path / "run/ppo", compiled, "generate", "experience", "jitted", "work")
+    check(tmp_path / "run/ppo", compiled, "generate", "read", "targets", "jitted", "work")

@@ -75,7 +75,8 @@ def run(tmp_path: Path) -> Path:
     (folder / "ppo" / "gates.json").write_text(json.dumps({"gates": [verdict]}))
     event = {"step": 7, "time": 1e9, "event": "rollback", "to": 5, "kl_coef": 0.25}
     (folder / "ppo" / "events.jsonl").write_text(json.dumps(event) + "\n")
-    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    curves = {"ppo": {"eval/gold": [[i, 0.1 * i] for i in (0, 2, 5, 7, 10)]}}
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"curves": curves}))
     return folder
 
 
@@ -142,6 +143,7 @@ def test_the_page_holds_all_that_the_run_left(run: Path) -> None:
     for title in ("Calibration: pairs ordered right", "Scores of held-out answers", "distance from the SFT policy"):
         assert title in text
     assert "Fitted d" in text
+    assert "; eval/gold: α" in text, "a curve that only the summary has"
     assert len(text) < 5_000_000
 
 

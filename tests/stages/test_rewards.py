@@ -34,7 +34,7 @@ from jrlhf.data import DataError
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rules import EndpointError, Episode
-from jrlhf.stages import rewards, rules
+from jrlhf.stages import ppo_iteration, rewards, rules
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
@@ -178,7 +178,7 @@ def test_a_run_on_rules_can_be_planned() -> None:
     sized = ppo_stage(plan, planned_site(plan))
     names = [program.name for program in sized.build(1).programs]
     assert "scores" not in names
-    assert {"rollout", "experience", "update"} <= set(names)
+    assert {"rollout", "readings", "update"} <= set(names)
 
 
 def scores_of(rewards: RewardsConfig, *episodes: Episode) -> dict[str, list[float]]:
@@ -285,6 +285,29 @@ def test_the_reference_comes_with_the_prompt_s_row(tmp_path: Path) -> None:
 def test_a_cell_that_cannot_be_read_is_named(rewards: RewardsConfig, row: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=rf"ppo\.rewards\.\w+: {said}"):
         scores_of(rewards, Episode(row, "I cannot. 1", 1, True))
+
+
+def test_the_networks_read_while_the_rules_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no reward model too: their work is handed out before a rule begins, and nobody waits for it."""
+    order: list[str] = []
+    make, start = ppo_iteration.jit_readings, rewards.start_rules
+
+    def jit_readings(*args: Any, **kwargs: Any) -> Any:
+        read = make(*args, **kwargs)
+        return lambda *given: (order.append("read"), read(*given))[1]
+
+    def starting(*args: Any, **kwargs: Any) -> Any:
+        order.append("rules")
+        return start(*args, **kwargs)
+
+    monkeypatch.setattr(ppo_iteration, "jit_readings", jit_readings)
+    monkeypatch.setattr(rewards, "start_rules", starting)
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: (order.append("waited"), tree)[1])
+    run_ppo(rules_only(tmp_path, "run", RULES, iterations=2))
+    # Of every iteration; the rules score evaluations too.
+    assert order.count("read") == 2
+    assert all(order[at + 1] == "rules" for at, what in enumerate(order) if what == "read")
+    assert "waited" in order
 
 
 def test_answers_without_a_score_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

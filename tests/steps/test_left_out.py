@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from jrlhf.core import from_logits
-from jrlhf.steps import make_experience, rollout_metrics
+from jrlhf.steps import make_experience, make_readings, make_targets, rollout_metrics
 from jrlhf.types import Generation
 
 from .batches import KEY, assert_close, assert_same, jit, rollout_batch
@@ -15,19 +15,16 @@ from .test_ppo_step import ppo_step, start
 OUT = 2
 
 
+SHAPING = {"gamma": 1.0, "lam": 0.95, "kl_estimator": "k1", "missing_eos_penalty": 0.5, "whiten_rewards": True}
+
+
+def networks(model):
+    return model.params, jax.tree.map(lambda x: x * 0.9, model.params), model.value_params
+
+
 def experience_of(model, generation, scores):
-    make = make_experience(
-        from_logits(model.apply_fn),
-        model.score_fn,
-        temperature=0.7,
-        gamma=1.0,
-        lam=0.95,
-        kl_estimator="k1",
-        missing_eos_penalty=0.5,
-        whiten_rewards=True,
-    )
-    reference = jax.tree.map(lambda x: x * 0.9, model.params)
-    return jit(make)(model.params, reference, model.value_params, generation, scores, jnp.float32(0.1))
+    make = make_experience(from_logits(model.apply_fn), model.score_fn, temperature=0.7, **SHAPING)
+    return jit(make)(*networks(model), generation, scores, jnp.float32(0.1))
 
 
 def sampled(model):
@@ -55,6 +52,23 @@ def test_the_update_is_that_of_the_batch_without_it(plain):
     mine, _ = ppo_step(plain)(start(plain), with_it, KEY)
     gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), other.params, mine.params)
     assert max(jax.tree.leaves(gaps)) > 1e-3
+
+
+def test_it_may_be_left_out_after_it_was_read(plain):
+    """The networks are at the answers before the rules have said which have a score."""
+    whole, scores = sampled(plain), jnp.asarray([1.0, -2.0, 0.0, 0.5, 3.0])
+    emptied = whole._replace(response_mask=whole.response_mask & (jnp.arange(5) != OUT)[:, None])
+    read = make_readings(from_logits(plain.apply_fn), plain.score_fn, temperature=0.7)
+    readings = jit(read)(*networks(plain), whole)
+    made = jit(make_targets(**SHAPING))(emptied, readings, scores, jnp.float32(0.1))
+    expected = experience_of(plain, emptied, scores)
+    assert_close(made, expected, atol=1e-6)
+    # What was read of it is in nothing.
+    wild = readings._replace(logprobs=readings.logprobs.at[OUT].set(jnp.nan), values=readings.values.at[OUT].set(9e9))
+    again = jit(make_targets(**SHAPING))(emptied, wild, scores, jnp.float32(0.1))
+    for name in ("rewards", "advantages", "returns"):
+        there = jnp.where(emptied.response_mask, getattr(again, name) - getattr(made, name), 0.0)
+        assert_same(there, jnp.zeros_like(there))
 
 
 def test_a_minibatch_of_none_but_such_moves_nothing(plain):

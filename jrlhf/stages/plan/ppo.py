@@ -27,7 +27,7 @@ from jrlhf.stages.plan.parts import (
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
 from jrlhf.stages.ppo import make_step
-from jrlhf.stages.ppo_iteration import episode_slices, jit_experience
+from jrlhf.stages.ppo_iteration import episode_slices, jit_readings, jit_targets
 from jrlhf.stages.scoring import jit_score, padded_width, reward_of
 from jrlhf.stages.start import check_length
 from jrlhf.types import Generation, PPOParams, SFTBatch
@@ -45,7 +45,10 @@ class Planned(NamedTuple):
 
 
 def ppo_stage(config: PlanConfig, site: Site) -> Sized:
-    """Start, and an iteration's rollout, scores, experience and update. Evaluation calls the same or smaller ones."""
+    """Start, and an iteration's rollout, readings, scores and update.
+
+    What makes targets of readings and scores, and evaluation, call for less than these.
+    """
     ppo = config.ppo
     scored = episode_slices(ppo, ppo.episodes, site.mesh, key="ppo.episodes")
     minibatch = ppo.episodes // ppo.minibatches
@@ -68,14 +71,16 @@ def ppo_stage(config: PlanConfig, site: Site) -> Sized:
         scoring = []
         if planned.actors.reward is not None:
             scoring = [score_program(planned, site, generation, slices=scored)._replace(flops=work["scores"])]
-        experience = experience_program(config, planned, site, generation, scores, slices=scored)
-        experience = experience._replace(flops=work["experience"])
-        targets = jax.eval_shape(experience.jitted, *experience.args)
+        readings = readings_program(config, planned, site, generation, slices=scored)
+        readings = readings._replace(flops=work["readings"])
+        read = jax.eval_shape(readings.jitted, *readings.args)
+        coef = site.whole(lambda: jnp.float32(0.0))
+        targets = jax.eval_shape(jit_targets(ppo, site.mesh), generation, read, scores, coef)
         batch = jax.tree.map(lambda x: site.rows(x.shape, x.dtype), targets)
         batch = batch._replace(ptx=site.text(episodes, ppo.ptx.max_length) if ppo.ptx_coef else None)
         figures: dict[str, Any] = {"trips": slices, "flops": work["update"], "read": moved}
         update = training.update(site, batch, generation, scores, **figures)
-        programs = training.start, rollout, *scoring, experience, update
+        programs = training.start, rollout, readings, *scoring, update
         return StagePlan("ppo", "ppo.episodes", episodes, held, programs)
 
     return Sized(minibatch // site.groups // slices, ppo.model.dtype, build)
@@ -136,14 +141,13 @@ def score_program(planned: Planned, site: Site, generation: Generation, *, slice
     return Program("scores", score, (reward.params, *texts), alive=alive, trips=slices)
 
 
-def experience_program(
-    config: PlanConfig, planned: Planned, site: Site, generation: Generation, scores: Any, *, slices: int
+def readings_program(
+    config: PlanConfig, planned: Planned, site: Site, generation: Generation, *, slices: int
 ) -> Program:
-    """What ``make_iteration`` makes of samples and scores."""
-    experience = jit_experience(config.ppo, planned.actors, site.mesh, slices=slices)
-    params, coef = planned.params, site.whole(lambda: jnp.float32(0.0))
-    args = params.policy, planned.actors.policy.params, params.value, generation, scores, coef
-    return Program("experience", experience, args, alive=(planned.training.held, args), trips=slices)
+    """What policy, reference and value network say of what was sampled."""
+    read = jit_readings(config.ppo, planned.actors, site.mesh, slices=slices)
+    args = planned.params.policy, planned.actors.policy.params, planned.params.value, generation
+    return Program("readings", read, args, alive=(planned.training.held, args), trips=slices)
 
 
 def row_work(config: PlanConfig, actors: Actors) -> dict[str, float]:
@@ -161,7 +165,7 @@ def row_work(config: PlanConfig, actors: Actors) -> dict[str, float]:
     return {
         "rollout": float(work["flops/rollout"]),
         "scores": scores,
-        "experience": float(work["flops/scoring"]) - scores,
+        "readings": float(work["flops/scoring"]) - scores,
         "update": float(work["flops/update"]),
     }
 

@@ -17,6 +17,9 @@ SOFT = "#808894"
 MOST_POINTS = 400
 BINS = 20
 
+PROXY_AND_GOLD = ("eval/score_mean", "eval/judge_mean", "eval/gold")
+"""What PPO raises, and those that only look on: a second reward model, and the quick start's word lists."""
+
 CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "sft": {
         "Loss, nats per token": ("loss", "eval/nll"),
@@ -30,7 +33,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "Calibration error": ("eval/ece",),
     },
     "ppo": {
-        "Reward: trained on, and held out": ("reward/score_mean", "eval/score_mean", "eval/judge_mean"),
+        "Reward: trained on, and held out": ("reward/score_mean", *PROXY_AND_GOLD),
         "Win rate over the first answers": ("eval/win_rate", "eval/judge_win_rate"),
         "KL, nats per sequence": ("kl", "eval/kl"),
         "Entropy, nats per token": ("entropy", "eval/entropy"),
@@ -99,7 +102,7 @@ def overoptimisation_chart(run: Record, mark: str) -> tuple[Any, str]:
     ppo = run.metrics.get("ppo", {})
     kl = dict(ppo.get("eval/kl", []))
     series, told = {}, []
-    for name in ("eval/score_mean", "eval/judge_mean"):
+    for name in PROXY_AND_GOLD:
         both = [(max(kl[step], 0.0), value) for step, value in ppo.get(name, []) if step in kl]
         if len(both) < 2:
             continue

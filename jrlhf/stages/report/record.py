@@ -19,7 +19,7 @@ class Record(NamedTuple):
     name: str
     summary: Mapping[str, Any]
     metrics: dict[str, dict[str, Points]]
-    """Stage, metric, and its value by step."""
+    """Stage, metric, and its value by step: as logged, and what the summary has under ``curves``."""
     gates: dict[str, list[dict[str, Any]]]
     events: dict[str, list[dict[str, Any]]]
     configs: dict[str, str]
@@ -39,6 +39,10 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Record:
         raise ConfigError(f"{folder}: no run; it has none of {', '.join(STAGES)}")
     if summary is None:
         summary = _json(folder / "summary.json") or {s: _json(folder / s / "summary.json") or {} for s in stages}
+    metrics = {stage: _series(folder / stage / "metrics.jsonl") for stage in stages}
+    for stage, curves in summary.get("curves", {}).items():
+        for name, points in curves.items():
+            metrics.setdefault(stage, {})[name] = [(float(step), float(value)) for step, value in points]
     answers = folder / "ppo" / "evals"
     files = sorted(answers.glob("*.jsonl"))
     step = (_json(folder / "ppo" / "summary.json") or {}).get("exported_step", -1)
@@ -48,7 +52,7 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Record:
     return Record(
         folder.resolve().name,
         summary,
-        {stage: _series(folder / stage / "metrics.jsonl") for stage in stages},
+        metrics,
         {stage: (_json(folder / stage / "gates.json") or {}).get("gates", []) for stage in stages},
         {stage: _lines(folder / stage / "events.jsonl") for stage in stages},
         {s: (folder / s / "config.yaml").read_text("utf-8") for s in stages if (folder / s / "config.yaml").exists()},
