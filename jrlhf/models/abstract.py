@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.families import arch_from_hf
 from jrlhf.models.functions import abstract_head, abstract_params, decoder_fns
 from jrlhf.models.hf import find_folder, read_config
-from jrlhf.models.layers import AttentionKernel
 from jrlhf.models.names import RULES
 from jrlhf.models.peft import base_of, is_adapter_folder
 from jrlhf.models.pretrained import Pretrained

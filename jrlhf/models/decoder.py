@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.layers import AttentionKernel, Block, LayerCache, Norm, Sight, attention_mask, soft_cap
+from jrlhf.models.attention import KEPT, AttentionKernel, attention_mask, soft_cap
+from jrlhf.models.layers import Block, LayerCache, Norm, Sight
 from jrlhf.models.linear import NORMAL, Linear, matmul
 from jrlhf.models.rope import rotary_angles
 from jrlhf.parallel import spread_rows
@@ -83,8 +84,11 @@ class Decoder(nn.Module):
             self.position_embed = self.param(
                 "position_embed", NORMAL, (arch.max_positions, arch.hidden_size), jnp.float32
             )
-        # What is not a product with a weight is cheaper to compute again than to keep and fetch, attention included.
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # What is neither a product with a weight nor attention is cheaper to compute again than to keep and fetch.
+        products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        kept = jax.checkpoint_policies.save_from_both_policies(
+            products, jax.checkpoint_policies.save_only_these_names(KEPT)
+        )
         # The scan is a loop already: nothing outside it could be merged with what is recomputed inside.
         block = nn.remat(Block, prevent_cse=False, policy=None if self.remat else kept)
         self.layers = nn.scan(
@@ -120,10 +124,7 @@ class Decoder(nn.Module):
         return spread_rows(x_BTD, self.mesh)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        if self.arch.tie_embeddings:
-            logits = matmul(hidden, self.embed.astype(self.dtype).T, jnp.float32)
-        else:
-            logits = self.lm_head(hidden)
+        logits = matmul(hidden, self.embed.T, jnp.float32) if self.arch.tie_embeddings else self.lm_head(hidden)
         # Merged with the softmax that follows, as XLA on a CPU would have it, the product takes twice as long.
         logits = lax.optimization_barrier(logits)
         return soft_cap(logits, self.arch.final_softcap)

@@ -8,8 +8,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import ArchConfig
+from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
-from jrlhf.models.layers import AttentionKernel
 from jrlhf.models.unembedding import hidden_logprobs
 from jrlhf.types import ApplyFn, DecodeFns, Key, Params, ScoreFn, SelectiveLogprobFn, TokenMask
 

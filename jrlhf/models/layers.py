@@ -4,7 +4,7 @@ Shape suffixes: B batch, T query tokens, S key slots, D hidden, N heads, K key-v
 one of those, H head dimension.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,15 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import Activation, ArchConfig, NormKind
+from jrlhf.models.attention import AttentionKernel, attend, causal_attend, fused_attention
 from jrlhf.models.linear import dense
 from jrlhf.models.rope import Angles
 from jrlhf.parallel import spread_rows
-
-QUERIES, MOST_BLOCKS = 256, 8
-"""Queries a block of attention has at least, and blocks at most: of long sequences nearly half is never computed."""
-
-AttentionKernel = Literal["xla", "cudnn"]
-"""What computes attention where nothing is cached: XLA's own operations, or cuDNN's fused ones on a GPU."""
 
 
 class LayerCache(NamedTuple):
@@ -38,23 +33,6 @@ class Sight(NamedTuple):
 
     angles: Angles | None
     mask: Bool[Array, "B 1 1 T S"]
-
-
-def attention_mask(
-    queries: Int[Array, "B T"], keys: Int[Array, "B S"], *, window: int, segments: Int[Array, "B T"] | None
-) -> Bool[Array, "B 1 1 T S"]:
-    """A query attends to real tokens at its own position or before, with a ``window`` to the last so many (0: to all).
-
-    Positions decide, so padding may stand anywhere: ``queries = keys = [-1, 0, 1]`` (left padding) gives
-    ``[[0,0,0], [0,1,0], [0,1,1]]``: padding sees nothing. With ``window`` 1 a token sees itself alone. With
-    ``segments`` (of queries and keys alike) it sees only its own: ``[1, 1, 2]`` gives ``[[1,0,0], [1,1,0], [0,0,1]]``.
-    """
-    allowed = (keys[:, None, :] >= 0) & (keys[:, None, :] <= queries[:, :, None])
-    if window:
-        allowed &= keys[:, None, :] > queries[:, :, None] - window
-    if segments is not None:
-        allowed &= segments[:, None, :] == segments[:, :, None]
-    return allowed[:, None, None]
 
 
 def rotate(x: Float[Array, "B T heads H"], angles: Angles) -> Float[Array, "B T heads H"]:
@@ -75,11 +53,6 @@ def activate(x: Float[Array, "*S"], activation: Activation) -> Float[Array, "*S"
             return jax.nn.gelu(x, approximate=False)
         case "gelu_tanh":
             return jax.nn.gelu(x, approximate=True)
-
-
-def soft_cap(x: Float[Array, "*S"], cap: float | None) -> Float[Array, "*S"]:
-    """cap · tanh(x / cap), which keeps x within ±cap; None leaves it. Team Gemma 2024, arXiv 2408.00118, section 2."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Norm(nn.Module):
@@ -106,59 +79,6 @@ class Norm(nn.Module):
             case "layer":
                 x = x * scale + self.param("bias", nn.initializers.zeros, width, jnp.float32).reshape(last)
         return x.astype(self.dtype)
-
-
-def fused_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "B 1 1 T S"],
-    *,
-    implementation: AttentionKernel,
-) -> Float[Array, "B T N H"]:
-    """``jax.nn.dot_product_attention`` of scaled queries over whole sequences, in whose order positions rise.
-
-    It raises where the implementation cannot take the shapes or dtype, or is not there: nothing falls back in silence.
-    """
-    # A query that sees nothing would leave NaN behind, and its gradient with it: it sees everything up to itself.
-    mask = (mask | ~jnp.any(mask, axis=-1, keepdims=True))[:, :, 0]
-    # Causal is said besides: half of the square need not be looked at.
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, is_causal=True, implementation=implementation)
-
-
-def attend(
-    q_BKGTH: Float[Array, "B K G T H"],
-    k_BKSH: Float[Array, "B K S H"],
-    v_BKSH: Float[Array, "B K S H"],
-    mask: Bool[Array, "B 1 1 T S"],
-    *,
-    cap: float | None,
-) -> Float[Array, "B T K G H"]:
-    """softmax(q · kᵀ) · v of scaled queries over the keys that each may see."""
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
-    # The lowest finite number, not -inf: a query that attends to nothing averages everything and stays finite.
-    scores = jnp.where(mask, soft_cap(scores, cap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BKGTH.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v_BKSH)
-
-
-def causal_attend(
-    q_BKGTH: Float[Array, "B K G T H"],
-    k_BKTH: Float[Array, "B K T H"],
-    v_BKTH: Float[Array, "B K T H"],
-    mask: Bool[Array, "B 1 1 T T"],
-    *,
-    cap: float | None,
-) -> Float[Array, "B T K G H"]:
-    """``attend`` within sequences in whose order positions rise: no block of queries looks at keys behind its last."""
-    length = mask.shape[-1]
-    size = max(QUERIES, -(-length // MOST_BLOCKS))
-    blocks = [
-        attend(q_BKGTH[..., start:end, :], k_BKTH[:, :, :end], v_BKTH[:, :, :end], mask[..., start:end, :end], cap=cap)
-        for start in range(0, length, size)
-        for end in (min(start + size, length),)
-    ]
-    return jnp.concatenate(blocks, axis=1)
 
 
 class Attention(nn.Module):

@@ -8,12 +8,12 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jrlhf.models.arch import ArchConfig
+from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.families import arch_from_hf, is_sequence_classification
 from jrlhf.models.functions import abstract_params, decoder_fns
 from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, find_folder, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import write_folder
-from jrlhf.models.layers import AttentionKernel
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder

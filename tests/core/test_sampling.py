@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from jrlhf.core import sample, token_logprobs, truncate_logits
+from jrlhf.core.sampling import _invert
 
 from . import oracles
 from .strategies import floats, seeds
@@ -122,9 +123,34 @@ def test_same_key_twice_is_the_same_draw_and_half_precision_is_read_in_float32()
     assert (tokens.dtype, logprobs.dtype) == (jnp.int32, jnp.float32)
 
 
-def test_a_key_draws_what_it_draws_in_jax():
-    logits = jax.random.normal(jax.random.key(3), (64, 50))
-    for number in range(5):
-        key = jax.random.key(number)
-        tokens, _ = sample(logits, key, temperature=0.5, top_k=0, top_p=1.0)
-        np.testing.assert_array_equal(tokens, jax.random.categorical(key, logits / 0.5, axis=-1))
+@pytest.mark.parametrize("vocabulary", [1, 2, 5, 50, 300])
+def test_every_token_is_drawn_in_proportion(vocabulary):
+    """Across groups of tokens and within them, the last one, which padding follows, included."""
+    logits = jnp.asarray(floats(7, vocabulary, scale=1.0)).at[-1].set(2.0)
+    expected = np.asarray(jax.nn.softmax(logits), np.float64)
+    tokens, logprobs = draw(logits, 20000, 1.0, 0, 1.0)
+    np.testing.assert_allclose(logprobs, np.log(expected[tokens]), rtol=1e-4, atol=1e-5)
+    counts = np.bincount(tokens, minlength=vocabulary)
+    assert len(counts) == vocabulary
+    if vocabulary > 1:
+        assert stats.chisquare(counts, 20000 * expected / expected.sum()).pvalue > 1e-3
+
+
+def test_a_rare_token_is_drawn_and_a_forbidden_one_never():
+    """Beside one that holds nearly all of the mass: 1e-6 for every other token, and nothing for those between."""
+    count = 4096
+    logits = jnp.full((1, count), jnp.log(1e-6)).at[0, 1::2].set(-jnp.inf).at[0, 0].set(0.0)
+    tokens, _ = jax.jit(lambda keys: sample(jnp.tile(logits, (2**16, 1)), keys, temperature=1.0, top_k=0, top_p=1.0))(
+        jax.random.key(0)
+    )
+    rare = np.asarray(tokens)[np.asarray(tokens) > 0]
+    assert not np.any(rare % 2)
+    mass = (count / 2 - 1) * 1e-6
+    assert abs(len(rare) - 2**16 * mass / (1 + mass)) < 5 * np.sqrt(2**16 * mass)
+    # Not a few of them again and again.
+    assert len(set(rare.tolist())) > 0.9 * len(rare)
+
+
+def test_inversion_by_hand():
+    mass = jnp.array([[1.0, 0.0, 3.0]] * 4)
+    assert _invert(mass, jnp.array([0.0, 0.2499, 0.25, 0.999999])).tolist() == [0, 0, 2, 2]

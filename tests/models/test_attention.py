@@ -1,5 +1,6 @@
 """Attention in blocks and by a fused kernel, against a loop; and a kernel never falls back in silence."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 from jrlhf.core import positions_from_mask
-from jrlhf.models import decoder_fns, init_params, layers
-from jrlhf.models.layers import attention_mask, causal_attend, fused_attention
+from jrlhf.models import attention as attention_module
+from jrlhf.models import decoder_fns, init_params
+from jrlhf.models.attention import attention_mask, causal_attend, fused_attention
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 3, 6, 4, 2, 8
 RIGHT = np.arange(LENGTH)[None] < np.array([[6], [3], [1]])
@@ -42,8 +44,8 @@ def in_blocks(q, k, v, seen):
 @pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_it_is_attention_over_what_each_query_sees(monkeypatch, attention, queries, most, layout, window):
-    monkeypatch.setattr(layers, "QUERIES", queries)
-    monkeypatch.setattr(layers, "MOST_BLOCKS", most)
+    monkeypatch.setattr(attention_module, "QUERIES", queries)
+    monkeypatch.setattr(attention_module, "MOST_BLOCKS", most)
     segments = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 2, 3, 3, 0, 0]], np.int32)
     mask = {"right": RIGHT, "left": RIGHT[:, ::-1], "packed": segments}[layout]
     positions = positions_from_mask(jnp.asarray(mask))
@@ -62,6 +64,48 @@ def test_it_is_attention_over_what_each_query_sees(monkeypatch, attention, queri
     real = np.asarray(mask) > 0
     np.testing.assert_allclose(found[real], by_hand(*map(np.asarray, (q, k, v, seen[:, 0, 0])))[real], atol=1e-5)
     assert all(bool(jnp.all(jnp.isfinite(x))) for x in (found, *gradients))
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize(("queries", "most"), [(2, 3), (4, 8), (16, 8)])
+def test_its_gradient_is_that_of_the_plain_form(monkeypatch, queries, most, window, cap):
+    """Of sequences packed and padded; what a padding query's mean is worth comes back to nobody."""
+    monkeypatch.setattr(attention_module, "QUERIES", queries)
+    monkeypatch.setattr(attention_module, "MOST_BLOCKS", most)
+    segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], jnp.int32)
+    positions = positions_from_mask(segments)
+    seen = attention_mask(positions, positions, window=window, segments=segments)
+    keys = jax.random.split(jax.random.key(1), 4)
+    groups = HEADS // KV_HEADS
+    shapes = [(ROWS, KV_HEADS, groups, LENGTH, WIDTH), *[(ROWS, KV_HEADS, LENGTH, WIDTH)] * 2]
+    q, k, v = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=False))
+    of_each = jax.random.normal(keys[3], (ROWS, LENGTH, KV_HEADS, groups, WIDTH))
+
+    def plain(q, k, v):
+        scores = attention_module.soft_cap(jnp.einsum("BKGTH,BKSH->BKGTS", q, k), cap)
+        weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+        found = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v)
+        return jnp.where((segments > 0)[:, :, None, None, None], found, 0.0)
+
+    def total(attention):
+        return lambda *given: jnp.sum(attention(*given) * of_each)
+
+    expected = jax.grad(total(plain), argnums=(0, 1, 2))(q, k, v)
+    found = jax.grad(total(partial(causal_attend, mask=seen, cap=cap)), argnums=(0, 1, 2))(q, k, v)
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    assert not np.any(np.concatenate([x[2].ravel() for x in found]))
+
+
+@pytest.mark.parametrize(("remat", "squares"), [(False, 2), (True, 3)])
+def test_the_backward_pass_does_not_attend_again(arch, remat, squares):
+    """Forward each weight is made once, backward once more; only where whole layers are recomputed a third time."""
+    params = init_params(arch, jax.random.key(0))
+    tokens, mask = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), jnp.bool_)
+    fns = decoder_fns(arch, dtype="float32", remat=remat)
+    traced = str(jax.make_jaxpr(jax.grad(lambda p: jnp.sum(fns.apply_fn(p, tokens, mask))))(params))
+    assert len(re.findall(r":f32\[1,2,\d,\d,8\] = exp ", traced)) == squares
 
 
 def test_a_decoder_takes_the_kernel_it_is_told_to(arch, spread, monkeypatch):

@@ -4,8 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jrlhf.models.linear import matmul
+from jrlhf.parallel import make_mesh
+
+
+@pytest.fixture
+def rows_spread() -> NamedSharding:
+    """Rows over four of eight devices' groups."""
+    return NamedSharding(make_mesh(data=2, fsdp=2, tensor=2), PartitionSpec(("data", "fsdp")))
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
@@ -25,6 +33,28 @@ def test_it_is_the_product_and_its_gradients(shape, dtype, out, tolerance):
     for a, b in zip(found, expected, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+def test_a_kernel_of_wider_numbers_gets_its_gradient_in_them():
+    """bfloat16 is computed in, and what a float32 weight gets is a float32 sum, not rounded once more."""
+    x, kernel = (
+        jax.random.normal(k, s) for k, s in zip(jax.random.split(jax.random.key(1)), ((64, 5), (5, 4)), strict=True)
+    )
+    low = x.astype(jnp.bfloat16)
+    found = jax.grad(lambda kernel: jnp.sum(matmul(low, kernel, jnp.float32)))(kernel)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, low.astype(jnp.float32).T @ jnp.ones((64, 4)), rtol=1e-6)
+
+
+def test_rows_stay_where_they_are(rows_spread):
+    """The gradient of a kernel is a sum over devices of what each has: no rows are gathered for it."""
+    x = jax.ShapeDtypeStruct((4, 6, 8), jnp.float32, sharding=rows_spread)
+    kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    step = jax.jit(jax.grad(lambda kernel, x: jnp.sum(matmul(x, kernel, jnp.float32) ** 2)))
+    text = step.lower(kernel, x).compile().as_text()
+    assert text is not None
+    assert "all-reduce" in text
+    assert "all-gather" not in text
 
 
 def test_the_gradient_of_a_frozen_kernel_is_not_computed():
