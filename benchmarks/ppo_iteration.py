@@ -97,13 +97,17 @@ def main() -> None:
     report("ppo_iteration", timing.median, "s/iteration", timing, args, **phases, **used)
 
 
-def iteration_flops(arch, args) -> float:
-    """Model FLOPs, log-probs counted at response positions only: what PPO needs, not what is computed."""
+def iteration_flops(arch, args, *, shared: bool = False) -> float:
+    """Model FLOPs, log-probs counted at response positions only: what PPO needs, not what is computed.
+
+    ``shared``: the critic is a head on the policy, which takes nothing to speak of.
+    """
     length, responses = args.prompt + args.new, args.episodes * args.new
     sampling = batch_flops(arch, args.episodes, length, logits=responses)
     policy = batch_flops(arch, args.episodes, length, logits=responses)
-    value = batch_flops(arch, args.episodes, length, logits=0)
-    return sampling + 2 * policy + 2 * value + args.epochs * 3 * (policy + value)
+    reward = batch_flops(arch, args.episodes, length, logits=0)
+    value = 0.0 if shared else reward
+    return sampling + 2 * policy + reward + value + args.epochs * 3 * (policy + value)
 
 
 if __name__ == "__main__":

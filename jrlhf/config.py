@@ -264,9 +264,10 @@ class PPOConfig:
     """The reward model. Empty path: the reward stage. With another tokenizer than the policy's it reads the text."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """Rules beside the reward model or in its place, and other reward models."""
-    value_from: Literal["auto", "reward", "policy"] = "auto"
+    value_from: Literal["auto", "reward", "policy", "shared"] = "auto"
     """What the value network starts from: the reward model (Ouyang et al. 2022), or the policy with a head of zeros.
-    auto: the reward model where it has the policy's tokens."""
+    auto: the reward model where it has the policy's tokens. shared: it is a head of zeros on the policy's own network,
+    half the work of an update; value_coef then weighs how far the value loss moves the policy."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Of policy and value network. The reference is then the policy's own base, and no base is held twice."""
     prompts: DataConfig = field(default_factory=DataConfig)

@@ -101,20 +101,20 @@ class MetricsLog:
         self._rows.sync()
         self._events.sync()
 
-    def close(self) -> None:
-        """Close the files; nothing may be written after it."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the files; nothing may be written after it. ``failed``: what trackers call the run."""
         self._rows.close()
         self._events.close()
         if self._board is not None:
             self._board.close()
         if self._trackers is not None:
-            self._trackers.close()
+            self._trackers.close(failed=failed)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

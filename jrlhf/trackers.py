@@ -35,7 +35,9 @@ class Tracker(Protocol):
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, *, failed: bool) -> None:
+        """``failed``: the run did not come to its end, be it broken off or gone wrong. It may go on later."""
+        ...
 
 
 class Wandb:
@@ -49,8 +51,8 @@ class Wandb:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class Mlflow:
@@ -80,8 +82,8 @@ class Mlflow:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(values), step=step, run_id=self._id)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, *, failed: bool) -> None:
+        self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")
 
 
 class Trackio:
@@ -100,7 +102,8 @@ class Trackio:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
+        del failed  # It knows no such thing.
         self._run.finish()
 
 
@@ -160,7 +163,7 @@ class TrackerThread:
         """Nothing up to here is news to any of them."""
         self._last = NOTHING
         self._rows: queue.Queue[tuple[Told, dict[str, float]] | None] = queue.Queue(WAITING)
-        self._dropped = 0
+        self._dropped, self._failed = 0, False
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
         self._thread.start()
 
@@ -174,8 +177,9 @@ class TrackerThread:
         except queue.Full:
             self._dropped += 1
 
-    def close(self) -> None:
-        """Wait until all is told, but ``PATIENCE`` at most."""
+    def close(self, *, failed: bool) -> None:
+        """Wait until all is told, but ``PATIENCE`` at most. ``failed``: see ``Tracker.close``."""
+        self._failed = failed
         end = time.monotonic() + PATIENCE
         # Full until then: the thread is stuck, which is told below.
         with contextlib.suppress(queue.Full):
@@ -191,7 +195,7 @@ class TrackerThread:
         while (row := self._rows.get()) is not None:
             at, values = row
             self._each(lambda name, at=at, values=values: self._tell(name, at, values))
-        self._each(lambda name: self._trackers[name].close())
+        self._each(lambda name: self._trackers[name].close(failed=self._failed))
 
     def _each(self, do: Callable[[str], None]) -> None:
         for name in list(self._trackers):
@@ -202,7 +206,7 @@ class TrackerThread:
                 logger.warning("%s is left out from here on: %s: %s", name, type(error).__name__, error)
                 tracker = self._trackers.pop(name)
                 with contextlib.suppress(BaseException):
-                    tracker.close()
+                    tracker.close(failed=False)
 
     def _start(self, name: str) -> None:
         self._runs[name] = self._trackers[name].start(self._project, self._name, self._runs.get(name, ""), self._about)

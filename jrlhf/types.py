@@ -65,6 +65,22 @@ class ScoreFn(Protocol):
 
 
 @runtime_checkable
+class ActorCriticFn(Protocol):
+    """A ``SelectiveLogprobFn`` and a ``ScoreFn`` at once: ``(logprobs, entropy, scores)``."""
+
+    def __call__(
+        self,
+        params: "PPOParams",
+        tokens: Int[Array, "B T"],
+        mask: TokenMask,
+        /,
+        *,
+        temperature: float,
+        wanted: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]: ...
+
+
+@runtime_checkable
 class InitCacheFn(Protocol):
     """An empty cache for ``batch`` rows of at most ``length`` tokens."""
 
@@ -171,7 +187,8 @@ class Rollout(NamedTuple):
 
 
 class PPOParams(NamedTuple):
-    """What one optimizer moves in PPO. Actor and critic share nothing, and are saved together."""
+    """What one optimizer moves in PPO, and what is saved together. Where actor and critic share a network, ``value`` is
+    what the critic has besides it."""
 
     policy: Params
     value: Params

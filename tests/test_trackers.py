@@ -28,8 +28,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         def log(self, values: dict[str, float], step: int) -> None:
             told.append(("log", step, values))
 
-        def finish(self) -> None:
-            told.append(("finish",))
+        def finish(self, exit_code: int = 0) -> None:
+            told.append(("finish", exit_code))
 
     class MlflowClient:
         def get_experiment_by_name(self, name: str) -> None:
@@ -45,8 +45,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         def update_run(self, run: str, status: str) -> None:
             told.append(("status", run, status))
 
-        def set_terminated(self, run: str) -> None:
-            told.append(("finish",))
+        def set_terminated(self, run: str, status: str) -> None:
+            told.append(("finish", {"FINISHED": 0, "FAILED": 1}[status]))
 
     def log_params(params: dict[str, Any], run_id: str) -> None:
         assert len(params) <= 100
@@ -92,13 +92,27 @@ def heard(calls: Calls) -> list[tuple[int, str]]:
 def test_each_is_told_every_finite_value_and_closed(name: str, calls: Calls, tmp_path: Path) -> None:
     logged(tmp_path / "mine" / "ppo", name, ROWS)
     assert [call for call in calls if call[0] == "log"] == [("log", step, {m: step / 2}) for step, m in ROWS]
-    assert calls[-1] == ("finish",)
+    assert calls[-1] == ("finish", 0)
     assert "mine/ppo" in str(next(call for call in calls if call[0] in ("init", "create")))
     if name == "mlflow":
         told = {field: value for call in calls if call[0] == "params" for field, value in call[1].items()}
         assert told == {"seed": 0} | {f"ppo.field{i}": i for i in range(150)}
     else:
         assert next(call[1]["config"] for call in calls if call[0] == "init") == ABOUT
+
+
+@pytest.mark.parametrize(("name", "code"), [("wandb", 1), ("mlflow", 1), ("trackio", 0)])
+def test_a_run_that_is_broken_off_is_called_so_where_the_tracker_can(
+    name: str, code: int, calls: Calls, tmp_path: Path
+) -> None:
+    class BrokenRows(list):
+        def __iter__(self) -> Any:
+            yield ROWS[0]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        logged(tmp_path / "ppo", name, BrokenRows())
+    assert calls[-1] == ("finish", code)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
@@ -175,7 +189,7 @@ class Sink:
         self._at(step)
         self.told.append(step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self.closed += 1
         self._at(-3)
 
@@ -189,7 +203,7 @@ def test_one_that_fails_is_closed_and_left_out_and_the_others_go_on(
     sinks = TrackerThread({"wandb": bad, "mlflow": good}, tmp_path, project="p", about={}, resumed=False)
     for step in range(5):
         sinks.log(step, {"loss": 1.0})
-    sinks.close()
+    sinks.close(failed=False)
     assert (bad.told, good.told) == (told, [0, 1, 2, 3, 4])
     assert bad.closed >= 1
     assert good.closed == 1
@@ -205,11 +219,11 @@ def test_one_that_hangs_holds_nothing_up(
     slow = Sink(hangs=hangs)
     sinks = TrackerThread({"wandb": slow}, tmp_path, project="p", about={}, resumed=False)
     if hangs == -3:
-        sinks.close()
+        sinks.close(failed=False)
     else:
         for step in range(20):
             sinks.log(step, {"loss": 1.0})
-        sinks.close()
+        sinks.close(failed=False)
         assert "rows were left out" in caplog.text
     assert "trackers: not done after 0.1 s" in caplog.text
     slow.free.set()

@@ -33,6 +33,7 @@ WORKS = {
     "generate": Work("generation", "new tokens", ("jrlhf", "trl", "tunix"), 4),
     "generate-stops": Work("generation, answers that stop", "new tokens", ("jrlhf", "trl", "tunix"), 4),
     "ppo": Work("PPO iteration", "iterations", ("jrlhf", "trl-ppo", "tunix"), 1),
+    "ppo-shared": Work("PPO iteration, critic on the policy's network", "iterations", ("jrlhf",), 1),
 }
 PPO_EPOCHS = 4
 OPTIMIZER = {"lr": 1e-5, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
@@ -59,8 +60,9 @@ def spec(case: Case) -> dict[str, Any]:
             told |= {"rows": 4 // share, "completions": 4, "length": length}
         case "generate" | "generate-stops":
             told |= answers(32 // share, prompt, prompt, stops=case.work == "generate-stops")
-        case "ppo":
-            told |= answers(32 // share, prompt, prompt, stops=False) | {"epochs": PPO_EPOCHS}
+        case "ppo" | "ppo-shared":
+            shared = {"value_from": "shared" if case.work == "ppo-shared" else "auto"}
+            told |= answers(32 // share, prompt, prompt, stops=False) | {"epochs": PPO_EPOCHS} | shared
     return told
 
 
@@ -94,7 +96,7 @@ def units(case: Case) -> int:
             return told["rows"] * told["length"]
         case "reward" | "reward-k4":
             return told["rows"] * math.comb(told["completions"], 2)
-        case "ppo":
+        case "ppo" | "ppo-shared":
             return 1
         case _:
             return sum(told["lengths"])
@@ -110,9 +112,9 @@ def flops(case: Case) -> float:
             return (2 if told["rank"] else 3) * batch_flops(model, told["rows"], told["length"], logits=tokens)
         case "reward" | "reward-k4":
             return 3 * batch_flops(model, told["rows"] * told["completions"], told["length"], logits=0)
-        case "ppo":
+        case "ppo" | "ppo-shared":
             args = Namespace(prompt=told["prompt"], new=told["new"], episodes=told["rows"], epochs=told["epochs"])
-            return iteration_flops(model, args)
+            return iteration_flops(model, args, shared=case.work == "ppo-shared")
         case _:
             rows = zip(told["prompts"], told["lengths"], strict=True)
             return sum(batch_flops(model, 1, prompt + length, logits=length) for prompt, length in rows)

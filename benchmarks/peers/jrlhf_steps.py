@@ -55,7 +55,7 @@ def main() -> None:
             reward(rounds, spec, arch)
         case "generate" | "generate-stops":
             generate(rounds, spec, arch)
-        case "ppo":
+        case "ppo" | "ppo-shared":
             ppo(rounds, spec, arch)
 
 
@@ -202,7 +202,8 @@ def ppo(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
         models = jax.eval_shape(lambda: init_params(arch, jax.random.key(0)))
         scored = jax.eval_shape(lambda: reward_params(init_params(arch, jax.random.key(0)), arch, jax.random.key(0)))
         setting = f"float32 parameters, computed in {spec['dtype']}; the whole stage loop of `jrlhf ppo`"
-        rounds.start(**facts((models, models, scored, scored), (models, scored), setting))
+        critic = scored["head"] if spec["value_from"] == "shared" else scored
+        rounds.start(**facts((models, models, scored, critic), (models, critic), setting))
         run_ppo(config)
 
 
@@ -229,6 +230,7 @@ def ppo_config(spec: dict[str, Any], arch: ArchConfig, folder: Path) -> Config:
             kl=KLConfig(coef=0.05, target=0.0),
             iterations=10**6,
             episodes=spec["rows"],
+            value_from=spec["value_from"],
             epochs=spec["epochs"],
             minibatches=1,
         ),

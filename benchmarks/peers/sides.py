@@ -15,7 +15,7 @@ MODULES = {
     "trl-ppo": "peers.trl_steps",
     "tunix": "peers.tunix_steps",
 }
-TRAINING = ("sft", "sft-lora", "reward", "reward-k4", "ppo")
+TRAINING = ("sft", "sft-lora", "reward", "reward-k4", "ppo", "ppo-shared")
 SHOWN_VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS", "LD_PRELOAD")
 
 

@@ -43,6 +43,7 @@ def abstract_pretrained(
         logprob_fn=fns.logprob_fn,
         decode_fns=fns.decode_fns,
         score_fn=fns.score_fn,
+        actor_critic_fn=fns.actor_critic_fn,
         config=config,
         arch=arch,
         source=folder,

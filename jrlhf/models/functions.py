@@ -11,7 +11,17 @@ from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
 from jrlhf.models.unembedding import hidden_logprobs
-from jrlhf.types import ApplyFn, DecodeFns, Key, Params, ScoreFn, SelectiveLogprobFn, TokenMask
+from jrlhf.types import (
+    ActorCriticFn,
+    ApplyFn,
+    DecodeFns,
+    Key,
+    Params,
+    PPOParams,
+    ScoreFn,
+    SelectiveLogprobFn,
+    TokenMask,
+)
 
 LOGITS_AT_ONCE = 2**26
 """Logits that ``logprob_fn`` holds at a time on a device unless told otherwise: 256 MB."""
@@ -27,6 +37,8 @@ class DecoderFns(NamedTuple):
     logprob_fn: SelectiveLogprobFn
     decode_fns: DecodeFns
     score_fn: ScoreFn
+    actor_critic_fn: ActorCriticFn
+    """Its ``PPOParams``: a language model's tree, and ``{"head": ...}`` on its last hidden states."""
 
 
 def decoder_fns(
@@ -58,8 +70,9 @@ def decoder_fns(
         return run(params, tokens, mask, method="__call__")
 
     def score_fn(params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /) -> Float[Array, "B T"]:
-        hidden = run(params["decoder"], tokens, mask, method="hidden")
-        head = params["head"]
+        return by_head(params["head"], run(params["decoder"], tokens, mask, method="hidden"))
+
+    def by_head(head: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         return jnp.einsum("BTD,D->BT", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
     def empty_cache(batch: int, length: int, /) -> KVCache:
@@ -85,16 +98,36 @@ def decoder_fns(
         temperature: float,
         wanted: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        hidden = run(params, tokens, mask, method="hidden")
+        return of_hidden(params, hidden, tokens, temperature=temperature, wanted=wanted)
+
+    def of_hidden(
+        params: Params, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float, wanted: Any
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         return hidden_logprobs(
             lambda hidden: run(params, hidden, method="unembed"),
-            run(params, tokens, mask, method="hidden"),
+            hidden,
             tokens,
             temperature=temperature,
             columns=max(1, logits_at_once * devices // (len(tokens) * arch.vocab_size)),
             wanted=wanted,
         )
 
-    return DecoderFns(apply_fn, logprob_fn, DecodeFns(empty_cache, decode, prepare), score_fn)
+    def actor_critic_fn(
+        params: PPOParams,
+        tokens: Int[Array, "B T"],
+        mask: TokenMask,
+        /,
+        *,
+        temperature: float,
+        wanted: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+        hidden = run(params.policy, tokens, mask, method="hidden")
+        logprobs, entropy = of_hidden(params.policy, hidden, tokens, temperature=temperature, wanted=wanted)
+        return logprobs, entropy, by_head(params.value["head"], hidden)
+
+    decoding = DecodeFns(empty_cache, decode, prepare)
+    return DecoderFns(apply_fn, logprob_fn, decoding, score_fn, actor_critic_fn)
 
 
 def init_params(arch: ArchConfig, key: Key) -> Params:

@@ -18,7 +18,7 @@ from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.parallel import Rules, tree_shardings
-from jrlhf.types import ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
+from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Pretrained:
     decode_fns: DecodeFns
     score_fn: ScoreFn
     """Over a reward model's tree, which this decoder may become: see ``reward_from_pretrained``."""
+    actor_critic_fn: ActorCriticFn
+    """Policy and critic in one forward pass, of ``PPOParams(params, {"head": ...})``."""
     config: dict[str, Any]
     """``config.json`` as read."""
     arch: ArchConfig
@@ -77,6 +79,7 @@ def load_pretrained(
         logprob_fn=fns.logprob_fn,
         decode_fns=fns.decode_fns,
         score_fn=fns.score_fn,
+        actor_critic_fn=fns.actor_critic_fn,
         config=config,
         arch=arch,
         source=folder,

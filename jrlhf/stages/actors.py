@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config
 from jrlhf.config_io import ConfigError
-from jrlhf.core import combine
+from jrlhf.core import combine, partition
 from jrlhf.data import load_tokenizer
-from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
+from jrlhf.models import ArchConfig, Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.run import model_source
 from jrlhf.stages.start import computed
@@ -39,6 +39,18 @@ class Actors(NamedTuple):
     reward_tokenizer: Any | None
     """The reward model's own, where its tokens are not the policy's."""
     others: tuple[Judge, ...] = ()
+    shared: bool = False
+    """The value network is a head on the policy: ``value`` has no more parameters than that."""
+
+    @property
+    def reward_models(self) -> tuple[RewardModel, ...]:
+        """All that an answer is scored by."""
+        return () if self.reward is None else (self.reward, *(judge.model for judge in self.others))
+
+    @property
+    def value_arch(self) -> ArchConfig | None:
+        """Of the value network, where it is one of its own."""
+        return None if self.shared else self.value.arch
 
     @property
     def packable(self) -> bool:
@@ -52,9 +64,10 @@ def load_actors(config: Config, mesh: Mesh) -> Actors:
     ppo = config.ppo
     source = model_source(config, ppo.model.path, key="ppo.model.path", stage="sft")
     tokenizer = load_tokenizer(source)
+    shared = ppo.value_from == "shared"
     if not ppo.rewards.uses_model:
         policy = load_pretrained(source, mesh=mesh, **computed(ppo.model, mesh, key="ppo.model"))
-        return Actors(policy, None, blank_value(policy), tokenizer, None)
+        return Actors(policy, None, blank_value(policy, shared=shared), tokenizer, None, shared=shared)
     reward_source = model_source(config, ppo.reward.path, key="ppo.reward.path", stage="reward")
     reward_tokenizer = load_tokenizer(reward_source)
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -66,9 +79,9 @@ def load_actors(config: Config, mesh: Mesh) -> Actors:
     policy = load_pretrained(source, mesh=mesh, **computed(ppo.model, mesh, key="ppo.model"))
     reward = load_reward_model(reward_source, mesh=mesh, **computed(ppo.reward, mesh, key="ppo.reward"))
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
-    value = reward if from_reward else blank_value(policy)
+    value = reward if from_reward else blank_value(policy, shared=shared)
     others = tuple(_judge(config, path, tokenizer, mesh) for path in ppo.rewards.models)
-    return Actors(policy, reward, value, tokenizer, None if same else reward_tokenizer, others)
+    return Actors(policy, reward, value, tokenizer, None if same else reward_tokenizer, others, shared)
 
 
 def _judge(config: Config, path: str, tokenizer: Any, mesh: Mesh) -> Judge:
@@ -79,17 +92,21 @@ def _judge(config: Config, path: str, tokenizer: Any, mesh: Mesh) -> Judge:
     return Judge(model, None if own.get_vocab() == tokenizer.get_vocab() else own)
 
 
-def blank_value(policy: Pretrained) -> RewardModel:
-    """The policy's decoder, and a head that calls every prefix worth 0."""
+def blank_value(policy: Pretrained, *, shared: bool) -> RewardModel:
+    """The policy's decoder, and a head that calls every prefix worth 0; or, ``shared``, the head alone."""
     model = reward_from_pretrained(policy, jax.random.key(0))
-    return replace(model, params=model.params | {"head": jax.tree.map(jnp.zeros_like, model.params["head"])})
+    head = {"head": jax.tree.map(jnp.zeros_like, model.params["head"])}
+    return replace(model, params=head if shared else model.params | head)
 
 
 def trainable_actors(config: Config, actors: Actors, mesh: Mesh) -> tuple[PPOParams, PPOParams | None]:
     """What is trained, and with LoRA the frozen bases: the very arrays of the models they start from."""
     keys, lora = jax.random.split(jax.random.key(config.seed)), config.ppo.lora
     policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path="ppo.lora")
-    value, value_base = trainable(actors.value, lora, keys[1], mesh=mesh, path="ppo.lora")
+    if actors.shared:
+        value, value_base = partition(actors.value.params, lambda path: True)
+    else:
+        value, value_base = trainable(actors.value, lora, keys[1], mesh=mesh, path="ppo.lora")
     return PPOParams(policy, value), PPOParams(policy_base, value_base) if lora.rank else None
 
 

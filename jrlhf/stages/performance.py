@@ -1,7 +1,7 @@
 """How well a stage uses its devices: what its log says besides what it learns."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,21 +44,21 @@ def _forward(arch: ArchConfig, mask: AnyMask, logits: Float[Array, ""]) -> Float
 
 
 def rollout_work(
-    policy: ArchConfig, value: ArchConfig, reward: ArchConfig | None, *, updates: float, itemsize: int
+    policy: ArchConfig, value: ArchConfig | None, rewards: Sequence[ArchConfig], *, updates: float, itemsize: int
 ) -> Callable[[Generation, SFTBatch | None], dict[str, jax.Array]]:
     """Model FLOPs of each phase of a PPO iteration, the bytes that decoding reads, and the tokens of both.
 
-    Logits are counted at response tokens (of text: trained ones) alone, and the reward model as if it read the policy's
-    tokens. ``updates``: what all updates of a rollout take, in forward passes of each episode. ``itemsize``: bytes of a
-    weight in decoding.
+    Logits are counted at response tokens (of text: trained ones) alone, and reward models as if they read the policy's
+    tokens. ``value``: None where it is a head on the policy. ``updates``: what all updates of a rollout take, in
+    forward passes of each episode. ``itemsize``: bytes of a weight in decoding.
     """
 
     def work(generation: Generation, text: SFTBatch | None) -> dict[str, jax.Array]:
         positions, response = positions_from_mask(generation.mask), generation.response_mask
         answers = jnp.sum(response, dtype=jnp.float32)
         of_policy = forward_flops(policy, positions, logits=answers)
-        of_value = forward_flops(value, positions, logits=0)
-        of_reward = jnp.float32(0.0) if reward is None else forward_flops(reward, positions, logits=0)
+        of_value = jnp.float32(0.0) if value is None else forward_flops(value, positions, logits=0)
+        of_rewards = sum((forward_flops(reward, positions, logits=0) for reward in rewards), jnp.float32(0.0))
         of_text = jnp.float32(0.0)
         if text is not None:
             of_text = _forward(policy, text.mask, jnp.sum(trained_tokens(text), dtype=jnp.float32))
@@ -67,7 +67,7 @@ def rollout_work(
         steps = jnp.max(jnp.sum(response, axis=-1)) - 1
         return {
             "flops/rollout": of_policy,
-            "flops/scoring": 2.0 * of_policy + of_value + of_reward,
+            "flops/scoring": 2.0 * of_policy + of_value + of_rewards,
             "flops/update": updates * (of_policy + of_value + of_text),
             "bytes/rollout": decode_bytes(policy, fed, steps=steps, itemsize=itemsize),
             "tokens/rollout": answers,

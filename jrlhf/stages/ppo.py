@@ -9,7 +9,7 @@ from jrlhf.config import Config, PPOConfig
 from jrlhf.data import load_prompts, load_sft
 from jrlhf.models import merge_adapters, save_pretrained
 from jrlhf.parallel import device_peaks
-from jrlhf.stages.actors import learnt_policy, load_actors, trainable_actors
+from jrlhf.stages.actors import Actors, learnt_policy, load_actors, trainable_actors
 from jrlhf.stages.adapters import write_adapter
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
@@ -24,7 +24,6 @@ from jrlhf.stages.sampling import jit_generate
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_ppo_step
-from jrlhf.types import ScoreFn, SelectiveLogprobFn
 
 SHOWN = ("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second")
 
@@ -54,14 +53,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         tx, schedule = make_actor_critic_optimizer(
             ppo.optim, value_lr=ppo.value_lr, updates=ppo.iterations * ppo.epochs * ppo.minibatches
         )
-        step = make_step(
-            ppo,
-            actors.policy.logprob_fn,
-            actors.value.score_fn,
-            tx,
-            accumulation=update_slices,
-            drop_padding=actors.packable,
-        )
+        step = make_step(ppo, actors, tx, accumulation=update_slices)
         trained, frozen = trainable_actors(config, actors, mesh)
         state, update = start_training(
             step,
@@ -129,24 +121,16 @@ def run_ppo(config: Config) -> dict[str, Any]:
         return summary
 
 
-def make_step(
-    ppo: PPOConfig,
-    logprob_fn: SelectiveLogprobFn,
-    value_fn: ScoreFn,
-    tx: optax.GradientTransformation,
-    *,
-    accumulation: int,
-    drop_padding: bool,
-) -> JittedStep:
+def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, *, accumulation: int) -> JittedStep:
     """``make_ppo_step`` with a config's settings: 0 is off there, None here."""
     return make_ppo_step(
-        logprob_fn,
-        value_fn,
+        actors.policy.logprob_fn,
+        actors.value.score_fn,
         tx,
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,
         accumulation=accumulation,
-        drop_padding=drop_padding,
+        drop_padding=actors.packable,
         temperature=ppo.sampling.temperature,
         clip=ppo.clip,
         dual_clip=ppo.dual_clip or None,
@@ -158,4 +142,5 @@ def make_step(
         critic_warmup_updates=ppo.critic_warmup * ppo.epochs * ppo.minibatches,
         ema_decay=ppo.ema_decay or None,
         selective=True,
+        actor_critic_fn=actors.policy.actor_critic_fn if actors.shared else None,
     )

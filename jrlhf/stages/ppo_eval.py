@@ -20,7 +20,7 @@ from jrlhf.parallel import fetch, from_first, is_first
 from jrlhf.stages.actors import Actors, learnt_policy
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
-from jrlhf.stages.ppo_iteration import episode_slices, reading_fns
+from jrlhf.stages.ppo_iteration import episode_slices, reading_fn
 from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.run import json_line, model_source
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
@@ -48,7 +48,8 @@ def make_evaluator(
     limit = ppo.log.eval_rows
     batch_size = device_multiple(min(ppo.episodes, len(prompts)), mesh)
     slices = episode_slices(ppo, batch_size, mesh, key="ppo.prompts.eval")
-    score, (logprob_fn, _) = make_rewards(config, actors, mesh, slices=slices), reading_fns(actors, slices=slices)
+    score = make_rewards(config, actors, mesh, slices=slices)
+    logprob_fn = reading_fn(actors, actors.policy.logprob_fn, slices=slices)
     judge = make_scorer(judging(config, actors, mesh), mesh, slices=slices) if judged(ppo.canary) else None
     key = jax.random.key(config.seed)
 

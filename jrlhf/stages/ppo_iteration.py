@@ -20,7 +20,7 @@ from jrlhf.stages.sampling import GenerateFn
 from jrlhf.stages.start import JittedStep
 from jrlhf.stages.state import RunState
 from jrlhf.steps import make_readings, make_targets, rollout_metrics, without_padding
-from jrlhf.types import Generation, Metrics, Readings, Rollout, ScoreFn, SelectiveLogprobFn, SFTBatch
+from jrlhf.types import Generation, Metrics, Readings, Rollout, SFTBatch
 
 Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]
 BatchOf = Callable[[RunState, int], dict[str, np.ndarray]]
@@ -35,16 +35,21 @@ def episode_slices(ppo: PPOConfig, rows: int, mesh: Mesh, *, key: str) -> int:
     return gradient_slices(share, microbatch=ppo.microbatch or max(1, share // SLICES))
 
 
-def reading_fns(actors: Actors, *, slices: int) -> tuple[SelectiveLogprobFn, ScoreFn]:
-    """The policy's log-probs and the value network's values, for what no gradient is taken of."""
-    fns = actors.policy.logprob_fn, actors.value.score_fn
-    return (without_padding(fns[0], slices=slices), without_padding(fns[1], slices=slices)) if actors.packable else fns
+def reading_fn(actors: Actors, fn: Callable[..., Any], *, slices: int) -> Any:
+    """One of the actors' functions, for what no gradient is taken of."""
+    return without_padding(fn, slices=slices) if actors.packable else fn
 
 
 def jit_readings(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Callable[..., Readings]:
     """``make_readings`` with a config's settings, laid out by rows."""
-    fns = reading_fns(actors, slices=slices)
-    read = make_readings(*fns, temperature=ppo.sampling.temperature, selective=True)
+    policy, value = actors.policy, actors.value
+    read = make_readings(
+        reading_fn(actors, policy.logprob_fn, slices=slices),
+        reading_fn(actors, value.score_fn, slices=slices),
+        temperature=ppo.sampling.temperature,
+        selective=True,
+        actor_critic_fn=reading_fn(actors, policy.actor_critic_fn, slices=slices) if actors.shared else None,
+    )
     return jax.jit(read, out_shardings=batch_sharding(mesh))
 
 
@@ -89,8 +94,8 @@ def make_iteration(
 
     work = rollout_work(
         actors.policy.arch,
-        actors.value.arch,
-        None if actors.reward is None else actors.reward.arch,
+        actors.value_arch,
+        [model.arch for model in actors.reward_models],
         updates=ppo.epochs * training_passes(ppo.lora.rank > 0),
         itemsize=jnp.dtype(ppo.model.dtype).itemsize,
     )

@@ -17,7 +17,19 @@ from jrlhf.core import (
     masked_whiten,
     shape_rewards,
 )
-from jrlhf.types import Generation, LogprobFn, Metrics, Params, Readings, Rollout, ScoreFn, SelectiveLogprobFn
+from jrlhf.steps.networks import apart
+from jrlhf.types import (
+    ActorCriticFn,
+    Generation,
+    LogprobFn,
+    Metrics,
+    Params,
+    PPOParams,
+    Readings,
+    Rollout,
+    ScoreFn,
+    SelectiveLogprobFn,
+)
 
 
 def make_experience(
@@ -31,13 +43,16 @@ def make_experience(
     missing_eos_penalty: float,
     whiten_rewards: bool,
     selective: bool = False,
+    actor_critic_fn: ActorCriticFn | None = None,
 ) -> Callable[[Params, Params, Params, Generation, Float[Array, "B"], Float[Array, ""]], Rollout]:
     """A pure function ``(policy, ref, value params, generation, scores, kl_coef) -> Rollout``.
 
     It is ``make_readings`` followed by ``make_targets``, which say what the settings do. Who waits for scores runs the
     two apart: the first needs none.
     """
-    read = make_readings(logprob_fn, value_fn, temperature=temperature, selective=selective)
+    read = make_readings(
+        logprob_fn, value_fn, temperature=temperature, selective=selective, actor_critic_fn=actor_critic_fn
+    )
     targets = make_targets(
         gamma=gamma,
         lam=lam,
@@ -60,20 +75,28 @@ def make_experience(
 
 
 def make_readings(
-    logprob_fn: LogprobFn | SelectiveLogprobFn, value_fn: ScoreFn, *, temperature: float, selective: bool = False
+    logprob_fn: LogprobFn | SelectiveLogprobFn,
+    value_fn: ScoreFn,
+    *,
+    temperature: float,
+    selective: bool = False,
+    actor_critic_fn: ActorCriticFn | None = None,
 ) -> Callable[[Params, Params, Params, Generation], Readings]:
     """A pure function ``(policy, ref, value params, generation) -> Readings``: all forward passes of a rollout.
 
     ``temperature`` must be the sampler's: one probability for sampler, old policy, new policy and reference.
     ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about response tokens alone.
+    ``actor_critic_fn``: what reads policy and value in place of both, where they share a network.
     """
+    both = actor_critic_fn or apart(logprob_fn, value_fn, selective=selective)
 
     def read(policy: Params, reference: Params, value: Params, generation: Generation) -> Readings:
         tokens, mask = generation.tokens, generation.mask
         only = {"wanted": generation.response_mask} if selective else {}
-        logprobs, entropy = logprob_fn(policy, tokens, mask, temperature=temperature, **only)
+        actors, response = PPOParams(policy, value), generation.response_mask
+        logprobs, entropy, values = both(actors, tokens, mask, temperature=temperature, wanted=response)
         ref_logprobs, _ = logprob_fn(reference, tokens, mask, temperature=temperature, **only)
-        values = align_to_tokens(value_fn(value, tokens, mask).astype(jnp.float32))
+        values = align_to_tokens(values.astype(jnp.float32))
         return jax.lax.stop_gradient(Readings(logprobs, entropy, ref_logprobs, values))
 
     return read

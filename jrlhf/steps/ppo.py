@@ -16,9 +16,11 @@ from jrlhf.core import (
     ppo_value_loss,
 )
 from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, no_sums, select
+from jrlhf.steps.networks import apart
 from jrlhf.steps.packing import packed_layout
 from jrlhf.steps.sft import nll_sum, trained_tokens
 from jrlhf.types import (
+    ActorCriticFn,
     Key,
     LogprobFn,
     Metrics,
@@ -74,6 +76,7 @@ def make_ppo_step(
     critic_warmup_updates: int,
     ema_decay: float | None,
     selective: bool = False,
+    actor_critic_fn: ActorCriticFn | None = None,
 ) -> Callable[[TrainState, Rollout, Key], tuple[TrainState, Metrics]]:
     """A pure function that does all ``epochs`` x ``minibatches`` updates of one rollout.
 
@@ -84,12 +87,14 @@ def make_ppo_step(
     ``drop_padding``: a minibatch's episodes are packed, and of its ``accumulation`` slices those that are left empty
     are not computed; the update is the same. Both functions must then know segment numbers, as the bundled models do.
     ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about the tokens alone that the loss reads.
+    ``actor_critic_fn``: what is called in place of both, where policy and value share a network: one forward pass, and
+    the value loss moves the policy's weights too. ``logprob_fn`` then reads ``ptx`` alone.
     ``target_approx_kl``: once a minibatch's mean ½(log π - log π_old)² exceeds it, the rest of the rollout is left
     (that minibatch's own update included). ``critic_warmup_updates``: for so many updates only the critic moves.
     ``ema_decay``: ``state.ema`` follows the policy at every update. With ``ptx_coef`` the rollout must carry ``ptx``.
     """
     terms = PPOLoss(temperature, clip, dual_clip, value_clip, value_coef, entropy_coef)
-    loss_of = episode_loss(logprob_fn, value_fn, terms, selective=selective)
+    loss_of = episode_loss(actor_critic_fn or apart(logprob_fn, value_fn, selective=selective), terms)
 
     def gradients(params: PPOParams, minibatch: Rollout, frozen: Any) -> tuple[PPOParams, Sums]:
         episodes, used = minibatch._replace(ptx=None), None
@@ -224,7 +229,7 @@ def ptx_gradients(
 
 
 def episode_loss(
-    logprob_fn: LogprobFn | SelectiveLogprobFn, value_fn: ScoreFn, terms: PPOLoss, *, selective: bool
+    both: ActorCriticFn, terms: PPOLoss
 ) -> Callable[[Float[Array, ""]], Callable[[PPOParams, Rollout], tuple[jax.Array, Sums]]]:
     """``response tokens of the whole minibatch -> loss_fn`` over a slice of that minibatch."""
 
@@ -233,11 +238,10 @@ def episode_loss(
 
         def loss_fn(params: PPOParams, part: Rollout) -> tuple[jax.Array, Sums]:
             mask = part.response_mask
-            only = {"wanted": mask} if selective else {}
-            logprobs, entropy = logprob_fn(params.policy, part.tokens, part.mask, temperature=terms.temperature, **only)
+            logprobs, entropy, values = both(params, part.tokens, part.mask, temperature=terms.temperature, wanted=mask)
             if not terms.entropy_coef:
                 entropy = jax.lax.stop_gradient(entropy)
-            values = align_to_tokens(value_fn(params.value, part.tokens, part.mask).astype(jnp.float32))
+            values = align_to_tokens(values.astype(jnp.float32))
             # Masked slots are set to one harmless value before any arithmetic (law 6).
             logprobs, old_logprobs, advantages, values, old_values, returns = (
                 jnp.where(mask, x, 0.0)

@@ -91,7 +91,7 @@ def test_an_iteration_s_work_is_that_of_its_tokens() -> None:
         zeros.astype(jnp.int32), jnp.asarray(mask), jnp.asarray(response), zeros, jnp.zeros(2, jnp.bool_)
     )
     text = SFTBatch(jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.bool_), jnp.ones((1, 3), jnp.bool_))
-    found = rollout_work(ARCH, ARCH, ARCH, updates=12.0, itemsize=2)(generation, text)
+    found = rollout_work(ARCH, ARCH, [ARCH, ARCH], updates=12.0, itemsize=2)(generation, text)
     policy, value = (float(forward_flops(ARCH, positions, logits=logits)) for logits in (5, 0))
     ptx = float(forward_flops(ARCH, np.arange(3), logits=2))
     # Two steps of decoding feed the tokens at positions 2 (first row), 3 and 4 (second row).
@@ -99,7 +99,7 @@ def test_an_iteration_s_work_is_that_of_its_tokens() -> None:
     cached = ARCH.num_layers * 2 * 8 * sum(position + 1 for position in (2, 3, 4))
     assert {name: float(value) for name, value in found.items()} == {
         "flops/rollout": policy,
-        "flops/scoring": 2 * policy + value + value,
+        "flops/scoring": 2 * policy + value + 2 * value,
         "flops/update": 12 * (policy + value + ptx),
         "bytes/rollout": 2 * (2 * weights + cached),
         "tokens/rollout": 5.0,

@@ -1,6 +1,8 @@
 """Every recipe fits together: shapes of a whole update of each stage, without a weight in memory."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jrlhf.config_io import load_config
 from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_params, decoder_fns
 from jrlhf.models.names import RULES
 from jrlhf.parallel import make_mesh, tree_shardings
+from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import device_share, gradient_slices
 from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.stages.ppo import make_step
@@ -107,7 +110,9 @@ def check_ppo(config: Config, arch: ArchConfig) -> TrainState:
         struct((rows, length), jnp.int32), marks, marks, *[per_token] * 8, struct((rows,)), struct((rows,), jnp.bool_)
     )
     parts = slices(rows // ppo.minibatches, ppo.microbatch)
-    step = make_step(ppo, fns.logprob_fn, fns.score_fn, tx, accumulation=parts, drop_padding=arch.packable)
+    model: Any = SimpleNamespace(arch=arch, **fns._asdict())
+    actors = Actors(model, None, model, tokenizer=None, reward_tokenizer=None)
+    step = make_step(ppo, actors, tx, accumulation=parts)
     after, _ = jax.eval_shape(step, state, rollout, KEY)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     return state

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.config import PlanConfig
-from jrlhf.core import combine
+from jrlhf.core import combine, partition
 from jrlhf.models import ArchConfig, abstract_reward, decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
-from jrlhf.stages.actors import Actors
+from jrlhf.stages.actors import Actors, Judge
 from jrlhf.stages.optim import make_actor_critic_optimizer
 from jrlhf.stages.performance import rollout_work, training_passes
 from jrlhf.stages.plan.parts import (
@@ -96,24 +96,29 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
         reward = abstract_reward(of_reward, site.mesh)
         same = reward.arch.vocab_size == policy.arch.vocab_size
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
+    shared = ppo.value_from == "shared"
     value = reward if reward is not None and from_reward else abstract_reward(policy, site.mesh)
-    actors = Actors(policy, reward, value, tokenizer=None, reward_tokenizer=None)
-    others = [
+    if shared:
+        value = replace(value, params={"head": value.params["head"]})
+    others = (
         abstract_reward(
             planned_model(site, config, replace(ppo.reward, path=path), key="ppo.rewards.models"), site.mesh
         )
         for path in ppo.rewards.models
-    ]
+    )
+    judges = tuple(Judge(model, None) for model in others)
+    actors = Actors(policy, reward, value, tokenizer=None, reward_tokenizer=None, others=judges, shared=shared)
     (p, p_base), (v, v_base) = (
-        abstract_trainable(model.params, model.arch, ppo.lora, site, policy.rules, path="ppo.lora")
+        partition(model.params, lambda path: True)
+        if shared and model is value
+        else abstract_trainable(model.params, model.arch, ppo.lora, site, policy.rules, path="ppo.lora")
         for model in (policy, value)
     )
     trained, frozen = PPOParams(p, v), PPOParams(p_base, v_base) if ppo.lora.rank else None
     tx, _ = make_actor_critic_optimizer(ppo.optim, value_lr=ppo.value_lr, updates=UPDATES)
-    fns = policy.logprob_fn, value.score_fn
-    step = make_step(ppo, *fns, tx, accumulation=slices, drop_padding=actors.packable)
+    step = make_step(ppo, actors, tx, accumulation=slices)
     loaded, ema = (
-        (policy.params, [m.params for m in (reward, *others) if m is not None], value.params),
+        (policy.params, [model.params for model in actors.reward_models], value.params),
         p if ppo.ema_decay else None,
     )
     training = planned_training(step, tx, trained, frozen, site, policy.rules, loaded=loaded, ema=ema)
@@ -153,15 +158,15 @@ def readings_program(
 def row_work(config: PlanConfig, actors: Actors) -> dict[str, float]:
     """Model FLOPs of an episode of full length, by program; and of a row of text with it, where there is one."""
     ppo, policy = config.ppo, actors.policy.arch
-    reward = None if actors.reward is None else actors.reward.arch
+    rewards = [model.arch for model in actors.reward_models]
     prompt, new = ppo.prompts.max_length, ppo.sampling.max_new_tokens
     real, answer = jnp.ones((1, prompt + new), jnp.bool_), jnp.arange(prompt + new)[None] >= prompt
     marks = jnp.ones((1, ppo.ptx.max_length), jnp.bool_)
     text = SFTBatch(marks.astype(jnp.int32), marks, marks) if ppo.ptx_coef else None
     generation = Generation(real.astype(jnp.int32), real, answer, real.astype(jnp.float32), real[:, 0])
     passes = ppo.epochs * training_passes(ppo.lora.rank > 0)
-    work = rollout_work(policy, actors.value.arch, reward, updates=passes, itemsize=1)(generation, text)
-    scores = 0.0 if reward is None else float(forward_flops(reward, np.arange(prompt + new), logits=0))
+    work = rollout_work(policy, actors.value_arch, rewards, updates=passes, itemsize=1)(generation, text)
+    scores = sum(float(forward_flops(reward, np.arange(prompt + new), logits=0)) for reward in rewards)
     return {
         "rollout": float(work["flops/rollout"]),
         "scores": scores,
