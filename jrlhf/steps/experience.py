@@ -91,9 +91,9 @@ def make_readings(
     both = actor_critic_fn or apart(logprob_fn, value_fn, selective=selective)
 
     def read(policy: Params, reference: Params, value: Params, generation: Generation) -> Readings:
-        tokens, mask = generation.tokens, generation.mask
-        only = {"wanted": generation.response_mask} if selective else {}
-        actors, response = PPOParams(policy, value), generation.response_mask
+        tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
+        only = {"wanted": response} if selective else {}
+        actors = PPOParams(policy, value)
         logprobs, entropy, values = both(actors, tokens, mask, temperature=temperature, wanted=response)
         ref_logprobs, _ = logprob_fn(reference, tokens, mask, temperature=temperature, **only)
         values = align_to_tokens(values.astype(jnp.float32))

@@ -138,11 +138,24 @@ def test_a_reward_for_length_trips_the_length_guard(
 def test_a_reward_for_one_token_trips_repetition_and_entropy(
     tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """How soon one token takes over is a matter of the draws; a guard fires as soon as its patience is full."""
     rewarded(monkeypatch, lucky_token)
-    # How soon one token takes over is a matter of the draws: in twenty iterations it has.
     config = small(tmp_path, reward_folder, lr=3e-3, iterations=20)
-    run_ppo(guarded(config, entropy=GuardConfig(bound=0.5, patience=2)))
-    assert {event["guard"] for event in told(config, "guard")} >= {"repetition", "entropy"}
+    config = guarded(config, entropy=GuardConfig(bound=0.5, patience=2))
+    run_ppo(config)
+    lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
+    guards, usual = config.ppo.guards, lines[0]["repetition"]
+    crossed = {
+        "entropy": ([line["entropy"] < guards.entropy.bound for line in lines], guards.entropy.patience),
+        "repetition": (
+            [line["repetition"] - usual > guards.repetition.bound for line in lines],
+            guards.repetition.patience,
+        ),
+    }
+    for name, (beyond, patience) in crossed.items():
+        full = [all(beyond[at - patience : at]) for at in range(patience, len(beyond) + 1)]
+        fired = [event["step"] for event in told(config, "guard") if event["guard"] == name]
+        assert fired[0] == full.index(True) + patience
 
 
 def _masked_stop(inner: Any) -> Any:
