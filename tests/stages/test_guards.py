@@ -138,10 +138,10 @@ def test_a_reward_for_length_trips_the_length_guard(
 def test_a_reward_for_one_token_trips_repetition_and_entropy(
     tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How soon one token takes over is a matter of the draws; a guard fires as soon as its patience is full."""
+    """How soon and how far one token takes over is a matter of the draws: the bound lies well inside what all reach."""
     rewarded(monkeypatch, lucky_token)
-    config = small(tmp_path, reward_folder, lr=3e-3, iterations=20)
-    config = guarded(config, entropy=GuardConfig(bound=0.5, patience=2))
+    config = small(tmp_path, reward_folder, lr=3e-3, iterations=18)
+    config = guarded(config, entropy=GuardConfig(bound=1.0, patience=2))
     run_ppo(config)
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
     guards, usual = config.ppo.guards, lines[0]["repetition"]
