@@ -1,0 +1,64 @@
+"""How much of a slow rule's time is hidden, as the networks read the answers that it scores.
+
+    python benchmarks/rule_overlap.py --shape S --seconds 2 --iterations 8
+
+`jrlhf ppo` without a reward model, scored by a Python function that sleeps every second time, as one that asks a server
+does. The figure: seconds of the rule that scoring did not take longer, as a share of those that could be hidden (the
+rule's or the networks', whichever are fewer): 1 if both run at once, 0 if one after the other.
+"""
+
+import importlib
+import time
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from common import Timing, arch_of, arguments, report
+from peers.cases import OPTIMIZER
+from peers.jrlhf_steps import ppo_config
+
+from jrlhf.config import Config, LogConfig, RewardsConfig
+from jrlhf.config_rewards import FunctionRuleConfig
+from jrlhf.metrics import read_metrics
+from jrlhf.stages.ppo import run_ppo
+
+naps = cycle([0.0])
+
+
+def sleeps(completions: list[str], **_: Any) -> list[float]:
+    """The rule; its score is how long it slept."""
+    nap = next(naps)
+    time.sleep(nap)
+    return [nap] * len(completions)
+
+
+def main() -> None:
+    args = arguments(__doc__, seconds=2.0, iterations=8, episodes=32, prompt=64, new=64)
+    # The stage imports it by name, which is another copy than the one that runs as __main__.
+    importlib.import_module("rule_overlap").naps = cycle([0.0, args.seconds])
+    spec = {"dtype": args.dtype, "rows": args.episodes, "prompt": args.prompt, "new": args.new, "optimizer": OPTIMIZER}
+    with TemporaryDirectory() as folder:
+        base = ppo_config(spec | {"value_from": "policy", "epochs": 1}, arch_of(args), Path(folder))
+        rule = FunctionRuleConfig(weight=1.0, path="rule_overlap:sleeps")
+        ppo = replace(
+            base.ppo,
+            rewards=RewardsConfig(model_weight=0.0, function=rule),
+            iterations=args.iterations,
+            log=LogConfig(every=1, eval_every=10**6, progress=False),
+        )
+        run_ppo(Config(run=base.run, ppo=ppo))
+        lines = [line for line in read_metrics(Path(base.run) / "ppo" / "metrics.jsonl") if "seconds/scoring" in line]
+    # The first two rounds compile.
+    timed = [(line["reward/rule/function"] > 0, line["seconds/scoring"]) for line in lines[2:]]
+    alone, beside = ([seconds for slept, seconds in timed if slept is which] for which in (False, True))
+    hidden = median(alone) + args.seconds - median(beside)
+    each = Timing(lines[0]["seconds/scoring"], median(beside), min(beside), max(beside))
+    able = min(median(alone), args.seconds)
+    report("hidden time of a rule", hidden / able, "of what could be", each, args, scoring_without=median(alone))
+
+
+if __name__ == "__main__":
+    main()
