@@ -58,7 +58,9 @@ def _draw(args: GenerateConfig) -> list[tuple[Content, list[str]]]:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     model = load_pretrained(source, dtype=args.dtype, mesh=mesh)
     check_length(model.arch, int(prompts.lengths.max()) + args.sampling.max_new_tokens, key="sampling.max_new_tokens")
-    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh)
+    # A prompt is read once for all its answers, or for as many of them as a batch holds.
+    together = max(n for n in range(1, args.batch_size + 1) if args.samples % n == 0)
+    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, samples=together)
     drawn = answers(
         generate,
         model.params,
@@ -68,6 +70,7 @@ def _draw(args: GenerateConfig) -> list[tuple[Content, list[str]]]:
         seed=args.seed,
         mesh=mesh,
         batch_size=args.batch_size,
+        together=together,
         show_progress=len(prompts) * args.samples > args.batch_size,
     )
     return [(row["prompt"], completions) for row, completions in zip(prompts.shown, drawn, strict=True)]

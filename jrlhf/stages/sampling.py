@@ -18,14 +18,22 @@ from jrlhf.types import DecodeFns, Generation, Key, Params
 GenerateFn = Callable[..., Generation]
 
 
-def jit_generate(decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Any, mesh: Mesh) -> GenerateFn:
+def jit_generate(
+    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Any, mesh: Mesh, *, samples: int = 1
+) -> GenerateFn:
     """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are."""
     stop_tokens, pad_token = stop_token_ids(tokenizer, config.stop), int(tokenizer.pad_token_id)
-    return jit_sampler(decode_fns, config, mesh, stop_tokens=stop_tokens, pad_token=pad_token)
+    return jit_sampler(decode_fns, config, mesh, stop_tokens=stop_tokens, pad_token=pad_token, samples=samples)
 
 
 def jit_sampler(
-    decode_fns: DecodeFns, config: SamplingConfig, mesh: Mesh, *, stop_tokens: tuple[int, ...], pad_token: int
+    decode_fns: DecodeFns,
+    config: SamplingConfig,
+    mesh: Mesh,
+    *,
+    stop_tokens: tuple[int, ...],
+    pad_token: int,
+    samples: int = 1,
 ) -> Any:
     """``jit_generate`` of tokens that are known already, without a tokenizer."""
     generate = make_generate(
@@ -36,6 +44,7 @@ def jit_sampler(
         top_p=config.top_p,
         stop_tokens=stop_tokens,
         pad_token=pad_token,
+        samples=samples,
     )
     return jax.jit(generate, out_shardings=batch_sharding(mesh))
 
@@ -78,21 +87,27 @@ def answers(
     mesh: Mesh,
     batch_size: int,
     show_progress: bool,
+    together: int = 1,
 ) -> list[list[str]]:
-    """``samples`` answers to each prompt, as text, in the order of the prompts."""
+    """``samples`` answers to each prompt, as text, in the order of the prompts.
+
+    ``together`` of them, which divides ``samples``, come from one call of ``generate``, made for so many. A batch has
+    ``batch_size`` answers at most, but for what the devices need.
+    """
     found: list[list[str]] = [[] for _ in range(len(prompts))]
-    batch_size = device_multiple(min(batch_size, len(prompts)), mesh)
+    batch_size = device_multiple(min(batch_size // together, len(prompts)), mesh)
     total, done = samples * len(prompts), 0
     with progress(
         total, "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True
     ) as bar:
-        for draw in range(samples):
+        for draw in range(samples // together):
             key = jax.random.fold_in(jax.random.key(seed), draw)
             batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)
             for indices, real, generation in batches:
-                for index, keep, (_, answer) in zip(indices, real, texts_of(tokenizer, generation), strict=True):
+                texts = [answer for _, answer in texts_of(tokenizer, generation)]
+                for row, (index, keep) in enumerate(zip(indices, real, strict=True)):
                     if keep:
-                        found[index].append(answer)
-                done += int(real.sum())
+                        found[index].extend(texts[row * together : (row + 1) * together])
+                done += together * int(real.sum())
                 bar.update(done)
     return found

@@ -32,18 +32,25 @@ def make_generate(
     top_p: float,
     stop_tokens: tuple[int, ...],
     pad_token: int,
+    samples: int = 1,
 ) -> Callable[[Params, Int[Array, "B P"], Bool[Array, "B P"], Key], Generation]:
     """A pure sampler of ``max_new_tokens`` at most; a row ends with the first of ``stop_tokens``, which it keeps.
 
     Prompts are left-padded, so that all rows write their next token to the same column; how wide the padding is does
     not change what is drawn. After its stop token a row holds ``pad_token``, masked: by position, so ``pad_token`` may
     be a stop token itself.
+
+    ``samples``: answers to each prompt, which is read once; they are neighbours, and what comes out has ``B · samples``
+    rows. Every leaf of the cache but scalars must then have the rows on axis 0.
     """
 
     def is_stop(tokens: Int[Array, "B"]) -> Bool[Array, "B"]:
         if not stop_tokens:
             return jnp.zeros(tokens.shape, jnp.bool_)
         return jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32))
+
+    def each_again(x: Array) -> Array:
+        return jnp.repeat(x, samples, axis=0) if x.ndim else x
 
     def emit(state: SamplingState, key: Key) -> SamplingState:
         """Sample the next column; rows that have stopped get padding."""
@@ -61,12 +68,14 @@ def make_generate(
         )
 
     def generate(params: Params, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], key: Key) -> Generation:
-        rows, prompt_length = prompts.shape
-        total = prompt_length + max_new_tokens
-        prompt_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        total = prompts.shape[1] + max_new_tokens
         params = decode_fns.prepare(params)
-        cache = decode_fns.init_cache(rows, total)
+        cache = decode_fns.init_cache(len(prompts), total)
         logits, cache = decode_fns.decode(params, prompts, positions_from_mask(mask), cache)
+        if samples > 1:
+            prompts, mask, logits, cache = jax.tree.map(each_again, (prompts, mask, logits, cache))
+        rows, prompt_length = prompts.shape
+        prompt_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
 
         def advance(state: SamplingState) -> SamplingState:
             last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)

@@ -165,6 +165,32 @@ def test_same_key_is_bitwise_the_same_and_another_key_is_not(plain):
     assert (generate(plain.params, *prompts(), jax.random.key(4)).tokens != first.tokens).any()
 
 
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"stop_tokens": ()}], ids=["sampled", "greedy", "no stop"])
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_several_answers_are_those_to_a_prompt_that_stands_there_as_often(plain, samples, how):
+    tokens, mask = prompts()
+    often = (jnp.asarray(np.repeat(x, samples, axis=0)) for x in (tokens, mask))
+    expected = generator(PLAIN, **how)(plain.params, *often, KEY)
+    found = generator(PLAIN, samples=samples, **how)(plain.params, tokens, mask, KEY)
+    for name in ("tokens", "mask", "response_mask", "stopped"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+    if samples > 1 and not how:
+        assert (found.tokens[0::samples] != found.tokens[1::samples]).any(), "each answer is a draw of its own"
+
+
+def test_a_prompt_is_read_once_for_all_its_answers(plain):
+    seen = []
+
+    def watched(params, tokens, positions, cache):
+        seen.append(tokens.shape)
+        return plain_decode(params, tokens, positions, cache)
+
+    jax.eval_shape(generator(DecodeFns(plain_init_cache, watched), samples=3), plain.params, *prompts(), KEY)
+    assert seen[0] == (len(LENGTHS), 4)
+    assert set(seen[1:]) == {(3 * len(LENGTHS), 1)}
+
+
 def test_one_row_one_token(plain):
     tokens, mask = (x[:1] for x in prompts())
     generation = generator(PLAIN, max_new_tokens=1, stop_tokens=())(plain.params, tokens, mask, KEY)
