@@ -157,6 +157,8 @@ def generate(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
             top_p=1.0,
             stop_tokens=(EOS,) if stop else (),
             pad_token=PAD,
+            # As the stages have it on one device.
+            drop_stopped=bool(stop),
         )
     )
     params, key = init_params(arch, jax.random.key(0)), jax.random.key(1)

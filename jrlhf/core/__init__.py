@@ -28,7 +28,7 @@ from jrlhf.core.masks import (
     positions_from_mask,
     real_tokens,
 )
-from jrlhf.core.sampling import sample, truncate_logits
+from jrlhf.core.sampling import sample, sample_at, truncate_logits, uniforms
 from jrlhf.core.trees import combine, partition
 
 __all__ = [
@@ -57,8 +57,10 @@ __all__ = [
     "ranking_loss",
     "real_tokens",
     "sample",
+    "sample_at",
     "shape_rewards",
     "token_logprobs",
     "truncate_logits",
+    "uniforms",
     "update_kl_coef",
 ]

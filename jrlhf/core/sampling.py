@@ -36,10 +36,22 @@ def sample(
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Draw a token a row from softmax(logits / temperature), truncated and renormalised; return it with its log-prob.
 
-    By inversion: first of the mass of groups of tokens, then within one. ``temperature=0`` is greedy: the likeliest
-    token, with log-prob 0 as the distribution is a point mass.
+    ``temperature=0`` is greedy: the likeliest token, with log-prob 0 as the distribution is a point mass.
     top-p: Holtzman et al. 2020, section 3.1.
     """
+    return sample_at(logits, uniforms(key, len(logits)), temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def uniforms(key: Key, rows: int) -> Float[Array, "2 B"]:
+    """What ``sample`` draws with: from 0 up to, not including, 1."""
+    # Two numbers a row in place of one a logit, and two so that even a token of little mass is hit in proportion.
+    return jax.random.uniform(key, (2, rows), jnp.float32)
+
+
+def sample_at(
+    logits: Float[Array, "B V"], at: Float[Array, "2 B"], *, temperature: float, top_k: int, top_p: float
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """``sample`` with given ``uniforms``, by inversion: first of the mass of groups of tokens, then within one."""
     logits = logits.astype(jnp.float32)
     if temperature == 0.0:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -48,8 +60,6 @@ def sample(
     highest = jnp.max(kept, axis=-1, keepdims=True)
     mass = _in_groups(jnp.exp(kept - highest))
     of_group = jnp.sum(mass, axis=-1)
-    # Two numbers a row in place of one a logit, and two so that even a token of little mass is hit in proportion.
-    at = jax.random.uniform(key, (2, logits.shape[0]), jnp.float32)
     group = _invert(of_group, at[0])
     place = _invert(jnp.take_along_axis(mass, group[:, None, None], axis=1)[:, 0], at[1])
     tokens = group * jnp.int32(mass.shape[-1]) + place

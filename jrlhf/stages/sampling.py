@@ -45,6 +45,7 @@ def jit_sampler(
         stop_tokens=stop_tokens,
         pad_token=pad_token,
         samples=samples,
+        drop_stopped=mesh.size == 1 and bool(stop_tokens),
     )
     return jax.jit(generate, out_shardings=batch_sharding(mesh))
 

@@ -7,20 +7,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jrlhf.core import positions_from_mask, sample
+from jrlhf.core import positions_from_mask, sample_at, uniforms
 from jrlhf.types import DecodeFns, Generation, Key, Params
 
 
 class SamplingState(NamedTuple):
-    """The loop's carry. Column ``length`` is the next to be written; every row writes the same column."""
+    """The loop's carry. Column ``length`` is the next to be written; every row writes the same column.
+
+    ``n`` rows are decoded, which ``rows`` names; None: all of them.
+    """
 
     tokens: Int[Array, "B T"]
     response_mask: Bool[Array, "B T"]
     logprobs: Float[Array, "B T"]
     stopped: Bool[Array, "B"]
     length: Int[Array, ""]
-    logits: Float[Array, "B V"]
+    rows: Int[Array, "n"] | None
+    logits: Float[Array, "n V"]
     cache: Any
+
+    def decoded(self, x: Array) -> Array:
+        """Of an array's rows those that are decoded."""
+        return x if self.rows is None else x[self.rows]
 
 
 def make_generate(
@@ -33,6 +41,7 @@ def make_generate(
     stop_tokens: tuple[int, ...],
     pad_token: int,
     samples: int = 1,
+    drop_stopped: bool = False,
 ) -> Callable[[Params, Int[Array, "B P"], Bool[Array, "B P"], Key], Generation]:
     """A pure sampler of ``max_new_tokens`` at most; a row ends with the first of ``stop_tokens``, which it keeps.
 
@@ -41,7 +50,9 @@ def make_generate(
     be a stop token itself.
 
     ``samples``: answers to each prompt, which is read once; they are neighbours, and what comes out has ``B · samples``
-    rows. Every leaf of the cache but scalars must then have the rows on axis 0.
+    rows. ``drop_stopped``: once half of the rows have stopped, and again once three quarters have, only the others are
+    decoded further; what is drawn is the same. Rows that lie on several devices would have to be moved between them.
+    With either, every leaf of the cache but scalars must have the rows on axis 0.
     """
 
     def is_stop(tokens: Int[Array, "B"]) -> Bool[Array, "B"]:
@@ -57,15 +68,25 @@ def make_generate(
         column = state.length
         # Counted from the answer's first token: the draw must not depend on how far its prompt was padded.
         key = jax.random.fold_in(key, column - (state.tokens.shape[1] - max_new_tokens))
-        drawn, logprobs = sample(state.logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
-        live = ~state.stopped
+        # Of all rows, those that have left too: a row's draw must not depend on who is still there.
+        at = uniforms(key, len(state.tokens))
+        at = at if state.rows is None else at[:, state.rows]
+        drawn, logprobs = sample_at(state.logits, at, temperature=temperature, top_k=top_k, top_p=top_p)
+        stopped, rows = state.decoded(state.stopped), slice(None) if state.rows is None else state.rows
+        live = ~stopped
         return state._replace(
-            tokens=state.tokens.at[:, column].set(jnp.where(live, drawn, jnp.int32(pad_token))),
-            response_mask=state.response_mask.at[:, column].set(live),
-            logprobs=state.logprobs.at[:, column].set(jnp.where(live, logprobs, 0.0)),
-            stopped=state.stopped | (live & is_stop(drawn)),
+            tokens=state.tokens.at[rows, column].set(jnp.where(live, drawn, jnp.int32(pad_token))),
+            response_mask=state.response_mask.at[rows, column].set(live),
+            logprobs=state.logprobs.at[rows, column].set(jnp.where(live, logprobs, 0.0)),
+            stopped=state.stopped.at[rows].set(stopped | (live & is_stop(drawn))),
             length=column + 1,
         )
+
+    def without_stopped(state: SamplingState, left: int) -> SamplingState:
+        """``left`` rows are decoded further, those that have not stopped first."""
+        kept = jnp.argsort(state.decoded(state.stopped), stable=True)[:left].astype(jnp.int32)
+        logits, cache = jax.tree.map(lambda x: x[kept] if x.ndim else x, (state.logits, state.cache))
+        return state._replace(rows=kept if state.rows is None else state.rows[kept], logits=logits, cache=cache)
 
     def generate(params: Params, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], key: Key) -> Generation:
         total = prompts.shape[1] + max_new_tokens
@@ -81,8 +102,15 @@ def make_generate(
             last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
             position = prompt_tokens + state.length - 1 - prompt_length
             position = jnp.where(state.stopped, -1, position)
+            last, position = state.decoded(last), state.decoded(position)
             logits, cache = decode_fns.decode(params, last, position[:, None], state.cache)
             return emit(state._replace(logits=logits, cache=cache), key)
+
+        def until(state: SamplingState, left: int) -> SamplingState:
+            """Goes on while more than ``left`` rows have not stopped."""
+            return jax.lax.while_loop(
+                lambda s: (s.length < total) & (jnp.sum(~s.stopped, dtype=jnp.int32) > left), advance, state
+            )
 
         tail = ((0, 0), (0, max_new_tokens))
         state = SamplingState(
@@ -91,10 +119,15 @@ def make_generate(
             logprobs=jnp.zeros((rows, total), jnp.float32),
             stopped=jnp.zeros((rows,), jnp.bool_),
             length=jnp.asarray(prompt_length, jnp.int32),
+            rows=None,
             logits=logits,
             cache=cache,
         )
-        state = jax.lax.while_loop(lambda s: (s.length < total) & ~jnp.all(s.stopped), advance, emit(state, key))
+        state = emit(state, key)
+        for left in (rows // 2, rows // 4) if drop_stopped else ():
+            if left:
+                state = without_stopped(until(state, left), left)
+        state = until(state, 0)
         return Generation(
             tokens=state.tokens,
             mask=jnp.pad(mask, tail) | state.response_mask,

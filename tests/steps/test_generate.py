@@ -191,6 +191,44 @@ def test_a_prompt_is_read_once_for_all_its_answers(plain):
     assert set(seen[1:]) == {(3 * len(LENGTHS), 1)}
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"temperature": 0.0}, {"stop_tokens": (2, 5, 7)}, {"stop_tokens": ()}, {"top_k": 3, "stop_tokens": (2, 5)}],
+    ids=["one stop", "greedy", "three stops", "no stop", "truncated"],
+)
+def test_rows_that_have_stopped_may_leave_and_nothing_else_changes(plain, how, samples):
+    expected = generator(PLAIN, samples=samples, **how)(plain.params, *prompts(), KEY)
+    found = generator(PLAIN, samples=samples, drop_stopped=True, **how)(plain.params, *prompts(), KEY)
+    for name in ("tokens", "mask", "response_mask", "stopped"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_no_more_rows_are_decoded_than_are_left_but_for_the_halving(plain):
+    seen = []
+
+    def watched(params, tokens, positions, cache):
+        jax.debug.callback(lambda p: seen.append((len(p), int((p >= 0).sum()))), positions, ordered=True)
+        return plain_decode(params, tokens, positions, cache)
+
+    generate = generator(DecodeFns(plain_init_cache, watched), drop_stopped=True, stop_tokens=(2, 5, 7), samples=2)
+    lengths = np.asarray(jax.block_until_ready(generate(plain.params, *prompts(), KEY)).response_mask).sum(-1)
+    jax.effects_barrier()
+    live = [int((lengths > n).sum()) for n in range(1, NEW)]
+    # Of 12 rows 12, 6 or 3 are decoded: half as soon as so few are left, a quarter likewise.
+    expected = [12 if n > 6 else 6 if n > 3 else 3 for n in live]
+    steps = seen[1:]
+    assert [rows for rows, _ in steps] == expected[: len(steps)]
+    assert {12, 6, 3} == {rows for rows, _ in steps}
+
+
+def test_one_row_that_may_leave_is_decoded_to_its_end(plain):
+    tokens, mask = (x[:1] for x in prompts())
+    plainly, dropping = (generator(PLAIN, drop_stopped=drop)(plain.params, tokens, mask, KEY) for drop in (False, True))
+    assert_same(plainly, dropping)
+
+
 def test_one_row_one_token(plain):
     tokens, mask = (x[:1] for x in prompts())
     generation = generator(PLAIN, max_new_tokens=1, stop_tokens=())(plain.params, tokens, mask, KEY)
