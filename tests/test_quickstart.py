@@ -51,7 +51,7 @@ def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_full_reaches_its_targets(tmp_path: Path, seed: int) -> None:
     """The figures that the README promises, for three seeds in a row."""
-    # As a user starts it: on the eight devices and with the weak optimisation of the tests it takes an hour.
+    # As a user starts it: the tests' eight devices and weak optimisation make it several times as slow.
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "jrlhf", "quickstart", "--out", str(tmp_path), "--seed", str(seed)]
     subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=3000)

@@ -14,7 +14,7 @@ from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import FEWEST, Content, TaskFile, distinct, task_line
 from jrlhf.stages.run import exported_folder, json_line
-from jrlhf.stages.sampling import answers, jit_generate
+from jrlhf.stages.sampling import answers, drawn_together, jit_generate
 from jrlhf.stages.scoring import score_texts
 from jrlhf.stages.start import check_length
 
@@ -58,8 +58,7 @@ def _draw(args: GenerateConfig) -> list[tuple[Content, list[str]]]:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     model = load_pretrained(source, dtype=args.dtype, mesh=mesh)
     check_length(model.arch, int(prompts.lengths.max()) + args.sampling.max_new_tokens, key="sampling.max_new_tokens")
-    # A prompt is read once for all its answers, or for as many of them as a batch holds.
-    together = max(n for n in range(1, args.batch_size + 1) if args.samples % n == 0)
+    together = drawn_together(args.samples, batch_size=args.batch_size, devices=mesh.size)
     generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, samples=together)
     drawn = answers(
         generate,

@@ -77,6 +77,15 @@ def texts_of(tokenizer: Any, generation: Generation) -> list[tuple[str, str]]:
     return pairs
 
 
+def drawn_together(samples: int, *, batch_size: int, devices: int) -> int:
+    """How many of a prompt's answers one batch draws, so that it is read once for them: a divisor of ``samples``.
+
+    The greatest that leaves no more than an eighth of a device's rows unused: of 9 with 16 rows 3, in 5 x 3.
+    """
+    rows = max(1, batch_size // devices)
+    return max(n for n in range(1, min(rows, samples) + 1) if samples % n == 0 and rows % n <= rows // 8)
+
+
 def answers(
     generate: GenerateFn,
     params: Params,

@@ -26,9 +26,15 @@ class SamplingState(NamedTuple):
     logits: Float[Array, "n V"]
     cache: Any
 
-    def decoded(self, x: Array) -> Array:
-        """Of an array's rows those that are decoded."""
-        return x if self.rows is None else x[self.rows]
+    @property
+    def decoded(self) -> Any:
+        """The index of the rows that are decoded."""
+        return slice(None) if self.rows is None else self.rows
+
+
+def of_each_row(take: Callable[[Array], Array], tree: Any) -> Any:
+    """``take`` of every leaf that has rows."""
+    return jax.tree.map(lambda x: take(x) if x.ndim else x, tree)
 
 
 def make_generate(
@@ -60,32 +66,28 @@ def make_generate(
             return jnp.zeros(tokens.shape, jnp.bool_)
         return jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32))
 
-    def each_again(x: Array) -> Array:
-        return jnp.repeat(x, samples, axis=0) if x.ndim else x
-
     def emit(state: SamplingState, key: Key) -> SamplingState:
         """Sample the next column; rows that have stopped get padding."""
         column = state.length
         # Counted from the answer's first token: the draw must not depend on how far its prompt was padded.
         key = jax.random.fold_in(key, column - (state.tokens.shape[1] - max_new_tokens))
         # Of all rows, those that have left too: a row's draw must not depend on who is still there.
-        at = uniforms(key, len(state.tokens))
-        at = at if state.rows is None else at[:, state.rows]
+        rows = state.decoded
+        at = uniforms(key, len(state.tokens))[:, rows]
         drawn, logprobs = sample_at(state.logits, at, temperature=temperature, top_k=top_k, top_p=top_p)
-        stopped, rows = state.decoded(state.stopped), slice(None) if state.rows is None else state.rows
-        live = ~stopped
+        live = ~state.stopped[rows]
         return state._replace(
             tokens=state.tokens.at[rows, column].set(jnp.where(live, drawn, jnp.int32(pad_token))),
             response_mask=state.response_mask.at[rows, column].set(live),
             logprobs=state.logprobs.at[rows, column].set(jnp.where(live, logprobs, 0.0)),
-            stopped=state.stopped.at[rows].set(stopped | (live & is_stop(drawn))),
+            stopped=state.stopped.at[rows].set(~live | is_stop(drawn)),
             length=column + 1,
         )
 
     def without_stopped(state: SamplingState, left: int) -> SamplingState:
         """``left`` rows are decoded further, those that have not stopped first."""
-        kept = jnp.argsort(state.decoded(state.stopped), stable=True)[:left].astype(jnp.int32)
-        logits, cache = jax.tree.map(lambda x: x[kept] if x.ndim else x, (state.logits, state.cache))
+        kept = jnp.argsort(state.stopped[state.decoded], stable=True)[:left].astype(jnp.int32)
+        logits, cache = of_each_row(lambda x: x[kept], (state.logits, state.cache))
         return state._replace(rows=kept if state.rows is None else state.rows[kept], logits=logits, cache=cache)
 
     def generate(params: Params, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], key: Key) -> Generation:
@@ -94,16 +96,17 @@ def make_generate(
         cache = decode_fns.init_cache(len(prompts), total)
         logits, cache = decode_fns.decode(params, prompts, positions_from_mask(mask), cache)
         if samples > 1:
-            prompts, mask, logits, cache = jax.tree.map(each_again, (prompts, mask, logits, cache))
+            read = (prompts, mask, logits, cache)
+            prompts, mask, logits, cache = of_each_row(lambda x: jnp.repeat(x, samples, axis=0), read)
         rows, prompt_length = prompts.shape
         prompt_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
 
         def advance(state: SamplingState) -> SamplingState:
             last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
             position = prompt_tokens + state.length - 1 - prompt_length
-            position = jnp.where(state.stopped, -1, position)
-            last, position = state.decoded(last), state.decoded(position)
-            logits, cache = decode_fns.decode(params, last, position[:, None], state.cache)
+            position = jnp.where(state.stopped, -1, position)[:, None]
+            rows = state.decoded
+            logits, cache = decode_fns.decode(params, last[rows], position[rows], state.cache)
             return emit(state._replace(logits=logits, cache=cache), key)
 
         def until(state: SamplingState, left: int) -> SamplingState:

@@ -105,6 +105,23 @@ def test_sampler_logprobs_equal_the_forward(fns, params):
     assert float(jnp.min(out.logprobs)) < -0.5
 
 
+def test_reading_a_prompt_once_and_leaving_out_what_has_stopped_change_no_answer(fns, params):
+    tokens, _, mask = batch()
+    settings = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": tuple(range(9))}
+
+    def drawn(tokens, mask, **options):
+        generate = make_generate(fns.decode_fns, **settings, pad_token=0, **options)
+        return jax.jit(generate)(params, tokens, mask, jax.random.key(2))
+
+    expected = drawn(*(jnp.asarray(np.repeat(x, 4, axis=0)) for x in (tokens, mask)))
+    lengths = np.sort(np.asarray(expected.response_mask).sum(axis=-1))
+    assert lengths[len(lengths) // 2] < lengths[-1], "rows leave before the last one ends"
+    found = drawn(tokens, mask, samples=4, drop_stopped=True)
+    for name in ("tokens", "mask", "response_mask", "stopped"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+
+
 def test_weights_that_are_cast_once_give_the_same_tokens(arch, params):
     """In bfloat16 a step of decoding reads half the bytes; norms keep their float32 scales."""
     tokens, _, mask = batch()

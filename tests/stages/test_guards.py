@@ -140,7 +140,7 @@ def test_a_reward_for_one_token_trips_repetition_and_entropy(
 ) -> None:
     """How soon and how far one token takes over is a matter of the draws: the bound lies well inside what all reach."""
     rewarded(monkeypatch, lucky_token)
-    config = small(tmp_path, reward_folder, lr=3e-3, iterations=18)
+    config = small(tmp_path, reward_folder, lr=3e-3, iterations=20)
     config = guarded(config, entropy=GuardConfig(bound=1.0, patience=2))
     run_ppo(config)
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
