@@ -25,7 +25,7 @@ from jrlhf.config_tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.environment import keep_compiled_programs, quiet_compiler, restart_with_huge_pages
+from jrlhf.environment import keep_compiled_programs, quiet_compiler, restart_with_huge_pages, set_compiler_flags
 from jrlhf.gates import GatesFailed
 from jrlhf.lock import RunLocked
 from jrlhf.stages.signals import Interrupted
@@ -97,6 +97,7 @@ def prepare_process(command: Sequence[str]) -> None:
     """Set what commands that compute profit from, before JAX is imported."""
     if command and command[0] in COMPUTING:
         keep_compiled_programs()
+        set_compiler_flags()
         if command[0] in RESUMABLE:
             restart_with_huge_pages()
     if command and command[0] == "plan":

@@ -1,7 +1,11 @@
-"""What must be set before Python or JAX starts: a cache of compiled programs, and huge pages. Imports no JAX."""
+"""What must be set before Python or JAX starts: flags of the compiler, a cache of what it made, and huge pages.
+
+Imports no JAX.
+"""
 
 import os
 import sys
+from glob import glob
 from pathlib import Path
 
 COMPILATION_CACHE = {
@@ -10,6 +14,17 @@ COMPILATION_CACHE = {
     # Programs that have not been used for longest make room.
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),
 }
+
+GPU_FLAGS = {
+    # Gradients and weights travel between devices while others are computed; XLA's default is one after the other.
+    # NVIDIA's own JAX images set it (docs.nvidia.com/jax-toolbox, "Environment variables").
+    "--xla_gpu_enable_latency_hiding_scheduler": "true",
+}
+"""XLA's flags for NVIDIA GPUs. They change when things are computed, not what.
+
+There are none for other platforms. TPU: libtpu's defaults are made for training, and a flag that its version does not
+know ends the process. CPU: oneDNN's products were measured, and gained nothing (benchmarks/results/compare.md).
+"""
 
 
 def cache_home() -> Path:
@@ -24,6 +39,14 @@ def keep_compiled_programs() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_home() / "compiled")
         for name, value in COMPILATION_CACHE.items():
             os.environ.setdefault(name, value)
+
+
+def set_compiler_flags() -> None:
+    """``GPU_FLAGS`` where there is a GPU, each unless the user's own ``XLA_FLAGS`` name it."""
+    own = os.environ.get("XLA_FLAGS", "")
+    flags = [f"{name}={value}" for name, value in GPU_FLAGS.items() if name not in own]
+    if flags and glob("/dev/nvidia[0-9]*"):
+        os.environ["XLA_FLAGS"] = " ".join([own, *flags]).strip()
 
 
 def quiet_compiler() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jrlhf import environment
-from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages
+from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages, set_compiler_flags
 
 START = """
 from jrlhf.environment import keep_compiled_programs
@@ -86,3 +86,34 @@ def test_a_process_restarts_once_with_huge_pages(monkeypatch: pytest.MonkeyPatch
     assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
     restart_with_huge_pages()
     assert len(started) == 1
+
+
+def test_flags_are_set_where_there_is_a_gpu_and_the_user_s_own_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    (name, value), *_ = environment.GPU_FLAGS.items()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here")
+    monkeypatch.setattr(environment, "glob", lambda _: [])
+    set_compiler_flags()
+    assert os.environ["XLA_FLAGS"] == "--xla_dump_to=here"
+    monkeypatch.setattr(environment, "glob", lambda _: ["/dev/nvidia0"])
+    set_compiler_flags()
+    set_compiler_flags()
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=here {name}={value}"
+    monkeypatch.setenv("XLA_FLAGS", f"{name}=false")
+    set_compiler_flags()
+    assert os.environ["XLA_FLAGS"] == f"{name}=false"
+    monkeypatch.delenv("XLA_FLAGS")
+    set_compiler_flags()
+    assert os.environ["XLA_FLAGS"] == f"{name}={value}"
+
+
+def test_the_compiler_knows_every_flag() -> None:
+    """It ends a process that names one it does not know, and knows those of a GPU on a CPU too."""
+
+    def started(flags: str) -> subprocess.CompletedProcess[str]:
+        variables = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+    known = started(" ".join(f"{name}={value}" for name, value in environment.GPU_FLAGS.items()))
+    assert known.returncode == 0, known.stderr
+    assert started("--xla_gpu_is_no_flag=true").returncode != 0
