@@ -1,10 +1,10 @@
-"""How much of a slow rule's time is hidden, as the networks read the answers that it scores.
+"""How much of a slow rule's time is hidden, as answers are drawn and read while it scores.
 
-    python benchmarks/rule_overlap.py --shape S --seconds 2 --iterations 8
+    python benchmarks/rule_overlap.py --shape S --seconds 2 --iterations 8 --parts 1
 
-`jrlhf ppo` without a reward model, scored by a Python function that sleeps every second time, as one that asks a server
-does. The figure: seconds of the rule that scoring did not take longer, as a share of those that could be hidden (the
-rule's or the networks', whichever are fewer): 1 if both run at once, 0 if one after the other.
+`jrlhf ppo` without a reward model, scored by a Python function that sleeps every second iteration, as one that asks a
+server does: `--seconds` for all answers, an equal share for each of the `--parts` they are drawn in. The figure: of the
+rule's seconds those that rollout and scoring did not take longer, 1 if all were hidden, 0 if none.
 """
 
 import importlib
@@ -36,9 +36,9 @@ def sleeps(completions: list[str], **_: Any) -> list[float]:
 
 
 def main() -> None:
-    args = arguments(__doc__, seconds=2.0, iterations=8, episodes=32, prompt=64, new=64)
+    args = arguments(__doc__, seconds=2.0, iterations=8, parts=1, episodes=32, prompt=64, new=64)
     # The stage imports it by name, which is another copy than the one that runs as __main__.
-    importlib.import_module("rule_overlap").naps = cycle([0.0, args.seconds])
+    importlib.import_module("rule_overlap").naps = cycle([0.0] * args.parts + [args.seconds / args.parts] * args.parts)
     spec = {"dtype": args.dtype, "rows": args.episodes, "prompt": args.prompt, "new": args.new, "optimizer": OPTIMIZER}
     with TemporaryDirectory() as folder:
         base = ppo_config(spec | {"value_from": "policy", "epochs": 1}, arch_of(args), Path(folder))
@@ -47,17 +47,20 @@ def main() -> None:
             base.ppo,
             rewards=RewardsConfig(model_weight=0.0, function=rule),
             iterations=args.iterations,
+            rollout_parts=args.parts,
             log=LogConfig(every=1, eval_every=10**6, progress=False),
         )
         run_ppo(Config(run=base.run, ppo=ppo))
         lines = [line for line in read_metrics(Path(base.run) / "ppo" / "metrics.jsonl") if "seconds/scoring" in line]
     # The first two rounds compile.
-    timed = [(line["reward/rule/function"] > 0, line["seconds/scoring"]) for line in lines[2:]]
+    timed = [
+        (line["reward/rule/function"] > 0, line["seconds/rollout"] + line["seconds/scoring"]) for line in lines[2:]
+    ]
     alone, beside = ([seconds for slept, seconds in timed if slept is which] for which in (False, True))
     hidden = median(alone) + args.seconds - median(beside)
-    each = Timing(lines[0]["seconds/scoring"], median(beside), min(beside), max(beside))
-    able = min(median(alone), args.seconds)
-    report("hidden time of a rule", hidden / able, "of what could be", each, args, scoring_without=median(alone))
+    first = lines[0]["seconds/rollout"] + lines[0]["seconds/scoring"]
+    each = Timing(first, median(beside), min(beside), max(beside))
+    report("hidden time of a rule", hidden / args.seconds, "of its seconds", each, args, without=median(alone))
 
 
 if __name__ == "__main__":

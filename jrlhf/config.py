@@ -282,10 +282,17 @@ class PPOConfig:
     """Rollouts."""
     episodes: int = 64
     """Prompts, and so answers, a rollout, over all devices."""
+    rollout_parts: int = 1
+    """An iteration's answers are drawn in so many parts, one after the other: rules score one while the next is drawn,
+    by the same policy, and the cache is that much smaller. Divides episodes."""
     epochs: int = 4
     """Passes over each rollout."""
     minibatches: int = 1
     """Updates a pass; divides episodes."""
+    old_logprobs: Literal["policy", "sampler"] = "policy"
+    """What an update is held against. policy: the answers' log-probs, read once more as the update reads them. sampler:
+    those they were drawn with, a forward pass less; in float32 alone they are the same up to rounding, which the guard
+    sampler then watches in the first minibatch. Entropy is then estimated, as -log p of what was drawn."""
     microbatch: int = 0
     """Episodes a device takes at a time; 0: an eighth of its share. Same update, less memory and less padding: several
     share a row, and rows that are left empty are not computed."""

@@ -259,6 +259,7 @@ def _ppo(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield from _data(f"{path}.ptx", ppo.ptx)
     yield from _ppo_sampling(f"{path}.sampling", ppo.sampling)
     yield from _ppo_batches(path, ppo)
+    yield _old_logprobs(path, ppo)
     yield from _ppo_loss(path, ppo)
     yield ppo.kl.coef >= 0, f"{path}.kl.coef", ppo.kl.coef, "0 or more"
     yield ppo.kl.target >= 0, f"{path}.kl.target", ppo.kl.target, "0 or more"
@@ -281,11 +282,20 @@ def _ppo_sampling(path: str, sampling: SamplingConfig) -> Iterator[Rule]:
 def _ppo_batches(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     yield ppo.iterations >= 1, f"{path}.iterations", ppo.iterations, "1 or more"
     yield ppo.episodes >= 1, f"{path}.episodes", ppo.episodes, "1 or more"
+    yield ppo.rollout_parts >= 1, f"{path}.rollout_parts", ppo.rollout_parts, "1 or more"
+    whole = ppo.rollout_parts < 1 or ppo.episodes % ppo.rollout_parts == 0
+    yield whole, f"{path}.rollout_parts", ppo.rollout_parts, f"a divisor of {path}.episodes ({ppo.episodes})"
     yield ppo.epochs >= 1, f"{path}.epochs", ppo.epochs, "1 or more"
     yield ppo.minibatches >= 1, f"{path}.minibatches", ppo.minibatches, "1 or more"
     divides = ppo.minibatches < 1 or ppo.episodes % ppo.minibatches == 0
     yield divides, f"{path}.minibatches", ppo.minibatches, f"a divisor of {path}.episodes ({ppo.episodes})"
     yield ppo.microbatch >= 0, f"{path}.microbatch", ppo.microbatch, "0 (all) or more"
+
+
+def _old_logprobs(path: str, ppo: PPOConfig) -> Rule:
+    exact = ppo.model.dtype == "float32" and ppo.value_from != "shared"
+    must = f"policy, unless {path}.model.dtype is float32 and {path}.value_from not shared"
+    return exact or ppo.old_logprobs == "policy", f"{path}.old_logprobs", ppo.old_logprobs, must
 
 
 def _ppo_loss(path: str, ppo: PPOConfig) -> Iterator[Rule]:

@@ -306,6 +306,7 @@ def test_the_defaults_pass():
         ("ppo.guards.rollback_lr", "0"), ("ppo.guards.rollback_beta", "0.5"),
         ("ppo.kl.horizon", "0"), ("ppo.iterations", "0"), ("ppo.episodes", "0"), ("ppo.epochs", "0"),
         ("ppo.minibatches", "0"), ("ppo.minibatches", "3"), ("ppo.microbatch", "-1"),
+        ("ppo.rollout_parts", "0"), ("ppo.rollout_parts", "3"),
         ("ppo.value_lr", "-1"), ("ppo.gamma", "1.1"), ("ppo.lam", "-0.1"), ("ppo.clip", "0"), ("ppo.dual_clip", "0.5"),
         ("ppo.dual_clip", "1"), ("ppo.value_clip", "0"), ("ppo.value_coef", "-1"), ("ppo.entropy_coef", "-1"),
         ("ppo.missing_eos_penalty", "-1"), ("ppo.target_approx_kl", "-1"), ("ppo.critic_warmup", "-1"),

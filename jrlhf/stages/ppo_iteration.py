@@ -1,6 +1,6 @@
 """One iteration of PPO: rollout, scoring, update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, fetch, shard_batch
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import device_share, gradient_slices
-from jrlhf.stages.performance import PHASES, rollout_work, timed, training_passes
+from jrlhf.stages.performance import PHASES, policy_readings, rollout_work, timed, training_passes
 from jrlhf.stages.rewards import Rewards, part_metrics
 from jrlhf.stages.sampling import GenerateFn
 from jrlhf.stages.start import JittedStep
@@ -35,6 +35,14 @@ def episode_slices(ppo: PPOConfig, rows: int, mesh: Mesh, *, key: str) -> int:
     return gradient_slices(share, microbatch=ppo.microbatch or max(1, share // SLICES))
 
 
+def jit_joined(mesh: Mesh) -> Callable[[Sequence[Generation]], Generation]:
+    """One rollout of its parts, in their order, laid out by rows."""
+    join = jax.jit(
+        lambda parts: jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts), out_shardings=batch_sharding(mesh)
+    )
+    return lambda parts: parts[0] if len(parts) == 1 else join(parts)
+
+
 def reading_fn(actors: Actors, fn: Callable[..., Any], *, slices: int) -> Any:
     """One of the actors' functions, for what no gradient is taken of."""
     return without_padding(fn, slices=slices) if actors.packable else fn
@@ -49,6 +57,7 @@ def jit_readings(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> 
         temperature=ppo.sampling.temperature,
         selective=True,
         actor_critic_fn=reading_fn(actors, policy.actor_critic_fn, slices=slices) if actors.shared else None,
+        from_sampler=ppo.old_logprobs == "sampler",
     )
     return jax.jit(read, out_shardings=batch_sharding(mesh))
 
@@ -86,6 +95,8 @@ def make_iteration(
 
     order, text_order = in_order(prompts), None if ptx is None else in_order(ptx)
     read, targets = jit_readings(ppo, actors, mesh, slices=slices), jit_targets(ppo, mesh)
+    joined, rollout_parts = jit_joined(mesh), ppo.rollout_parts
+    device_share(ppo.episodes // rollout_parts, mesh, key="ppo.episodes / ppo.rollout_parts")
 
     @jax.jit
     def measure(rollout: Rollout, parts: dict[str, jax.Array]) -> Metrics:
@@ -96,8 +107,10 @@ def make_iteration(
         actors.policy.arch,
         actors.value_arch,
         [model.arch for model in actors.reward_models],
+        readings=policy_readings(ppo),
         updates=ppo.epochs * training_passes(ppo.lora.rank > 0),
         itemsize=jnp.dtype(ppo.model.dtype).itemsize,
+        rollout_parts=rollout_parts,
     )
 
     def next_beta(coef: jax.Array, kl: jax.Array) -> jax.Array:
@@ -122,13 +135,20 @@ def make_iteration(
         params = combine(state.train.params, state.train.frozen)
         with timed(seconds, "seconds/input"):
             rows, text = order[number], text_of(number)
-            batch = shard_batch(prompts.batch(rows), mesh)
+            asked = np.split(rows, rollout_parts)
+            tokens, mask = (np.split(array, rollout_parts) for array in prompts.batch(rows))
+            batches = [shard_batch(part, mesh) for part in zip(tokens, mask, strict=True)]
         with timed(seconds, "seconds/rollout") as wait:
-            generation = wait(generate(params.policy, *batch, sample_key))
+            keys = [sample_key] if rollout_parts == 1 else jax.random.split(sample_key, rollout_parts)
+            # All are handed out at once: while the devices are at one, the rules are at those before it.
+            drawn = [generate(params.policy, *batch, key) for batch, key in zip(batches, keys, strict=True)]
+            heard = [score.begin(part, prompts, of) for part, of in zip(drawn[:-1], asked[:-1], strict=True)]
+            generation = wait(joined(drawn))
         with timed(seconds, "seconds/scoring") as wait:
             # Handed out first: the devices are at it while the rules score on the host.
             readings = read(params.policy, actors.policy.params, params.value, generation)
-            kept, scores, parts = score(generation, prompts, rows)
+            heard.append(score.begin(drawn[-1], prompts, asked[-1]))
+            kept, scores, parts = score.finish(generation, prompts, rows, heard)
             rollout = targets(kept, readings, scores, state.kl_coef)
             metrics = wait(measure(rollout, parts))
         return generation, rollout._replace(ptx=text), metrics
@@ -139,6 +159,10 @@ def make_iteration(
         generation, rollout, metrics = collect(state, number, seconds)
         with timed(seconds, "seconds/update") as wait:
             train, updated = wait(update(state.train, rollout, update_key))
+        if ppo.old_logprobs == "sampler":
+            # The rollout's are the sampler's own, and say nothing of it.
+            del metrics["sampler/mean_ratio"]
+            metrics["sampler/max_abs_logprob_diff"] = updated["policy/first_minibatch_max_abs_log_ratio"]
         metrics |= updated | seconds | {"kl_coef": state.kl_coef} | counts(work(generation, rollout.ptx), updated)
         beta = next_beta(state.kl_coef, metrics["kl"])
         return RunState(train, state.key, state.cursor + 1, beta), metrics

@@ -1,6 +1,6 @@
 """The score of an answer: what the reward model says and what the rules say, weighed and added up."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jrlhf.data import PromptRows
 from jrlhf.parallel import batch_sharding, fetch, from_first, is_first, shard_batch
 from jrlhf.rules import Episode
 from jrlhf.stages.actors import Actors
-from jrlhf.stages.rules import make_rules, start_rules
+from jrlhf.stages.rules import Scores, make_rules, start_rules
 from jrlhf.stages.sampling import texts_of
 from jrlhf.stages.scoring import Scorer, make_scorer
 from jrlhf.types import Generation
@@ -34,8 +34,21 @@ class Scored(NamedTuple):
     answer was left out."""
 
 
-Rewards = Callable[[Generation, PromptRows, Int[np.ndarray, "B"]], Scored]
-"""``(what was sampled, all prompts, which of them were answered) -> Scored``."""
+Heard = Callable[[], dict[str, Scores]]
+"""Waits for the rules that score some of the answers."""
+
+
+class Rewards(NamedTuple):
+    """How answers are scored: ``(what was sampled, all prompts, which of them were answered)`` go into both."""
+
+    begin: Callable[[Generation, PromptRows, Int[np.ndarray, "B"]], Heard]
+    """Rules begin to score as soon as the answers are there; the answers may be a part of those of ``finish``."""
+    finish: Callable[[Generation, PromptRows, Int[np.ndarray, "B"], Sequence[Heard]], Scored]
+    """Of all answers, whose parts the rules have begun with, one after the other."""
+
+    def __call__(self, generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> Scored:
+        """Both at once."""
+        return self.finish(generation, prompts, rows, [self.begin(generation, prompts, rows)])
 
 
 def make_rewards(config: Config, actors: Actors, mesh: Mesh, *, slices: int) -> Rewards:
@@ -45,20 +58,25 @@ def make_rewards(config: Config, actors: Actors, mesh: Mesh, *, slices: int) -> 
     weights = {f"rule/{rule.name}": rule.weight for rule in rules} | {"model": rewards.model_weight}
     add_up = jax.jit(lambda generation, parts: weigh(generation, parts, weights=weights))
 
-    def score(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> Scored:
+    def begin(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> Heard:
+        if not rules:
+            return dict
+        episodes = episodes_of(actors.tokenizer, generation, [prompts.shown[int(row)] for row in rows])
+        return start_rules(rules, episodes, timeout=rewards.timeout) if is_first() else dict
+
+    def finish(
+        generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"], heard: Sequence[Heard]
+    ) -> Scored:
         if learned is not None and not rules and not rewards.models and rewards.model_weight == 1:
             return Scored(generation, learned(generation, prompts, rows), {})
-        given = [prompts.shown[int(row)] for row in rows]
-        episodes = episodes_of(actors.tokenizer, generation, given) if rules else []
-        wait = start_rules(rules, episodes, timeout=rewards.timeout) if is_first() else dict
         parts = {} if learned is None else {"model": learned(generation, prompts, rows)}
         if rules:
-            told = from_first("score answers by ppo.rewards", wait)
-            by_rule = {f"rule/{name}": np.asarray(values, np.float32) for name, values in told.items()}
-            parts |= shard_batch(by_rule, mesh)
+            told = from_first("score answers by ppo.rewards", lambda: [wait() for wait in heard])
+            by_rule = {f"rule/{rule.name}": [score for part in told for score in part[rule.name]] for rule in rules}
+            parts |= shard_batch({name: np.asarray(values, np.float32) for name, values in by_rule.items()}, mesh)
         return add_up(generation, parts)
 
-    return score
+    return Rewards(begin, finish)
 
 
 def learned_scorer(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Scorer:

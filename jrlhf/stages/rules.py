@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, NamedTuple
 
 import regex
@@ -74,7 +74,18 @@ def make_rules(rewards: RewardsConfig) -> tuple[Rule, ...]:
         ("function", rewards.function.weight, lambda: _function(rewards.function)),
         ("endpoint", rewards.endpoint.weight, lambda: _endpoint(rewards.endpoint, rewards.timeout)),
     )
-    return tuple(Rule(name, weight, make()) for name, weight, make in made if weight)
+    return tuple(Rule(name, weight, _in_turn(make())) for name, weight, make in made if weight)
+
+
+def _in_turn(score: Callable[[Sequence[Episode]], Scores]) -> Callable[[Sequence[Episode]], Scores]:
+    """One batch at a time: a function of the user's own need not stand two calls at once."""
+    turn = Lock()
+
+    def alone(episodes: Sequence[Episode]) -> Scores:
+        with turn:
+            return score(episodes)
+
+    return alone
 
 
 def columns_read(rewards: RewardsConfig) -> Columns:

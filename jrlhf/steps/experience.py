@@ -44,6 +44,7 @@ def make_experience(
     whiten_rewards: bool,
     selective: bool = False,
     actor_critic_fn: ActorCriticFn | None = None,
+    from_sampler: bool = False,
 ) -> Callable[[Params, Params, Params, Generation, Float[Array, "B"], Float[Array, ""]], Rollout]:
     """A pure function ``(policy, ref, value params, generation, scores, kl_coef) -> Rollout``.
 
@@ -51,7 +52,12 @@ def make_experience(
     two apart: the first needs none.
     """
     read = make_readings(
-        logprob_fn, value_fn, temperature=temperature, selective=selective, actor_critic_fn=actor_critic_fn
+        logprob_fn,
+        value_fn,
+        temperature=temperature,
+        selective=selective,
+        actor_critic_fn=actor_critic_fn,
+        from_sampler=from_sampler,
     )
     targets = make_targets(
         gamma=gamma,
@@ -81,20 +87,29 @@ def make_readings(
     temperature: float,
     selective: bool = False,
     actor_critic_fn: ActorCriticFn | None = None,
+    from_sampler: bool = False,
 ) -> Callable[[Params, Params, Params, Generation], Readings]:
     """A pure function ``(policy, ref, value params, generation) -> Readings``: all forward passes of a rollout.
 
     ``temperature`` must be the sampler's: one probability for sampler, old policy, new policy and reference.
     ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about response tokens alone.
     ``actor_critic_fn``: what reads policy and value in place of both, where they share a network.
+    ``from_sampler``: the policy does not read them again. Its log-probs are those it was sampled with, and for entropy
+    stands -log p of each token, of which it is the mean. ValueError where the value network is the policy's own.
     """
+    if from_sampler and actor_critic_fn is not None:
+        raise ValueError("from_sampler: policy and value share a network, which reads the answers anyway")
     both = actor_critic_fn or apart(logprob_fn, value_fn, selective=selective)
 
     def read(policy: Params, reference: Params, value: Params, generation: Generation) -> Readings:
         tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
         only = {"wanted": response} if selective else {}
-        actors = PPOParams(policy, value)
-        logprobs, entropy, values = both(actors, tokens, mask, temperature=temperature, wanted=response)
+        if from_sampler:
+            logprobs, entropy = generation.logprobs, -generation.logprobs
+            values = value_fn(value, tokens, mask)
+        else:
+            actors = PPOParams(policy, value)
+            logprobs, entropy, values = both(actors, tokens, mask, temperature=temperature, wanted=response)
         ref_logprobs, _ = logprob_fn(reference, tokens, mask, temperature=temperature, **only)
         values = align_to_tokens(values.astype(jnp.float32))
         return jax.lax.stop_gradient(Readings(logprobs, entropy, ref_logprobs, values))

@@ -32,7 +32,7 @@ from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_mo
 from jrlhf.stages import ppo, ppo_eval
 from jrlhf.stages.guards import GuardStop
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.rewards import Scored
+from jrlhf.stages.rewards import Rewards, Scored
 from jrlhf.stages.start import export_tokenizer
 from jrlhf.types import Generation
 
@@ -84,8 +84,9 @@ def rewarded(monkeypatch: pytest.MonkeyPatch, reward: Callable[[Generation], jax
     def scored(generation: Generation, *_: Any) -> Scored:
         return Scored(generation, score(generation), {})
 
-    monkeypatch.setattr(ppo, "make_rewards", lambda *_, **__: scored)
-    monkeypatch.setattr(ppo_eval, "make_rewards", lambda *_, **__: scored)
+    rewards = Rewards(lambda *_: dict, scored)
+    monkeypatch.setattr(ppo, "make_rewards", lambda *_, **__: rewards)
+    monkeypatch.setattr(ppo_eval, "make_rewards", lambda *_, **__: rewards)
 
 
 def length(generation: Generation) -> jax.Array:

@@ -1,12 +1,15 @@
 """What a log line says of time and work: against a clock that is set by hand and a loop over tokens."""
 
+from typing import Literal
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jrlhf.config import PPOConfig
 from jrlhf.models import ArchConfig, Rope, forward_flops
 from jrlhf.parallel import Peaks
-from jrlhf.stages.performance import phase_rates, rates, rollout_work, training_flops
+from jrlhf.stages.performance import phase_rates, policy_readings, rates, rollout_work, training_flops
 from jrlhf.stages.window import Rate, Window
 from jrlhf.types import Generation, SFTBatch
 
@@ -91,7 +94,9 @@ def test_an_iteration_s_work_is_that_of_its_tokens() -> None:
         zeros.astype(jnp.int32), jnp.asarray(mask), jnp.asarray(response), zeros, jnp.zeros(2, jnp.bool_)
     )
     text = SFTBatch(jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.bool_), jnp.ones((1, 3), jnp.bool_))
-    found = rollout_work(ARCH, ARCH, [ARCH, ARCH], updates=12.0, itemsize=2)(generation, text)
+    found = rollout_work(ARCH, ARCH, [ARCH, ARCH], readings=2.0, updates=12.0, itemsize=2, rollout_parts=1)(
+        generation, text
+    )
     policy, value = (float(forward_flops(ARCH, positions, logits=logits)) for logits in (5, 0))
     ptx = float(forward_flops(ARCH, np.arange(3), logits=2))
     # Two steps of decoding feed the tokens at positions 2 (first row), 3 and 4 (second row).
@@ -105,6 +110,26 @@ def test_an_iteration_s_work_is_that_of_its_tokens() -> None:
         "tokens/rollout": 5.0,
         "tokens/scoring": 10.0,
     }
+
+
+@pytest.mark.parametrize(("old_logprobs", "passes"), [("policy", 2.0), ("sampler", 1.0)])
+def test_the_sampler_s_log_probs_leave_a_reading_out(old_logprobs: Literal["policy", "sampler"], passes: float) -> None:
+    assert policy_readings(PPOConfig(old_logprobs=old_logprobs)) == passes
+
+
+def test_each_part_of_a_rollout_reads_the_weights_anew() -> None:
+    response = np.array([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]], bool)
+    zeros, mask = jnp.zeros(response.shape, jnp.float32), jnp.ones(response.shape, jnp.bool_)
+    generation = Generation(zeros.astype(jnp.int32), mask, jnp.asarray(response), zeros, jnp.zeros(4, jnp.bool_))
+
+    def fetched(parts: int) -> float:
+        work = rollout_work(ARCH, ARCH, [], readings=1.0, updates=1.0, itemsize=2, rollout_parts=parts)
+        return float(work(generation, None)["bytes/rollout"])
+
+    # Two steps of decoding for all rows; two for the first half of them and one for the second; 2 + 1 + 0 + 1.
+    weights = 2 * (ARCH.num_layers * (2 * 16 * 8 * 3 + 3 * 16 * 24) + 32 * 16)
+    assert fetched(2) - fetched(1) == weights
+    assert fetched(4) - fetched(1) == 2 * weights
 
 
 def test_shares_of_a_peak_are_left_out_where_none_is_known() -> None:

@@ -30,16 +30,17 @@ from jrlhf.config_rewards import (
     RuleConfig,
     StopRuleConfig,
 )
-from jrlhf.data import DataError
+from jrlhf.data import DataError, load_tokenizer
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rules import EndpointError, Episode
-from jrlhf.stages import ppo_iteration, rewards, rules
+from jrlhf.stages import ppo, ppo_iteration, rewards, rules
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.rewards import agreed, weigh
 from jrlhf.stages.rules import Rule, columns_read, make_rules, start_rules
+from jrlhf.stages.sampling import texts_of
 from jrlhf.stages.signals import Interrupted
 from jrlhf.types import Generation
 
@@ -308,6 +309,85 @@ def test_the_networks_read_while_the_rules_score(tmp_path: Path, monkeypatch: py
     assert order.count("read") == 2
     assert all(order[at + 1] == "rules" for at, what in enumerate(order) if what == "read")
     assert "waited" in order
+
+
+def test_the_rules_score_a_part_of_a_rollout_while_the_next_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both parts are handed out before a rule begins, the second part's rules wait for the networks' work to be so too;
+    rows, draws and scores stay together."""
+    told: list[str] = []
+    parts: list[tuple[jax.Array, Generation]] = []
+    rollouts: list[tuple[Generation, jax.Array]] = []
+    make, start, targets = ppo.jit_generate, rewards.start_rules, ppo_iteration.jit_targets
+    readings = ppo_iteration.jit_readings
+
+    def jit_generate(*args: Any, **kwargs: Any) -> Any:
+        draw = make(*args, **kwargs)
+
+        def drawing(params: Any, tokens: Any, mask: Any, key: Any) -> Generation:
+            found = draw(params, tokens, mask, key)
+            told.append(f"drawn {len(tokens)}")
+            parts.append((key, found))
+            return found
+
+        return drawing
+
+    def starting(rules: Any, episodes: Any, **kwargs: Any) -> Any:
+        told.append(f"rules {len(episodes)}")
+        return start(rules, episodes, **kwargs)
+
+    def jit_readings(*args: Any, **kwargs: Any) -> Any:
+        read = readings(*args, **kwargs)
+        return lambda *given: (told.append("read"), read(*given))[1]
+
+    def jit_targets(*args: Any, **kwargs: Any) -> Any:
+        make_targets = targets(*args, **kwargs)
+        return lambda *given: (rollouts.append((given[0], given[2])), make_targets(*given))[1]
+
+    monkeypatch.setattr(ppo, "jit_generate", jit_generate)
+    monkeypatch.setattr(rewards, "start_rules", starting)
+    monkeypatch.setattr(ppo_iteration, "jit_readings", jit_readings)
+    monkeypatch.setattr(ppo_iteration, "jit_targets", jit_targets)
+    monkeypatch.setattr(
+        rules, "load_function", lambda path: lambda completions, **_: [sum(map(ord, text)) for text in completions]
+    )
+    function = FunctionRuleConfig(weight=1.0, path="mine:letters")
+    config = rules_only(
+        tmp_path, "run", RewardsConfig(model_weight=0.0, function=function), iterations=2, rollout_parts=2
+    )
+    tokenizer = load_tokenizer(assets.resolve("asset:stories260k"))
+    prompts = replace(config.ppo.prompts, eval="")
+    run_ppo(replace(config, ppo=replace(config.ppo, prompts=prompts)))
+    assert told == ["drawn 8", "drawn 8", "rules 8", "read", "rules 8"] * 2
+    for number, (generation, scores) in enumerate(rollouts):
+        sample_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number))
+        (first_key, first), (second_key, second) = parts[2 * number : 2 * number + 2]
+        drawn_by = jnp.stack([first_key, second_key])
+        assert np.array_equal(jax.random.key_data(drawn_by), jax.random.key_data(jax.random.split(sample_key)))
+        for whole, *halves in zip(generation, first, second, strict=True):
+            assert np.array_equal(whole, np.concatenate(halves))
+        answers = [answer for _, answer in texts_of(tokenizer, generation)]
+        assert len(set(answers)) > 8
+        assert np.asarray(scores) == pytest.approx([sum(map(ord, answer)) for answer in answers])
+
+
+def test_a_rule_scores_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of the user's own is not called by two threads at once."""
+    inside, most = [], []
+
+    def slow(prompts: Any, completions: list[str]) -> list[float]:
+        inside.append(1)
+        most.append(len(inside))
+        Event().wait(0.05)
+        inside.pop()
+        return [0.0] * len(completions)
+
+    monkeypatch.setattr(rules, "load_function", lambda path: slow)
+    made = make_rules(RewardsConfig(function=FunctionRuleConfig(weight=1.0, path="mine:slow")))
+    waits = [start_rules(made, [Episode({"prompt": "a"}, "b", 1, True)], timeout=60.0) for _ in range(3)]
+    assert [wait() for wait in waits] == [{"function": [0.0]}] * 3
+    assert most == [1, 1, 1]
 
 
 def test_answers_without_a_score_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

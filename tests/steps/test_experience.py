@@ -41,6 +41,24 @@ def experience_of(model, **changes):
     return jit(make_experience(from_logits(model.apply_fn), model.score_fn, **settings))
 
 
+def test_the_sampler_s_own_log_probs_save_a_pass_and_change_nothing_else(plain, generation):
+    """The policy's own function is never called; all that follows of its log-probs is the same up to rounding."""
+    args = plain.params, reference(), plain.value_params, generation, SCORES, BETA
+    read = experience_of(plain)(*args)
+    taken = experience_of(plain, from_sampler=True)(*args)
+    assert_same(taken.logprobs, generation.logprobs)
+    assert np.any(np.asarray(read.logprobs) != np.asarray(taken.logprobs)), "the two are not computed in one way"
+    for name in ("logprobs", "ref_logprobs", "values", "rewards", "returns", "advantages"):
+        where = np.asarray(generation.response_mask)
+        assert_close(np.where(where, getattr(taken, name), 0.0), np.where(where, getattr(read, name), 0.0), atol=1e-4)
+    assert_same(taken.entropy, -generation.logprobs)
+    # Nothing of the policy's weights is used.
+    nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), plain.params)
+    assert all_finite(experience_of(plain, from_sampler=True)(nowhere, *args[1:]))
+    with pytest.raises(ValueError, match="share a network"):
+        experience_of(plain, from_sampler=True, actor_critic_fn=lambda *_, **__: None)
+
+
 def reference():
     """A policy that is not the one that sampled."""
     return plain_init(7, VOCABULARY)

@@ -12,8 +12,9 @@ from jrlhf.core import combine, partition
 from jrlhf.models import ArchConfig, abstract_reward, decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
 from jrlhf.stages.actors import Actors, Judge
+from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.optim import make_actor_critic_optimizer
-from jrlhf.stages.performance import rollout_work, training_passes
+from jrlhf.stages.performance import policy_readings, rollout_work, training_passes
 from jrlhf.stages.plan.parts import (
     UPDATES,
     Site,
@@ -64,9 +65,12 @@ def ppo_stage(config: PlanConfig, site: Site) -> Sized:
         episodes = rows * slices * ppo.minibatches * site.groups
         work = {name: flops * episodes for name, flops in of_row.items()}
         prompt, held = ppo.prompts.max_length, training.held
+        part = device_multiple(-(-episodes // ppo.rollout_parts), site.mesh)
         rollout = sampling_program(
-            "rollout", policy, planned.params.policy, ppo.sampling, rows=episodes, prompt=prompt, site=site, held=held
-        )._replace(flops=work["rollout"], read=decode_read(config, policy.arch, episodes, site))
+            "rollout", policy, planned.params.policy, ppo.sampling, rows=part, prompt=prompt, site=site, held=held
+        )
+        fetched = ppo.rollout_parts * decode_read(config, policy.arch, part, site)
+        rollout = rollout._replace(flops=work["rollout"], read=fetched, trips=ppo.rollout_parts * rollout.trips)
         generation, scores = sampled(site, episodes, total), site.rows((episodes,), jnp.float32)
         scoring = []
         if planned.actors.reward is not None:
@@ -165,7 +169,8 @@ def row_work(config: PlanConfig, actors: Actors) -> dict[str, float]:
     text = SFTBatch(marks.astype(jnp.int32), marks, marks) if ppo.ptx_coef else None
     generation = Generation(real.astype(jnp.int32), real, answer, real.astype(jnp.float32), real[:, 0])
     passes = ppo.epochs * training_passes(ppo.lora.rank > 0)
-    work = rollout_work(policy, actors.value_arch, rewards, updates=passes, itemsize=1)(generation, text)
+    counts = {"readings": policy_readings(ppo), "updates": passes, "itemsize": 1, "rollout_parts": 1}
+    work = rollout_work(policy, actors.value_arch, rewards, **counts)(generation, text)
     scores = sum(float(forward_flops(reward, np.arange(prompt + new), logits=0)) for reward in rewards)
     return {
         "rollout": float(work["flops/rollout"]),
