@@ -4,6 +4,8 @@ Shape suffixes: B batch, T query tokens, S key slots, N heads, K key-value heads
 head dimension.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -75,7 +77,20 @@ def attend(
     cap: float | None,
 ) -> Float[Array, "B T K G H"]:
     """softmax(q · kᵀ) · v of scaled queries over the keys that each may see."""
-    return _by_token(_mean(q_BKGTH, k_BKSH, v_BKSH, mask, cap)[0])
+
+    def mean(q: Array) -> Array:
+        return _mean(q, k_BKSH, v_BKSH, mask, cap)[0]
+
+    groups, queries = q_BKGTH.shape[2:4]
+    if groups * queries > 1 or q_BKGTH.dtype == jnp.float32:
+        return _by_token(mean(q_BKGTH))
+    return _by_token(lax.platform_dependent(q_BKGTH, cpu=partial(_of_two, mean), default=mean))
+
+
+def _of_two(mean: Callable[[Array], Array], q: Float[Array, "B K 1 1 H"]) -> Float[Array, "B K 1 1 H"]:
+    """``mean`` of a query and its copy: of one alone XLA on a CPU first writes all keys and values in float32."""
+    twice = lax.optimization_barrier(jnp.broadcast_to(q, (*q.shape[:2], 2, *q.shape[3:])))
+    return mean(twice)[:, :, :1]
 
 
 def causal_attend(

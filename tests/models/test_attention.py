@@ -12,7 +12,7 @@ import pytest
 from jrlhf.core import positions_from_mask
 from jrlhf.models import attention as attention_module
 from jrlhf.models import decoder_fns, init_params
-from jrlhf.models.attention import attention_mask, causal_attend, fused_attention
+from jrlhf.models.attention import attend, attention_mask, causal_attend, fused_attention
 
 ROWS, LENGTH, HEADS, KV_HEADS, WIDTH = 3, 6, 4, 2, 8
 RIGHT = np.arange(LENGTH)[None] < np.array([[6], [3], [1]])
@@ -125,6 +125,29 @@ def test_a_decoder_takes_the_kernel_it_is_told_to(arch, spread, monkeypatch):
     found, expected = (fns.apply_fn(params, tokens, mask) for fns in (told, plain))
     np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
     assert set(asked) == {"cudnn"}
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_a_single_query_in_bfloat16_is_that_of_float32(cap):
+    """As in decoding without groups: it is computed beside its copy, and no copy of keys and values is made."""
+    rows, heads, slots, width = 3, 2, 40, 16
+    q, k, v = (
+        jax.random.normal(jax.random.key(n), (rows, heads, *shape), jnp.float32).astype(jnp.bfloat16)
+        for n, shape in enumerate([(1, 1, width), (slots, width), (slots, width)])
+    )
+    filled = jnp.array([40, 7, 1])
+    seen = (jnp.arange(slots)[None] < filled[:, None])[:, None, None, None]
+    program = jax.jit(partial(attend, cap=cap)).lower(q, k, v, seen).compile()
+    found = np.asarray(program(q, k, v, seen), np.float64)
+    exact_q, exact_k, exact_v = (np.asarray(x, np.float64) for x in (q, k, v))
+    for b, n in np.ndindex(rows, heads):
+        scores = exact_k[b, n, : filled[b]] @ exact_q[b, n, 0, 0]
+        scores = scores if cap is None else cap * np.tanh(scores / cap)
+        weights = np.exp(scores - scores.max())
+        # A weight, and what comes out, is rounded to 8 bits.
+        np.testing.assert_allclose(found[b, 0, n, 0], weights / weights.sum() @ exact_v[b, n, : filled[b]], atol=0.02)
+    if jax.__version_info__ >= (0, 12):
+        assert f"f32[{rows},{heads},{slots},{width}]" not in program.as_text()
 
 
 def test_a_soft_cap_is_refused(arch):
