@@ -39,7 +39,9 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
     for name in ("hidden", "layers", "heads", "kv-heads", "ffn", "vocab"):
         parser.add_argument(f"--{name}", type=int, default=None)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
-    parser.add_argument("--attention", default="xla", choices=("xla", "cudnn"), help="what computes it in training")
+    parser.add_argument(
+        "--attention", default="xla", choices=("xla", "cudnn", "splash"), help="what computes it in training"
+    )
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--device", default=None, help="JAX platform: cpu, gpu or tpu; JAX's choice if not given")
     parser.add_argument(

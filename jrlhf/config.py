@@ -54,8 +54,9 @@ class ModelConfig:
     remat: bool = False
     """Compute whole layers again in the backward pass: less memory, about a third more time. Otherwise products with a
     weight are kept, and only the rest is computed again."""
-    attention: Literal["xla", "cudnn"] = "xla"
-    """What computes attention in training and scoring. cudnn: NVIDIA's fused kernels, on a GPU in bfloat16 only."""
+    attention: Literal["xla", "cudnn", "splash"] = "xla"
+    """What computes attention in training and scoring. cudnn: NVIDIA's fused kernels, on a GPU in bfloat16 only.
+    splash: JAX's Pallas kernel, on a TPU only, v4 or newer."""
 
 
 @dataclass(frozen=True)

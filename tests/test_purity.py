@@ -51,6 +51,10 @@ def test_no_part_of_ranking_needs_jax(module):
     assert not {"jax", "flax", "transformers", "datasets"} & loaded_by(f"jrlhf.rank.{module}")
 
 
+def test_models_need_pallas_only_once_a_kernel_is_asked_for():
+    assert "jax.experimental.pallas" not in loaded_by("jrlhf.models")
+
+
 def test_steps_need_neither_flax_nor_orbax_nor_transformers():
     loaded = loaded_by("jrlhf.steps")
     assert not {"flax", "orbax", "transformers", "datasets"} & loaded

@@ -24,8 +24,9 @@ backward pass need not attend again."""
 LOWEST = jnp.finfo(jnp.float32).min
 """Where nothing is seen. Not -inf: a query that sees nothing averages everything and stays finite."""
 
-AttentionKernel = Literal["xla", "cudnn"]
-"""What computes attention where nothing is cached: XLA's own operations, or cuDNN's fused ones on a GPU."""
+AttentionKernel = Literal["xla", "cudnn", "splash"]
+"""What computes attention where nothing is cached: XLA's own operations, cuDNN's fused ones on a GPU, or JAX's Pallas
+kernel on a TPU, for which see ``models.splash``."""
 
 
 def attention_mask(
@@ -56,7 +57,7 @@ def fused_attention(
     v: Float[Array, "B S K H"],
     mask: Bool[Array, "B 1 1 T S"],
     *,
-    implementation: AttentionKernel,
+    implementation: Literal["xla", "cudnn"],
 ) -> Float[Array, "B T N H"]:
     """``jax.nn.dot_product_attention`` of scaled queries over whole sequences, in whose order positions rise.
 

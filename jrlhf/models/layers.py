@@ -17,6 +17,7 @@ from jrlhf.models.arch import Activation, ArchConfig, NormKind
 from jrlhf.models.attention import AttentionKernel, attend, causal_attend, fused_attention
 from jrlhf.models.linear import dense
 from jrlhf.models.rope import Angles
+from jrlhf.models.splash import Segments, interpreted, splash_attention
 from jrlhf.parallel import spread_rows
 
 
@@ -32,7 +33,8 @@ class Sight(NamedTuple):
     """What the queries of a layer see, and where: one for each of ``ArchConfig.attention_kinds``."""
 
     angles: Angles | None
-    mask: Bool[Array, "B 1 1 T S"]
+    mask: Bool[Array, "B 1 1 T S"] | Segments
+    """``Segments``: what the splash kernel reads instead."""
 
 
 def rotate(x: Float[Array, "B T heads H"], angles: Angles) -> Float[Array, "B T heads H"]:
@@ -87,6 +89,7 @@ class Attention(nn.Module):
     arch: ArchConfig
     dtype: Any
     kernel: AttentionKernel
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(
@@ -110,7 +113,19 @@ class Attention(nn.Module):
             k_BTKH = Norm(arch.norm, arch.norm_eps, self.dtype, name="k_norm")(k_BTKH)
         q_BTNH, k_BTKH, v_BTKH = placed(q_BTNH * scale), placed(k_BTKH), project("v", arch.num_kv_heads)
         out = dense(arch.hidden_size, arch.attention_out_bias, self.dtype, "o")
-        if self.kernel != "xla" and cache is None:
+        if isinstance(sight.mask, Segments):
+            mixed = splash_attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                sight.mask,
+                windows=tuple(kind.window for kind in arch.attention_kinds),
+                cap=arch.attention_softcap,
+                mesh=self.mesh,
+                interpret=interpreted(self.mesh),
+            )
+            return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), None
+        if self.kernel == "cudnn" and cache is None:
             mixed = fused_attention(q_BTNH, k_BTKH, v_BTKH, sight.mask, implementation=self.kernel)
             return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), None
         q_BKGTH = q_BTNH.reshape(rows, length, arch.num_kv_heads, groups, arch.head_dim).transpose(0, 2, 3, 1, 4)
@@ -165,7 +180,7 @@ class Block(nn.Module):
         def norm(name: str, x: Array) -> Array:
             return Norm(arch.norm, arch.norm_eps, dtype, name=name)(x)
 
-        mixed, cache = Attention(arch, dtype, self.kernel, name="attention")(
+        mixed, cache = Attention(arch, dtype, self.kernel, self.mesh, name="attention")(
             norm("attention_norm", x_BTD), sight, cache
         )
         if arch.parallel_residual:

@@ -32,9 +32,13 @@ def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
 
     ConfigError, which names ``key``, where this machine cannot.
     """
-    platform = mesh.devices.flat[0].platform
-    if model.attention == "cudnn" and (platform != "gpu" or model.dtype != "bfloat16"):
-        raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {platform} and {model.dtype}")
+    device = mesh.devices.flat[0]
+    platform, kind = device.platform, device.device_kind
+    match model.attention:
+        case "cudnn" if platform != "gpu" or model.dtype != "bfloat16":
+            raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {platform} and {model.dtype}")
+        case "splash" if platform != "tpu" or kind in ("TPU v2", "TPU v3"):
+            raise ConfigError(f"{key}.attention: splash needs a TPU, v4 or newer, not {kind}")
     return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention}
 
 

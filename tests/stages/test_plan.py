@@ -23,12 +23,12 @@ from jrlhf.config import (
 )
 from jrlhf.config_io import ConfigError
 from jrlhf.models import load_pretrained, reward_from_pretrained
-from jrlhf.parallel import Topology
+from jrlhf.parallel import Topology, parse_topology
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.stages.plan import run as plan_run
 from jrlhf.stages.plan import run_plan
-from jrlhf.stages.plan.parts import Site, Sized
+from jrlhf.stages.plan.parts import Site, Sized, planned_model
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.programs import Figures, compiled, device_bytes, measured
 from jrlhf.stages.plan.reward import reward_stage
@@ -194,6 +194,16 @@ def test_a_batch_that_does_not_fit_and_the_one_that_does(monkeypatch: pytest.Mon
     refused = plan_stage(big, site)
     assert (refused.batch, refused.fits, refused.fitting_batch) == (320, False, 12 * 8)
     assert fitting_rows(sized, site, refused.programs, usable=sum(refused.held.values())) == 0
+
+
+@pytest.mark.parametrize(("attention", "needs"), [("cudnn", "a GPU and bfloat16"), ("splash", "a TPU, v4 or newer")])
+def test_attention_of_an_accelerator_is_planned_with_xlas_where_there_is_none(attention: str, needs: str) -> None:
+    model = ModelConfig(path="asset:stories260k", attention=attention)  # pyright: ignore[reportArgumentType]
+    site = planned_site(CONFIG)
+    assert planned_model(site, CONFIG, model, key="sft.model").arch.num_layers == 5
+    here = site._replace(topology=parse_topology(""))
+    with pytest.raises(ConfigError, match=rf"sft\.model\.attention: {attention} needs {needs}, not cpu"):
+        planned_model(here, CONFIG, model, key="sft.model")
 
 
 def test_a_plan_without_stages_or_with_a_wrong_topology_says_so() -> None:

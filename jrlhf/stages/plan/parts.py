@@ -74,7 +74,7 @@ class Sized(NamedTuple):
 def planned_model(site: Site, config: PlanConfig, model: ModelConfig, *before: ModelConfig, key: str) -> Pretrained:
     """The model of a stage; without a path it has the sizes of a stage before, the first of ``before`` with one.
 
-    What only a GPU can compute attention with is planned with XLA's on simulated devices.
+    What only a GPU or a TPU can compute attention with is planned with XLA's on simulated devices.
     """
     path = next((one.path for one in (model, *before) if one.path), "")
     source = model_source(config, path, key=f"{key}.path", stage=None)
