@@ -5,14 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 from common import arch_of, arguments, batch_flops, measure, peaks_of, report
 
-from jrlhf.models import decode_bytes, decoder_fns, init_params
+from jrlhf.models import decode_bytes, decoder_fns, init_params, int8_cache
 from jrlhf.steps import make_generate
 
 
 def main() -> None:
-    args = arguments(__doc__, batch=32, prompt=64, new=64)
+    args = arguments(__doc__, batch=32, prompt=64, new=64, kv_cache="compute")
     arch = arch_of(args)
-    fns = decoder_fns(arch, dtype=args.dtype, remat=False)
+    decode_fns = decoder_fns(arch, dtype=args.dtype, remat=False).decode_fns
+    decode_fns = {"compute": decode_fns, "int8": int8_cache(decode_fns)}[args.kv_cache]
     params = init_params(arch, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, arch.vocab_size, (args.batch, args.prompt), np.int32)
     prompts, mask, key = jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.bool_), jax.random.key(1)
@@ -20,7 +21,7 @@ def main() -> None:
     def sampler(new: int):
         # No stop token: every row runs to the limit, so that the work is the same in every repeat.
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop_tokens": (), "pad_token": 0}
-        generate = jax.jit(make_generate(fns.decode_fns, max_new_tokens=new, **options))
+        generate = jax.jit(make_generate(decode_fns, max_new_tokens=new, **options))
         return lambda: generate(params, prompts, mask, key).tokens
 
     timing = measure(sampler(args.new), repeats=args.repeats)
@@ -43,7 +44,8 @@ def main() -> None:
 def read_bytes(arch, args) -> float:
     """The least that must be read: all weights each step, and the cache as far as it is filled."""
     fed = np.tile(np.arange(args.prompt, args.prompt + args.new - 1), args.batch)
-    return float(decode_bytes(arch, fed, steps=args.new - 1, itemsize=jnp.dtype(args.dtype).itemsize))
+    itemsize = jnp.dtype(args.dtype).itemsize
+    return float(decode_bytes(arch, fed, steps=args.new - 1, itemsize=itemsize, kv_cache=args.kv_cache))
 
 
 if __name__ == "__main__":

@@ -163,6 +163,11 @@ class SamplingConfig:
     """Draw from the smallest set of tokens whose mass reaches p; 1 is off."""
     stop: tuple[str, ...] = ()
     """Tokens that end an answer besides the tokenizer's EOS."""
+    kv_cache: Literal["compute", "int8"] = "compute"
+    """What keys and values are kept in while answers are drawn. compute: the compute dtype. int8: about half of
+    bfloat16's memory, a quarter of float32's. Only the sampler rounds so: its distance from the trainer's exact
+    log-probs, sampler/max_abs_logprob_diff and sampler/mean_ratio in PPO's log, is then no longer nothing, and
+    ppo.guards.sampler may need a higher bound."""
 
 
 @dataclass(frozen=True)

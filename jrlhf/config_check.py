@@ -293,8 +293,8 @@ def _ppo_batches(path: str, ppo: PPOConfig) -> Iterator[Rule]:
 
 
 def _old_logprobs(path: str, ppo: PPOConfig) -> Rule:
-    exact = ppo.model.dtype == "float32" and ppo.value_from != "shared"
-    must = f"policy, unless {path}.model.dtype is float32 and {path}.value_from not shared"
+    exact = ppo.model.dtype == "float32" and ppo.sampling.kv_cache == "compute" and ppo.value_from != "shared"
+    must = f"policy, unless {path}.model.dtype is float32, {path}.sampling.kv_cache compute, and value_from not shared"
     return exact or ppo.old_logprobs == "policy", f"{path}.old_logprobs", ppo.old_logprobs, must
 
 

@@ -3,7 +3,7 @@
 from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
 from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
-from jrlhf.models.decoder import Decoder, KVCache
+from jrlhf.models.decoder import Decoder, KVCache, int8_cache
 from jrlhf.models.families import arch_from_hf
 from jrlhf.models.flops import decode_bytes, forward_flops
 from jrlhf.models.functions import (
@@ -18,6 +18,7 @@ from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.names import RULES
 from jrlhf.models.peft import insert_adapter, save_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
+from jrlhf.models.quantised import CacheKind
 from jrlhf.models.reward import (
     RewardModel,
     load_reward_model,
@@ -29,6 +30,7 @@ from jrlhf.models.reward import (
 __all__ = [
     "RULES",
     "ArchConfig",
+    "CacheKind",
     "Decoder",
     "DecoderFns",
     "KVCache",
@@ -49,6 +51,7 @@ __all__ = [
     "from_nnx",
     "init_params",
     "insert_adapter",
+    "int8_cache",
     "is_trained",
     "load_pretrained",
     "load_reward_model",

@@ -17,10 +17,11 @@ from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import KEPT, AttentionKernel, attention_mask, soft_cap
 from jrlhf.models.layers import Block, LayerCache, Norm, Sight
 from jrlhf.models.linear import NORMAL, Linear, matmul
+from jrlhf.models.quantised import Cached, Quantised
 from jrlhf.models.rope import rotary_angles
 from jrlhf.models.splash import Segments
 from jrlhf.parallel import spread_rows
-from jrlhf.types import TokenMask
+from jrlhf.types import DecodeFns, TokenMask
 
 
 class KVCache(NamedTuple):
@@ -29,8 +30,8 @@ class KVCache(NamedTuple):
     One array a layer, so that each is updated in place and read without first being cut out of a bigger one.
     """
 
-    keys: tuple[Float[Array, "B K S H"], ...]
-    values: tuple[Float[Array, "B K S H"], ...]
+    keys: tuple[Cached, ...]
+    values: tuple[Cached, ...]
     positions: Int[Array, "B S"]
     """-1 where nothing, or padding, is stored: no query attends there."""
     used: Int[Array, ""]
@@ -50,6 +51,21 @@ def init_cache(arch: ArchConfig, batch: int, length: int, dtype: Any) -> KVCache
     shape = (batch, arch.num_kv_heads, length, arch.head_dim)
     keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(arch.num_layers)) for _ in range(2))
     return KVCache(keys, values, jnp.full((batch, length), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def int8_cache(decode_fns: DecodeFns) -> DecodeFns:
+    """A bundled decoder's functions, with its keys and values cached in int8: see ``Quantised``."""
+
+    def init_cache(batch: int, length: int, /) -> KVCache:
+        cache: KVCache = decode_fns.init_cache(batch, length)
+
+        def empty(x: Float[Array, "B K S H"]) -> Quantised:
+            return Quantised(jnp.zeros(x.shape, jnp.int8), jnp.zeros(x.shape[:-1], jnp.float32))
+
+        keys, values = jax.tree.map(empty, (cache.keys, cache.values))
+        return cache._replace(keys=keys, values=values)
+
+    return decode_fns._replace(init_cache=init_cache)
 
 
 def sights(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jrlhf.models.arch import ArchConfig
+from jrlhf.models.quantised import CacheKind
 
 
 def body_weights(arch: ArchConfig) -> int:
@@ -47,13 +48,23 @@ def forward_flops(arch: ArchConfig, positions: Int[Array | np.ndarray, "*S"], *,
 
 
 def decode_bytes(
-    arch: ArchConfig, positions: Int[Array | np.ndarray, "*S"], *, steps: Any, itemsize: int
+    arch: ArchConfig,
+    positions: Int[Array | np.ndarray, "*S"],
+    *,
+    steps: Any,
+    itemsize: int,
+    kv_cache: CacheKind,
 ) -> Float[Array, ""]:
     """Bytes that ``steps`` steps of decoding read: all weights each, and the cached keys and values of the tokens fed.
 
-    ``positions``: of the tokens that were fed, a row at a time or all at once (negative: padding).
+    ``positions``: of the tokens that were fed, a row at a time or all at once (negative: padding). ``itemsize``: of a
+    weight, and of a cached number where that is not in int8.
     """
     # A float: from 2³¹ weights on, the whole number would not fit an int32.
     weights = float(body_weights(arch) + head_weights(arch)) * jnp.asarray(steps, jnp.float32)
-    cached = 2.0 * arch.num_kv_heads * arch.head_dim * seen_keys(arch, positions)
-    return itemsize * (weights + cached)
+    match kv_cache:
+        case "compute":
+            vector = itemsize * arch.head_dim
+        case "int8":
+            vector = arch.head_dim + 4  # its scale
+    return itemsize * weights + 2.0 * arch.num_kv_heads * vector * seen_keys(arch, positions)

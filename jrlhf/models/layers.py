@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import Activation, ArchConfig, NormKind
-from jrlhf.models.attention import AttentionKernel, attend, causal_attend, fused_attention
+from jrlhf.models.attention import AttentionKernel, causal_attend, fused_attention
 from jrlhf.models.linear import dense
+from jrlhf.models.quantised import Cached, append, attend_cached
 from jrlhf.models.rope import Angles
 from jrlhf.models.splash import Segments, interpreted, splash_attention
 from jrlhf.parallel import spread_rows
@@ -24,8 +25,8 @@ from jrlhf.parallel import spread_rows
 class LayerCache(NamedTuple):
     """One layer's part of a ``KVCache``."""
 
-    keys: Float[Array, "B K S H"]
-    values: Float[Array, "B K S H"]
+    keys: Cached
+    values: Cached
     used: Int[Array, ""]
 
 
@@ -131,11 +132,9 @@ class Attention(nn.Module):
         q_BKGTH = q_BTNH.reshape(rows, length, arch.num_kv_heads, groups, arch.head_dim).transpose(0, 2, 3, 1, 4)
         k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
         if cache is not None:
-            slot = (jnp.int32(0), jnp.int32(0), cache.used, jnp.int32(0))
-            k_BKSH = lax.dynamic_update_slice(cache.keys, k_BKSH, slot)
-            v_BKSH = lax.dynamic_update_slice(cache.values, v_BKSH, slot)
-            cache = LayerCache(k_BKSH, v_BKSH, cache.used)
-            mixed = attend(q_BKGTH, k_BKSH, v_BKSH, sight.mask, cap=arch.attention_softcap)
+            keys, values = append(cache.keys, k_BKSH, cache.used), append(cache.values, v_BKSH, cache.used)
+            cache = LayerCache(keys, values, cache.used)
+            mixed = attend_cached(q_BKGTH, keys, values, sight.mask, cap=arch.attention_softcap)
         else:
             mixed = causal_attend(q_BKGTH, k_BKSH, v_BKSH, sight.mask, cap=arch.attention_softcap)
         return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), cache

@@ -40,33 +40,22 @@ def training_passes(frozen: bool) -> float:
     return 2.0 if frozen else 3.0
 
 
-def policy_readings(ppo: PPOConfig) -> float:
-    """How often a rollout is read by the policy's network before its updates: as the policy, and as the reference."""
-    return 1.0 if ppo.old_logprobs == "sampler" else 2.0
-
-
 def _forward(arch: ArchConfig, mask: AnyMask, logits: Float[Array, ""]) -> Float[Array, ""]:
     return forward_flops(arch, positions_from_mask(mask.reshape(-1, mask.shape[-1])), logits=logits)
 
 
 def rollout_work(
-    policy: ArchConfig,
-    value: ArchConfig | None,
-    rewards: Sequence[ArchConfig],
-    *,
-    readings: float,
-    updates: float,
-    itemsize: int,
-    rollout_parts: int,
+    ppo: PPOConfig, policy: ArchConfig, value: ArchConfig | None, rewards: Sequence[ArchConfig]
 ) -> Callable[[Generation, SFTBatch | None], dict[str, jax.Array]]:
     """Model FLOPs of each phase of a PPO iteration, the bytes that decoding reads, and the tokens of both.
 
     Logits are counted at response tokens (of text: trained ones) alone, and reward models as if they read the policy's
-    tokens. ``value``: None where it is a head on the policy. ``readings``: forward passes of the policy's network for
-    log-probs of policy and reference. ``updates``: what all updates of a rollout take, in forward passes of each
-    episode. ``itemsize``: bytes of a weight in decoding. ``rollout_parts``: as in the config;
-    each reads the weights anew.
+    tokens. ``value``: None where it is a head on the policy.
     """
+    # Log-probs of the reference, and of the policy if the sampler's own are not taken.
+    readings = 1.0 if ppo.old_logprobs == "sampler" else 2.0
+    updates = ppo.epochs * training_passes(ppo.lora.rank > 0)
+    cached = {"itemsize": jnp.dtype(ppo.model.dtype).itemsize, "kv_cache": ppo.sampling.kv_cache}
 
     def work(generation: Generation, text: SFTBatch | None) -> dict[str, jax.Array]:
         positions, response = positions_from_mask(generation.mask), generation.response_mask
@@ -79,12 +68,13 @@ def rollout_work(
             of_text = _forward(policy, text.mask, jnp.sum(trained_tokens(text), dtype=jnp.float32))
         # The first answer token comes of the prompt; each later one of feeding the one before it.
         fed = jnp.where(response & jnp.roll(response, -1, axis=1), positions, -1)
-        steps = jnp.sum(jnp.max(jnp.sum(response, axis=-1).reshape(rollout_parts, -1), axis=-1) - 1)
+        # Each part of a rollout reads the weights anew.
+        steps = jnp.sum(jnp.max(jnp.sum(response, axis=-1).reshape(ppo.rollout_parts, -1), axis=-1) - 1)
         return {
             "flops/rollout": of_policy,
             "flops/scoring": readings * of_policy + of_value + of_rewards,
             "flops/update": updates * (of_policy + of_value + of_text),
-            "bytes/rollout": decode_bytes(policy, fed, steps=steps, itemsize=itemsize),
+            "bytes/rollout": decode_bytes(policy, fed, steps=steps, **cached),
             "tokens/rollout": answers,
             "tokens/scoring": jnp.sum(generation.mask, dtype=jnp.float32),
         }

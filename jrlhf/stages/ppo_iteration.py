@@ -14,7 +14,7 @@ from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, fetch, shard_batch
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import device_share, gradient_slices
-from jrlhf.stages.performance import PHASES, policy_readings, rollout_work, timed, training_passes
+from jrlhf.stages.performance import PHASES, rollout_work, timed
 from jrlhf.stages.rewards import Rewards, part_metrics
 from jrlhf.stages.sampling import GenerateFn
 from jrlhf.stages.start import JittedStep
@@ -103,15 +103,7 @@ def make_iteration(
         has_score = jnp.any(rollout.response_mask, axis=-1) & jnp.isfinite(rollout.scores)
         return rollout_metrics(rollout) | part_metrics(parts, has_score)
 
-    work = rollout_work(
-        actors.policy.arch,
-        actors.value_arch,
-        [model.arch for model in actors.reward_models],
-        readings=policy_readings(ppo),
-        updates=ppo.epochs * training_passes(ppo.lora.rank > 0),
-        itemsize=jnp.dtype(ppo.model.dtype).itemsize,
-        rollout_parts=rollout_parts,
-    )
+    work = rollout_work(ppo, actors.policy.arch, actors.value_arch, [model.arch for model in actors.reward_models])
 
     def next_beta(coef: jax.Array, kl: jax.Array) -> jax.Array:
         if not ppo.kl.target:

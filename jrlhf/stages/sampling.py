@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jrlhf.config import SamplingConfig
 from jrlhf.data import PromptRows, stop_token_ids
 from jrlhf.metrics import progress
+from jrlhf.models import int8_cache
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
 from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.steps import make_generate
@@ -37,7 +38,7 @@ def jit_sampler(
 ) -> Any:
     """``jit_generate`` of tokens that are known already, without a tokenizer."""
     generate = make_generate(
-        decode_fns,
+        int8_cache(decode_fns) if config.kv_cache == "int8" else decode_fns,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.models import ArchConfig, abstract_params, decode_bytes, decoder_fns, forward_flops
+from jrlhf.models import ArchConfig, CacheKind, abstract_params, decode_bytes, decoder_fns, forward_flops
 from jrlhf.models.functions import init_params
 
 LOCAL = {"window": 3, "local_layers": (True, False, True)}
@@ -39,19 +39,22 @@ def test_a_forward_pass_counts_every_multiplication_that_is_needed(arch: ArchCon
     assert float(forward_flops(arch, POSITIONS, logits=5)) == expected
 
 
+@pytest.mark.parametrize(("kv_cache", "number", "vector"), [("compute", 2, 0), ("int8", 1, 4)])
 @pytest.mark.parametrize("changes", [{}, LOCAL])
 def test_decoding_reads_all_weights_a_step_and_the_cache_of_each_token(
-    arch: ArchConfig, changes: dict[str, Any]
+    arch: ArchConfig, changes: dict[str, Any], kv_cache: CacheKind, number: int, vector: int
 ) -> None:
+    """A number of the cache takes as many bytes as a weight, or one, and then each vector has a scale of four."""
     arch = replace(arch, **changes)
     weights = matrices(arch) + arch.vocab_size * arch.hidden_size
     cached = sum(
-        keys_seen(arch, int(p), layer) * 2 * arch.num_kv_heads * arch.head_dim
+        keys_seen(arch, int(p), layer) * 2 * arch.num_kv_heads * (number * arch.head_dim + vector)
         for p in POSITIONS.flat
         if p >= 0
         for layer in range(arch.num_layers)
     )
-    assert float(decode_bytes(arch, POSITIONS, steps=4, itemsize=2)) == 2 * (4 * weights + cached)
+    found = decode_bytes(arch, POSITIONS, steps=4, itemsize=2, kv_cache=kv_cache)
+    assert float(found) == 2 * 4 * weights + cached
 
 
 def test_xla_counts_the_same_for_a_forward_pass_over_full_attention(arch: ArchConfig) -> None:

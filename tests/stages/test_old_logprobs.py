@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jrlhf.config import Config
+from jrlhf.config import Config, ModelConfig, PPOConfig, SamplingConfig
 from jrlhf.config_check import ConfigError, check
 from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.metrics import read_metrics
@@ -39,13 +40,16 @@ def test_a_run_is_the_same_up_to_rounding_and_says_how_far_the_two_are_apart(tmp
         assert 0 < apart < 1e-4
 
 
-@pytest.mark.parametrize("changes", [{"value_from": "shared"}, {"dtype": "bfloat16"}])
-def test_where_the_two_are_not_the_same_it_is_refused(changes: dict[str, str]) -> None:
-    ppo = replace(Config().ppo, old_logprobs="sampler")
-    check(replace(Config(), ppo=ppo))
-    if "dtype" in changes:
-        ppo = replace(ppo, model=replace(ppo.model, dtype="bfloat16"))
-    else:
-        ppo = replace(ppo, value_from="shared")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"value_from": "shared"},
+        {"model": ModelConfig(dtype="bfloat16")},
+        {"sampling": SamplingConfig(kv_cache="int8")},
+    ],
+)
+def test_where_the_two_are_not_the_same_it_is_refused(changes: dict[str, Any]) -> None:
+    ppo = PPOConfig(old_logprobs="sampler")
+    check(Config(ppo=ppo))
     with pytest.raises(ConfigError, match=r"ppo\.old_logprobs: must be policy, unless"):
-        check(replace(Config(), ppo=ppo))
+        check(Config(ppo=replace(ppo, **changes)))

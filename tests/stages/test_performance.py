@@ -1,15 +1,15 @@
 """What a log line says of time and work: against a clock that is set by hand and a loop over tokens."""
 
-from typing import Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.config import PPOConfig
-from jrlhf.models import ArchConfig, Rope, forward_flops
+from jrlhf.config import LoRAConfig, ModelConfig, PPOConfig, SamplingConfig
+from jrlhf.models import ArchConfig, CacheKind, Rope, forward_flops
 from jrlhf.parallel import Peaks
-from jrlhf.stages.performance import phase_rates, policy_readings, rates, rollout_work, training_flops
+from jrlhf.stages.performance import phase_rates, rates, rollout_work, training_flops
 from jrlhf.stages.window import Rate, Window
 from jrlhf.types import Generation, SFTBatch
 
@@ -85,7 +85,8 @@ def test_a_training_step_takes_its_forward_passes_over_real_tokens(frozen: bool,
     )
 
 
-def test_an_iteration_s_work_is_that_of_its_tokens() -> None:
+@pytest.mark.parametrize(("kv_cache", "vector"), [("compute", 2 * 8), ("int8", 8 + 4)])
+def test_an_iteration_s_work_is_that_of_its_tokens(kv_cache: CacheKind, vector: int) -> None:
     mask = np.array([[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]], bool)
     response = np.array([[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]], bool)
     positions = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
@@ -94,27 +95,35 @@ def test_an_iteration_s_work_is_that_of_its_tokens() -> None:
         zeros.astype(jnp.int32), jnp.asarray(mask), jnp.asarray(response), zeros, jnp.zeros(2, jnp.bool_)
     )
     text = SFTBatch(jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), jnp.bool_), jnp.ones((1, 3), jnp.bool_))
-    found = rollout_work(ARCH, ARCH, [ARCH, ARCH], readings=2.0, updates=12.0, itemsize=2, rollout_parts=1)(
-        generation, text
-    )
+    ppo = PPOConfig(model=ModelConfig(dtype="bfloat16"), epochs=4, sampling=SamplingConfig(kv_cache=kv_cache))
+    found = rollout_work(ppo, ARCH, ARCH, [ARCH, ARCH])(generation, text)
     policy, value = (float(forward_flops(ARCH, positions, logits=logits)) for logits in (5, 0))
     ptx = float(forward_flops(ARCH, np.arange(3), logits=2))
     # Two steps of decoding feed the tokens at positions 2 (first row), 3 and 4 (second row).
     weights = ARCH.num_layers * (2 * 16 * 8 * 3 + 3 * 16 * 24) + 32 * 16
-    cached = ARCH.num_layers * 2 * 8 * sum(position + 1 for position in (2, 3, 4))
+    cached = ARCH.num_layers * 2 * vector * sum(position + 1 for position in (2, 3, 4))
     assert {name: float(value) for name, value in found.items()} == {
         "flops/rollout": policy,
         "flops/scoring": 2 * policy + value + 2 * value,
         "flops/update": 12 * (policy + value + ptx),
-        "bytes/rollout": 2 * (2 * weights + cached),
+        "bytes/rollout": 2 * 2 * weights + cached,
         "tokens/rollout": 5.0,
         "tokens/scoring": 10.0,
     }
 
 
-@pytest.mark.parametrize(("old_logprobs", "passes"), [("policy", 2.0), ("sampler", 1.0)])
-def test_the_sampler_s_log_probs_leave_a_reading_out(old_logprobs: Literal["policy", "sampler"], passes: float) -> None:
-    assert policy_readings(PPOConfig(old_logprobs=old_logprobs)) == passes
+@pytest.mark.parametrize(
+    ("changes", "scoring", "update"),
+    [({}, 3.0, 12.0), ({"old_logprobs": "sampler"}, 2.0, 12.0), ({"lora": LoRAConfig(rank=2), "epochs": 1}, 3.0, 4.0)],
+)
+def test_work_is_as_the_config_says(changes: dict[str, Any], scoring: float, update: float) -> None:
+    """Without logits, and with a value network as large as the policy, all passes are alike."""
+    mask = jnp.ones((1, 4), jnp.bool_)
+    generation = Generation(mask.astype(jnp.int32), mask, ~mask, mask.astype(jnp.float32), mask[:, 0])
+    found = rollout_work(PPOConfig(**{"epochs": 2} | changes), ARCH, ARCH, [])(generation, None)
+    once = float(forward_flops(ARCH, np.arange(4), logits=0))
+    assert float(found["flops/scoring"]) == scoring * once
+    assert float(found["flops/update"]) == update * once
 
 
 def test_each_part_of_a_rollout_reads_the_weights_anew() -> None:
@@ -123,7 +132,7 @@ def test_each_part_of_a_rollout_reads_the_weights_anew() -> None:
     generation = Generation(zeros.astype(jnp.int32), mask, jnp.asarray(response), zeros, jnp.zeros(4, jnp.bool_))
 
     def fetched(parts: int) -> float:
-        work = rollout_work(ARCH, ARCH, [], readings=1.0, updates=1.0, itemsize=2, rollout_parts=parts)
+        work = rollout_work(PPOConfig(rollout_parts=parts, model=ModelConfig(dtype="bfloat16")), ARCH, ARCH, [])
         return float(work(generation, None)["bytes/rollout"])
 
     # Two steps of decoding for all rows; two for the first half of them and one for the second; 2 + 1 + 0 + 1.

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jrlhf.config import (
     SFTConfig,
 )
 from jrlhf.config_io import ConfigError
-from jrlhf.models import load_pretrained, reward_from_pretrained
+from jrlhf.models import CacheKind, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import Topology, parse_topology
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
@@ -30,7 +31,7 @@ from jrlhf.stages.plan import run as plan_run
 from jrlhf.stages.plan import run_plan
 from jrlhf.stages.plan.parts import Site, Sized, planned_model
 from jrlhf.stages.plan.ppo import ppo_stage
-from jrlhf.stages.plan.programs import Figures, compiled, device_bytes, measured
+from jrlhf.stages.plan.programs import Figures, cache_bytes, compiled, device_bytes, measured
 from jrlhf.stages.plan.reward import reward_stage
 from jrlhf.stages.plan.run import KEPT_BACK, StageFigures, fitting_rows, plan_stage, planned_site
 from jrlhf.stages.plan.sft import sft_stage
@@ -148,6 +149,31 @@ def test_every_stage_is_planned_and_written_down(
     assert [stage["peak"] for stage in written["stages"]] == [stage.peak for stage in found.values()]
     out = capsys.readouterr().out
     assert all(word in out for word in ("v5e-8: 8 devices", "fitting batch", "ppo rollout", "sent: fsdp", "Seconds:"))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_a_cache_in_int8_is_planned_with_its_scales(dtype: Literal["float32", "bfloat16"], size: int) -> None:
+    """Two arrays a layer [rows, heads, slots, head size], two rows a device; and what a rollout must read of them."""
+
+    def rollout(kv_cache: CacheKind) -> tuple[float, float]:
+        sampling = replace(CONFIG.ppo.sampling, kv_cache=kv_cache)
+        config = replace(
+            CONFIG, ppo=replace(CONFIG.ppo, model=ModelConfig("asset:stories260k", dtype=dtype), sampling=sampling)
+        )
+        site = planned_site(config)
+        sized = ppo_stage(config, site)
+        program = next(p for p in sized.build(sized.rows).programs if p.name == "rollout")
+        return measured(program, site.topology, site.mesh, dtype).cache, program.read
+
+    vectors, seen = 2 * 5 * 2 * 4 * 24, 2 * 5 * 2 * 4 * sum(range(17, 24))
+    (plain, read), (small, less) = rollout("compute"), rollout("int8")
+    assert (plain, small) == (vectors * 8 * size, vectors * (8 + 4))
+    assert read - less == seen * (8 * size - (8 + 4))
+
+
+def test_weights_with_as_many_columns_as_slots_are_no_scales() -> None:
+    carry = "s32[], s8[2,4,24,8]{3,2,1,0}, f32[2,4,24]{2,1,0}, f32[5,64,24]{2,1,0}, bf16[2,4,24]{2,1,0}, f32[2,24]{1,0}"
+    assert cache_bytes(f"  %w = ({carry}) while(%t), condition=%c, body=%b", (24, 8)) == 2 * 4 * 24 * (8 + 4)
 
 
 def update_of(config: PlanConfig) -> tuple[Sized, Site]:

@@ -1,6 +1,7 @@
 """The programs of ``run_ppo``."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jrlhf.parallel import batch_sharding
 from jrlhf.stages.actors import Actors, Judge
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.optim import make_actor_critic_optimizer
-from jrlhf.stages.performance import policy_readings, rollout_work, training_passes
+from jrlhf.stages.performance import rollout_work
 from jrlhf.stages.plan.parts import (
     UPDATES,
     Site,
@@ -168,9 +169,8 @@ def row_work(config: PlanConfig, actors: Actors) -> dict[str, float]:
     marks = jnp.ones((1, ppo.ptx.max_length), jnp.bool_)
     text = SFTBatch(marks.astype(jnp.int32), marks, marks) if ppo.ptx_coef else None
     generation = Generation(real.astype(jnp.int32), real, answer, real.astype(jnp.float32), real[:, 0])
-    passes = ppo.epochs * training_passes(ppo.lora.rank > 0)
-    counts = {"readings": policy_readings(ppo), "updates": passes, "itemsize": 1, "rollout_parts": 1}
-    work = rollout_work(policy, actors.value_arch, rewards, **counts)(generation, text)
+    # Of one episode, in one part. The bytes are not asked for: see ``decode_read``.
+    work = rollout_work(replace(ppo, rollout_parts=1), policy, actors.value_arch, rewards)(generation, text)
     scores = sum(float(forward_flops(reward, np.arange(prompt + new), logits=0)) for reward in rewards)
     return {
         "rollout": float(work["flops/rollout"]),
@@ -184,7 +184,7 @@ def decode_read(config: PlanConfig, arch: ArchConfig, episodes: int, site: Site)
     """Bytes that a device reads for a rollout: all weights but for those of others in ``tensor``, its rows' caches."""
     ppo, tensor = config.ppo, site.mesh.shape["tensor"]
     first, steps = ppo.prompts.max_length, ppo.sampling.max_new_tokens - 1
-    itemsize, nowhere = jnp.dtype(ppo.model.dtype).itemsize, np.full(1, -1)
-    weights = decode_bytes(arch, nowhere, steps=steps, itemsize=itemsize)
-    cached = decode_bytes(arch, np.arange(first, first + steps), steps=0, itemsize=itemsize)
+    size = partial(decode_bytes, arch, itemsize=jnp.dtype(ppo.model.dtype).itemsize, kv_cache=ppo.sampling.kv_cache)
+    weights = size(np.full(1, -1), steps=steps)
+    cached = size(np.arange(first, first + steps), steps=0)
     return (float(weights) + float(cached) * episodes / site.groups) / tensor

@@ -112,9 +112,18 @@ def seconds(
 
 
 def cache_bytes(hlo: str, shape: tuple[int, int] | None) -> float:
-    """Of the KV cache that a sampling loop carries: its arrays of four dimensions that end in ``shape``."""
+    """Of the KV cache that a sampling loop carries: its arrays of four dimensions that end in ``shape``, and the scales
+    of those in int8."""
     if shape is None:
         return 0.0
-    of_cache = re.compile(rf"\w+\[\d+,\d+,{shape[0]},{shape[1]}\]")
+    slots, width = shape
+
+    def of_cache(carry: str) -> int:
+        arrays = re.findall(rf"\w+\[\d+,\d+,{slots},{width}\]", carry)
+        # Weights of all layers may end in as many columns: rows and heads tell which arrays are scales.
+        heads = "|".join(set(re.findall(rf"s8\[(\d+,\d+),{slots},{width}\]", carry)))
+        scales = re.findall(rf"f32\[(?:{heads}),{slots}\]", carry) if heads else []
+        return sum(array_bytes(" ".join(arrays + scales)))
+
     loops: Iterable[str] = re.findall(r"= \((.*)\) while\(", hlo)
-    return float(max((sum(array_bytes(" ".join(of_cache.findall(carry)))) for carry in loops), default=0))
+    return float(max(map(of_cache, loops), default=0))
