@@ -67,6 +67,23 @@ _matmul: Any = jax.custom_vjp(_product, nondiff_argnums=(2,))
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+@jax.custom_vjp
+def turned(kernel: Float[Array, "O I"]) -> Float[Array, "I O"]:
+    """Its transpose, for ``matmul``: the kernel that tied embeddings are.
+
+    The gradient is turned back as it stands. XLA on a CPU (JAX 0.12) would turn the product around instead, after it
+    has chosen how to multiply: in bfloat16 that is a program which it then cannot run.
+    """
+    return kernel.T
+
+
+def _turned_back(_: None, gradient: Float[Array, "I O"]) -> tuple[Float[Array, "O I"]]:
+    return (lax.optimization_barrier(gradient).T,)
+
+
+turned.defvjp(lambda kernel: (kernel.T, None), _turned_back)
+
+
 class Linear(nn.Module):
     """x · kernel + bias, and scale · (x · a) · b more where the parameters hold an adapter. Hu et al. 2021, eq. 3."""
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jrlhf.models.linear import matmul
+from jrlhf.models.linear import matmul, turned
 from jrlhf.parallel import make_mesh
 
 
@@ -44,6 +44,23 @@ def test_a_kernel_of_wider_numbers_gets_its_gradient_in_them():
     found = jax.grad(lambda kernel: jnp.sum(matmul(low, kernel, jnp.float32)))(kernel)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, low.astype(jnp.float32).T @ jnp.ones((64, 4)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_turned_kernel_gets_its_gradient_as_it_lies(dtype):
+    """As tied embeddings do, at a size for which XLA chooses how to multiply: it must be able to run what it chose."""
+    x, kernel, weights = (
+        jax.random.normal(k, s)
+        for k, s in zip(jax.random.split(jax.random.key(2), 3), ((2, 64, 128), (512, 128), (2, 64, 512)), strict=True)
+    )
+    low = x.astype(dtype)
+
+    @jax.jit
+    def found(kernel):
+        return jax.grad(lambda kernel: jnp.sum(weights * matmul(low, turned(kernel), jnp.float32)))(kernel)
+
+    expected = np.einsum("bto,bti->oi", np.asarray(weights.astype(dtype), np.float64), np.asarray(low, np.float64))
+    np.testing.assert_allclose(found(kernel), expected, atol=1e-3)
 
 
 def test_rows_stay_where_they_are(rows_spread):
