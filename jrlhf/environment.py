@@ -16,8 +16,8 @@ COMPILATION_CACHE = {
 }
 
 GPU_FLAGS = {
-    # Gradients and weights travel between devices while others are computed; XLA's default is one after the other.
-    # NVIDIA's own JAX images set it (docs.nvidia.com/jax-toolbox, "Environment variables").
+    # Gradients and weights travel between devices while others are computed. NVIDIA's own JAX images set it
+    # (docs.nvidia.com/jax-toolbox, "Environment variables"); not measured by us.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
 }
 """XLA's flags for NVIDIA GPUs. They change when things are computed, not what.
