@@ -85,7 +85,10 @@ def test_ppo_logs_the_whole_list_and_starts_on_policy(finished: Finished) -> Non
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert line.keys() >= PPO_LOG | USE_LOG | PPO_USE_LOG, (PPO_LOG | USE_LOG | PPO_USE_LOG) - line.keys()
-        assert 0.5 < sum(line[f"share/{phase}"] for phase in ("input", "rollout", "scoring", "update")) <= 1.0
+        # No part of a line's time is counted twice; how large each is, is the machine's affair (test_performance.py).
+        shares = [value for name, value in line.items() if name.startswith("share/")]
+        assert all(share >= 0.0 for share in shares)
+        assert 0.0 < sum(shares) <= 1.0
         # Rounding alone: attention scores of this model reach 170, whose last bit is 1.5e-5 (tests/steps: 1e-5).
         assert line["policy/first_minibatch_max_abs_log_ratio"] <= 5e-5
         assert line["sampler/max_abs_logprob_diff"] <= 1e-4
