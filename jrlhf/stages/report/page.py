@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.resources import Resources
 
@@ -49,6 +50,11 @@ def _page(runs: Sequence[Record], differences: Sequence[str]) -> str:
     title = "jrlhf: " + " and ".join(f"{r.name}{mark}" for r, mark in zip(runs, _marks(runs), strict=True))
     charts: list[Any] = []
     body = "\n".join(_body(runs, differences, charts))
+    document = Document()
+    # All at once: a document that grows by one chart reads all of them again (90 charts: 7 of the page's 9 seconds).
+    with document.models.freeze():
+        for chart in charts:
+            document.add_root(chart)
     script, places = components(charts) if charts else ("", ())
     for number, place in enumerate(places):
         body = body.replace(_hole(number), place)
