@@ -98,15 +98,18 @@ def without_padding(fn: PerToken, *, slices: int) -> PerToken:
         given = {} if wanted is None else {"wanted": layout.pack(wanted)}
         parts = split_rows(((layout.pack(tokens), layout.segments), given), slices)
 
-        def of_slice(number: Int[Array, ""]) -> Any:
-            arrays, given = jax.tree.map(lambda x: x[number], parts)
+        # Jitted, so that it is traced once for its shapes and for the loop.
+        @jax.jit
+        def of_slice(params: Params, part: Any) -> Any:
+            arrays, given = part
             return fn(params, *arrays, **given, **settings)
 
-        shapes = jax.eval_shape(of_slice, jnp.int32(0))
+        shapes = jax.eval_shape(of_slice, params, jax.tree.map(lambda x: x[0], parts))
         empty = jax.tree.map(lambda s: jnp.zeros((slices, *s.shape), s.dtype), shapes)
 
         def add(number: Int[Array, ""], done: Any) -> Any:
-            return jax.tree.map(lambda out, new: out.at[number].set(new), done, of_slice(number))
+            new = of_slice(params, jax.tree.map(lambda x: x[number], parts))
+            return jax.tree.map(lambda out, part: out.at[number].set(part), done, new)
 
         done = lax.fori_loop(0, layout.used, add, empty)
         # Back from [slices, rows a slice, T] in the order of split_rows.

@@ -112,6 +112,8 @@ def make_ppo_step(
             sums = sums._replace(total=sums.total | {"loss/ptx": nll, "loss": sums.total["loss"] + ptx_coef * nll})
         return grads, sums
 
+    # Jitted, so that it is traced once for its shapes and for the loop.
+    @jax.jit
     def update(state: TrainState, minibatch: Rollout, frozen: Params | None) -> tuple[TrainState, Sums, jax.Array]:
         grads, sums = gradients(state.params, minibatch, frozen)
         # Without a response there is no loss, not one of 0: nothing moves, where momentum and decay alone would.
