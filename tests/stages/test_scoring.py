@@ -1,6 +1,7 @@
 """Scores of sampled answers, in the policy's tokens or in the reward model's own."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jrlhf.config import Config, DataConfig, LoRAConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.data import DataError, Encoder, load_prompts
 from jrlhf.metrics import read_metrics
-from jrlhf.models import load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model
+from jrlhf.models import RewardModel, load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model
 from jrlhf.stages.actors import load_actors
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.sampling import jit_generate, texts_of
@@ -82,21 +83,30 @@ def test_few_widths_are_compiled_for() -> None:
     assert sorted(set(widths)) == [32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1000]
 
 
+def scorer_alone(model: RewardModel) -> Callable[[list[int]], jax.Array]:
+    """Of one sequence. Padding, which changes nothing (tests/models), gives all of them one compiled program."""
+    score = jax.jit(model.score)
+
+    def alone(ids: list[int]) -> jax.Array:
+        tokens = jnp.asarray([ids + [0] * (128 - len(ids))])
+        return score(model.params, tokens, jnp.arange(128)[None] < len(ids))[0]
+
+    return alone
+
+
 def test_answers_are_scored_as_the_text_they_are(reward_folder: Path, tmp_path: Path) -> None:
     """The scores of a run's answers are those of prompt and answer as text, alone, in the reward model's tokens."""
     config = config_with(reward_folder, tmp_path, lora=LoRAConfig(rank=2, alpha=4.0))
     run_ppo(config)
     answers = read_jsonl(tmp_path / "run" / "ppo" / "evals" / "000002.jsonl")
     assert len(answers) == 16
-    model, encoder = load_reward_model(reward_folder, dtype="float32"), Encoder(other_tokenizer(TEMPLATE))
+    alone, encoder = scorer_alone(load_reward_model(reward_folder, dtype="float32")), Encoder(other_tokenizer(TEMPLATE))
     # The policy reads the end of a long prompt, the reward model all of it.
     given = [row["prompt"] for row in read_jsonl(Path(config.ppo.prompts.eval))]
     for prompt, row in zip(given, answers, strict=True):
         before, after = encoder.continued(prompt, row["completion"], stopped=row["stopped"])
         assert (after[-1:] == [1]) == row["stopped"]
-        ids = jnp.asarray([before + after])
-        alone = model.score(model.params, ids, jnp.ones(ids.shape, bool))
-        np.testing.assert_allclose(row["score"], alone[0], atol=1e-4)
+        np.testing.assert_allclose(row["score"], alone(before + after), atol=1e-4)
     assert np.std([row["score"] for row in answers]) > 1e-3
     lines = [line for line in read_metrics(tmp_path / "run" / "ppo" / "metrics.jsonl") if "kl" in line]
     assert abs(lines[0]["kl"]) == 0.0
@@ -121,12 +131,11 @@ def test_a_chat_goes_through_the_reward_model_s_own_template(reward_folder: Path
     generation = generate(actors.policy.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0))
     found = np.asarray(make_scorer(actors, mesh, slices=1)(generation, prompts, rows))
     answers = [answer for _, answer in texts_of(policy_tokenizer, generation)]
-    theirs = actors.reward_tokenizer
+    theirs, alone = actors.reward_tokenizer, scorer_alone(actors.reward)
     for row in range(8):
         text = "[system]Be kind.<end>[user]A film that is<end>[assistant]" + answers[row]
         ids = theirs(text, add_special_tokens=False)["input_ids"] + [1] * bool(generation.stopped[row])
-        alone = actors.reward.score(actors.reward.params, jnp.asarray([ids]), jnp.ones((1, len(ids)), bool))
-        np.testing.assert_allclose(found[row], alone[0], atol=1e-4)
+        np.testing.assert_allclose(found[row], alone(ids), atol=1e-4)
 
 
 def test_what_the_reward_model_cannot_read_is_named(reward_folder: Path, tmp_path: Path) -> None:
