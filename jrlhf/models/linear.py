@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 NORMAL = nn.initializers.normal(0.02)
 
 
-LAYS_OUT = jax.__version_info__ >= (0, 12)
-"""Whether an array can be told how to lie in memory and stay spread over devices: JAX 0.10 gathers it first."""
+NEW_XLA = jax.__version_info__ >= (0, 12)
+"""That of JAX 0.10 gathers an array from all devices that is told how to lie in memory, and while it lays out a factor,
+makes it again, column by column, where it was not kept."""
 
 
 def matmul(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], out: Any) -> Float[Array, "*B O"]:
@@ -42,7 +43,7 @@ def _matmul_backward(out: Any, saved: tuple[Array, Array], gradient: Array) -> t
     of_x = _contract(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1,), x.dtype)
 
     of_kernel, on_cpu = (partial(form, out=kernel.dtype) for form in (_of_kernel, _of_kernel_on_cpu))
-    if not LAYS_OUT:
+    if not NEW_XLA and jax.device_count() > 1:
         return of_x, of_kernel(x, gradient)
     return of_x, lax.platform_dependent(x, gradient, cpu=on_cpu, default=of_kernel)
 
@@ -54,9 +55,17 @@ def _of_kernel(x: Array, gradient: Array, *, out: Any) -> Array:
 
 def _of_kernel_on_cpu(x: Array, gradient: Array, *, out: Any) -> Array:
     """xᵀ · ∂y of an xᵀ that lies row by row. Left to XLA it is x, read column by column: in bfloat16 half as fast."""
-    turned = jnp.moveaxis(x, -1, 0)
-    turned = lax.optimization_barrier(with_layout_constraint(turned, Layout(tuple(range(x.ndim)))))
-    return _contract(turned, gradient, tuple(range(1, x.ndim)), tuple(range(x.ndim - 1)), out)
+    if not NEW_XLA and gradient.shape[-1] < x.shape[-1]:
+        # (∂yᵀ · x)ᵀ: less is laid out, and it is not x, which of the two is the one that may have to be made again.
+        return lax.optimization_barrier(_of_rows(gradient, x, out)).T
+    return _of_rows(x, gradient, out)
+
+
+def _of_rows(a: Array, b: Array, out: Any) -> Array:
+    """aᵀ · b, with aᵀ laid out row by row first."""
+    rows = jnp.moveaxis(a, -1, 0)
+    rows = lax.optimization_barrier(with_layout_constraint(rows, Layout(tuple(range(a.ndim)))))
+    return _contract(rows, b, tuple(range(1, a.ndim)), tuple(range(a.ndim - 1)), out)
 
 
 def _contract(a: Array, b: Array, of_a: tuple[int, ...], of_b: tuple[int, ...], out: Any) -> Array:

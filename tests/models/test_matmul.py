@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jrlhf.models import linear
 from jrlhf.models.linear import matmul, turned
 from jrlhf.parallel import make_mesh
 
@@ -16,16 +17,24 @@ def rows_spread() -> NamedSharding:
     return NamedSharding(make_mesh(data=2, fsdp=2, tensor=2), PartitionSpec(("data", "fsdp")))
 
 
+@pytest.mark.parametrize("new_xla", [True, False])
+@pytest.mark.parametrize("width", [4, 6])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
 @pytest.mark.parametrize(("dtype", "out", "tolerance"), [("float32", "float32", 1e-6), ("bfloat16", "float32", 2e-2)])
-def test_it_is_the_product_and_its_gradients(shape, dtype, out, tolerance):
+def test_it_is_the_product_and_its_gradients(monkeypatch, shape, dtype, out, tolerance, width, new_xla):
+    """Of kernels that narrow and that widen, as one device's program has it for either XLA."""
+    monkeypatch.setattr(linear, "NEW_XLA", new_xla)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = (jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, (shape, (5, 4)), strict=False))
-    weights = jax.random.normal(keys[2], (*shape[:-1], 4))
+    x, kernel = (jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, (shape, (5, width)), strict=False))
+    weights = jax.random.normal(keys[2], (*shape[:-1], width))
 
     def through(product):
-        loss = lambda x, kernel: jnp.sum(weights * product(x, kernel).astype(jnp.float32))  # noqa: E731
-        return product(x, kernel), *jax.grad(loss, argnums=(0, 1))(x, kernel)
+        @jax.jit
+        def loss(x, kernel):
+            return jnp.sum(weights * product(x, kernel).astype(jnp.float32))
+
+        return product(x, kernel), *jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
 
     found = through(lambda x, kernel: matmul(x, kernel, jnp.dtype(out)))
     expected = through(lambda x, kernel: jnp.matmul(x, kernel, preferred_element_type=jnp.dtype(out)))
