@@ -16,7 +16,7 @@ from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import KEPT, AttentionKernel, attention_mask, soft_cap
 from jrlhf.models.layers import Block, LayerCache, Norm, Sight
-from jrlhf.models.linear import NORMAL, Linear, matmul, turned
+from jrlhf.models.linear import NORMAL, Linear, matmul_transposed
 from jrlhf.models.quantised import Cached, Quantised
 from jrlhf.models.rope import rotary_angles
 from jrlhf.models.splash import Segments
@@ -145,7 +145,8 @@ class Decoder(nn.Module):
         return spread_rows(x_BTD, self.mesh)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        logits = matmul(hidden, turned(self.embed), jnp.float32) if self.arch.tie_embeddings else self.lm_head(hidden)
+        tied = self.arch.tie_embeddings
+        logits = matmul_transposed(hidden, self.embed, jnp.float32) if tied else self.lm_head(hidden)
         # Merged with the softmax that follows, as XLA on a CPU would have it, the product takes twice as long.
         logits = lax.optimization_barrier(logits)
         return soft_cap(logits, self.arch.final_softcap)

@@ -25,44 +25,51 @@ def matmul(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], out: Any) -> Fl
     the latter is (∂yᵀ · x)ᵀ, which XLA on a CPU does at a third of the speed of xᵀ · ∂y; and x it would make again,
     column by column, where x was not kept, which takes twice as long as the product itself.
     """
-    return _matmul(x, kernel, out)
+    return _matmul(x, kernel, out, 0)
 
 
-def _product(x: Array, kernel: Array, out: Any) -> Array:
-    return _contract(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,), out)
+def matmul_transposed(x: Float[Array, "*B I"], kernel: Float[Array, "O I"], out: Any) -> Float[Array, "*B O"]:
+    """x · kernelᵀ, as ``matmul``: for tied embeddings. Neither the kernel nor its gradient is turned in memory."""
+    return _matmul(x, kernel, out, 1)
 
 
-def _matmul_forward(x: Array, kernel: Array, out: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, out), (x, kernel)
+def _product(x: Array, kernel: Array, out: Any, axis: int) -> Array:
+    """Summed over ``axis`` of the kernel."""
+    return _contract(x, kernel.astype(x.dtype), (x.ndim - 1,), (axis,), out)
 
 
-def _matmul_backward(out: Any, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _matmul_forward(x: Array, kernel: Array, out: Any, axis: int) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel, out, axis), (x, kernel)
+
+
+def _matmul_backward(out: Any, axis: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     del out
     x, kernel = lax.optimization_barrier(saved)
     gradient = gradient.astype(x.dtype)
-    of_x = _contract(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1,), x.dtype)
+    of_x = _contract(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1 - axis,), x.dtype)
 
+    factors = (gradient, x) if axis else (x, gradient)
     of_kernel, on_cpu = (partial(form, out=kernel.dtype) for form in (_of_kernel, _of_kernel_on_cpu))
     if not NEW_XLA and jax.device_count() > 1:
-        return of_x, of_kernel(x, gradient)
-    return of_x, lax.platform_dependent(x, gradient, cpu=on_cpu, default=of_kernel)
+        return of_x, of_kernel(*factors)
+    return of_x, lax.platform_dependent(*factors, cpu=on_cpu, default=of_kernel)
 
 
-def _of_kernel(x: Array, gradient: Array, *, out: Any) -> Array:
-    rows = tuple(range(x.ndim - 1))
-    return _contract(x, gradient, rows, rows, out)
+def _of_kernel(a: Array, b: Array, *, out: Any) -> Array:
+    """aᵀ · b over all rows."""
+    rows = tuple(range(a.ndim - 1))
+    return _contract(a, b, rows, rows, out)
 
 
-def _of_kernel_on_cpu(x: Array, gradient: Array, *, out: Any) -> Array:
-    """xᵀ · ∂y of an xᵀ that lies row by row. Left to XLA it is x, read column by column: in bfloat16 half as fast."""
-    if not NEW_XLA and gradient.shape[-1] < x.shape[-1]:
-        # (∂yᵀ · x)ᵀ: less is laid out, and it is not x, which of the two is the one that may have to be made again.
-        return lax.optimization_barrier(_of_rows(gradient, x, out)).T
-    return _of_rows(x, gradient, out)
+def _of_kernel_on_cpu(a: Array, b: Array, *, out: Any) -> Array:
+    """aᵀ · b of an aᵀ that lies row by row. Left to XLA it is a, read column by column: in bfloat16 half as fast."""
+    if not NEW_XLA and b.shape[-1] < a.shape[-1]:
+        # (bᵀ · a)ᵀ: the narrower is laid out. The wider may be an MLP's activations, which would be made again.
+        return lax.optimization_barrier(_of_rows(b, a, out)).T
+    return _of_rows(a, b, out)
 
 
 def _of_rows(a: Array, b: Array, out: Any) -> Array:
-    """aᵀ · b, with aᵀ laid out row by row first."""
     rows = jnp.moveaxis(a, -1, 0)
     rows = lax.optimization_barrier(with_layout_constraint(rows, Layout(tuple(range(a.ndim)))))
     return _contract(rows, b, tuple(range(1, a.ndim)), tuple(range(a.ndim - 1)), out)
@@ -72,25 +79,8 @@ def _contract(a: Array, b: Array, of_a: tuple[int, ...], of_b: tuple[int, ...], 
     return lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=out)
 
 
-_matmul: Any = jax.custom_vjp(_product, nondiff_argnums=(2,))
+_matmul: Any = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
 _matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
-def turned(kernel: Float[Array, "O I"]) -> Float[Array, "I O"]:
-    """Its transpose, for ``matmul``: the kernel that tied embeddings are.
-
-    The gradient is turned back as it stands. XLA on a CPU (JAX 0.12) would turn the product around instead, after it
-    has chosen how to multiply: in bfloat16 that is a program which it then cannot run.
-    """
-    return kernel.T
-
-
-def _turned_back(_: None, gradient: Float[Array, "I O"]) -> tuple[Float[Array, "O I"]]:
-    return (lax.optimization_barrier(gradient).T,)
-
-
-turned.defvjp(lambda kernel: (kernel.T, None), _turned_back)
 
 
 class Linear(nn.Module):

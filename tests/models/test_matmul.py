@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jrlhf.models import linear
-from jrlhf.models.linear import matmul, turned
+from jrlhf.models.linear import matmul, matmul_transposed
 from jrlhf.parallel import make_mesh
 
 
@@ -18,11 +18,12 @@ def rows_spread() -> NamedSharding:
 
 
 @pytest.mark.parametrize("new_xla", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("width", [4, 6])
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
 @pytest.mark.parametrize(("dtype", "out", "tolerance"), [("float32", "float32", 1e-6), ("bfloat16", "float32", 2e-2)])
-def test_it_is_the_product_and_its_gradients(monkeypatch, shape, dtype, out, tolerance, width, new_xla):
-    """Of kernels that narrow and that widen, as one device's program has it for either XLA."""
+def test_it_is_the_product_and_its_gradients(monkeypatch, shape, dtype, out, tolerance, width, transposed, new_xla):
+    """Of kernels that narrow and that widen, lying either way, as one device's program has it for either XLA."""
     monkeypatch.setattr(linear, "NEW_XLA", new_xla)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -36,7 +37,10 @@ def test_it_is_the_product_and_its_gradients(monkeypatch, shape, dtype, out, tol
 
         return product(x, kernel), *jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
 
-    found = through(lambda x, kernel: matmul(x, kernel, jnp.dtype(out)))
+    def ours(x, kernel):
+        return matmul_transposed(x, kernel.T, jnp.dtype(out)) if transposed else matmul(x, kernel, jnp.dtype(out))
+
+    found = through(ours)
     expected = through(lambda x, kernel: jnp.matmul(x, kernel, preferred_element_type=jnp.dtype(out)))
     assert [f.dtype for f in found] == [jnp.dtype(out), jnp.dtype(dtype), jnp.dtype(dtype)]
     for a, b in zip(found, expected, strict=True):
@@ -56,7 +60,7 @@ def test_a_kernel_of_wider_numbers_gets_its_gradient_in_them():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_turned_kernel_gets_its_gradient_as_it_lies(dtype):
+def test_a_kernel_that_lies_the_other_way_gets_its_gradient_so(dtype):
     """As tied embeddings do, at a size for which XLA chooses how to multiply: it must be able to run what it chose."""
     x, kernel, weights = (
         jax.random.normal(k, s)
@@ -66,7 +70,7 @@ def test_a_turned_kernel_gets_its_gradient_as_it_lies(dtype):
 
     @jax.jit
     def found(kernel):
-        return jax.grad(lambda kernel: jnp.sum(weights * matmul(low, turned(kernel), jnp.float32)))(kernel)
+        return jax.grad(lambda kernel: jnp.sum(weights * matmul_transposed(low, kernel, jnp.float32)))(kernel)
 
     expected = np.einsum("bto,bti->oi", np.asarray(weights.astype(dtype), np.float64), np.asarray(low, np.float64))
     np.testing.assert_allclose(found(kernel), expected, atol=1e-3)
