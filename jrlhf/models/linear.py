@@ -29,7 +29,7 @@ def matmul(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], out: Any) -> Fl
 
 
 def matmul_transposed(x: Float[Array, "*B I"], kernel: Float[Array, "O I"], out: Any) -> Float[Array, "*B O"]:
-    """x · kernelᵀ, as ``matmul``: for tied embeddings. Neither the kernel nor its gradient is turned in memory."""
+    """x · kernelᵀ, as ``matmul``: for tied embeddings, which are not turned in memory for it."""
     return _matmul(x, kernel, out, 1)
 
 

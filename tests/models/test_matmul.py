@@ -76,11 +76,12 @@ def test_a_kernel_that_lies_the_other_way_gets_its_gradient_so(dtype):
     np.testing.assert_allclose(found(kernel), expected, atol=1e-3)
 
 
-def test_rows_stay_where_they_are(rows_spread):
+@pytest.mark.parametrize("product", [matmul, matmul_transposed])
+def test_rows_stay_where_they_are(rows_spread, product):
     """The gradient of a kernel is a sum over devices of what each has: no rows are gathered for it."""
     x = jax.ShapeDtypeStruct((4, 6, 8), jnp.float32, sharding=rows_spread)
-    kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32)
-    step = jax.jit(jax.grad(lambda kernel, x: jnp.sum(matmul(x, kernel, jnp.float32) ** 2)))
+    kernel = jax.ShapeDtypeStruct((8, 16) if product is matmul else (16, 8), jnp.float32)
+    step = jax.jit(jax.grad(lambda kernel, x: jnp.sum(product(x, kernel, jnp.float32) ** 2)))
     text = step.lower(kernel, x).compile().as_text()
     assert text is not None
     assert "all-reduce" in text
