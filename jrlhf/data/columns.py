@@ -1,6 +1,6 @@
 """Rows on their way into flat arrays, a block at a time: into memory, or into files that are mapped."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ BLOCK_VALUES, BLOCK_ROWS = 2**20, 2**12
 class Encoded(NamedTuple):
     """What one row of a source becomes: arrays by the column they are appended to.
 
-    ``ragged``: each array is a row of its column, with a length of its own; ``flat``: values one after the other.
+    ``ragged``: each array is a row of its column, with a length of its own; ``flat``: values one after the other;
+    ``unread``: names of columns and message fields of the row that nothing reads.
     """
 
     ragged: Mapping[str, list[Any]]
     flat: Mapping[str, Any]
+    unread: Sequence[str] = ()
 
 
 class Schema(NamedTuple):
