@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 log = logging.getLogger("jrlhf.data")
 
@@ -26,6 +27,11 @@ class BadRow(ValueError):
     def __init__(self, column: str | None, reason: str, detail: str = "") -> None:
         self.reason = reason if column is None else f"{column}: {reason}"
         super().__init__(self.reason + detail)
+
+
+Row = dict[str, Any]
+Placed = tuple[str, Row | BadRow]
+"""Where a row stands, and the row, or why it is none."""
 
 
 class Skips:
