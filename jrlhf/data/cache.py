@@ -167,6 +167,7 @@ def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, ro
         "rows": rows,
         "bytes": {Path(file.name).name: file.tell() for file in files},
         "skipped": {reason: [count, skips.first[reason]] for reason, count in skips.counts.items()},
+        "notes": {note: [count, skips.notes.first[note]] for note, count in skips.notes.counts.items()},
     }
     for file in files:
         os.fsync(file.fileno())
@@ -190,7 +191,9 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
         skips = Skips(name, skip=True)
         for reason, (count, first) in meta["skipped"].items():
             skips.counts[reason], skips.first[reason] = count, first
-        return mapped(schema, folder, meta["rows"], skips.close(meta["rows"]))
+        for note, (count, first) in meta["notes"].items():
+            skips.notes.counts[note], skips.notes.first[note] = count, first
+        return mapped(schema, folder, meta["rows"], skips)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise DataError(f"{folder}: {error!r}; remove the folder, and it is made anew") from error
 

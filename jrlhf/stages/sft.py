@@ -119,6 +119,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             "exported_step": outcome.step,
             "rows": len(rows),
             "skipped": rows.skipped,
+            "cut": rows.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)
