@@ -168,6 +168,7 @@ def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, ro
         "bytes": {Path(file.name).name: file.tell() for file in files},
         "skipped": {reason: [count, skips.first[reason]] for reason, count in skips.counts.items()},
         "notes": {note: [count, skips.notes.first[note]] for note, count in skips.notes.counts.items()},
+        "unread": skips.unread,
     }
     for file in files:
         os.fsync(file.fileno())
@@ -193,6 +194,7 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
             skips.counts[reason], skips.first[reason] = count, first
         for note, (count, first) in meta["notes"].items():
             skips.notes.counts[note], skips.notes.first[note] = count, first
+        skips.unread = meta["unread"]
         return mapped(schema, folder, meta["rows"], skips)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise DataError(f"{folder}: {error!r}; remove the folder, and it is made anew") from error
