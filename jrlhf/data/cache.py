@@ -152,7 +152,7 @@ def _clear(root: Path, mine: str) -> None:
 
 
 def _is_free(lock: Path) -> bool:
-    with lock.open("a") as file:
+    with lock.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -204,7 +204,7 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
 def _lock(path: Path, name: str) -> Iterator[bool]:
     """Hold the file for this process; False where the file system knows no locks. The kernel lets go when it ends."""
     with _disk_errors(path.parent):
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
     with file:
         yield _held(file, name)
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from glob import escape, glob
-from io import BufferedIOBase
+from io import BufferedIOBase, TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,11 +207,16 @@ READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parqu
 
 
 def _stdin_rows() -> Iterator[Placed]:
-    try:
-        for number, line in enumerate(sys.stdin, 1):
-            yield f"stdin:{number}", {"prompt": line.rstrip("\r\n")}
-    except UnicodeDecodeError as error:
-        raise DataError(f"stdin: not UTF-8: {error.reason}") from error
+    """A prompt a line, which "\n" or "\r\n" ends and nothing else; UTF-8 whatever the locale."""
+    # An interpreter that embeds this one may have put text in its place.
+    lines = sys.stdin.buffer if isinstance(sys.stdin, TextIOWrapper) else map(str.encode, sys.stdin)
+    for number, line in enumerate(lines, 1):
+        text = line.removeprefix(BOM) if number == 1 else line
+        try:
+            prompt = text.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"stdin: not UTF-8: line {number}, byte {error.start + 1}: {error.reason}") from error
+        yield f"stdin:{number}", {"prompt": prompt}
 
 
 def _open_hub(source: str) -> Source:
