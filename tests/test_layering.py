@@ -12,7 +12,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ABOVE_PARALLEL = {"core", "types", "parallel"}
 FLOOR_1 = ABOVE_PARALLEL | {"models"}
-CONFIG = {"config", "config_rewards", "config_tools", "config_watch", "environment", "suggest"}
+CONFIG = {"config", "config_rewards", "config_tools", "config_watch", "environment", "lines", "suggest"}
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 ALLOWED = {
     "types": set(),
@@ -30,6 +30,7 @@ ALLOWED = {
     "assets": FLOOR_1 | CONFIG | {"config_io", "data"},
     "checkpoint": FLOOR_1 | CONFIG | {"leaves", "manifest"},
     "leaves": set(),
+    "lines": set(),
     "lock": set(),
     "manifest": set(),
     "gates": set(),

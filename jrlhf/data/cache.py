@@ -152,7 +152,7 @@ def _clear(root: Path, mine: str) -> None:
 
 
 def _is_free(lock: Path) -> bool:
-    with lock.open("a") as file:
+    with lock.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -167,6 +167,7 @@ def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, ro
         "rows": rows,
         "bytes": {Path(file.name).name: file.tell() for file in files},
         "skipped": {reason: [count, skips.first[reason]] for reason, count in skips.counts.items()},
+        "notes": {note: [count, skips.notes.first[note]] for note, count in skips.notes.counts.items()},
         "unread": skips.unread,
     }
     for file in files:
@@ -191,8 +192,10 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
         skips = Skips(name, skip=True)
         for reason, (count, first) in meta["skipped"].items():
             skips.counts[reason], skips.first[reason] = count, first
+        for note, (count, first) in meta["notes"].items():
+            skips.notes.counts[note], skips.notes.first[note] = count, first
         skips.unread = meta["unread"]
-        return mapped(schema, folder, meta["rows"], skips.close(meta["rows"]))
+        return mapped(schema, folder, meta["rows"], skips)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise DataError(f"{folder}: {error!r}; remove the folder, and it is made anew") from error
 
@@ -201,7 +204,7 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
 def _lock(path: Path, name: str) -> Iterator[bool]:
     """Hold the file for this process; False where the file system knows no locks. The kernel lets go when it ends."""
     with _disk_errors(path.parent):
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
     with file:
         yield _held(file, name)
 

@@ -34,6 +34,31 @@ Placed = tuple[str, Row | BadRow]
 """Where a row stands, and the row, or why it is none."""
 
 
+class LeftOut(BadRow):
+    """A good row that is not for the stage at hand, such as an answer labelled bad in SFT: counted, never an error."""
+
+
+class Notes:
+    """What is counted of the rows that stay, such as those cut to max_length: said once a source, with the share."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.first: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, note: str, place: str) -> None:
+        """Count a row; ``note`` goes on after "3 of 10 rows (30 %): ", such as "cut to max_length"."""
+        self.first.setdefault(note, place)
+        self.counts[note] = self.counts.get(note, 0) + 1
+
+    def say(self, rows: int) -> None:
+        """Warn of each note with its share of all rows, in the order of their counts."""
+        for note in sorted(self.counts, key=self.counts.__getitem__, reverse=True):
+            count = self.counts[note]
+            share = f"{count:,} of {rows:,} rows ({100 * count / max(rows, 1):.2g} %)"
+            log.warning("%s: %s: %s (first: %s)", self._name, share, note, self.first[note])
+
+
 class Skips:
     """The rule for what is not used of a source, so that nothing is passed over in silence.
 
@@ -45,12 +70,13 @@ class Skips:
         self._skip = skip
         self.first: dict[str, str] = {}
         self.counts: dict[str, int] = {}
+        self.notes = Notes(name)
         self.unread: dict[str, int] = {}
         """Rows that have a column, or a message field, that nothing reads; by its name."""
 
     def add(self, error: BadRow, place: str) -> None:
         """Raise ``DataError`` with the row's place, or count it."""
-        if not self._skip:
+        if not self._skip and not isinstance(error, LeftOut):
             raise DataError(f"{place}: {error}") from None
         self.first.setdefault(error.reason, place)
         self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
@@ -62,7 +88,7 @@ class Skips:
             self.unread[name] = self.unread.get(name, 0) + 1
 
     def close(self, kept: int) -> dict[str, int]:
-        """Say what was left out, and where first; an error where nothing remains."""
+        """Say what was left out, and where first, and the notes; an error where nothing remains."""
         reasons = sorted(self.counts, key=self.counts.__getitem__, reverse=True)
         for reason in reasons[:REASONS_SHOWN]:
             rows = self.counts[reason]
@@ -73,6 +99,7 @@ class Skips:
         if kept == 0:
             worst = f"; all {sum(self.counts.values())} were skipped, most for: {reasons[0]}" if reasons else ""
             raise DataError(f"{self._name}: no rows{worst}")
+        self.notes.say(kept)
         if self.unread:
             log.warning("%s: columns that nothing reads: %s", self._name, names_with_rows(self.unread))
         return self.counts

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from glob import glob
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from jrlhf import assets
 from jrlhf.data.arrow_files import arrow_rows, is_saved, parquet_rows, saved_files, saved_rows
 from jrlhf.data.errors import DataError, Placed
-from jrlhf.data.text_files import csv_rows, json_rows
+from jrlhf.data.text_files import BOM, csv_rows, json_rows
 from jrlhf.suggest import either
 
 READERS = {
@@ -114,11 +115,16 @@ def _guarded(path: Path, rows: Iterator[Placed]) -> Iterator[Placed]:
 
 
 def _stdin_rows() -> Iterator[Placed]:
-    try:
-        for number, line in enumerate(sys.stdin, 1):
-            yield f"stdin:{number}", {"prompt": line.rstrip("\r\n")}
-    except UnicodeDecodeError as error:
-        raise DataError(f"stdin: not UTF-8: {error.reason}") from error
+    """A prompt a line, which "\n" or "\r\n" ends and nothing else; UTF-8 whatever the locale."""
+    # An interpreter that embeds this one may have put text in its place.
+    lines = sys.stdin.buffer if isinstance(sys.stdin, TextIOWrapper) else map(str.encode, sys.stdin)
+    for number, line in enumerate(lines, 1):
+        text = line.removeprefix(BOM) if number == 1 else line
+        try:
+            prompt = text.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"stdin: not UTF-8: line {number}, byte {error.start + 1}: {error.reason}") from error
+        yield f"stdin:{number}", {"prompt": prompt}
 
 
 def _open_hub(source: str) -> Source:

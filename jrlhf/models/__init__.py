@@ -14,6 +14,7 @@ from jrlhf.models.functions import (
     init_params,
     reward_params,
 )
+from jrlhf.models.generation import generation_eos
 from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.names import RULES
 from jrlhf.models.peft import insert_adapter, save_adapter
@@ -49,6 +50,7 @@ __all__ = [
     "from_equinox",
     "from_linen",
     "from_nnx",
+    "generation_eos",
     "init_params",
     "insert_adapter",
     "int8_cache",

@@ -115,6 +115,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             "iterations": ppo.iterations,
             "exported_step": outcome.step,
             "kl_coef": float(outcome.state.kl_coef),
+            "cut": prompts.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)

@@ -139,6 +139,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             "exported_step": outcome.step,
             "rows": len(rows),
             "skipped": rows.skipped,
+            "cut": rows.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)

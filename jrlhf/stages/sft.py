@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, SFTConfig
 from jrlhf.core import combine
 from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
+from jrlhf.lines import json_line, write_text
 from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
@@ -20,7 +21,7 @@ from jrlhf.stages.batches import covering_batches, device_multiple, device_share
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.run import json_line, model_source, open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
 from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
@@ -119,6 +120,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             "exported_step": outcome.step,
             "rows": len(rows),
             "skipped": rows.skipped,
+            "cut": rows.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)
@@ -202,4 +204,4 @@ def _write_candidates(
     )
     rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
     if is_first():
-        (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+        write_text(folder / "candidates.jsonl", "".join(map(json_line, rows)))
