@@ -13,7 +13,7 @@ class GenerateConfig:
     model: str
     """A Hugging Face folder, a hub id, or a run or stage folder."""
     prompts: str
-    """A .jsonl, .json, .csv or .parquet file, a hub id (name or name:split), asset:NAME, or - (stdin, one a line)."""
+    """A file, folder or hub id in the forms of data.train, asset:NAME, or - (stdin, one a line)."""
     out: str = "-"
     """The JSONL file to write; - is stdout."""
     samples: int = 1
