@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from jrlhf import assets
 from jrlhf.data.errors import BadRow, DataError
+from jrlhf.data.messages import without_fill
 from jrlhf.suggest import either
 
 Row = dict[str, Any]
@@ -200,7 +201,7 @@ def _parquet_rows(path: Path) -> Iterator[Placed]:
         rows = datasets.load_dataset("parquet", data_files=escape(str(path)), split="train")
     except Exception as error:  # whatever the reader raises, wrapped in the loader's own
         raise DataError(f"{path}: cannot be read: {_root(error)}") from error
-    yield from ((f"{path}: row {i}", dict(row)) for i, row in enumerate(rows, 1))
+    yield from ((f"{path}: row {i}", without_fill(dict(row))) for i, row in enumerate(rows, 1))
 
 
 READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
@@ -228,7 +229,7 @@ def _open_hub(source: str) -> Source:
     except Exception as error:  # the network's, the hub's, or the loader's own
         reason = str(error).partition("\n")[0]
         raise DataError(f"{source}: neither a file nor a data set on the hub: {reason}") from error
-    placed = ((f"{source}: row {i}", dict(row)) for i, row in enumerate(rows, 1))
+    placed = ((f"{source}: row {i}", without_fill(dict(row))) for i, row in enumerate(rows, 1))
     return Source(source, placed, tuple(Path(file["filename"]) for file in rows.cache_files))
 
 
