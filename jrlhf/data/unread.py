@@ -3,70 +3,49 @@
 A row's own parser says which columns it reads. What a row has besides is counted while rows are made, and named once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import jinja2
 
 from jrlhf.data.chat import template_of
 from jrlhf.data.errors import Row
+from jrlhf.data.formats import columns_read
 from jrlhf.data.tokenizer import Tokenizer
 
-MESSAGE_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "completions")
-MESSAGE_FIELDS = frozenset({"role", "content"})
-"""What is read of every message; a chat template reads others, see ``template_fields``."""
+MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "completions")
+MESSAGE_FIELDS = frozenset({"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id"})
+"""What is read of every message, or says nothing by itself; see ``template_fields`` for others."""
 
 EMPTY = (None, "", [], {})
 """Values in which nothing can be lost. A field that only some rows have comes as None in the others."""
-Parser = Callable[[Row], Any]
+Parser = Callable[[Mapping[str, Any]], Any]
 SHAPES = 1000
 """Kinds of rows, by the columns that they have, of which it is remembered what is read."""
 
 
-def unread_of(parse: Parser, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Row], list[str]]:
+def unread_of(parse: Parser, tokenizer: Tokenizer, also: Set[str] = frozenset()) -> Callable[[Row], list[str]]:
     """A function from a good row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
 
     ``also``: columns that are read besides those that ``parse`` reads.
     """
     fields = MESSAGE_FIELDS | template_fields(template_of(tokenizer))
-    known: dict[tuple[str, ...], frozenset[str]] = {}
+    known: dict[tuple[str, ...], set[str]] = {}
 
     def unread(row: Row) -> list[str]:
         columns = tuple(column for column in row if row[column] not in EMPTY)
         if (read := known.get(columns)) is None:
-            read = columns_read(row, parse).union(also)
+            read = columns_read(row, parse) | also
             if len(known) < SHAPES:
                 known[columns] = read
         names = [column for column in columns if column not in read]
         for column in MESSAGE_COLUMNS:
-            if column in read and isinstance(value := row.get(column), list):
-                names.extend(dict.fromkeys(_fields(f"{column}[]", value, fields)))
+            if column in read and isinstance(value := row.get(column), list | dict):
+                messages = value if isinstance(value, list) else [value]
+                names.extend(dict.fromkeys(_fields(f"{column}[]", messages, fields)))
         return names
 
     return unread
-
-
-def columns_read(row: Row, parse: Parser) -> frozenset[str]:
-    """The columns of a good row at which its parser looks."""
-    recorder = _Recorder(row)
-    parse(recorder)
-    return frozenset(recorder.read)
-
-
-class _Recorder(dict[str, Any]):
-    """A row that remembers which of its columns were looked at."""
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row)
-        self.read = set[str]()
-
-    def __getitem__(self, column: str) -> Any:
-        self.read.add(column)
-        return super().__getitem__(column)
-
-    def get(self, column: str, default: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.read.add(column)
-        return super().get(column, default)
 
 
 def _fields(path: str, messages: list[Any], read: Set[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content"
 TEXT, PAIR = {"prompt": "Q", "completion": " a"}, {"prompt": "Q", "chosen": " yes", "rejected": " no"}
 RANKED = {"prompt": "Q", "completions": [" a", " b"], "ranks": [0, 1]}
 CHAT = {"messages": [ASK, ANSWER]}
+SAID = {"from": "gpt", "value": "a"}
 NOTES = {"id": 7, "source": "web"}
 
 LOADERS: dict[str, Any] = {
@@ -37,6 +38,15 @@ SHAPES = [
     ("texts", PAIR),
     ("texts", TEXT),
     ("texts", CHAT),
+    ("sft", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}], "system": "Be."}),
+    ("sft", {"instruction": "Add", "input": "1 and 1", "output": "2", "system": "Be."}),
+    ("sft", {**TEXT, "label": True}),
+    ("sft", {"messages": [ASK, {**ANSWER, "weight": 1}], "label": True}),
+    ("prompts", {"instruction": "Add", "input": "1 and 1"}),
+    (
+        "rankings",
+        {"conversations": [{"from": "human", "value": "hi"}], "chosen": SAID, "rejected": {**SAID, "value": "b"}},
+    ),
 ]
 
 
