@@ -23,6 +23,7 @@ from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_l
 from jrlhf.data.sources import Row, Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.unread import unread_of
+from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
 from jrlhf.parallel import same_everywhere
 
@@ -245,7 +246,9 @@ def _table(config: DataConfig, source: str, tokenizer: Tokenizer, kind: Kind) ->
     if folder is None:
         return in_memory(kind.schema, lambda writer: _each(config, opened, kind, writer))
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_ROWS}
-    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings})
+    # Rows are held to the model's embeddings when they are made: those of a larger model do for no smaller one.
+    limit = {} if (rows := vocabulary_limit(tokenizer)) is None else {"embedding_rows": rows}
+    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings, **limit})
     return cached(folder, key, kind.schema, lambda writer: _each(config, opened, kind, writer))
 
 

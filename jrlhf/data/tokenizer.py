@@ -5,6 +5,13 @@ import os
 from typing import Any
 
 from jrlhf.data.errors import DataError
+from jrlhf.data.vocabulary import (
+    check_roles,
+    embedding_rows,
+    limit_vocabulary,
+    vocabulary_limit,
+    warn_of_spare_tokens,
+)
 
 log = logging.getLogger("jrlhf.data")
 
@@ -20,7 +27,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     """From a Hugging Face folder or a hub id; never with code of its own.
 
     Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
-    pad == EOS other libraries mask the EOS away and the model never learns to stop.
+    pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of a model in this
+    folder bound what may be read: DataError for a pad, EOS, BOS or end of turn beyond them, a warning for others.
     """
     # Only tokenizers are wanted; that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -32,15 +40,21 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
+    limit_vocabulary(tokenizer, embedding_rows(path))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _spare_token(tokenizer, path)
         log.warning("%s: no pad token apart from EOS; padding with %r", path, tokenizer.pad_token)
+    if vocabulary_limit(tokenizer) is not None:
+        roles = {"EOS": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id, "BOS": tokenizer.bos_token_id}
+        check_roles(tokenizer, roles | {"end of turn": end_of_turn(tokenizer)}, where=path)
+        warn_of_spare_tokens(tokenizer, where=path)
     return tokenizer
 
 
 def _spare_token(tokenizer: Tokenizer, path: str) -> str:
     """Masks go by position, so any token may pad; but one that ends answers, or stands in texts, is lost elsewhere."""
-    known, end = tokenizer.get_vocab(), end_of_turn(tokenizer)
+    limit, end = vocabulary_limit(tokenizer), end_of_turn(tokenizer)
+    known = {token: i for token, i in tokenizer.get_vocab().items() if limit is None or i < limit}
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     for token in (*PADS, tokenizer.unk_token, *added, *NUL_BYTE):
         if token in known and known[token] not in (tokenizer.eos_token_id, end):
@@ -54,6 +68,7 @@ def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, .
     for token in extra:
         if token not in known:
             raise DataError(f"sampling.stop: {token!r} is not a token of this tokenizer")
+        check_roles(tokenizer, {"stop token": known[token]}, where="sampling.stop")
     found = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(known[token] for token in extra)]
     return tuple(dict.fromkeys(int(token) for token in found if token is not None))
 
