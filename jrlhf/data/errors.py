@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 log = logging.getLogger("jrlhf.data")
 
@@ -51,6 +52,9 @@ class Notes:
             count = self.counts[note]
             share = f"{count:,} of {rows:,} rows ({100 * count / max(rows, 1):.2g} %)"
             log.warning("%s: %s: %s (first: %s)", self._name, share, note, self.first[note])
+Row = dict[str, Any]
+Placed = tuple[str, Row | BadRow]
+"""Where a row stands, and the row, or why it is none."""
 
 
 class Skips:

@@ -15,12 +15,12 @@ from jrlhf.config import DataConfig, Sources
 from jrlhf.data.cache import cache_folder, cache_key, cached
 from jrlhf.data.columns import Encoded, Schema, Table, Writer, in_memory, joined
 from jrlhf.data.encode import Encoder
-from jrlhf.data.errors import BadRow, Skips
+from jrlhf.data.errors import BadRow, Row, Skips
 from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft
 from jrlhf.data.order import Part
 from jrlhf.data.ragged import Objects, Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
-from jrlhf.data.sources import Row, Source, open_source
+from jrlhf.data.sources import Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.unread import unread_of
 from jrlhf.data.vocabulary import vocabulary_limit
