@@ -197,6 +197,10 @@ class SFTConfig:
     on, and the exit code is 3. Of the checkpoints that do, the best one is exported."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
+    the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
+    rounded to them."""
     candidate_prompts: str = ""
     """Prompts to sample ranking candidates for after training, as data.train. Empty: none."""
     candidates: int = 4
@@ -227,6 +231,10 @@ class RewardConfig:
     """As in sft.gates."""
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)², which keeps scores near 0."""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
+    the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
+    rounded to them."""
     normalise: str = ""
     """Texts, as data.train, on which scores get mean 0 and std 1. Empty: the SFT stage's candidates, else data.eval."""
 
@@ -332,6 +340,10 @@ class PPOConfig:
     """Weight of the SFT loss mixed into the update (PPO-ptx); 0 is off."""
     ptx: DataConfig = field(default_factory=DataConfig)
     """The text for it."""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
+    the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
+    rounded to them."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     gates: tuple[str, ...] = ()

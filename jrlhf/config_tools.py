@@ -113,6 +113,9 @@ class ExportConfig:
     """Which stage of a run folder; last: the furthest one that has a checkpoint."""
     step: int = -1
     """Which checkpoint; -1 is the newest."""
+    dtype: Literal["stage", "float32", "source"] = "stage"
+    """Dtype of the weights. stage takes the stage's own export_dtype. float32 keeps all that the checkpoint holds.
+    source takes the dtypes of the files that the stage's model was read from."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jrlhf.models.families import arch_from_hf, is_sequence_classification
 from jrlhf.models.functions import abstract_params, decoder_fns
 from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, find_folder, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
-from jrlhf.models.hf_write import write_folder
+from jrlhf.models.hf_write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
@@ -88,10 +88,18 @@ def load_pretrained(
     )
 
 
-def save_pretrained(pretrained: Pretrained, path: str | Path) -> None:
-    """Write config.json, the weights and the source's tokenizer files.
+def save_pretrained(
+    pretrained: Pretrained,
+    path: str | Path,
+    *,
+    dtype: WeightDtype = "source",
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write config.json, the weights, and the source's tokenizer files and generation config.
 
-    Tensors get the dtypes and files they were read from, so unchanged parameters give the source's bytes.
+    ``dtype`` "source" gives tensors the dtypes they were read from, so unchanged parameters give the source's bytes;
+    "float32" rounds nothing, and config.json says so. ``files`` are the contents, by name, of what is written beside
+    them in place of the source's tokenizer and generation config.
     """
     write_folder(
         Path(path),
@@ -102,4 +110,6 @@ def save_pretrained(pretrained: Pretrained, path: str | Path) -> None:
         pretrained.stored,
         pretrained.source,
         (*TOKENIZER_FILES, GENERATION_CONFIG),
+        dtype=dtype,
+        files=files,
     )
