@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from jrlhf import assets
 from jrlhf.data.errors import BadRow, DataError
+from jrlhf.paths import expanded
 from jrlhf.suggest import either
 
 Row = dict[str, Any]
@@ -47,7 +48,7 @@ def open_source(source: str) -> Source:
     """
     if source == "-":
         return Source("stdin", _stdin_rows())
-    path = Path(assets.resolve(source)).expanduser()
+    path = Path(expanded(assets.resolve(source)))
     if not path.exists() and ("*" in source or "?" in source or ("[" in source and _kind(path))):
         return _open_glob(str(path))
     if path.is_file() or path.is_dir() or _kind(path) or source[:1] in "./~" or len(path.parts) > 2:

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from jrlhf.data.errors import DataError
+from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
 
@@ -26,6 +27,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
+    path = expanded(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a missing file, JSON, the Rust library's own

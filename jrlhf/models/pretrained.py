@@ -18,6 +18,7 @@ from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.paths import expanded
 from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
 
 
@@ -94,7 +95,7 @@ def save_pretrained(pretrained: Pretrained, path: str | Path) -> None:
     Tensors get the dtypes and files they were read from, so unchanged parameters give the source's bytes.
     """
     write_folder(
-        Path(path),
+        Path(expanded(str(path))),
         pretrained.config,
         pretrained.params,
         pretrained.arch,

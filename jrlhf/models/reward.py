@@ -24,6 +24,7 @@ from jrlhf.models.names import RULES, reward_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.paths import expanded
 from jrlhf.types import Key, Params, ScoreFn
 
 _OURS = "jrlhf"
@@ -146,4 +147,5 @@ def save_reward_model(model: RewardModel, path: str | Path) -> None:
     if _OURS in config or ours != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0}:
         config[_OURS] = ours
     table = reward_model_table(model.arch)
-    write_folder(Path(path), config, model.params, model.arch, table, model.stored, model.source, TOKENIZER_FILES)
+    out = Path(expanded(str(path)))
+    write_folder(out, config, model.params, model.arch, table, model.stored, model.source, TOKENIZER_FILES)
