@@ -15,6 +15,7 @@ from jrlhf.data.vocabulary import (
 )
 from jrlhf.models.generation import generation_eos
 from jrlhf.models.hf import find_folder
+from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
 
@@ -53,6 +54,7 @@ def read_tokenizer(path: str) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
+    path = expanded(path)
     try:
         # The hub's files are on this machine from here on: what is beside the tokenizer is read too.
         folder = path if Path(path).is_dir() else str(find_folder(path, weights=False))

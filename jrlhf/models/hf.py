@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.models.names import Entry
+from jrlhf.paths import expanded
 from jrlhf.types import Params
 
 CONFIG = "config.json"
@@ -44,7 +45,7 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
 
     Without ``weights`` no more than its configs and its tokenizer.
     """
-    folder = Path(path)
+    folder = Path(expanded(str(path)))
     if folder.is_dir():
         return folder
     if folder.suffix in PICKLED:

@@ -18,6 +18,7 @@ from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.paths import expanded
 from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
 
 
@@ -102,7 +103,7 @@ def save_pretrained(
     them in place of the source's tokenizer and generation config.
     """
     write_folder(
-        Path(path),
+        Path(expanded(str(path))),
         pretrained.config,
         pretrained.params,
         pretrained.arch,

@@ -24,6 +24,7 @@ from jrlhf.models.names import RULES, reward_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.paths import expanded
 from jrlhf.types import Key, Params, ScoreFn
 
 _OURS = "jrlhf"
@@ -153,7 +154,7 @@ def save_reward_model(
     if _OURS in config or ours != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0}:
         config[_OURS] = ours
     write_folder(
-        Path(path),
+        Path(expanded(str(path))),
         config,
         model.params,
         model.arch,
