@@ -16,13 +16,15 @@ BLOCK_VALUES, BLOCK_ROWS = 2**20, 2**12
 class Encoded(NamedTuple):
     """What one row of a source becomes: arrays by the column they are appended to.
 
-    ``ragged``: each array is a row of its column, with a length of its own; ``flat``: values one after the other.
+    ``ragged``: each array is a row of its column, with a length of its own; ``flat``: values one after the other;
+    ``unread``: names of columns and message fields of the row that nothing reads.
     """
 
     ragged: Mapping[str, list[Any]]
     flat: Mapping[str, Any]
     notes: Sequence[str] = ()
     """What is counted of the row, as in ``Notes``."""
+    unread: Sequence[str] = ()
 
 
 class Schema(NamedTuple):

@@ -15,14 +15,16 @@ from jrlhf.config import DataConfig, Sources
 from jrlhf.data.cache import cache_folder, cache_key, cached
 from jrlhf.data.columns import Encoded, Schema, Table, Writer, in_memory, joined
 from jrlhf.data.encode import Encoder
-from jrlhf.data.errors import BadRow, Skips
+from jrlhf.data.errors import BadRow, Row, Skips
 from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.messages import Content, Tools, has_weights
 from jrlhf.data.order import Part
 from jrlhf.data.ragged import Objects, Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
-from jrlhf.data.sources import Row, Source, open_source
+from jrlhf.data.sources import Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.data.unread import unread_of
+from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
 from jrlhf.parallel import same_everywhere
 
@@ -64,7 +66,7 @@ def sft_kind(config: DataConfig, tokenizer: Tokenizer, *, train_on: TrainOn) -> 
         return Encoded(*encoded, notes + cut_note([len(tokens)], config.max_length))
 
     schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
-    return Kind("sft", {"train_on": train_on}, schema, encode)
+    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of("sft", tokenizer))
 
 
 def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
@@ -96,7 +98,7 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
         return Encoded({"tokens": tokens, "ranks": [ranks]}, longest, notes)
 
     schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
-    return Kind("rankings", {}, schema, encode)
+    return Kind("rankings", {}, schema, encode, unread_of("rankings", tokenizer))
 
 
 def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
@@ -143,7 +145,8 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
         return Encoded(encoded, {}, cut_note([len(whole)], config.max_length))
 
     settings = columns._asdict() if any(columns) else {}
-    return Kind("prompts", settings, SHOWN, encode)
+    unread = unread_of("prompts", tokenizer, (*columns.needed, *columns.optional))
+    return Kind("prompts", settings, SHOWN, encode, (lambda row: []) if columns.every else unread)
 
 
 def load_prompts(
@@ -169,7 +172,7 @@ def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> Te
             totals.append(len(before) + len(after))
         return Encoded({"tokens": tokens, "shown": texts}, {}, notes + cut_note(totals, config.max_length))
 
-    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode))
+    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of("texts", tokenizer)))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
@@ -199,6 +202,8 @@ class Kind(NamedTuple):
     settings: Mapping[str, Any]
     schema: Schema
     encode: Callable[[Row], Encoded]
+    unread: Callable[[Row], list[str]]
+    """The names in a row that nothing reads."""
 
 
 class Loaded(NamedTuple):
@@ -254,15 +259,22 @@ def _table(config: DataConfig, source: str, tokenizer: Tokenizer, kind: Kind) ->
     opened = open_source(source)
     folder = cache_folder(config.cache, opened.files)
     if folder is None:
-        return in_memory(kind.schema, lambda writer: _each(config, opened, kind.encode, writer))
+        return in_memory(kind.schema, lambda writer: _each(config, opened, kind, writer))
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_ROWS}
-    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings})
-    return cached(folder, key, kind.schema, lambda writer: _each(config, opened, kind.encode, writer))
+    # Rows are held to the model's embeddings when they are made: those of a larger model do for no smaller one.
+    limit = {} if (rows := vocabulary_limit(tokenizer)) is None else {"embedding_rows": rows}
+    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings, **limit})
+    return cached(folder, key, kind.schema, lambda writer: _each(config, opened, kind, writer))
 
 
-def _each(config: DataConfig, source: Source, encode: Callable[[Row], Encoded], writer: Writer) -> Skips:
+def _each(config: DataConfig, source: Source, kind: Kind, writer: Writer) -> Skips:
     """Encode every row that can be; the others end the run or are counted, as the config says."""
     skips = Skips(source.name, skip=config.on_bad_row == "skip")
+
+    def encode(row: Row) -> Encoded:
+        encoded = kind.encode(row)
+        return encoded._replace(unread=names) if (names := kind.unread(row)) else encoded
+
     start = said = time.monotonic()
     for place, row in encode_all(source.rows, encode):
         if isinstance(row, BadRow):
@@ -271,6 +283,7 @@ def _each(config: DataConfig, source: Source, encode: Callable[[Row], Encoded], 
             writer.add(row)
             for note in row.notes:
                 skips.notes.add(note, place)
+            skips.add_unread(row.unread)
         if (now := time.monotonic()) - said > PATIENCE:
             said = now
             log.info("%s: %d rows tokenised, %d a second", source.name, writer.rows, writer.rows / (now - start))
