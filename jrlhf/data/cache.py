@@ -27,6 +27,7 @@ from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.environment import cache_home
 from jrlhf.parallel import first_goes_ahead
+from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
 
@@ -47,7 +48,7 @@ def cache_folder(setting: str, files: Sequence[Path]) -> Path | None:
     if not (setting and files):
         return None
     if setting != AUTO:
-        return Path(setting).expanduser()
+        return Path(expanded(setting))
     if sum(path.stat().st_size for path in files) < SMALL:
         return None
     return cache_home()

@@ -8,8 +8,7 @@ Alpaca's ``{"instruction", "input"?}`` where a prompt is, its ``output`` where a
 ``jrlhf.data.foreign``. ``tools`` beside messages are the functions that they may call.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jrlhf.data.errors import BadRow, LeftOut
@@ -20,6 +19,7 @@ from jrlhf.data.repeats import Note, apart, prompt_in_transcripts, without_turns
 
 SFT_FORMS = "messages, conversations, prompt and completion, instruction and output, or chosen and rejected"
 UNPAIRED = "an answer by itself makes no pair; a reward model needs chosen and rejected, or completions and ranks"
+BAD_ANSWER = "false, so the answer is not learnt"
 PROMPT_FORMS = "messages, conversations, instruction, or chosen and rejected"
 
 
@@ -51,9 +51,7 @@ def parse_sft(row: Mapping[str, Any], *, chat: bool = True, note: Note = silent)
     ``chat``: whether there is a chat template, which decides how an Alpaca row asks. ``note`` hears what was done to
     the row. ``LeftOut`` where a label says that the answer is a bad one.
     """
-    if not _is_good(row):
-        raise LeftOut("label", "false, so the answer is not learnt")
-    return _answered(row, chat, note)
+    return _answered(row, chat, note, learnt=True)
 
 
 def parse_ranking(row: Mapping[str, Any], *, chat: bool = True, note: Note = silent) -> Ranking:
@@ -87,13 +85,15 @@ def parse_ranking(row: Mapping[str, Any], *, chat: bool = True, note: Note = sil
 
 def parse_prompt(row: Mapping[str, Any], *, chat: bool = True) -> Content:
     """The prompt that ``parse_sft`` would see; of a conversation, all before its last assistant turn."""
-    if (messages := _conversation(row)) is not None:
-        return messages[: last_assistant(messages)] or checked_content([], "messages")
+    if _has(row, "messages"):
+        return _before_answer(row, "messages")
     if _has(row, "chosen") and _has(row, "rejected"):
         prompt, _, _ = _preference(row, chat, silent)
         if prompt is not None:
             return prompt
         raise BadRow("prompt", "no such column, and chosen and rejected do not imply one")
+    if _has(row, "conversations"):
+        return _before_answer(row, "conversations")
     if (prompt := _asked(row, chat)) is not None:
         return prompt
     raise BadRow("prompt", f"no such column, nor {PROMPT_FORMS}; the row has {_columns(row)}")
@@ -117,62 +117,49 @@ def parse_answers(row: Mapping[str, Any], *, chat: bool = True, note: Note = sil
     if _has(row, "chosen") and _has(row, "rejected"):
         prompt, chosen, rejected = _preference(row, chat, note)
         return [Answered(prompt, answer, _tools(row, prompt, answer)) for answer in (chosen, rejected)]
-    return [_answered(row, chat, note)]
+    return [_answered(row, chat, note, learnt=False)]
 
 
-def columns_read(row: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Any]) -> set[str]:
-    """The columns, of those that say anything in a row, of which a parser takes notice; of a bad row all it got to."""
-    recorder = _Recorder(row)
-    with suppress(BadRow):
-        parse(recorder)
-    return recorder.read
-
-
-class _Recorder(dict[str, Any]):
-    """A row that remembers which of its values were looked at."""
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        super().__init__(row)
-        self.read = set[str]()
-
-    def get(self, key: str, default: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        value = super().get(key, default)
-        if value is not None:
-            self.read.add(key)
-        return value
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-
-def _answered(row: Mapping[str, Any], chat: bool, note: Note) -> Answered:
-    if (messages := _conversation(row)) is not None:
-        return Answered(None, messages, _tools(row, messages))
+def _answered(row: Mapping[str, Any], chat: bool, note: Note, *, learnt: bool) -> Answered:
+    """``learnt``: a label is heeded."""
+    if _has(row, "messages"):
+        return _whole(row, "messages", learnt)
     if _has(row, "completion"):
-        prompt, completion = _prompt(row), _answer(row["completion"], "completion")
+        if learnt and _has(row, "label") and not label_of(row["label"]):
+            raise LeftOut("label", BAD_ANSWER)
+        prompt, completion = _prompt(row), _content(row, "completion")
         if isinstance(prompt, list) and isinstance(completion, list):
             [completion] = without_turns(prompt, [completion], note)
         return Answered(prompt, completion, _tools(row, prompt, completion))
+    if _has(row, "conversations"):
+        return _chosen(row, chat, note) if _has(row, "chosen") else _whole(row, "conversations", learnt)
     if is_instruction(row) and (column := output_column(row)) is not None:
+        _heed_label(row, learnt)
         prompt, completion = instruction(row, chat=chat), checked_content(row[column], column)
-        return Answered(prompt, completion, _tools(row, prompt, completion))
+        return Answered(prompt, completion, _tools(row, prompt))
     if _has(row, "text"):
         return Answered(None, _string(row, "text"))
     if _has(row, "chosen"):
-        prompt, chosen, _ = _preference(row, chat, note)
-        return Answered(prompt, chosen, _tools(row, prompt, chosen))
+        return _chosen(row, chat, note)
     raise BadRow("text", f"no such column, nor {SFT_FORMS}; the row has {_columns(row)}")
 
 
-def _is_good(row: Mapping[str, Any]) -> bool:
-    """Whether an answer may be learnt. Beside a whole conversation only true and false are labels of that kind."""
-    if not _has(row, "label"):
-        return True
-    if not _has(row, "messages") and _has(row, "completion"):
-        return label_of(row["label"])
-    whole = any(_has(row, column) for column in ("messages", "conversations", "instruction"))
-    return row.get("label") is not False if whole else True
+def _whole(row: Mapping[str, Any], column: str, learnt: bool) -> Answered:
+    """The conversation that is the whole row."""
+    _heed_label(row, learnt)
+    messages = _conversation(row, column)
+    return Answered(None, messages, _tools(row, messages))
+
+
+def _chosen(row: Mapping[str, Any], chat: bool, note: Note) -> Answered:
+    prompt, chosen, _ = _preference(row, chat, note)
+    return Answered(prompt, chosen, _tools(row, prompt, chosen))
+
+
+def _heed_label(row: Mapping[str, Any], learnt: bool) -> None:
+    """Beside a conversation or an instruction only true and false are labels of that kind: numbers may be classes."""
+    if learnt and row.get("label") is False:
+        raise LeftOut("label", BAD_ANSWER)
 
 
 def _preference(row: Mapping[str, Any], chat: bool, note: Note) -> tuple[Content | None, Content, Content]:
@@ -193,25 +180,26 @@ def _check_left(answer: Content, column: str) -> None:
         raise BadRow(column, "repeats the prompt and says nothing else")
 
 
-def _conversation(row: Mapping[str, Any]) -> list[Message] | None:
-    """The conversation that is the whole row; ShareGPT's beside answers of its own is their prompt."""
-    if _has(row, "messages"):
-        messages = checked_content(row["messages"], "messages")
-        if isinstance(messages, str):
-            raise BadRow("messages", "expected a list of messages, found a string")
-        return messages
-    if not _has(row, "conversations"):
-        return None
-    answers = ("chosen", "rejected", "completion", "completions")
-    return None if any(_has(row, column) for column in answers) else sharegpt(row, "conversations")
+def _conversation(row: Mapping[str, Any], column: str) -> list[Message]:
+    if column == "conversations":
+        return sharegpt(row, column)
+    messages = checked_content(row[column], column)
+    if isinstance(messages, str):
+        raise BadRow(column, "expected a list of messages, found a string")
+    return messages
+
+
+def _before_answer(row: Mapping[str, Any], column: str) -> Content:
+    messages = _conversation(row, column)
+    return messages[: last_assistant(messages)] or checked_content([], column)
 
 
 def _asked(row: Mapping[str, Any], chat: bool) -> Content | None:
-    """The prompt in a column of its own, if there is one."""
-    if _has(row, "prompt"):
-        return _prompt(row)
+    """The prompt beside answers, if there is one."""
     if _has(row, "conversations"):
         return _open(sharegpt(row, "conversations"), "conversations")
+    if _has(row, "prompt"):
+        return _prompt(row)
     return instruction(row, chat=chat) if is_instruction(row) else None
 
 

@@ -24,6 +24,7 @@ from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_l
 from jrlhf.data.sources import Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.unread import unread_of
+from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
 from jrlhf.parallel import same_everywhere
 
@@ -65,7 +66,7 @@ def sft_kind(config: DataConfig, tokenizer: Tokenizer, *, train_on: TrainOn) -> 
         return Encoded(*encoded, notes + cut_note([len(tokens)], config.max_length))
 
     schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
-    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of(parse_sft, tokenizer))
+    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of("sft", tokenizer))
 
 
 def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
@@ -97,7 +98,7 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
         return Encoded({"tokens": tokens, "ranks": [ranks]}, longest, notes)
 
     schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
-    return Kind("rankings", {}, schema, encode, unread_of(parse_ranking, tokenizer))
+    return Kind("rankings", {}, schema, encode, unread_of("rankings", tokenizer))
 
 
 def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
@@ -131,7 +132,8 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
-        prompt, tools = _parse_asked(row, chat=encoder.chat)
+        prompt = parse_prompt(row, chat=encoder.chat)
+        tools = parse_tools(row, prompt)
         for name in columns.needed:
             if row.get(name) is None:
                 raise BadRow(name, "no such column, but a rule of ppo.rewards reads it")
@@ -143,13 +145,8 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
         return Encoded(encoded, {}, cut_note([len(whole)], config.max_length))
 
     settings = columns._asdict() if any(columns) else {}
-    unread = unread_of(_parse_asked, tokenizer, {*columns.needed, *columns.optional})
+    unread = unread_of("prompts", tokenizer, (*columns.needed, *columns.optional))
     return Kind("prompts", settings, SHOWN, encode, (lambda row: []) if columns.every else unread)
-
-
-def _parse_asked(row: Mapping[str, Any], *, chat: bool = True) -> tuple[Content, Tools | None]:
-    prompt = parse_prompt(row, chat=chat)
-    return prompt, parse_tools(row, prompt)
 
 
 def load_prompts(
@@ -175,7 +172,7 @@ def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> Te
             totals.append(len(before) + len(after))
         return Encoded({"tokens": tokens, "shown": texts}, {}, notes + cut_note(totals, config.max_length))
 
-    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of(parse_answers, tokenizer)))
+    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of("texts", tokenizer)))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
@@ -264,7 +261,9 @@ def _table(config: DataConfig, source: str, tokenizer: Tokenizer, kind: Kind) ->
     if folder is None:
         return in_memory(kind.schema, lambda writer: _each(config, opened, kind, writer))
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_ROWS}
-    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings})
+    # Rows are held to the model's embeddings when they are made: those of a larger model do for no smaller one.
+    limit = {} if (rows := vocabulary_limit(tokenizer)) is None else {"embedding_rows": rows}
+    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings, **limit})
     return cached(folder, key, kind.schema, lambda writer: _each(config, opened, kind, writer))
 
 

@@ -17,18 +17,9 @@ Tools = list[dict[str, Any]]
 TOOL_ROLES = ("tool", "function", "ipython")
 """Roles in which a function's result comes: a template may write it in a form of its own."""
 
-FIELDS = (
-    "role",
-    "content",
-    "weight",
-    "tool_calls",
-    "tool_call_id",
-    "name",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)
-"""Fields of a message that mean something here or to most chat templates; others go to the template all the same."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+FIELDS = frozenset({"role", "content", "tool_calls", *REASONING})
+"""Fields of a message whose words must stand in what a template writes; it is given all others too."""
 
 
 def checked_content(value: Any, column: str) -> Content:

@@ -5,9 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jrlhf.data.errors import BadRow
-from jrlhf.data.messages import TOOL_ROLES, Message, Tools, said, tool_name
-
-REASONING = ("reasoning_content", "reasoning", "thinking")
+from jrlhf.data.messages import REASONING, TOOL_ROLES, Message, Tools, said, tool_name
 
 LOST = "the chat template leaves out or changes what a message says, or moves it"
 UNCALLED = "the chat template leaves out a tool call or its arguments, so the call would not be learnt"

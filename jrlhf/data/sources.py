@@ -14,6 +14,7 @@ from jrlhf import assets
 from jrlhf.data.arrow_files import arrow_rows, dataset_rows, is_saved, parquet_rows, saved_files, saved_rows
 from jrlhf.data.errors import DataError, Placed
 from jrlhf.data.text_files import BOM, csv_rows, json_rows
+from jrlhf.paths import expanded
 from jrlhf.suggest import either
 
 READERS = {
@@ -48,7 +49,7 @@ def open_source(source: str) -> Source:
     """
     if source == "-":
         return Source("stdin", _stdin_rows())
-    path = Path(assets.resolve(source)).expanduser()
+    path = Path(expanded(assets.resolve(source)))
     if not path.exists() and ("*" in source or "?" in source or ("[" in source and _kind(path))):
         return _open_glob(str(path))
     folder, _, split = str(path).rpartition(":")

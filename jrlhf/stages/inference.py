@@ -20,7 +20,8 @@ from jrlhf.stages.start import check_length
 def run_generate(args: GenerateConfig) -> None:
     """One JSON line a prompt, in the order of the prompts: ``{"prompt", "tools"?, "completions": [...]}``."""
     drawn = _draw(args)
-    write_output(args.out, "".join(json_line(row | {"completions": completions}) for row, completions in drawn))
+    rows = (row | {"completions": completions} for row, completions in drawn)
+    write_output(args.out, "".join(map(json_line, rows)))
 
 
 def run_sample(args: SampleConfig) -> None:

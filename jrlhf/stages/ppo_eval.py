@@ -20,6 +20,7 @@ from jrlhf.parallel import fetch, from_first, is_first
 from jrlhf.stages.actors import Actors, learnt_policy
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
+from jrlhf.stages.exports import exported_form
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fn
 from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.run import model_source
@@ -52,6 +53,7 @@ def make_evaluator(
     logprob_fn = reading_fn(actors, actors.policy.logprob_fn, slices=slices)
     judge = make_scorer(judging(config, actors, mesh), mesh, slices=slices) if judged(ppo.canary) else None
     key = jax.random.key(config.seed)
+    exported = exported_form(actors.policy, ppo.export_dtype)
 
     @jax.jit
     def measure(policy: Params, reference: Params, generation: Generation) -> dict[str, jax.Array]:
@@ -68,7 +70,7 @@ def make_evaluator(
         }
 
     def evaluate(state: RunState, number: int) -> dict[str, float]:
-        policy = learnt_policy(state.train)
+        policy = exported(learnt_policy(state.train))
         rows: dict[int, dict[str, Any]] = {}
         batches = generate_all(generate, policy, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=limit)
         for indices, real, generation in batches:

@@ -34,6 +34,7 @@ BAG_OF_WORDS_L2 = 3e-4
 def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> dict[str, Any]:
     """``jrlhf pipeline`` on configs/quickstart/<preset>.yaml, then the judge; writes summary.json and report.html."""
     config = replace(load_config(config_path(f"quickstart/{preset}.yaml")), run=str(out), seed=seed)
+    out = Path(config.run)
     summary = judge(config, run_pipeline(config))
     write_json(out / "summary.json", summary)
     write_report(out, summary)
