@@ -15,7 +15,7 @@ from jrlhf.config import DataConfig, Sources
 from jrlhf.data.cache import cache_folder, cache_key, cached
 from jrlhf.data.columns import Encoded, Schema, Table, Writer, in_memory, joined
 from jrlhf.data.encode import Encoder
-from jrlhf.data.errors import BadRow, Row, Skips
+from jrlhf.data.errors import BadRow, Row, Skips, absent
 from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.messages import Content, Tools, has_weights
 from jrlhf.data.order import Part
@@ -136,7 +136,7 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
         tools = parse_tools(row, prompt)
         for name in columns.needed:
             if row.get(name) is None:
-                raise BadRow(name, "no such column, but a rule of ppo.rewards reads it")
+                raise absent(row, name, rest=", but a rule of ppo.rewards reads it")
         kept = row if columns.every else (*columns.needed, *columns.optional)
         others = {name: row[name] for name in kept if name in row}
         whole = encoder.prompt(prompt, tools)
