@@ -55,7 +55,8 @@ def run_show(args: ShowConfig) -> None:
         others = sum(count.rows for count in tally.bad.values()) - 1
         raise DataError(tally.error + (f"; bad rows besides: {others}" if others else ""))
     if not tally.rows:
-        raise DataError(f"{source.name}: no rows")
+        reasons = "; all were left out: " + ", ".join(tally.left_out) if tally.left_out else ""
+        raise DataError(f"{source.name}: no rows{reasons}")
 
 
 class Spelling:
