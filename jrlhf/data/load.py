@@ -58,7 +58,7 @@ def sft_kind(config: DataConfig, tokenizer: Tokenizer, *, train_on: TrainOn) -> 
         return Encoded(*encoded, cut_note([len(tokens)], config.max_length))
 
     schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
-    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of("sft", tokenizer))
+    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of(parse_sft, tokenizer))
 
 
 def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
@@ -88,7 +88,7 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
         return Encoded({"tokens": tokens, "ranks": [ranks]}, longest, cut_note(map(_total, pairs), config.max_length))
 
     schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
-    return Kind("rankings", {}, schema, encode, unread_of("rankings", tokenizer))
+    return Kind("rankings", {}, schema, encode, unread_of(parse_ranking, tokenizer))
 
 
 def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
@@ -134,7 +134,7 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
         return Encoded(encoded, {}, cut_note([len(whole)], config.max_length))
 
     settings = columns._asdict() if any(columns) else {}
-    unread = unread_of("prompts", tokenizer, (*columns.needed, *columns.optional))
+    unread = unread_of(parse_prompt, tokenizer, (*columns.needed, *columns.optional))
     return Kind("prompts", settings, SHOWN, encode, (lambda row: []) if columns.every else unread)
 
 
@@ -162,7 +162,7 @@ def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> Te
             totals.append(len(before) + len(after))
         return Encoded({"tokens": tokens, "shown": texts}, {}, cut_note(totals, config.max_length))
 
-    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of("texts", tokenizer)))
+    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of(parse_answers, tokenizer)))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 

@@ -1,76 +1,72 @@
 """Columns of rows, and fields of chat messages, that nothing reads: what people wrote there has no effect.
 
-The tables say what ``formats`` and ``chat`` read. What a row has besides is counted while rows are made, named once.
+A row's own parser says which columns it reads. What a row has besides is counted while rows are made, and named once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import jinja2
 
 from jrlhf.data.chat import template_of
+from jrlhf.data.errors import Row
 from jrlhf.data.tokenizer import Tokenizer
 
-Shapes = Mapping[tuple[str, ...], frozenset[str]]
-"""The columns that are read of a row, by the columns that decide its shape: the first of these that it has all of."""
-
-_ANSWERS: Shapes = {
-    ("messages",): frozenset({"messages"}),
-    ("completion",): frozenset({"prompt", "completion"}),
-    ("text",): frozenset({"text"}),
-}
-_PAIR = frozenset({"prompt", "chosen", "rejected"})
-READ_COLUMNS: Mapping[str, Shapes] = {
-    "sft": {**_ANSWERS, ("chosen",): _PAIR},
-    "rankings": {
-        ("chosen",): _PAIR | {"margin"},
-        ("completions",): frozenset({"prompt", "completions", "ranks", "margin"}),
-    },
-    "prompts": {
-        ("messages",): frozenset({"messages"}),
-        ("chosen", "rejected"): _PAIR,
-        ("prompt",): frozenset({"prompt"}),
-    },
-    "texts": {
-        ("completions",): frozenset({"prompt", "completions"}),
-        ("chosen", "rejected"): _PAIR,
-        **_ANSWERS,
-    },
-}
-"""What each kind of rows reads, in the order in which its parser looks for a row's shape."""
-
 MESSAGE_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "completions")
-MESSAGE_FIELDS: Mapping[str, frozenset[str]] = dict.fromkeys(READ_COLUMNS, frozenset({"role", "content"}))
-"""What each kind of rows reads of a message itself. A chat template reads others, see ``template_fields``."""
+MESSAGE_FIELDS = frozenset({"role", "content"})
+"""What is read of every message; a chat template reads others, see ``template_fields``."""
 
 EMPTY = (None, "", [], {})
 """Values in which nothing can be lost. A field that only some rows have comes as None in the others."""
+Parser = Callable[[Row], Any]
+SHAPES = 1000
+"""Kinds of rows, by the columns that they have, of which it is remembered what is read."""
 
 
-def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Mapping[str, Any]], list[str]]:
-    """A function from a row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
+def unread_of(parse: Parser, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Row], list[str]]:
+    """A function from a good row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
 
-    ``also``: columns that are read besides those of ``READ_COLUMNS[kind]``.
+    ``also``: columns that are read besides those that ``parse`` reads.
     """
-    shapes = {shape: columns | frozenset(also) for shape, columns in READ_COLUMNS[kind].items()}
-    fields = MESSAGE_FIELDS[kind] | template_fields(template_of(tokenizer))
+    fields = MESSAGE_FIELDS | template_fields(template_of(tokenizer))
+    known: dict[tuple[str, ...], frozenset[str]] = {}
 
-    def unread(row: Mapping[str, Any]) -> list[str]:
-        columns = _columns(row, shapes)
-        names = [column for column in row if column not in columns and row[column] not in EMPTY]
+    def unread(row: Row) -> list[str]:
+        columns = tuple(column for column in row if row[column] not in EMPTY)
+        if (read := known.get(columns)) is None:
+            read = columns_read(row, parse).union(also)
+            if len(known) < SHAPES:
+                known[columns] = read
+        names = [column for column in columns if column not in read]
         for column in MESSAGE_COLUMNS:
-            if column in columns and isinstance(value := row.get(column), list):
+            if column in read and isinstance(value := row.get(column), list):
                 names.extend(dict.fromkeys(_fields(f"{column}[]", value, fields)))
         return names
 
     return unread
 
 
-def _columns(row: Mapping[str, Any], shapes: Shapes) -> frozenset[str]:
-    for shape, columns in shapes.items():
-        if all(row.get(column) is not None for column in shape):
-            return columns
-    return frozenset()
+def columns_read(row: Row, parse: Parser) -> frozenset[str]:
+    """The columns of a good row at which its parser looks."""
+    recorder = _Recorder(row)
+    parse(recorder)
+    return frozenset(recorder.read)
+
+
+class _Recorder(dict[str, Any]):
+    """A row that remembers which of its columns were looked at."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.read = set[str]()
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.read.add(column)
+        return super().get(column, default)
 
 
 def _fields(path: str, messages: list[Any], read: Set[str]) -> Iterator[str]:

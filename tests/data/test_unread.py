@@ -8,8 +8,7 @@ import pytest
 
 from jrlhf.data import Columns, load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.errors import NAMES_COUNTED, NAMES_SHOWN, Skips
-from jrlhf.data.formats import parse_answers, parse_prompt, parse_ranking, parse_sft
-from jrlhf.data.unread import READ_COLUMNS, template_fields, unread_of
+from jrlhf.data.unread import template_fields
 from tests.data.conftest import CHATML
 
 ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -24,7 +23,6 @@ LOADERS: dict[str, Any] = {
     "prompts": load_prompts,
     "texts": load_texts,
 }
-PARSERS = {"sft": parse_sft, "rankings": parse_ranking, "prompts": parse_prompt, "texts": parse_answers}
 SHAPES = [
     ("sft", TEXT),
     ("sft", CHAT),
@@ -56,37 +54,29 @@ def test_what_is_not_read_is_named_with_its_rows(kind, row, chat, config, write,
     assert said(caplog) == [f"{source}: columns that nothing reads: id (2 rows), source (1 row)"]
 
 
-class Recorder(dict[str, Any]):
-    """A row that knows which of its columns were looked at and were there."""
-
-    def __init__(self, row: dict[str, Any]) -> None:
-        super().__init__(row)
-        self.read = set[str]()
-
-    def __getitem__(self, column: str) -> Any:
-        self.read.add(column)
-        return super().__getitem__(column)
-
-    def get(self, column: str, default: Any = None) -> Any:
-        if column in self:
-            self.read.add(column)
-        return super().get(column, default)
-
-
 EVERYTHING = {**TEXT, **PAIR, **RANKED, **CHAT, "text": "a", "margin": 1}
+READ = {
+    "sft": {"messages"},
+    "rankings": {"prompt", "chosen", "rejected", "margin"},
+    "prompts": {"messages"},
+    "texts": {"prompt", "completions"},
+}
 
 
-@pytest.mark.parametrize("kind", READ_COLUMNS)
-def test_the_table_is_what_the_parsers_read(kind, chat):
-    """Rows that hold every column, then all but those that decide the first shape, and so on."""
-    row = dict(EVERYTHING)
-    for shape in READ_COLUMNS[kind]:
-        recorder = Recorder(row)
-        PARSERS[kind](recorder)
-        assert set(row) - set(unread_of(kind, chat)(row)) == recorder.read, shape
-        del row[shape[0]]
-        if shape[0] == "chosen":
-            del row["rejected"]
+@pytest.mark.parametrize("kind", LOADERS)
+def test_of_a_row_that_has_all_columns_those_of_the_other_shapes_are_named(kind, chat, config, write, caplog):
+    source = write([EVERYTHING])
+    LOADERS[kind](config(), source, chat)
+    names = ", ".join(f"{name} (1 row)" for name in EVERYTHING if name not in READ[kind])
+    assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
+
+
+def test_what_is_read_depends_on_the_shape_of_each_row(chat, config, write, caplog):
+    """Not on that of the first one."""
+    rows = [TEXT, {**TEXT, **CHAT}, {"text": "a", "prompt": "Q"}, TEXT, {**TEXT, "messages": None}]
+    source = write(rows)
+    load_sft(config(), source, chat, train_on="completion")
+    assert said(caplog) == [f"{source}: columns that nothing reads: prompt (2 rows), completion (1 row)"]
 
 
 def test_columns_of_rules_are_read(chat, config, write, caplog):
