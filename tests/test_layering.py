@@ -12,7 +12,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 ABOVE_PARALLEL = {"core", "types", "interrupts", "parallel", "paths"}
 FLOOR_1 = ABOVE_PARALLEL | {"models"}
-CONFIG = {"config", "config_rewards", "config_tools", "config_watch", "environment", "lines", "paths", "suggest"}
+CONFIG = {
+    "config",
+    "config_rewards",
+    "config_tools",
+    "config_watch",
+    "environment",
+    "lines",
+    "paths",
+    "suggest",
+    "terminal",
+}
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 ALLOWED = {
     "types": set(),
