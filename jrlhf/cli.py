@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 failure, 2 bad usage or data, 3 a gate failed, 130 or 143 
 import sys
 from collections.abc import Sequence
 
-from jrlhf import __version__
+from jrlhf import __version__, early
 from jrlhf.environment import (
     keep_compiled_programs,
     keep_hub_files,
@@ -17,6 +17,8 @@ from jrlhf.environment import (
 )
 from jrlhf.interrupts import end_at_once, no_longer, say_at_the_end
 from jrlhf.terminal import complain, show_all_characters
+
+__all__ = ["COMMANDS", "early", "main"]
 
 OK, USAGE = 0, 2
 

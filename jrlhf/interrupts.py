@@ -8,11 +8,14 @@ is there as a whole or not at all. Imports next to nothing, as it comes before e
 import os
 import signal
 import sys
+from _thread import RLock, get_ident
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import sleep
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 SHOW_CURSOR = b"\x1b[?25h"
+_ONE = RLock()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,6 +31,8 @@ class _State:
 
     last_words = "interrupted"
     farewell: Callable[[], None] | None = None
+    ender = 0
+    """The thread that ends the process; 0: none yet."""
 
 
 def end_at_once() -> None:
@@ -47,7 +52,7 @@ def end_at_once() -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     Thread(target=_listen, args=(reading,), daemon=True).start()
     for number in numbers:
-        signal.signal(number, _leave_to_the_listener)
+        signal.signal(number, _end_unless_farewell)
 
 
 def say_at_the_end(last_words: str) -> None:
@@ -66,14 +71,14 @@ def bid_farewell(farewell: Callable[[], None] | None) -> None:
 def no_longer() -> None:
     """The command is done: while the interpreter ends there may be no thread to listen."""
     for number in STOPPING:
-        if signal.getsignal(number) is _leave_to_the_listener:
+        if signal.getsignal(number) is _end_unless_farewell:
             signal.signal(number, _end)
 
 
 @contextmanager
 def raised() -> Iterator[None]:
     """While the block runs signals are raised as ``Interrupted``, for one that has handlers and an end of its own."""
-    if signal.getsignal(signal.SIGINT) is not _leave_to_the_listener:
+    if signal.getsignal(signal.SIGINT) is not _end_unless_farewell:
         yield
         return
     wakeup = signal.set_wakeup_fd(-1)
@@ -101,8 +106,13 @@ def release() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def _leave_to_the_listener(_number: int, _frame: object) -> None:
-    """Python has written the signal's number to the listener's pipe already."""
+def _end_unless_farewell(number: int, frame: object) -> None:
+    """The main thread ends the process where it can; what takes time is the listener's, which Python has woken.
+
+    It takes the farewell out: a second signal ends the process at once.
+    """
+    if _State.farewell is None:
+        _end(number, frame)
 
 
 def _raise(number: int, _frame: object) -> None:
@@ -112,12 +122,22 @@ def _raise(number: int, _frame: object) -> None:
 def _listen(reading: int) -> None:
     while number := os.read(reading, 1):
         if number[0] in STOPPING:
-            if _State.farewell is not None:
-                _State.farewell()
+            farewell, _State.farewell = _State.farewell, None
+            if farewell is not None:
+                farewell()
             _end(number[0], None)
 
 
 def _end(number: int, _frame: object) -> None:
+    """End the process: the thread that comes first does, and any other goes no further."""
+    me = get_ident()
+    with _ONE:
+        first, _State.ender = _State.ender == 0, _State.ender or me
+    if not first:
+        # A second signal in the midst of this very function, or another thread that must not start a new program.
+        while _State.ender != me:
+            sleep(1.0)
+        return
     if any(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)):
         os.write(2, SHOW_CURSOR)
     os.write(2, f"jrlhf: {_State.last_words}\n".encode(errors="replace"))

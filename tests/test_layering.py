@@ -37,6 +37,7 @@ ALLOWED = {
     "rules": set(),
     "suggest": set(),
     "environment": {"interrupts", "paths"},
+    "early": set(),
     "interrupts": set(),
     "terminal": set(),
     "assets": FLOOR_1 | CONFIG | {"config_io", "data"},
