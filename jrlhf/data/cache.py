@@ -25,8 +25,9 @@ import numpy as np
 from jrlhf.data.columns import Schema, Table, Writer, mapped
 from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.environment import cache_home
+from jrlhf.environment import cache_home, usable_cache
 from jrlhf.parallel import first_goes_ahead
+from jrlhf.parallel.peers import current
 from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
@@ -51,7 +52,12 @@ def cache_folder(setting: str, files: Sequence[Path]) -> Path | None:
         return Path(expanded(setting))
     if sum(path.stat().st_size for path in files) < SMALL:
         return None
-    return cache_home()
+    folder, trouble = usable_cache()
+    if folder is None and current() is None:
+        log.warning("tokenised rows are kept in memory: %s", trouble)
+        return None
+    # Several processes must do the same: there an error says what is to be set.
+    return folder or cache_home()
 
 
 def cache_key(kind: str, name: str, files: Sequence[Path], tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Key:

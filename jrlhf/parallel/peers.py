@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from jax._src.distributed import global_state
 
+from jrlhf.interrupts import bid_farewell
+
 GRACE = 2.0
 """Seconds that a process gets to find out by itself what another one has failed of."""
 BEAT = 2.0
@@ -142,7 +144,7 @@ class Peers:
         which: so all that are alive must be heard of once more. Bounded by the heartbeat's timeout.
         """
         start = time.monotonic()
-        while not self._end(ended):
+        while not self.end(ended):
             # The other thread has said why, and ends the process.
             time.sleep(1)
         heard: dict[int, int] | None = None
@@ -172,7 +174,7 @@ class Peers:
     def _others(self) -> dict[int, Seen]:
         return {number: peer for number, peer in self._table.items() if number != self.process}
 
-    def _end(self, why: str) -> bool:
+    def end(self, why: str) -> bool:
         """Whether this was said first: by the main thread or by the one that judges."""
         with self._lock:
             if self._row.ended is not None:
@@ -220,7 +222,7 @@ class Peers:
                 or failed(table, me=self.process, before=now - GRACE, own=None)
                 or standing(table, now=now, stall=self.stall)
             )
-            if fault and self._end(fault):
+            if fault and self.end(fault):
                 print(f"jrlhf: {fault}", file=sys.stderr, flush=True)
                 self.stay_for_the_others()
                 os._exit(FAILURE)
@@ -247,6 +249,7 @@ def watching(*, heartbeat: float, stall: float) -> Iterator[None]:
     )
     me.start()
     me.guard()
+    bid_farewell(lambda: _interrupted(me))
     try:
         yield
     except (PeerLost, PeerRefused) as error:
@@ -256,8 +259,16 @@ def watching(*, heartbeat: float, stall: float) -> Iterator[None]:
         if fault := me.leave(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"):
             raise PeerLost(fault) from error
         raise
+    finally:
+        bid_farewell(None)
     me.leave("")
     me.stop()
+
+
+def _interrupted(me: Peers) -> None:
+    """A signal ends this process: the others need not wait until it has been silent for long."""
+    if me.end("interrupted"):
+        me.stay_for_the_others()
 
 
 def leave_at_once(code: int) -> None:

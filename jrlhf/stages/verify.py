@@ -21,6 +21,7 @@ from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_
 from jrlhf.stages.run import exported_folder
 from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
+from jrlhf.terminal import show_all_characters
 from jrlhf.types import Generation, PPOParams, Rollout, TrainState
 
 EXACT = 0.0
@@ -53,6 +54,7 @@ class Subject(NamedTuple):
 
 def run_verify(args: VerifyConfig) -> bool:
     """Print every invariant with its figure and bound; True where all hold."""
+    show_all_characters()
     subject = _prepare(args)
     table = Table("invariant", "figure", "bound", "", title=f"jrlhf verify {args.model}")
     findings = list(_findings(subject))
