@@ -7,7 +7,6 @@ from typing import Any
 
 from jrlhf.data.errors import DataError
 from jrlhf.models.generation import generation_eos
-from jrlhf.models.hf import find_folder
 
 log = logging.getLogger("jrlhf.data")
 
@@ -25,33 +24,20 @@ def load_tokenizer(path: str) -> Tokenizer:
     Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
     pad == EOS other libraries mask the EOS away and the model never learns to stop.
     """
-    tokenizer = read_tokenizer(path)
+    # Only tokenizers are wanted; that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a missing file, JSON, the Rust library's own
+        raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _spare_token(tokenizer, path)
         log.warning("%s: no pad token apart from EOS; padding with %r", path, tokenizer.pad_token)
     return tokenizer
-
-
-def read_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a folder or hub id as it is, whatever tokens it has or lacks."""
-    # Only tokenizers are wanted; that PyTorch is missing is no news.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        # The hub's files are on this machine from here on: what is beside the tokenizer is read too.
-        folder = path if Path(path).is_dir() else str(find_folder(path, weights=False))
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a missing file, JSON, the Rust library's own
-        raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
-
-
-def tokenizer_folder(tokenizer: Tokenizer) -> Path | None:
-    """The folder that a tokenizer was read from; None for one that was made in memory."""
-    name = tokenizer.name_or_path
-    return Path(name) if name and Path(name).is_dir() else None
 
 
 def _spare_token(tokenizer: Tokenizer, path: str) -> str:
@@ -64,6 +50,12 @@ def _spare_token(tokenizer: Tokenizer, path: str) -> str:
     raise DataError(f"{path}: the tokenizer has no token to pad with: set pad_token to one that is not its EOS")
 
 
+def source_folder(tokenizer: Tokenizer) -> Path | None:
+    """The folder that a tokenizer was read from; None for one that was made in memory."""
+    name = tokenizer.name_or_path
+    return Path(name) if name and Path(name).is_dir() else None
+
+
 def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
     """What ends an answer: EOS, the chat template's end of an assistant turn, the ``eos_token_id`` of the
     ``generation_config.json`` beside the tokenizer, and the tokens named in ``extra``."""
@@ -71,7 +63,7 @@ def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, .
     for token in extra:
         if token not in known:
             raise DataError(f"sampling.stop: {token!r} is not a token of this tokenizer")
-    folder = tokenizer_folder(tokenizer)
+    folder = source_folder(tokenizer)
     beside = () if folder is None else generation_eos(folder)
     ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *beside, *(known[token] for token in extra)]
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
