@@ -18,7 +18,7 @@ ALLOWED = {
     "types": set(),
     "core": {"types"},
     "parallel": {"core", "types"},
-    "models": ABOVE_PARALLEL,
+    "models": ABOVE_PARALLEL | {"suggest"},
     "steps": {"core", "types"},
     "config": {"config_rewards", "config_watch"},
     "config_rewards": set(),
