@@ -2,13 +2,20 @@
 
 import logging
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jrlhf.data.errors import DataError
-from jrlhf.models.adapter_folder import VOCABULARIES, tokenizer_folder
-from jrlhf.models.hf import CONFIG, TOKENIZER_FILES, read_json
+from jrlhf.data.tokenizer_errors import failure_reason, unreadable_sentencepiece
+from jrlhf.data.vocabulary import (
+    check_roles,
+    embedding_rows,
+    limit_vocabulary,
+    vocabulary_limit,
+    warn_of_spare_tokens,
+)
+from jrlhf.models.adapter_folder import find_tokenizer
+from jrlhf.models.generation import generation_eos
 
 log = logging.getLogger("jrlhf.data")
 
@@ -24,95 +31,70 @@ def load_tokenizer(path: str) -> Tokenizer:
     """From a Hugging Face folder or a hub id; never with code of its own. A PEFT folder without one has its base's.
 
     Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
-    pad == EOS other libraries mask the EOS away and the model never learns to stop.
+    pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of a model in this
+    folder bound what may be read: DataError for a pad, EOS, BOS or end of turn beyond them, a warning for others.
     """
+    tokenizer = read_tokenizer(path)
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
+    limit_vocabulary(tokenizer, embedding_rows(path))
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = _spare_token(tokenizer, path)
+        log.warning("%s: no pad token apart from EOS; padding with %r", path, tokenizer.pad_token)
+    if vocabulary_limit(tokenizer) is not None:
+        roles = {"EOS": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id, "BOS": tokenizer.bos_token_id}
+        check_roles(tokenizer, roles | {"end of turn": end_of_turn(tokenizer)}, where=path)
+        warn_of_spare_tokens(tokenizer, where=path)
+    return tokenizer
+
+
+def read_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a folder or hub id as it is, whatever tokens it has or lacks."""
     # Only tokenizers are wanted; that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        folder = tokenizer_folder(path)
+        folder = find_tokenizer(path)
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{path}: no tokenizer: {str(error).removeprefix(f'{path}: ')}") from error
-    if problem := _unreadable_sentencepiece(folder):
+    if problem := unreadable_sentencepiece(folder):
         raise DataError(f"{path}: no tokenizer: {problem}")
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a missing file, JSON, the Rust library's own
-        raise DataError(f"{path}: no tokenizer: {_reason(folder, error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = _spare_token(tokenizer, path)
-        log.warning("%s: no pad token apart from EOS; padding with %r", path, tokenizer.pad_token)
-    return tokenizer
+        raise DataError(f"{path}: no tokenizer: {failure_reason(folder, error)}") from error
 
 
-def _unreadable_sentencepiece(folder: Path) -> str | None:
-    """What to do about a tokenizer that is in sentencepiece's format alone, without the libraries that read it."""
-    file = folder / "tokenizer.model"
-    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")) or not file.is_file():
-        return None
-    with file.open("rb") as opened:
-        # A protocol buffer begins with the tag of its first field; tiktoken's files of the same name are text.
-        if opened.read(1) != b"\n":
-            return None
-    if all(_installed(name) for name in ("sentencepiece", "google.protobuf")):
-        return None
-    convert = f"from transformers import AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')"
-    return (
-        "there is only tokenizer.model, in sentencepiece's format: pip install sentencepiece protobuf; or convert it "
-        f'once where they are installed: python -c "{convert}"'
-    )
-
-
-def _installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def _reason(folder: Path, error: Exception) -> str:
-    """Why a folder gives no tokenizer: the file that is missing or broken, else what transformers says, in one line."""
-    names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
-    for name in (name for name in names if name.endswith(".json") and name in (CONFIG, *TOKENIZER_FILES)):
-        try:
-            read_json(folder / name)
-        except ValueError as broken:
-            return str(broken)
-    said = " ".join(str(error).split()) or type(error).__name__
-    if "tokenizer.json" in names:
-        return f"{folder / 'tokenizer.json'} cannot be read: {type(error).__name__}: {said}"
-    if "vocab.json" in names and "merges.txt" not in names:
-        return f"{folder} has vocab.json without merges.txt, and no tokenizer.json"
-    if not any(name in names for name in VOCABULARIES):
-        listed = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "nothing"
-        return (
-            f"{folder} holds {listed}: no tokenizer.json, nor vocab.json and merges.txt, nor tokenizer.model; "
-            "copy the tokenizer's files from the model that it was trained from"
-        )
-    return said
+def tokenizer_folder(tokenizer: Tokenizer) -> Path | None:
+    """The folder that a tokenizer was read from; None for one that was made in memory."""
+    name = tokenizer.name_or_path
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 def _spare_token(tokenizer: Tokenizer, path: str) -> str:
     """Masks go by position, so any token may pad; but one that ends answers, or stands in texts, is lost elsewhere."""
-    known, end = tokenizer.get_vocab(), end_of_turn(tokenizer)
+    limit, stops = vocabulary_limit(tokenizer), stop_token_ids(tokenizer, ())
+    known = {token: i for token, i in tokenizer.get_vocab().items() if limit is None or i < limit}
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     for token in (*PADS, tokenizer.unk_token, *added, *NUL_BYTE):
-        if token in known and known[token] not in (tokenizer.eos_token_id, end):
+        if token in known and known[token] not in stops:
             return token
     raise DataError(f"{path}: the tokenizer has no token to pad with: set pad_token to one that is not its EOS")
 
 
 def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
-    """What ends an answer: EOS, the chat template's end of an assistant turn, and the tokens named in ``extra``."""
+    """What ends an answer: EOS, the chat template's end of an assistant turn, the ``eos_token_id`` of the
+    ``generation_config.json`` beside the tokenizer, and the tokens named in ``extra``."""
     known = tokenizer.get_vocab()
     for token in extra:
         if token not in known:
             raise DataError(f"sampling.stop: {token!r} is not a token of this tokenizer")
-    found = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(known[token] for token in extra)]
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+        check_roles(tokenizer, {"stop token": known[token]}, where="sampling.stop")
+    folder = tokenizer_folder(tokenizer)
+    beside = () if folder is None else generation_eos(folder)
+    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *beside, *(known[token] for token in extra)]
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:

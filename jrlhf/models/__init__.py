@@ -1,7 +1,7 @@
 """Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
 
 from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
-from jrlhf.models.adapter_folder import model_folder, model_kind, require_kind, tokenizer_folder
+from jrlhf.models.adapter_folder import find_tokenizer, model_folder, model_kind, require_kind
 from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache, int8_cache
@@ -16,6 +16,7 @@ from jrlhf.models.functions import (
     reward_params,
 )
 from jrlhf.models.generation import generation_eos
+from jrlhf.models.hf_write import WeightDtype
 from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.names import RULES
 from jrlhf.models.peft import save_adapter
@@ -30,6 +31,7 @@ from jrlhf.models.reward import (
     reward_from_pretrained,
     save_reward_model,
 )
+from jrlhf.models.rounding import round_to_stored
 
 __all__ = [
     "RULES",
@@ -41,6 +43,7 @@ __all__ = [
     "Pretrained",
     "RewardModel",
     "Rope",
+    "WeightDtype",
     "abstract_params",
     "abstract_pretrained",
     "abstract_reward",
@@ -49,6 +52,7 @@ __all__ = [
     "arch_from_hf",
     "decode_bytes",
     "decoder_fns",
+    "find_tokenizer",
     "forward_flops",
     "from_equinox",
     "from_linen",
@@ -69,9 +73,9 @@ __all__ = [
     "require_kind",
     "reward_from_pretrained",
     "reward_params",
+    "round_to_stored",
     "save_adapter",
     "save_pretrained",
     "save_reward_model",
-    "tokenizer_folder",
     "uncached_decode_fns",
 ]

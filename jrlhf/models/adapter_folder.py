@@ -7,7 +7,15 @@ from typing import Literal, NamedTuple
 from jrlhf.models.families import CLASSES, arch_from_hf, is_sequence_classification
 from jrlhf.models.hf import ADAPTER_CONFIG, find_folder, read_config, read_json
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "tekken.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 """Files that hold a tokenizer's vocabulary; a folder with none of them has no tokenizer of its own."""
 
 ModelKind = Literal["language", "reward"]
@@ -74,7 +82,7 @@ def model_folder(path: str | Path, *, weights: bool = True) -> ModelFolder:
     return ModelFolder(str(path), base, tuple(adapters[::-1]))
 
 
-def tokenizer_folder(path: str | Path) -> Path:
+def find_tokenizer(path: str | Path) -> Path:
     """The folder that a model's tokenizer is read from: an adapter without one has its base's."""
     folders = _down_to_base(find_folder(path, weights=False), weights=False)
     return next(f for f in folders if not is_adapter_folder(f) or any((f / name).is_file() for name in VOCABULARIES))

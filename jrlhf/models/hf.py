@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.models.names import Entry
+from jrlhf.paths import expanded
 from jrlhf.suggest import near_folder
 from jrlhf.types import Params
 
@@ -25,7 +26,14 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenizer.*.json",
+    "tekken.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 )
+"""Patterns of the files that transformers reads a tokenizer from."""
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +49,7 @@ def find_folder(path: str | Path, *, weights: bool = True, revision: str | None 
     """
     if not str(path):
         raise FileNotFoundError("the path of a model is empty: name a Hugging Face folder or a hub id")
-    folder = _expanded(Path(path))
+    folder = Path(expanded(str(path)))
     if folder.is_dir():
         return folder
     if folder.suffix in PICKLED:
@@ -53,7 +61,7 @@ def find_folder(path: str | Path, *, weights: bool = True, revision: str | None 
     # Not at the top: it is only needed here, and slow to import.
     from huggingface_hub import snapshot_download
 
-    small = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, "additional_chat_templates/*.jinja", ADAPTER_CONFIG]
+    small = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, ADAPTER_CONFIG]
     patterns = [*(["model*.safetensors", INDEX, ADAPTER_WEIGHTS] if weights else []), *small]
     of: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
@@ -61,14 +69,6 @@ def find_folder(path: str | Path, *, weights: bool = True, revision: str | None 
     except (OSError, ValueError) as error:
         missing = f"{path}: no such folder{near_folder(folder)}"
         raise FileNotFoundError(f"{missing}; and no model of that name on the hub: {_reason(error)}") from error
-
-
-def _expanded(path: Path) -> Path:
-    """With a leading ~ as the home folder, where there is one."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
 
 
 def _may_be_hub_id(path: str) -> bool:
