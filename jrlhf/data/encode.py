@@ -13,6 +13,7 @@ from jrlhf.data.chat import UNSTOPPED, ChatTemplate
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import Answered, Content, Message, last_assistant
 from jrlhf.data.tokenizer import Tokenizer, end_of_turn
+from jrlhf.data.vocabulary import check_ids
 
 # A piece of text is tokenised behind one of these where the tokenizer treats the start of a text in its own way.
 ANCHORS = ("\n", "a", ".")
@@ -135,7 +136,9 @@ class Encoder:
         return text, self._ids(text)
 
     def _tokenized(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_ids(self._tokenizer, ids)
+        return ids
 
     def _begun(self, text: str, column: str) -> list[int]:
         """The ids of a sequence that begins with ``text``: one BOS in front, be it in the text or not."""

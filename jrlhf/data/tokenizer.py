@@ -6,6 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.data.errors import DataError
+from jrlhf.data.tokenizer_errors import failure_reason, unreadable_sentencepiece
+from jrlhf.data.vocabulary import (
+    check_roles,
+    embedding_rows,
+    limit_vocabulary,
+    vocabulary_limit,
+    warn_of_spare_tokens,
+)
+from jrlhf.models.adapter_folder import find_tokenizer
 from jrlhf.models.generation import generation_eos
 
 log = logging.getLogger("jrlhf.data")
@@ -19,41 +28,59 @@ NUL_BYTE = ("<0x00>", "Ā")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """From a Hugging Face folder or a hub id; never with code of its own.
+    """From a Hugging Face folder or a hub id; never with code of its own. A PEFT folder without one has its base's.
 
     Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
-    pad == EOS other libraries mask the EOS away and the model never learns to stop.
+    pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of a model in this
+    folder bound what may be read: DataError for a pad, EOS, BOS or end of turn beyond them, a warning for others.
     """
-    # Only tokenizers are wanted; that PyTorch is missing is no news.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a missing file, JSON, the Rust library's own
-        raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
+    tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
+    limit_vocabulary(tokenizer, embedding_rows(path))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _spare_token(tokenizer, path)
         log.warning("%s: no pad token apart from EOS; padding with %r", path, tokenizer.pad_token)
+    if vocabulary_limit(tokenizer) is not None:
+        roles = {"EOS": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id, "BOS": tokenizer.bos_token_id}
+        check_roles(tokenizer, roles | {"end of turn": end_of_turn(tokenizer)}, where=path)
+        warn_of_spare_tokens(tokenizer, where=path)
     return tokenizer
+
+
+def read_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a folder or hub id as it is, whatever tokens it has or lacks."""
+    # Only tokenizers are wanted; that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        folder = find_tokenizer(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{path}: no tokenizer: {str(error).removeprefix(f'{path}: ')}") from error
+    if problem := unreadable_sentencepiece(folder):
+        raise DataError(f"{path}: no tokenizer: {problem}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # a missing file, JSON, the Rust library's own
+        raise DataError(f"{path}: no tokenizer: {failure_reason(folder, error)}") from error
+
+
+def tokenizer_folder(tokenizer: Tokenizer) -> Path | None:
+    """The folder that a tokenizer was read from; None for one that was made in memory."""
+    name = tokenizer.name_or_path
+    return Path(name) if name and Path(name).is_dir() else None
 
 
 def _spare_token(tokenizer: Tokenizer, path: str) -> str:
     """Masks go by position, so any token may pad; but one that ends answers, or stands in texts, is lost elsewhere."""
-    known, stops = tokenizer.get_vocab(), stop_token_ids(tokenizer, ())
+    limit, stops = vocabulary_limit(tokenizer), stop_token_ids(tokenizer, ())
+    known = {token: i for token, i in tokenizer.get_vocab().items() if limit is None or i < limit}
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     for token in (*PADS, tokenizer.unk_token, *added, *NUL_BYTE):
         if token in known and known[token] not in stops:
             return token
     raise DataError(f"{path}: the tokenizer has no token to pad with: set pad_token to one that is not its EOS")
-
-
-def source_folder(tokenizer: Tokenizer) -> Path | None:
-    """The folder that a tokenizer was read from; None for one that was made in memory."""
-    name = tokenizer.name_or_path
-    return Path(name) if name and Path(name).is_dir() else None
 
 
 def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
@@ -63,7 +90,8 @@ def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, .
     for token in extra:
         if token not in known:
             raise DataError(f"sampling.stop: {token!r} is not a token of this tokenizer")
-    folder = source_folder(tokenizer)
+        check_roles(tokenizer, {"stop token": known[token]}, where="sampling.stop")
+    folder = tokenizer_folder(tokenizer)
     beside = () if folder is None else generation_eos(folder)
     ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *beside, *(known[token] for token in extra)]
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jrlhf.data.tokenizer import Tokenizer, source_folder
+from jrlhf.data.tokenizer import Tokenizer, read_tokenizer, tokenizer_folder
 from jrlhf.models.folder_files import read_files
 from jrlhf.models.hf import TOKENIZER_FILES
 
@@ -20,10 +20,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     Where ``load_tokenizer`` chose another pad token, that alone is changed. A tokenizer that comes from no folder, or
     was changed since, is written by transformers.
     """
-    from transformers import AutoTokenizer
-
-    folder = source_folder(tokenizer)
-    original = None if folder is None else AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    folder = tokenizer_folder(tokenizer)
+    original = None if folder is None else read_tokenizer(str(folder))
     if folder is None or original is None or not _same(original, tokenizer):
         with TemporaryDirectory() as saved:
             tokenizer.save_pretrained(saved)

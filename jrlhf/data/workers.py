@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from jrlhf.data.columns import Encoded
-from jrlhf.data.errors import BadRow, DataError
-from jrlhf.data.sources import Placed, Row
+from jrlhf.data.errors import BadRow, DataError, Placed, Row
 
 THREADS = 8
 """At most; the rest of a row's work, about a quarter, is done by one at a time."""
@@ -23,7 +22,7 @@ def encode_all(rows: Iterable[Placed], encode: Callable[[Row], Encoded]) -> Iter
     """
 
     def encoded(placed: list[Placed]) -> list[tuple[str, Encoded | BadRow]]:
-        return [(place, _tried(row, encode)) for place, row in placed]
+        return [(place, _tried(place, row, encode)) for place, row in placed]
 
     threads, unread = min(os.cpu_count() or 1, THREADS), iter(rows)
     with ThreadPoolExecutor(threads) as pool:
@@ -48,8 +47,10 @@ def _chunk(rows: Iterator[Placed]) -> tuple[list[Placed], DataError | None]:
     return chunk, None
 
 
-def _tried(row: Row | BadRow, encode: Callable[[Row], Encoded]) -> Encoded | BadRow:
+def _tried(place: str, row: Row | BadRow, encode: Callable[[Row], Encoded]) -> Encoded | BadRow:
     try:
         return row if isinstance(row, BadRow) else encode(row)
     except BadRow as error:
         return error
+    except DataError as error:  # not the row's fault, and no row is skipped for it: but this one shows it
+        raise DataError(f"{place}: {error}") from error

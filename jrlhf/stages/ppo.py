@@ -112,6 +112,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             "exported_step": outcome.step,
             "export_dtype": ppo.export_dtype,
             "kl_coef": float(outcome.state.kl_coef),
+            "cut": prompts.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)

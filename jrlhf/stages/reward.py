@@ -139,6 +139,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             "export_dtype": reward.export_dtype,
             "rows": len(rows),
             "skipped": rows.skipped,
+            "cut": rows.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)

@@ -12,6 +12,7 @@ from jrlhf.config import Config, SFTConfig
 from jrlhf.config_io import to_yaml
 from jrlhf.core import combine
 from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
+from jrlhf.lines import json_line, write_text
 from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
@@ -21,7 +22,7 @@ from jrlhf.stages.exports import as_metadata, companions, exported_form, write_a
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.run import json_line, model_source, open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
 from jrlhf.stages.start import check_length, computed, mesh_of, start_training
@@ -122,6 +123,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             "export_dtype": sft.export_dtype,
             "rows": len(rows),
             "skipped": rows.skipped,
+            "cut": rows.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)
@@ -205,4 +207,4 @@ def _write_candidates(
     )
     rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
     if is_first():
-        (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+        write_text(folder / "candidates.jsonl", "".join(map(json_line, rows)))
