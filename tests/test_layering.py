@@ -28,7 +28,7 @@ ALLOWED = {
     "types": set(),
     "core": {"types"},
     "parallel": {"core", "types", "interrupts"},
-    "models": ABOVE_PARALLEL,
+    "models": ABOVE_PARALLEL | {"suggest"},
     "steps": {"core", "types"},
     "config": {"config_rewards", "config_watch", "paths"},
     "config_rewards": {"paths"},

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jrlhf.models.adapter_folder import model_folder
 from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.families import arch_from_hf
 from jrlhf.models.functions import abstract_head, abstract_params, decoder_fns
-from jrlhf.models.hf import find_folder, read_config
+from jrlhf.models.hf import read_config
 from jrlhf.models.names import RULES
-from jrlhf.models.peft import base_of, is_adapter_folder
 from jrlhf.models.pretrained import Pretrained
 from jrlhf.models.reward import RewardModel
 from jrlhf.parallel import tree_shardings
@@ -30,9 +30,7 @@ def abstract_pretrained(
 
     A reward model's folder gives the language model of the same sizes.
     """
-    folder = find_folder(path, weights=False)
-    while is_adapter_folder(folder):
-        folder = find_folder(base_of(folder), weights=False)
+    folder = model_folder(path, weights=False).base
     config = read_config(folder)
     arch = arch_from_hf(config)
     shapes = abstract_params(arch)
