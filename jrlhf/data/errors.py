@@ -29,11 +29,6 @@ class BadRow(ValueError):
         super().__init__(self.reason + detail)
 
 
-Row = dict[str, Any]
-Placed = tuple[str, Row | BadRow]
-"""Where a row stands, and the row, or why it is none."""
-
-
 class LeftOut(BadRow):
     """A good row that is not for the stage at hand, such as an answer labelled bad in SFT: counted, never an error."""
 
@@ -57,6 +52,11 @@ class Notes:
             count = self.counts[note]
             share = f"{count:,} of {rows:,} rows ({100 * count / max(rows, 1):.2g} %)"
             log.warning("%s: %s: %s (first: %s)", self._name, share, note, self.first[note])
+
+
+Row = dict[str, Any]
+Placed = tuple[str, Row | BadRow]
+"""Where a row stands, and the row, or why it is none."""
 
 
 class Skips:

@@ -248,8 +248,6 @@ def look(lens: Lens, tally: Tally, rows: Iterable[Placed], show: Callable[[Seen]
             seen = lens.see(place, row)
         except BadRow as error:
             tally.refuse(place, error)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from error
         else:
             tally.add(seen, row)
             show(seen)

@@ -16,7 +16,8 @@ from jrlhf.data.cache import cache_folder, cache_key, cached
 from jrlhf.data.columns import Encoded, Schema, Table, Writer, in_memory, joined
 from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, Row, Skips
-from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft
+from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
+from jrlhf.data.messages import Content, Tools, has_weights
 from jrlhf.data.order import Part
 from jrlhf.data.ragged import Objects, Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
@@ -46,19 +47,26 @@ def sft_kind(config: DataConfig, tokenizer: Tokenizer, *, train_on: TrainOn) -> 
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
-        segments = encoder.segments(parse_sft(row), every_turn=train_on == "assistant")
+        notes = list[str]()
+        answered = parse_sft(row, chat=encoder.chat, note=notes.append)
+        # A turn of weight 0 is not learnt inside a prompt either.
+        every_turn = train_on == "assistant" or (train_on == "all" and has_weights(answered.prompt))
+        segments = encoder.segments(answered, every_turn=every_turn)
         tokens = np.asarray([token for segment in segments for token in segment.ids], np.int32)
-        learnt = np.repeat([s.answer or train_on == "all" for s in segments], [len(s.ids) for s in segments])
+        marks = [(s.answer or train_on == "all") and not s.barred for s in segments]
+        learnt = np.repeat(marks, [len(s.ids) for s in segments])
+        if all(s.barred for s in segments if s.answer):
+            raise BadRow("weight", "0 for every turn of the assistant, so nothing would be learnt")
         # Nothing predicts a row's first token.
         learnt[0] = False
         if not learnt[: config.max_length].any():
             reason = f"the first token to learn is beyond max_length ({config.max_length}), so nothing would be learnt"
             raise BadRow("completion", reason)
         encoded = {"tokens": [tokens[: config.max_length]]}, {"learnt": learnt[: config.max_length]}
-        return Encoded(*encoded, cut_note([len(tokens)], config.max_length))
+        return Encoded(*encoded, notes + cut_note([len(tokens)], config.max_length))
 
     schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
-    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of(parse_sft, tokenizer))
+    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of("sft", tokenizer))
 
 
 def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
@@ -77,18 +85,20 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
-        prompt, completions, ranks, margin = parse_ranking(row)
-        pairs = [encoder.answered(Answered(prompt, completion)) for completion in completions]
+        notes = list[str]()
+        prompt, completions, ranks, margin, tools = parse_ranking(row, chat=encoder.chat, note=notes.append)
+        pairs = [encoder.answered(Answered(prompt, completion, tools)) for completion in completions]
         tokens = [encoder.fitted(before, after, config.max_length) for before, after in pairs]
         texts = [ids.tobytes() for ids in tokens]
         if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
             reason = f"two answers of unequal rank have the same tokens, of which max_length allows {config.max_length}"
             raise BadRow("completions" if "completions" in row else "chosen", reason)
         longest = {"margin": [margin], "longest": [max(map(len, tokens))]}
-        return Encoded({"tokens": tokens, "ranks": [ranks]}, longest, cut_note(map(_total, pairs), config.max_length))
+        notes += cut_note(map(_total, pairs), config.max_length)
+        return Encoded({"tokens": tokens, "ranks": [ranks]}, longest, notes)
 
     schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
-    return Kind("rankings", {}, schema, encode, unread_of(parse_ranking, tokenizer))
+    return Kind("rankings", {}, schema, encode, unread_of("rankings", tokenizer))
 
 
 def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
@@ -122,19 +132,20 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
-        prompt = parse_prompt(row)
+        prompt = parse_prompt(row, chat=encoder.chat)
+        tools = parse_tools(row, prompt)
         for name in columns.needed:
             if row.get(name) is None:
                 raise BadRow(name, "no such column, but a rule of ppo.rewards reads it")
         kept = row if columns.every else (*columns.needed, *columns.optional)
         others = {name: row[name] for name in kept if name in row}
-        whole = encoder.prompt(prompt)
+        whole = encoder.prompt(prompt, tools)
         tokens = encoder.fitted(whole, [], config.max_length)
-        encoded = {"tokens": [tokens], "shown": [_json(others | {"prompt": prompt})]}
+        encoded = {"tokens": [tokens], "shown": [_json(others | _shown(prompt, tools))]}
         return Encoded(encoded, {}, cut_note([len(whole)], config.max_length))
 
     settings = columns._asdict() if any(columns) else {}
-    unread = unread_of(parse_prompt, tokenizer, (*columns.needed, *columns.optional))
+    unread = unread_of("prompts", tokenizer, (*columns.needed, *columns.optional))
     return Kind("prompts", settings, SHOWN, encode, (lambda row: []) if columns.every else unread)
 
 
@@ -153,18 +164,22 @@ def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> Te
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
-        tokens, texts, totals = [], [], []
-        for answer in parse_answers(row):
+        tokens, texts, totals, notes = [], [], [], list[str]()
+        for answer in parse_answers(row, chat=encoder.chat, note=notes.append):
             before, after = encoder.answered(answer)
-            given = {"completion": answer.completion}
-            texts.append(_json(given if answer.prompt is None else {"prompt": answer.prompt} | given))
+            texts.append(_json(_shown(answer.prompt, answer.tools) | {"completion": answer.completion}))
             tokens.append(encoder.fitted(before, after, config.max_length))
             totals.append(len(before) + len(after))
-        return Encoded({"tokens": tokens, "shown": texts}, {}, cut_note(totals, config.max_length))
+        return Encoded({"tokens": tokens, "shown": texts}, {}, notes + cut_note(totals, config.max_length))
 
-    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of(parse_answers, tokenizer)))
+    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of("texts", tokenizer)))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
+
+
+def _shown(prompt: Content | None, tools: Tools | None) -> dict[str, Any]:
+    """What a row asks, in columns of their own that are read as it was."""
+    return {name: value for name, value in (("prompt", prompt), ("tools", tools)) if value is not None}
 
 
 def cut_note(lengths: Iterable[int], max_length: int) -> list[str]:

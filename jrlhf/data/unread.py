@@ -1,72 +1,114 @@
 """Columns of rows, and fields of chat messages, that nothing reads: what people wrote there has no effect.
 
-A row's own parser says which columns it reads. What a row has besides is counted while rows are made, and named once.
+The tables say what ``formats`` and ``chat`` read. What a row has besides is counted while rows are made, named once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import jinja2
 
 from jrlhf.data.chat import template_of
-from jrlhf.data.errors import Row
+from jrlhf.data.foreign import INPUTS, OUTPUTS
+from jrlhf.data.messages import FIELDS
 from jrlhf.data.tokenizer import Tokenizer
 
-MESSAGE_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "completions")
-MESSAGE_FIELDS = frozenset({"role", "content"})
-"""What is read of every message; a chat template reads others, see ``template_fields``."""
+Shapes = Mapping[tuple[str, ...], frozenset[str]]
+"""The columns that are read of a row, by the columns that decide its shape: the first of these that it has all of."""
+
+_SHAREGPT = frozenset({"conversations", "system", "tools"})
+_ALPACA = frozenset({"instruction", *INPUTS, "system", "tools"})
+_ANSWERS: Shapes = {
+    ("messages",): frozenset({"messages", "tools"}),
+    ("completion",): frozenset({"prompt", "completion", "tools"}),
+    ("conversations",): _SHAREGPT,
+    ("instruction", "output"): _ALPACA | set(OUTPUTS),
+    ("instruction", "response"): _ALPACA | set(OUTPUTS),
+    ("text",): frozenset({"text"}),
+}
+_LEARNT: Shapes = {shape: columns if shape == ("text",) else columns | {"label"} for shape, columns in _ANSWERS.items()}
+_PAIR = frozenset({"chosen", "rejected"})
+
+
+def _asked(*columns: str, reads: Set[str] = frozenset()) -> Shapes:
+    """Shapes that need these columns, by where their prompt stands; ``reads``: what is read besides."""
+    own = frozenset(columns) | reads
+    return {
+        (*columns, "conversations"): own | _SHAREGPT,
+        (*columns, "prompt"): own | {"prompt", "tools"},
+        (*columns, "instruction"): own | _ALPACA,
+        columns: own | {"tools"},
+    }
+
+
+READ_COLUMNS: Mapping[str, Shapes] = {
+    "sft": {
+        ("messages",): _LEARNT[("messages",)],
+        ("completion",): _LEARNT[("completion",)],
+        ("conversations", "chosen"): _SHAREGPT | _PAIR,
+        **_LEARNT,
+        ("chosen", "prompt"): _PAIR | {"prompt", "tools"},
+        ("chosen", "instruction"): _PAIR | _ALPACA,
+        ("chosen",): _PAIR | {"tools"},
+    },
+    "rankings": {
+        **_asked("chosen", reads=_PAIR | {"margin"}),
+        **_asked("completions", reads=frozenset({"ranks", "margin"})),
+    },
+    "prompts": {
+        ("messages",): _ANSWERS[("messages",)],
+        **_asked("chosen", "rejected"),
+        ("conversations",): _SHAREGPT,
+        ("prompt",): frozenset({"prompt", "tools"}),
+        ("instruction",): _ALPACA,
+    },
+    "texts": {
+        **_asked("completions"),
+        **_asked("chosen", "rejected"),
+        **_ANSWERS,
+    },
+}
+"""What each kind of rows reads, in the order in which its parser looks for a row's shape."""
+
+MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "completions")
+MESSAGE_FIELDS: Mapping[str, frozenset[str]] = {
+    kind: FIELDS | {"from", "value"} | ({"weight"} if kind == "sft" else set()) for kind in READ_COLUMNS
+}
+"""What each kind of rows reads of a message itself. A chat template reads others, see ``template_fields``."""
 
 EMPTY = (None, "", [], {})
 """Values in which nothing can be lost. A field that only some rows have comes as None in the others."""
-Parser = Callable[[Row], Any]
-SHAPES = 1000
-"""Kinds of rows, by the columns that they have, of which it is remembered what is read."""
 
 
-def unread_of(parse: Parser, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Row], list[str]]:
-    """A function from a good row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
+def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Mapping[str, Any]], list[str]]:
+    """A function from a row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
 
-    ``also``: columns that are read besides those that ``parse`` reads.
+    ``also``: columns that are read besides those of ``READ_COLUMNS[kind]``.
     """
-    fields = MESSAGE_FIELDS | template_fields(template_of(tokenizer))
-    known: dict[tuple[str, ...], frozenset[str]] = {}
+    shapes = {shape: columns | frozenset(also) for shape, columns in READ_COLUMNS[kind].items()}
+    templates = (template_of(tokenizer), template_of(tokenizer, tools=True))
+    fields = MESSAGE_FIELDS[kind].union(*map(template_fields, templates))
 
-    def unread(row: Row) -> list[str]:
-        columns = tuple(column for column in row if row[column] not in EMPTY)
-        if (read := known.get(columns)) is None:
-            read = columns_read(row, parse).union(also)
-            if len(known) < SHAPES:
-                known[columns] = read
-        names = [column for column in columns if column not in read]
+    def unread(row: Mapping[str, Any]) -> list[str]:
+        columns = _columns(row, shapes)
+        names = [column for column in row if column not in columns and row[column] not in EMPTY]
+        if "label" in columns and "completion" not in columns and not isinstance(row.get("label", False), bool | None):
+            # Beside a conversation a label may be a class.
+            names.append("label")
         for column in MESSAGE_COLUMNS:
-            if column in read and isinstance(value := row.get(column), list):
-                names.extend(dict.fromkeys(_fields(f"{column}[]", value, fields)))
+            if column in columns and isinstance(value := row.get(column), list | dict):
+                messages = value if isinstance(value, list) else [value]
+                names.extend(dict.fromkeys(_fields(f"{column}[]", messages, fields)))
         return names
 
     return unread
 
 
-def columns_read(row: Row, parse: Parser) -> frozenset[str]:
-    """The columns of a good row at which its parser looks."""
-    recorder = _Recorder(row)
-    parse(recorder)
-    return frozenset(recorder.read)
-
-
-class _Recorder(dict[str, Any]):
-    """A row that remembers which of its columns were looked at."""
-
-    def __init__(self, row: Row) -> None:
-        super().__init__(row)
-        self.read = set[str]()
-
-    def __getitem__(self, column: str) -> Any:
-        self.read.add(column)
-        return super().__getitem__(column)
-
-    def get(self, column: str, default: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.read.add(column)
-        return super().get(column, default)
+def _columns(row: Mapping[str, Any], shapes: Shapes) -> frozenset[str]:
+    for shape, columns in shapes.items():
+        if all(row.get(column) is not None for column in shape):
+            return columns
+    return frozenset()
 
 
 def _fields(path: str, messages: list[Any], read: Set[str]) -> Iterator[str]:

@@ -58,15 +58,16 @@ def _by_text(reward: RewardModel, tokenizer: Any, reward_tokenizer: Any, mesh: M
     limit = reward.arch.max_positions
     score = jax.jit(reward.score, out_shardings=batch_sharding(mesh))
 
-    def ids(prompt: Any, answer: str, stopped: bool) -> np.ndarray:
+    def ids(row: dict[str, Any], answer: str, stopped: bool) -> np.ndarray:
         try:
-            return encoder.fitted(*encoder.continued(prompt, answer, stopped=stopped), limit)
+            both = encoder.continued(row["prompt"], answer, stopped=stopped, tools=row.get("tools"))
+            return encoder.fitted(*both, limit)
         except BadRow as error:
             raise DataError(f"ppo.reward: its tokenizer cannot read a prompt of ppo.prompts: {error}") from error
 
     def score_texts(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> jax.Array:
         answers, stopped = texts_of(tokenizer, generation), fetch(generation.stopped).tolist()
-        shown = [prompts.shown[int(row)]["prompt"] for row in rows]
+        shown = [prompts.shown[int(row)] for row in rows]
         texts = Ragged.of([ids(*row) for row in zip(shown, (a for _, a in answers), stopped, strict=True)])
         width = padded_width(int(texts.lengths.max()), limit)
         return score(reward.params, *shard_batch(texts.padded(range(len(rows)), width, fill=pad), mesh))

@@ -135,7 +135,7 @@ BAD_MESSAGES = [
     (["hi"], 'messages[0]: expected a message {"role", "content"}'),
     ([{"from": "human", "value": "hi"}], 'messages[0]: expected a message {"role", "content"}'),
     ([{"role": "user"}], "messages[0].content: expected a string"),
-    ([U, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}], "messages[1].content: expected a string"),
+    ([U, {"role": "assistant", "content": 5}], "messages[1].content: expected a string"),
     ([U, assistant("")], "messages[1].content: is empty"),
     ([user("\ud800"), A], "messages[0].content: holds half of a surrogate pair, which is no text"),
     ("a string", "messages: expected a list of messages, found a string"),
@@ -216,11 +216,17 @@ def test_bad_rankings(row, message):
         (
             parse_sft,
             {"instruction": "I"},
-            "text: no such column, nor messages, completion or chosen; the row has instruction",
+            "text: no such column, nor messages, conversations, prompt and completion, instruction and output, "
+            "or chosen and rejected; the row has instruction",
         ),
         (parse_sft, {"completion": "C"}, "prompt: no such column; the row has completion"),
         (parse_sft, {"text": [U]}, "text: expected a string, found messages"),
-        (parse_prompt, {"text": "T"}, "prompt: no such column, nor messages or chosen and rejected; the row has text"),
+        (
+            parse_prompt,
+            {"text": "T"},
+            "prompt: no such column, nor messages, conversations, instruction, or chosen and rejected; "
+            "the row has text",
+        ),
         (
             parse_prompt,
             {"chosen": "A", "rejected": "B"},

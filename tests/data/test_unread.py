@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
-from jrlhf.data import Columns, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data import BadRow, Columns, load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.errors import NAMES_COUNTED, NAMES_SHOWN, Skips
-from jrlhf.data.unread import template_fields
+from jrlhf.data.formats import parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
+from jrlhf.data.unread import READ_COLUMNS, template_fields, unread_of
 from tests.data.conftest import CHATML
 
 ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 TEXT, PAIR = {"prompt": "Q", "completion": " a"}, {"prompt": "Q", "chosen": " yes", "rejected": " no"}
 RANKED = {"prompt": "Q", "completions": [" a", " b"], "ranks": [0, 1]}
 CHAT = {"messages": [ASK, ANSWER]}
+SAID = {"from": "gpt", "value": "a"}
 NOTES = {"id": 7, "source": "web"}
 
 LOADERS: dict[str, Any] = {
@@ -22,6 +24,12 @@ LOADERS: dict[str, Any] = {
     "rankings": load_rankings,
     "prompts": load_prompts,
     "texts": load_texts,
+}
+PARSERS: dict[str, Any] = {
+    "sft": parse_sft,
+    "rankings": parse_ranking,
+    "prompts": lambda row: parse_tools(row, parse_prompt(row)),
+    "texts": parse_answers,
 }
 SHAPES = [
     ("sft", TEXT),
@@ -37,6 +45,12 @@ SHAPES = [
     ("texts", PAIR),
     ("texts", TEXT),
     ("texts", CHAT),
+    ("sft", {"conversations": [{**SAID, "from": "human"}, SAID], "system": "Be brief."}),
+    ("sft", {"instruction": "Add", "input": "1 and 1", "output": "2", "system": "Be brief."}),
+    ("sft", {**TEXT, "label": True}),
+    ("sft", {"messages": [ASK, {**ANSWER, "weight": 1}], "label": True}),
+    ("prompts", {"instruction": "Add", "input": "1 and 1"}),
+    ("rankings", {"conversations": [{**SAID, "from": "human"}], "chosen": SAID, "rejected": {**SAID, "value": "b"}}),
 ]
 
 
@@ -54,21 +68,59 @@ def test_what_is_not_read_is_named_with_its_rows(kind, row, chat, config, write,
     assert said(caplog) == [f"{source}: columns that nothing reads: id (2 rows), source (1 row)"]
 
 
-EVERYTHING = {**TEXT, **PAIR, **RANKED, **CHAT, "text": "a", "margin": 1}
-READ = {
-    "sft": {"messages"},
-    "rankings": {"prompt", "chosen", "rejected", "margin"},
-    "prompts": {"messages"},
-    "texts": {"prompt", "completions"},
-}
+class Recorder(dict[str, Any]):
+    """A row that knows which of its columns were looked at and were there."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        self.read = set[str]()
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        if column in self:
+            self.read.add(column)
+        return super().get(column, default)
 
 
-@pytest.mark.parametrize("kind", LOADERS)
-def test_of_a_row_that_has_all_columns_those_of_the_other_shapes_are_named(kind, chat, config, write, caplog):
-    source = write([EVERYTHING])
-    LOADERS[kind](config(), source, chat)
-    names = ", ".join(f"{name} (1 row)" for name in EVERYTHING if name not in READ[kind])
-    assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
+SHARED = {"system": "Be brief.", "tools": [{"name": "weather"}], "label": True}
+HUMAN = {"conversations": [{"from": "human", "value": "hi"}]}
+ALPACA = {"instruction": "I", "input": "i", "output": "o", "response": "r", "context": "c"}
+EVERYTHING = {**TEXT, **PAIR, **RANKED, **CHAT, **HUMAN, **ALPACA, **SHARED, "text": "a", "margin": 1}
+ALIKE = {"input": "context", "output": "response"}
+"""Columns of which a row has one or the other."""
+
+
+def first_of(kind: str, number: int) -> dict[str, Any]:
+    """A row that holds every column but those that would give it a shape before the one of this number."""
+    shapes = list(READ_COLUMNS[kind])
+    row = dict(EVERYTHING)
+    for column, other in ALIKE.items():
+        del row[column if other in shapes[number] else other]
+    for earlier in shapes[:number]:
+        if row.keys() >= set(earlier):
+            del row[next((column for column in earlier if column not in shapes[number]), "rejected")]
+    if "chosen" not in row:
+        row.pop("rejected", None)
+    return row
+
+
+@pytest.mark.parametrize(("kind", "number"), [(k, i) for k, shapes in READ_COLUMNS.items() for i in range(len(shapes))])
+def test_the_table_is_what_the_parsers_read(kind, number, chat):
+    recorder, found = Recorder(first_of(kind, number)), set[str]()
+    try:
+        PARSERS[kind](recorder)
+    except BadRow:  # the tools are looked at last, where a plain text has none
+        found = {"tools"}
+    assert set(recorder) - set(unread_of(kind, chat)(recorder.copy())) == recorder.read | found
+
+
+def test_a_class_beside_a_conversation_is_no_label(chat):
+    unread = unread_of("sft", chat)
+    assert unread({**CHAT, "label": 3}) == unread({"text": "a", "label": True}) == ["label"]
+    assert unread({**CHAT, "label": True}) == unread({**TEXT, "label": 1}) == []
 
 
 def test_what_is_read_depends_on_the_shape_of_each_row(chat, config, write, caplog):
@@ -112,6 +164,12 @@ def test_fields_of_messages_wherever_messages_stand(chat, config, write, caplog)
     source = write([row])
     load_rankings(config(), source, chat)
     names = "prompt[].id (1 row), completions[][].model (1 row)"
+    assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
+    caplog.clear()
+    row = {"conversations": [{**SAID, "from": "human", "id": 1}], "chosen": {**SAID, "model": "x"}, "rejected": SAID}
+    source = write([{**row, "rejected": {**SAID, "value": "b"}}])
+    load_rankings(config(), source, chat)
+    names = "conversations[].id (1 row), chosen[].model (1 row)"
     assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
 
 
