@@ -214,6 +214,7 @@ class RewardConfig(WithPaths):
     """The reward model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    """What training starts from: a language model, which gets a fresh head, or a reward model with its own."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,7 +1,7 @@
 """Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
 
 from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
-from jrlhf.models.adapter_folder import find_tokenizer, model_folder, model_kind, require_kind
+from jrlhf.models.adapter_folder import ModelKind, find_tokenizer, model_folder, model_kind, require_kind
 from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache, int8_cache
@@ -40,6 +40,7 @@ __all__ = [
     "Decoder",
     "DecoderFns",
     "KVCache",
+    "ModelKind",
     "Pretrained",
     "RewardModel",
     "Rope",

@@ -21,7 +21,7 @@ from jrlhf.models.hf import TOKENIZER_FILES, Stored, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
-from jrlhf.models.names import HEAD_BIAS, RULES, reward_model_table
+from jrlhf.models.names import HEAD_BIAS, HEAD_KERNEL, RULES, reward_model_table
 from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.parallel import Rules, tree_shardings
@@ -86,7 +86,7 @@ def load_reward_model(
     mesh: Mesh | None = None,
     remat: bool = False,
     attention: AttentionKernel = "xla",
-    key: str = "",
+    option: str = "",
 ) -> RewardModel:
     """Read a sequence-classification folder or hub id with one label; the rest is as in ``load_pretrained``.
 
@@ -94,7 +94,7 @@ def load_reward_model(
     a head.
     """
     source = model_folder(path)
-    require_kind(source, "reward", key=key)
+    require_kind(source, "reward", option=option)
     computed: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
     has_head = model_kind(source._replace(adapters=())) == "reward"
     if has_head:
@@ -120,16 +120,19 @@ def load_reward_start(
     mesh: Mesh | None = None,
     remat: bool = False,
     attention: AttentionKernel = "xla",
+    option: str = "",
 ) -> RewardModel:
     """The model that a reward stage begins with: a reward model as it is, or a language model with a fresh head.
 
     ``key`` draws that head. A reward model's scores are taken as they are, normalised or not, and its record of a
-    normalisation begins anew.
+    normalisation begins anew. Its head is exported as a fresh one: in float32, the bias in config.json.
     """
     computed: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
-    if model_kind(model_folder(path)) == "reward":
-        return replace(load_reward_model(path, **computed), gain=1.0, bias=0.0)
-    return reward_from_pretrained(load_pretrained(path, **computed), key)
+    if model_kind(model_folder(path)) == "language":
+        return reward_from_pretrained(load_pretrained(path, option=option, **computed), key)
+    model = load_reward_model(path, option=option, **computed)
+    stored = {name: how for name, how in model.stored.items() if name not in (HEAD_KERNEL, HEAD_BIAS)}
+    return replace(model, stored=stored, gain=1.0, bias=0.0)
 
 
 def _read_reward(

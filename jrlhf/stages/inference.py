@@ -54,7 +54,7 @@ def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     data = DataConfig(train=args.prompts, max_length=args.max_length)
     prompts = load_prompts(data, args.prompts, tokenizer)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_pretrained(source, dtype=args.dtype, mesh=mesh)
+    model = load_pretrained(source, dtype=args.dtype, mesh=mesh, option="model")
     check_length(model.arch, int(prompts.lengths.max()) + args.sampling.max_new_tokens, key="sampling.max_new_tokens")
     together = drawn_together(args.samples, batch_size=args.batch_size, devices=mesh.size)
     generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, samples=together)
@@ -80,7 +80,7 @@ def run_score(args: ScoreConfig) -> None:
     data = DataConfig(train=args.data, max_length=args.max_length)
     texts = load_texts(data, args.data, tokenizer)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_reward_model(source, dtype=args.dtype, mesh=mesh)
+    model = load_reward_model(source, dtype=args.dtype, mesh=mesh, option="model")
     check_length(model.arch, int(texts.lengths.max()), key="max_length")
     shown = len(texts) > args.batch_size
     scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size, show_progress=shown)

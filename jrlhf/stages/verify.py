@@ -71,7 +71,7 @@ def run_verify(args: VerifyConfig) -> bool:
 def _prepare(args: VerifyConfig) -> Subject:
     source = exported_folder(assets.resolve(args.model), stages=("ppo", "sft"))
     tokenizer = load_tokenizer(source)
-    model = load_pretrained(source, dtype=args.dtype)
+    model = load_pretrained(source, dtype=args.dtype, option="model")
     critic = reward_from_pretrained(model, jax.random.key(args.seed))
     prompt_source = args.prompts or "asset:prompts_heldout"
     prompts = load_prompts(DataConfig(max_length=args.max_length), prompt_source, tokenizer)
