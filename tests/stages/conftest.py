@@ -111,7 +111,8 @@ def chat_config(base: Path, folder: Path, *, epochs: float) -> Config:
     """A run in ``folder`` whose SFT stage sees each of four questions and answers four times an epoch."""
     files = write_chats(folder / "data")
     small = small_config(folder, "whole")
-    log = replace(small.sft.log, every=100, eval_every=1000, samples=0, tensorboard=False)
+    # A line a step waits for the step: eight devices on two cores would fall behind more of them than they can hold.
+    log = replace(small.sft.log, every=1, eval_every=1000, samples=0, tensorboard=False)
     sampling = SamplingConfig(max_new_tokens=16)
 
     def data(kind: str) -> DataConfig:

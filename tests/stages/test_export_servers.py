@@ -35,7 +35,8 @@ out["prompts"], out["answers"] = [], []
 for chat in task["chats"]:
     ids = tokenizer.apply_chat_template(chat, chat_template=task["template"], add_generation_prompt=True)
     tokens = torch.tensor([ids])
-    drawn = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=task["longest"], do_sample=False)
+    how = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": task["longest"], "do_sample": False}
+    drawn = model.generate(tokens, **how)
     out["prompts"].append(ids)
     out["answers"].append(drawn[0, len(ids):].tolist())
 reward = AutoModelForSequenceClassification.from_pretrained(task["reward"], torch_dtype="auto").eval()
