@@ -31,8 +31,16 @@ TOKENIZER_NAMES = {
 }
 
 
-def write_chat_model(folder: Path, *, bfloat16: bool = True, pad: str | None = "</s>", eos: Any = EOS) -> Path:
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+WIDE |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+"""Sizes of a model that vLLM has kernels for: heads of 8 are too small for it."""
+
+
+def write_chat_model(
+    folder: Path, *, bfloat16: bool = True, pad: str | None = "</s>", eos: Any = EOS, wide: bool = False
+) -> Path:
     """``pad``: its own pad token, the EOS as often is, or none. ``eos``: of generation_config.json; None: no such file.
+    ``wide``: untrained, in the sizes of ``WIDE``.
 
     Its files have spaces and an order of their own, which nobody else would write.
     """
@@ -57,11 +65,12 @@ def write_chat_model(folder: Path, *, bfloat16: bool = True, pad: str | None = "
     config = json.loads((source / "config.json").read_text())
     config |= {"vocab_size": 514, "torch_dtype": "bfloat16" if bfloat16 else "float32"}
     config |= {"pad_token_id": tokenizer.token_to_id(pad) if pad else None}
+    config |= WIDE if wide else {}
     (folder / "config.json").write_text(json.dumps(config))
     if eos is not None:
         generation = {"bos_token_id": 1, "eos_token_id": eos, "temperature": 0.6, "do_sample": True}
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    tensors = load_file(source / "model.safetensors")
+    tensors = _random_tensors() if wide else load_file(source / "model.safetensors")
     embed = tensors["model.embed_tokens.weight"]
     rows = np.random.default_rng(0).normal(0.0, embed.std(), (2, embed.shape[1])).astype(np.float32)
     tensors["model.embed_tokens.weight"] = np.concatenate([embed, rows])
@@ -69,6 +78,23 @@ def write_chat_model(folder: Path, *, bfloat16: bool = True, pad: str | None = "
         tensors = {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def _random_tensors() -> dict[str, np.ndarray]:
+    """A Llama in the sizes of ``WIDE``, whose embeddings are tied, with the shipped model's 512 tokens."""
+    width, inner, head = WIDE["hidden_size"], WIDE["intermediate_size"], WIDE["head_dim"]
+    queries, keys = head * WIDE["num_attention_heads"], head * WIDE["num_key_value_heads"]
+    draws = np.random.default_rng(1)
+    maps = {"self_attn.q_proj": (queries, width), "self_attn.k_proj": (keys, width), "self_attn.v_proj": (keys, width)}
+    maps |= {"self_attn.o_proj": (width, queries), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+    maps |= {"mlp.down_proj": (width, inner)}
+    shapes = {"model.embed_tokens.weight": (512, width)}
+    norms = ["model.norm.weight"]
+    for layer in (f"model.layers.{i}." for i in range(WIDE["num_hidden_layers"])):
+        shapes |= {f"{layer}{name}.weight": shape for name, shape in maps.items()}
+        norms += [f"{layer}{name}_layernorm.weight" for name in ("input", "post_attention")]
+    tensors = {name: draws.normal(0.0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
+    return tensors | {name: np.ones(width, np.float32) for name in norms}
 
 
 STORIES = [

@@ -102,30 +102,43 @@ def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def chat_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """All three stages on four questions, which the model learns to answer and to stop after; PPO with adapters."""
-    folder = tmp_path_factory.mktemp("chat-run")
+    config = chat_config(chat_base, tmp_path_factory.mktemp("chat-run"), epochs=40.0)
+    run_pipeline(config)
+    return config
+
+
+def chat_config(base: Path, folder: Path, *, epochs: float) -> Config:
+    """A run in ``folder`` whose SFT stage sees each of four questions and answers four times an epoch."""
     files = write_chats(folder / "data")
     small = small_config(folder, "whole")
-    log = replace(small.sft.log, eval_every=100)
-    checkpoint = CheckpointConfig(every=100, keep=1, keep_best=0)
+    # A line a step waits for the step: eight devices on two cores would fall behind more of them than they can hold.
+    log = replace(small.sft.log, every=1, eval_every=1000, samples=0, tensorboard=False)
     sampling = SamplingConfig(max_new_tokens=16)
 
     def data(kind: str) -> DataConfig:
-        return DataConfig(train=files[kind], eval=files[kind], max_length=96, buckets=1)
+        return DataConfig(train=files[kind], max_length=96, buckets=1)
 
-    common = {"log": log, "checkpoint": checkpoint}
-    config = Config(
+    common = {"log": log, "checkpoint": CheckpointConfig(every=1000, keep=1, keep_best=0)}
+    return Config(
         run=str(folder / "run"),
         seed=1,
         sft=SFTConfig(
-            model=ModelConfig(path=str(chat_base)),
+            model=ModelConfig(path=str(base)),
             data=data("sft"),
             optim=OptimConfig(lr=5e-3),
-            epochs=40.0,
+            epochs=epochs,
             batch_size=16,
             sampling=sampling,
             **common,
         ),
-        reward=RewardConfig(data=data("rankings"), optim=OptimConfig(lr=1e-3), batch_size=8, epochs=2.0, **common),
+        reward=RewardConfig(
+            data=data("rankings"),
+            optim=OptimConfig(lr=1e-3),
+            batch_size=8,
+            epochs=2.0,
+            normalise=files["rankings"],
+            **common,
+        ),
         ppo=PPOConfig(
             prompts=data("prompts"),
             sampling=sampling,
@@ -137,8 +150,6 @@ def chat_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
             **common,
         ),
     )
-    run_pipeline(config)
-    return config
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +157,7 @@ def rounded_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Co
     """All three stages of a bfloat16 base that export in its dtype."""
     folder = tmp_path_factory.mktemp("rounded")
     config = small_config(folder, "run")
-    log = replace(config.sft.log, eval_every=100)
+    log = replace(config.sft.log, eval_every=100, samples=0, tensorboard=False)
     config = replace(
         config,
         sft=replace(
@@ -155,6 +166,7 @@ def rounded_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Co
             export_dtype="source",
             lora=LoRAConfig(rank=2),
             epochs=1.0,
+            candidate_prompts="",
             log=log,
         ),
         reward=replace(config.reward, export_dtype="source", epochs=1.0, log=log),

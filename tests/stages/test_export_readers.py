@@ -5,47 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.config import Config, ModelConfig, SamplingConfig
+from jrlhf.config import Config, ModelConfig
 from jrlhf.config_tools import ExportConfig, ScoreConfig
-from jrlhf.data import Encoder, load_tokenizer
 from jrlhf.models import load_pretrained
-from jrlhf.parallel import make_mesh
 from jrlhf.stages.export import run_export
 from jrlhf.stages.inference import run_score
 from jrlhf.stages.reward import run_reward
-from jrlhf.stages.sampling import jit_generate
 
-from .chat_model import IM_END, STORIES, write_chat_model
+from .chat_model import IM_END, write_chat_model
 from .conftest import read_jsonl
+from .export_reading import LONGEST, greedy_answers, questions, score_rows
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-
-LONGEST = 24
-
-
-def questions() -> list[list[dict[str, str]]]:
-    return [[{"role": "user", "content": question}] for question, _ in STORIES]
-
-
-def greedy_answers(folder: Path) -> list[tuple[list[int], list[int]]]:
-    """Our prompt and greedy answer to each question, in tokens; no more after its stop token."""
-    tokenizer, model = load_tokenizer(str(folder)), load_pretrained(folder, dtype="float32")
-    sampling = SamplingConfig(max_new_tokens=LONGEST, temperature=0.0)
-    mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-    generate = jit_generate(model.decode_fns, sampling, tokenizer, mesh)
-    answers = []
-    for question in questions():
-        prompt = Encoder(tokenizer).prompt(question)
-        tokens = jnp.asarray([prompt], jnp.int32)
-        drawn = generate(model.params, tokens, jnp.ones_like(tokens, jnp.bool_), jax.random.key(0))
-        answers.append((prompt, np.asarray(drawn.tokens)[np.asarray(drawn.response_mask)].tolist()))
-    return answers
 
 
 @pytest.mark.parametrize("folder", ["sft/hf", "ppo/hf"])
@@ -95,13 +71,7 @@ def test_transformers_scores_an_export_as_we_do(
         run_score(ScoreConfig(str(folder), chat_run.reward.data.train, out=str(tmp_path / "ours.jsonl")))
         ours = np.asarray([row["score"] for row in read_jsonl(tmp_path / "ours.jsonl")])[:8]
         bias = json.loads((folder / "config.json").read_text()).get("jrlhf", {}).get("head_bias", 0.0)
-        tokenizer = load_tokenizer(str(folder))
-        encoder, rows = Encoder(tokenizer), list[list[int]]()
-        for row in read_jsonl(Path(chat_run.reward.data.train))[:4]:
-            for answer in (row["chosen"], row["rejected"]):
-                before, after = encoder.continued(row["prompt"], answer[0]["content"], stopped=True)
-                rows.append(before + after)
-        np.testing.assert_allclose(their_scores(folder, rows, side=side) + bias, ours, atol=2e-3)
+        np.testing.assert_allclose(their_scores(folder, score_rows(chat_run), side=side) + bias, ours, atol=2e-3)
 
 
 @pytest.fixture(scope="module")
