@@ -27,7 +27,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     """From a Hugging Face folder or a hub id; never with code of its own.
 
     Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
-    pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of a model in the same
+    pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of the model in that
     folder bound what may be read: DataError for a pad, EOS, BOS or end of turn beyond them, a warning for others.
     """
     # Only tokenizers are wanted; that PyTorch is missing is no news.

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jrlhf.config import Config
+from jrlhf.config import Config, PPOConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.core import combine, partition
 from jrlhf.data import load_tokenizer
 from jrlhf.models import ArchConfig, Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
 from jrlhf.stages.adapters import trainable
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import model_source
 from jrlhf.stages.start import computed
 from jrlhf.types import Params, PPOParams, TrainState
@@ -57,6 +58,19 @@ class Actors(NamedTuple):
         """Whether all of them can read several sequences in a row."""
         models = (self.policy, self.value, *(() if self.reward is None else (self.reward,)))
         return all(model.arch.packable for model in models)
+
+    def positions(self, ppo: PPOConfig) -> list[Positions]:
+        """Of all models that read the policy's tokens, the policy first; who reads texts has cuts of its own."""
+        readers = {"ppo.model": self.policy.arch, "the value network": self.value.arch}
+        if self.reward is not None and self.reward_tokenizer is None:
+            readers["ppo.reward"] = self.reward.arch
+        for path, judge in zip(ppo.rewards.models, self.others, strict=True):
+            if judge.tokenizer is None:
+                readers[f"ppo.rewards.models: {path}"] = judge.model.arch
+        key = "ppo.prompts.max_length"
+        return [
+            Positions(arch, key, model=model).answering(ppo.sampling, "ppo.sampling") for model, arch in readers.items()
+        ]
 
 
 def load_actors(config: Config, mesh: Mesh) -> Actors:

@@ -45,9 +45,10 @@ from jrlhf.stages.evaluation import (
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, stage_folder, write_json
 from jrlhf.stages.scoring import score_texts
-from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.start import computed, export_tokenizer, mesh_of, provenance, start_training
 from jrlhf.stages.state import RunState
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_reward_step, score_completions
@@ -72,7 +73,9 @@ def run_reward(config: Config) -> dict[str, Any]:
         texts_source, texts = _normalising_texts(config, tokenizer)
         base = load_pretrained(source, mesh=mesh, **computed(reward.model, mesh, key="reward.model"))
         model = reward_from_pretrained(base, jax.random.key(config.seed))
-        check_length(model.arch, int(rows.lengths.max()), key="reward.data.max_length")
+        positions = Positions(model.arch, "reward.data.max_length")
+        normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {texts_source})"
+        positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})
 
         batches = _packed(rows, reward) if reward.pack_length else rows
         order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
