@@ -286,7 +286,7 @@ def message_of(error: Exception) -> str:
 
 
 def complain(message: str) -> None:
-    for line in message.splitlines():
+    for line in message.split("\n"):
         print(f"jrlhf: {line}", file=sys.stderr)
 
 

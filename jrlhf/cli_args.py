@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
-from typing import Annotated, Any, TypeVar, cast, get_origin
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
 from jrlhf.config import Config, PlanConfig, Sources
 from jrlhf.config_io import ConfigError, apply_flags, check, flag_types, load_config
@@ -141,7 +141,7 @@ def _sources_help(info: Any) -> Any:
     """How sources are written on a command line: as in the YAML."""
     from tyro.constructors import PrimitiveConstructorSpec
 
-    if info.type != Sources:
+    if info.type != get_args(Sources)[0]:
         return None
     return PrimitiveConstructorSpec(
         nargs=1,

@@ -1,12 +1,13 @@
 """The schema of a run: frozen dataclasses, and the one place where a default lives. Imports no JAX."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from jrlhf.config_rewards import RewardsConfig
 from jrlhf.config_watch import GuardsConfig, SafetyConfig
+from jrlhf.paths import PATH, PathText, WithPaths
 
-Sources = str | dict[str, float]
+Sources = Annotated[str | dict[str, float], PATH]
 """Rows of one source, or of several with the weights they are mixed by."""
 
 
@@ -43,10 +44,10 @@ class DistributedConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(WithPaths):
     """Where weights and tokenizer come from, and how they are computed with."""
 
-    path: str = ""
+    path: PathText = ""
     """A Hugging Face folder, hub id, run or stage folder, or asset:NAME, which ships with jrlhf. Empty: the stage
     before."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -95,14 +96,14 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(WithPaths):
     """Rows in, token batches out."""
 
     train: Sources = ""
     """Training rows: a .jsonl, .json, .csv or .parquet file, several by a pattern (data/*.jsonl), a hub id (name or
     name:split), or asset:NAME. Several sources with weights, as {a.jsonl: 3, b.jsonl: 1}: three of four rows come from
     the first, however long each is; an epoch is as many draws as they have rows together."""
-    eval: str = ""
+    eval: PathText = ""
     """Held-out rows, a single source. Empty: no evaluation."""
     max_length: int = 1024
     """Longest sequence in tokens; longer ones are cut at the end (preferences: at the prompt's start)."""
@@ -110,7 +111,7 @@ class DataConfig:
     """A row that cannot be trained on ends the run, or is counted and left out."""
     buckets: int = 4
     """Padded lengths that are compiled for, evenly spaced up to max_length."""
-    cache: str = "auto"
+    cache: PathText = "auto"
     """Folder for tokenised rows, made once and mapped into memory by later runs. auto: $JRLHF_CACHE, else
     ~/.cache/jrlhf, for sources of 4 MB and more. Empty: none, all rows in memory."""
 
@@ -171,7 +172,7 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(WithPaths):
     """Supervised fine-tuning."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -197,14 +198,18 @@ class SFTConfig:
     on, and the exit code is 3. Of the checkpoints that do, the best one is exported."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
-    candidate_prompts: str = ""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
+    the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
+    rounded to them."""
+    candidate_prompts: PathText = ""
     """Prompts to sample ranking candidates for after training, as data.train. Empty: none."""
     candidates: int = 4
     """Answers sampled for each of candidate_prompts, written to candidates.jsonl for people to rank."""
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(WithPaths):
     """The reward model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -227,7 +232,11 @@ class RewardConfig:
     """As in sft.gates."""
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)², which keeps scores near 0."""
-    normalise: str = ""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
+    the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
+    rounded to them."""
+    normalise: PathText = ""
     """Texts, as data.train, on which scores get mean 0 and std 1. Empty: the SFT stage's candidates, else data.eval."""
 
 
@@ -332,6 +341,10 @@ class PPOConfig:
     """Weight of the SFT loss mixed into the update (PPO-ptx); 0 is off."""
     ptx: DataConfig = field(default_factory=DataConfig)
     """The text for it."""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
+    the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
+    rounded to them."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     gates: tuple[str, ...] = ()
@@ -341,10 +354,10 @@ class PPOConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(WithPaths):
     """One YAML file: a whole run of up to three stages."""
 
-    run: str = "runs/default"
+    run: PathText = "runs/default"
     """The run's folder; each stage writes below it."""
     seed: int = 0
     """Of every random choice in the run."""
@@ -364,5 +377,5 @@ class PlanConfig(Config):
     """Devices: v5p-128 (cores, as Google counts), v5e-16, h100x64, h200x8, a100x16, cpu:8. Empty: this machine's."""
     completions: int = 2
     """Of a prompt in the rows of the reward stage, which are not read."""
-    out: str = ""
+    out: PathText = ""
     """A JSON file for all figures. Empty: they are only printed."""

@@ -9,18 +9,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
 from jrlhf.config import Config, Sources
 from jrlhf.config_check import ConfigError, check, leaves
+from jrlhf.paths import expanded, expanded_value
 from jrlhf.suggest import did_you_mean, either
 
 __all__ = ["ConfigError", "apply_flags", "check", "config_path", "diff_configs", "flag_types", "load_config", "to_yaml"]
 
 T = TypeVar("T")
 TAG = "tag:yaml.org,2002:"
+SOURCES = get_args(Sources)[0]
+"""The type itself, without the mark that its texts are paths."""
 EXPECTED: dict[Any, str] = {str: "a string", bool: "true or false", int: "a whole number", float: "a finite number"}
 LONGEST_SHOWN = 200
 """Characters of a wrong value that an error repeats, and digits of a whole number."""
@@ -32,7 +35,11 @@ def load_config(path: str | Path, flags: Mapping[str, Sequence[str]] | None = No
 
     ConfigError names file, line and key of every mistake, one a line.
     """
-    config = _load_unchecked(Path(path))
+    try:
+        path = Path(expanded(str(path)))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    config = _load_unchecked(path)
     config = apply_flags(config, flags or {})
     check(config)
     return config
@@ -79,7 +86,7 @@ def config_path(name: str) -> Path:
 def schema(cls: type, prefix: str = "") -> dict[str, Any]:
     """Dotted path -> type, of every section (`mesh`) and every value in it (`mesh.fsdp`)."""
     found: dict[str, Any] = {}
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in get_type_hints(cls, include_extras=True).items():
         found[prefix + name] = hint
         if isinstance(hint, type) and is_dataclass(hint):
             found |= schema(hint, f"{prefix}{name}.")
@@ -141,7 +148,7 @@ def _read_section(node: yaml.Node | None, current: T, path: str, file: str, prob
         where = f"{file}:{node.start_mark.line + 1}: {path + ': ' if path else ''}"
         problems.append(f"{where}expected a section of keys, got {_describe(node)}")
         return current
-    hints = get_type_hints(type(current))
+    hints = get_type_hints(type(current), include_extras=True)
     changes: dict[str, Any] = {}
     lines: dict[str, int] = {}
     for key_node, value_node in node.value:
@@ -165,7 +172,9 @@ def _read_section(node: yaml.Node | None, current: T, path: str, file: str, prob
 
 def _read_value(node: yaml.Node, hint: Any) -> Any:
     """A field's value, or an error that says what was expected."""
-    if hint == Sources:
+    if get_origin(hint) is Annotated:
+        return _read_path(node, get_args(hint)[0])
+    if hint == SOURCES:
         return _read_weights(node) if isinstance(node, yaml.MappingNode) else _read_value(node, str)
     if get_origin(hint) is tuple:
         if not isinstance(node, yaml.SequenceNode) or node.tag != TAG + "seq":
@@ -183,6 +192,14 @@ def _read_value(node: yaml.Node, hint: Any) -> Any:
         hint_text = "; put it in quotes" if hint is str and node.value else ""
         raise _WrongValueError(f"expected {EXPECTED[hint]}, got {_describe(node)}{hint_text}")
     return value
+
+
+def _read_path(node: yaml.Node, hint: Any) -> Any:
+    value = _read_value(node, hint)
+    try:
+        return expanded_value(value)
+    except ValueError as error:
+        raise _WrongValueError(str(error)) from error
 
 
 def _read_weights(node: yaml.MappingNode) -> dict[str, float]:
@@ -223,14 +240,16 @@ def _scalar(node: yaml.ScalarNode, hint: type) -> str | bool | int | float | Non
 
 
 def _flag_node(texts: Sequence[str], hint: Any) -> yaml.Node:
+    if get_origin(hint) is Annotated:
+        return _flag_node(texts, get_args(hint)[0])
     if get_origin(hint) is tuple:
         items = [_flag_node([text], get_args(hint)[0]) for text in texts]
         return yaml.SequenceNode(TAG + "seq", items)
     [text] = texts
-    if hint == Sources and text.lstrip().startswith("{"):
+    if hint == SOURCES and text.lstrip().startswith("{"):
         return _composed(text)
     # The shell took the quotes away, so what a flag means is decided by its field: a run may be called 2026.
-    is_text = hint in (str, Sources) or get_origin(hint) is Literal
+    is_text = hint in (str, SOURCES) or get_origin(hint) is Literal
     tag = TAG + "str" if is_text else yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
     return yaml.ScalarNode(tag, text)
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jrlhf.paths import PathText, WithPaths
+
 
 @dataclass(frozen=True)
-class RuleConfig:
+class RuleConfig(WithPaths):
     """What every rule has."""
 
     weight: float = 0.0
@@ -16,7 +18,7 @@ class RuleConfig:
 class JSONRuleConfig(RuleConfig):
     """1 for an answer that is valid JSON, else 0."""
 
-    schema: str = ""
+    schema: PathText = ""
     """A JSON Schema file that the answer must fit too (pip install "jrlhf[rules]"). Empty: any JSON."""
     fenced: bool = False
     """JSON inside a Markdown code fence counts as well."""
@@ -129,12 +131,12 @@ class EndpointRuleConfig(RuleConfig):
 
 
 @dataclass(frozen=True)
-class RewardsConfig:
+class RewardsConfig(WithPaths):
     """Score = model_weight · learned + Σ weight · rule. Rules are read off the text, on the host."""
 
     model_weight: float = 1.0
     """Of the reward model; 0: none is loaded, and the value network starts from the policy."""
-    models: tuple[str, ...] = ()
+    models: tuple[PathText, ...] = ()
     """Further reward models, as ppo.reward.path; each may have a tokenizer of its own."""
     combine: Literal["mean", "lower_bound"] = "mean"
     """Of all reward models' scores of an answer. lower_bound: the mean less lower_bound_coef standard deviations."""

@@ -4,17 +4,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jrlhf.config import SamplingConfig
+from jrlhf.paths import PathText, WithPaths
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(WithPaths):
     """Answers to a file of prompts, as JSONL."""
 
-    model: str
+    model: PathText
     """A Hugging Face folder, a hub id, or a run or stage folder."""
-    prompts: str
+    prompts: PathText
     """A .jsonl, .json, .csv or .parquet file, a hub id (name or name:split), asset:NAME, or - (stdin, one a line)."""
-    out: str = "-"
+    out: PathText = "-"
     """The JSONL file to write; - is stdout."""
     samples: int = 1
     """Answers to each prompt."""
@@ -33,27 +34,27 @@ class GenerateConfig:
 class SampleConfig(GenerateConfig):
     """Several answers to each prompt, as tasks for people to rank."""
 
-    out: str = "tasks.jsonl"
+    out: PathText = "tasks.jsonl"
     """The task file to write; - is stdout."""
     samples: int = 4
     """Answers to each prompt, from 2 to 9; those that are the same are shown once."""
 
 
 @dataclass(frozen=True)
-class RankConfig:
+class RankConfig(WithPaths):
     """A page on this machine where people order answers; or what they have decided, as files and figures."""
 
-    tasks: str = "tasks.jsonl"
+    tasks: PathText = "tasks.jsonl"
     """The task file that jrlhf sample wrote, or a stage's candidates.jsonl."""
     rater: str = ""
     """Whose page the printed address opens. Empty: the page asks for a name."""
-    state: str = ""
+    state: PathText = ""
     """The SQLite file that keeps the decisions. Empty: beside the tasks, with .sqlite for its suffix."""
     report: bool = False
     """Print agreement, accuracy and pace of the raters, and serve no page."""
-    export: str = ""
+    export: PathText = ""
     """Write the decisions to this file (- is stdout), and serve no page."""
-    import_from: str = ""
+    import_from: PathText = ""
     """Take decisions made elsewhere from this file, and serve no page."""
     format: Literal["ranking", "argilla", "label-studio"] = "ranking"
     """Of what is exported or imported. ranking: JSONL that reward.data.train reads."""
@@ -64,14 +65,14 @@ class RankConfig:
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(WithPaths):
     """A reward model's scores of a file of texts, as JSONL."""
 
-    model: str
+    model: PathText
     """A reward model: a Hugging Face folder, a hub id, or a run or stage folder."""
-    data: str
+    data: PathText
     """Rows, in generate's forms: prompt (optional) and completion, completions, or chosen and rejected; or text."""
-    out: str = "-"
+    out: PathText = "-"
     """The JSONL file to write; - is stdout."""
     batch_size: int = 32
     """Texts scored at once."""
@@ -82,12 +83,12 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True)
-class ShowConfig:
+class ShowConfig(WithPaths):
     """Rows as the model sees them, and counts of what is odd about them."""
 
-    model: str
+    model: PathText
     """Whose tokenizer is used: a Hugging Face folder, a hub id, asset:NAME, or a run or stage folder."""
-    data: str
+    data: PathText
     """Rows, in the forms of data.train: one source."""
     kind: Literal["auto", "sft", "reward", "prompts"] = "auto"
     """What the rows are for. auto: by the columns of the first one."""
@@ -102,26 +103,29 @@ class ShowConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(WithPaths):
     """A checkpoint as a Hugging Face folder."""
 
-    run: str
+    run: PathText
     """A run folder, or a stage's folder in it."""
-    out: str
+    out: PathText
     """The folder to write."""
     stage: Literal["last", "sft", "reward", "ppo"] = "last"
     """Which stage of a run folder; last: the furthest one that has a checkpoint."""
     step: int = -1
     """Which checkpoint; -1 is the newest."""
+    dtype: Literal["stage", "float32", "source"] = "stage"
+    """Dtype of the weights. stage takes the stage's own export_dtype. float32 keeps all that the checkpoint holds.
+    source takes the dtypes of the files that the stage's model was read from."""
 
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(WithPaths):
     """The invariants of RLHF with PPO, checked on one model."""
 
-    model: str
+    model: PathText
     """A Hugging Face folder, a hub id, or a run or stage folder."""
-    prompts: str = ""
+    prompts: PathText = ""
     """Prompts, in the forms of generate's. Empty: a few that come with jrlhf."""
     temperature: float = 0.7
     """Of the draws and of every log-prob; other than 1, so that a forgotten division shows."""
@@ -138,20 +142,20 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class ReportConfig(WithPaths):
     """A run's figures, curves and answers on one page that opens without a network."""
 
-    run: str
+    run: PathText
     """A run's folder, done or not. The page is written into it: report.html, or comparison.html beside another run."""
-    other: str = field(default="", metadata={"positional": True})
+    other: PathText = field(default="", metadata={"positional": True})
     """A second run's folder, to compare with; it may stand behind the first one."""
 
 
 @dataclass(frozen=True)
-class QuickstartConfig:
+class QuickstartConfig(WithPaths):
     """All three stages on the small model and the film reviews that come with jrlhf."""
 
-    out: str = "jrlhf-quickstart"
+    out: PathText = "jrlhf-quickstart"
     """The run's folder."""
     seed: int = 0
     """Of every random choice in the run."""

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jrlhf.paths import PathText, WithPaths
+
 
 @dataclass(frozen=True)
 class GuardConfig:
@@ -46,11 +48,11 @@ class GuardsConfig:
 
 
 @dataclass(frozen=True)
-class SafetyConfig:
+class SafetyConfig(WithPaths):
     """Prompts of which some should be refused, answered with each held-out evaluation of SFT and PPO: refusal_rate of
     those, and benign_refusal_rate of the others, are figures for gates."""
 
-    prompts: str = ""
+    prompts: PathText = ""
     """As data.eval; read as sft.data or ppo.prompts say. Empty: none."""
     column: str = "refusal"
     """True where a refusal is wanted; a row without it wants none."""

@@ -1,6 +1,5 @@
 """What a stage tells while it runs: metrics.jsonl, TensorBoard, and a progress bar."""
 
-import json
 import math
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, SupportsFloat
 
+from jrlhf.lines import json_line, read_whole_json_lines, whole_lines, write_bytes
 from jrlhf.trackers import TrackerThread
 
 LINES_WITHOUT_TERMINAL = 20
@@ -38,7 +38,7 @@ class RowLog:
         if self._file is None:
             return
         line = {"step": step, "time": round(time.time(), 3), **row}
-        os.write(self._file, (json.dumps(line, allow_nan=False) + "\n").encode())
+        os.write(self._file, json_line(line).encode())
 
     def sync(self) -> None:
         """Return when all rows are on the disk."""
@@ -119,16 +119,7 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a ``metrics.jsonl``, numbers as numbers; a last line that was cut short is left out."""
-    return [{name: float(value) for name, value in row.items()} for _, row in _rows(path)]
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each whole line with what it says."""
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield line, json.loads(line)
+    return [{name: float(value) for name, value in row.items()} for row in read_whole_json_lines(path)]
 
 
 def _jsonable(value: str | int | float) -> str | int | float:
@@ -137,11 +128,10 @@ def _jsonable(value: str | int | float) -> str | int | float:
 
 def drop_after(path: Path, step: int) -> None:
     """Rewrite the file without the rows after ``step``, and without a last line that a killed run left unfinished."""
-    kept = "".join(line for line, row in _rows(path) if row["step"] <= step)
-    if path.exists() and path.read_text() != kept:
-        new = path.with_suffix(".jsonl.new")
-        new.write_text(kept)
-        new.replace(path)
+    rows = zip(whole_lines(path), read_whole_json_lines(path), strict=True)
+    kept = b"".join(line for line, row in rows if row["step"] <= step)
+    if path.exists() and path.read_bytes() != kept:
+        write_bytes(path, kept)
 
 
 def _open_tensorboard(folder: Path, rows: list[dict[str, float]]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jrlhf.config import LogConfig
 from jrlhf.config_check import ConfigError
+from jrlhf.lines import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -220,9 +221,7 @@ class TrackerThread:
     def _keep(self, name: str, told: Told) -> None:
         self._told[name] = told
         kept = {name: {"run": run, **self._told[name]._asdict()} for name, run in self._runs.items()}
-        partial = self._file.with_suffix(".json.partial")
-        partial.write_text(json.dumps(kept), encoding="utf-8")
-        partial.replace(self._file)
+        write_text(self._file, json.dumps(kept))
 
 
 def _kept(path: Path) -> tuple[dict[str, str], dict[str, Told]]:

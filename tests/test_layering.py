@@ -10,9 +10,9 @@ import jrlhf
 ROOT = Path(jrlhf.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-ABOVE_PARALLEL = {"core", "types", "parallel"}
+ABOVE_PARALLEL = {"core", "types", "parallel", "paths"}
 FLOOR_1 = ABOVE_PARALLEL | {"models"}
-CONFIG = {"config", "config_rewards", "config_tools", "config_watch", "environment", "suggest"}
+CONFIG = {"config", "config_rewards", "config_tools", "config_watch", "environment", "lines", "paths", "suggest"}
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 ALLOWED = {
     "types": set(),
@@ -20,16 +20,18 @@ ALLOWED = {
     "parallel": {"core", "types"},
     "models": ABOVE_PARALLEL,
     "steps": {"core", "types"},
-    "config": {"config_rewards", "config_watch"},
-    "config_rewards": set(),
-    "config_watch": set(),
-    "config_tools": {"config"},
+    "config": {"config_rewards", "config_watch", "paths"},
+    "config_rewards": {"paths"},
+    "config_watch": {"paths"},
+    "config_tools": {"config", "paths"},
     "rules": set(),
     "suggest": set(),
     "environment": set(),
     "assets": FLOOR_1 | CONFIG | {"config_io", "data"},
     "checkpoint": FLOOR_1 | CONFIG | {"leaves", "manifest"},
     "leaves": set(),
+    "lines": set(),
+    "paths": set(),
     "lock": set(),
     "manifest": set(),
     "gates": set(),

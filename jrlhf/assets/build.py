@@ -19,6 +19,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from jrlhf.lines import json_line, write_text
+
 SEED = 20020501
 HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT = 1000, 1490, 512
 RANKING_SIZE = 16
@@ -183,7 +185,7 @@ def normalised(text: str) -> str:
 def read_reviews(path: Path) -> list[Review]:
     """Each sentence once, in the file's order; of duplicates the first stays."""
     found: dict[str, Review] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
         _, rating, text = line.split("\t")
         found.setdefault(normalised(clean(text)), Review(clean(text), round(float(rating), 3)))
     return list(found.values())
@@ -201,7 +203,7 @@ def opening(text: str, words: int, opinion: frozenset[str]) -> str | None:
 
 def read_opinion_words(folder: Path) -> frozenset[str]:
     """Both word lists of the opinion lexicon."""
-    lines = [line for p in sorted(folder.glob("*-words.txt")) for line in p.read_text(encoding="utf-8").splitlines()]
+    lines = [line for p in sorted(folder.glob("*-words.txt")) for line in p.read_text(encoding="utf-8").split("\n")]
     return frozenset(normalised(line) for line in lines if line and not line.startswith(";"))
 
 
@@ -289,16 +291,16 @@ def write_reviews(source: Path, out: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(map(json_line, rows)))
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--model-dir", type=Path, required=True, help="holds stories260K.bin, tok512.bin and their licence"
     )

@@ -7,6 +7,7 @@ from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
+from jrlhf.data.tokenizer_files import tokenizer_files
 
 __all__ = [
     "BadRow",
@@ -31,4 +32,5 @@ __all__ = [
     "pack_sft",
     "steps_per_epoch",
     "stop_token_ids",
+    "tokenizer_files",
 ]

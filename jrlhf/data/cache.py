@@ -27,6 +27,7 @@ from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.environment import cache_home
 from jrlhf.parallel import first_goes_ahead
+from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
 
@@ -47,7 +48,7 @@ def cache_folder(setting: str, files: Sequence[Path]) -> Path | None:
     if not (setting and files):
         return None
     if setting != AUTO:
-        return Path(setting).expanduser()
+        return Path(expanded(setting))
     if sum(path.stat().st_size for path in files) < SMALL:
         return None
     return cache_home()
@@ -152,7 +153,7 @@ def _clear(root: Path, mine: str) -> None:
 
 
 def _is_free(lock: Path) -> bool:
-    with lock.open("a") as file:
+    with lock.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -167,6 +168,8 @@ def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, ro
         "rows": rows,
         "bytes": {Path(file.name).name: file.tell() for file in files},
         "skipped": {reason: [count, skips.first[reason]] for reason, count in skips.counts.items()},
+        "notes": {note: [count, skips.notes.first[note]] for note, count in skips.notes.counts.items()},
+        "unread": skips.unread,
     }
     for file in files:
         os.fsync(file.fileno())
@@ -190,7 +193,10 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
         skips = Skips(name, skip=True)
         for reason, (count, first) in meta["skipped"].items():
             skips.counts[reason], skips.first[reason] = count, first
-        return mapped(schema, folder, meta["rows"], skips.close(meta["rows"]))
+        for note, (count, first) in meta["notes"].items():
+            skips.notes.counts[note], skips.notes.first[note] = count, first
+        skips.unread = meta["unread"]
+        return mapped(schema, folder, meta["rows"], skips)
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise DataError(f"{folder}: {error!r}; remove the folder, and it is made anew") from error
 
@@ -199,7 +205,7 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
 def _lock(path: Path, name: str) -> Iterator[bool]:
     """Hold the file for this process; False where the file system knows no locks. The kernel lets go when it ends."""
     with _disk_errors(path.parent):
-        file = path.open("a")
+        file = path.open("a", encoding="utf-8")
     with file:
         yield _held(file, name)
 

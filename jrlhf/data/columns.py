@@ -1,6 +1,6 @@
 """Rows on their way into flat arrays, a block at a time: into memory, or into files that are mapped."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,15 @@ BLOCK_VALUES, BLOCK_ROWS = 2**20, 2**12
 class Encoded(NamedTuple):
     """What one row of a source becomes: arrays by the column they are appended to.
 
-    ``ragged``: each array is a row of its column, with a length of its own; ``flat``: values one after the other.
+    ``ragged``: each array is a row of its column, with a length of its own; ``flat``: values one after the other;
+    ``unread``: names of columns and message fields of the row that nothing reads.
     """
 
     ragged: Mapping[str, list[Any]]
     flat: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    """What is counted of the row, as in ``Notes``."""
+    unread: Sequence[str] = ()
 
 
 class Schema(NamedTuple):
@@ -38,19 +42,22 @@ class Schema(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of one source in columns, and what was left out of them."""
+    """The rows of one source in columns, what was left out of them, and what is noted of the others."""
 
     ragged: Mapping[str, Column]
     flat: Mapping[str, Flat]
     rows: int
     skipped: dict[str, int]
+    notes: dict[str, int]
 
     @classmethod
-    def of(cls, schema: Schema, arrays: Mapping[str, Flat], rows: int, skipped: dict[str, int]) -> "Table":
+    def of(cls, schema: Schema, arrays: Mapping[str, Flat], rows: int, skips: Skips) -> "Table":
+        """Says what was left out and what is noted; an error where nothing remains."""
+        skipped = skips.close(rows)
         ragged = {
             n: Column(arrays[n], arrays[f"{n}.lengths"].values, arrays[f"{n}.ends"].values) for n in schema.ragged
         }
-        return cls(ragged, {name: arrays[name] for name in schema.flat}, rows, skipped)
+        return cls(ragged, {name: arrays[name] for name in schema.flat}, rows, skipped, skips.notes.counts)
 
 
 class Writer:
@@ -94,16 +101,15 @@ def in_memory(schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
     writer = Writer(schema, lambda name, values: parts[name].append(values))
     skips = fill(writer)
     writer.flush()
-    skipped = skips.close(writer.rows)
-    return Table.of(
-        schema, {name: Flat(np.concatenate(arrays)) for name, arrays in parts.items()}, writer.rows, skipped
-    )
+    if writer.rows == 0:
+        skips.close(0)
+    return Table.of(schema, {name: Flat(np.concatenate(arrays)) for name, arrays in parts.items()}, writer.rows, skips)
 
 
-def mapped(schema: Schema, folder: Path, rows: int, skipped: dict[str, int]) -> Table:
+def mapped(schema: Schema, folder: Path, rows: int, skips: Skips) -> Table:
     """The rows whose arrays are files in a folder."""
     arrays = {name: Flat.mapped(folder / name, dtype) for name, dtype in schema.files().items()}
-    return Table.of(schema, arrays, rows, skipped)
+    return Table.of(schema, arrays, rows, skips)
 
 
 def joined(flats: Iterable[Flat]) -> np.ndarray:

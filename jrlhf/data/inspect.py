@@ -10,10 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jrlhf.config import DataConfig
-from jrlhf.data.errors import BadRow, DataError
+from jrlhf.data.errors import BadRow, DataError, Placed, Row
 from jrlhf.data.formats import parse_prompt
 from jrlhf.data.load import Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
-from jrlhf.data.sources import Placed, Row
 from jrlhf.data.tokenizer import Tokenizer, stop_token_ids
 
 KindName = Literal["sft", "reward", "prompts"]

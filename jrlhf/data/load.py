@@ -4,10 +4,10 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -15,13 +15,14 @@ from jrlhf.config import DataConfig, Sources
 from jrlhf.data.cache import cache_folder, cache_key, cached
 from jrlhf.data.columns import Encoded, Schema, Table, Writer, in_memory, joined
 from jrlhf.data.encode import Encoder
-from jrlhf.data.errors import BadRow, Skips
+from jrlhf.data.errors import BadRow, Row, Skips
 from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft
 from jrlhf.data.order import Part
 from jrlhf.data.ragged import Objects, Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
-from jrlhf.data.sources import Row, Source, open_source
+from jrlhf.data.sources import Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.data.unread import unread_of
 from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
 from jrlhf.parallel import same_everywhere
@@ -32,6 +33,9 @@ TrainOn = Literal["completion", "assistant", "all"]
 
 NOT_OF_ROWS = ("train", "eval", "buckets", "cache")
 """The settings that change no row of a source; every other one has a part in the cache's key."""
+
+CUT = "cut to max_length"
+"""The note of rows that lost tokens, which are counted in ``rows.cut``."""
 
 PATIENCE = 10.0
 """Seconds between lines that say how far a long source is."""
@@ -50,10 +54,11 @@ def sft_kind(config: DataConfig, tokenizer: Tokenizer, *, train_on: TrainOn) -> 
         if not learnt[: config.max_length].any():
             reason = f"the first token to learn is beyond max_length ({config.max_length}), so nothing would be learnt"
             raise BadRow("completion", reason)
-        return Encoded({"tokens": [tokens[: config.max_length]]}, {"learnt": learnt[: config.max_length]})
+        encoded = {"tokens": [tokens[: config.max_length]]}, {"learnt": learnt[: config.max_length]}
+        return Encoded(*encoded, cut_note([len(tokens)], config.max_length))
 
     schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
-    return Kind("sft", {"train_on": train_on}, schema, encode)
+    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of("sft", tokenizer))
 
 
 def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
@@ -64,9 +69,7 @@ def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, trai
     tokens = loaded.ragged("tokens")
     # The mask's rows end where the tokens' do.
     masks = [table.ragged["tokens"]._replace(flat=table.flat["learnt"]) for table in loaded.tables]
-    return SFTRows(
-        tokens, Ragged(masks), _buckets(config, tokens), _pad(tokenizer), loaded.skipped(), loaded.parts("tokens")
-    )
+    return SFTRows(tokens, Ragged(masks), _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
 
 def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
@@ -81,10 +84,11 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
         if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
             reason = f"two answers of unequal rank have the same tokens, of which max_length allows {config.max_length}"
             raise BadRow("completions" if "completions" in row else "chosen", reason)
-        return Encoded({"tokens": tokens, "ranks": [ranks]}, {"margin": [margin], "longest": [max(map(len, tokens))]})
+        longest = {"margin": [margin], "longest": [max(map(len, tokens))]}
+        return Encoded({"tokens": tokens, "ranks": [ranks]}, longest, cut_note(map(_total, pairs), config.max_length))
 
     schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
-    return Kind("rankings", {}, schema, encode)
+    return Kind("rankings", {}, schema, encode, unread_of("rankings", tokenizer))
 
 
 def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
@@ -98,8 +102,7 @@ def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) ->
         lengths=loaded.flat("longest"),
         buckets=_buckets(config, tokens),
         pad=_pad(tokenizer),
-        skipped=loaded.skipped(),
-        parts=loaded.parts("ranks"),
+        **loaded.account("ranks"),
     )
 
 
@@ -125,11 +128,14 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
                 raise BadRow(name, "no such column, but a rule of ppo.rewards reads it")
         kept = row if columns.every else (*columns.needed, *columns.optional)
         others = {name: row[name] for name in kept if name in row}
-        tokens = encoder.fitted(encoder.prompt(prompt), [], config.max_length)
-        return Encoded({"tokens": [tokens], "shown": [_json(others | {"prompt": prompt})]}, {})
+        whole = encoder.prompt(prompt)
+        tokens = encoder.fitted(whole, [], config.max_length)
+        encoded = {"tokens": [tokens], "shown": [_json(others | {"prompt": prompt})]}
+        return Encoded(encoded, {}, cut_note([len(whole)], config.max_length))
 
     settings = columns._asdict() if any(columns) else {}
-    return Kind("prompts", settings, SHOWN, encode)
+    unread = unread_of("prompts", tokenizer, (*columns.needed, *columns.optional))
+    return Kind("prompts", settings, SHOWN, encode, (lambda row: []) if columns.every else unread)
 
 
 def load_prompts(
@@ -139,9 +145,7 @@ def load_prompts(
     a row besides."""
     loaded = _load(config, sources, tokenizer, prompts_kind(config, tokenizer, columns or Columns()))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
-    return PromptRows(
-        tokens, shown, _buckets(config, tokens), _pad(tokenizer), loaded.skipped(), loaded.parts("tokens")
-    )
+    return PromptRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
 
 def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> TextRows:
@@ -149,17 +153,27 @@ def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> Te
     encoder = Encoder(tokenizer)
 
     def encode(row: Row) -> Encoded:
-        tokens, texts = [], []
+        tokens, texts, totals = [], [], []
         for answer in parse_answers(row):
             before, after = encoder.answered(answer)
             given = {"completion": answer.completion}
             texts.append(_json(given if answer.prompt is None else {"prompt": answer.prompt} | given))
             tokens.append(encoder.fitted(before, after, config.max_length))
-        return Encoded({"tokens": tokens, "shown": texts}, {})
+            totals.append(len(before) + len(after))
+        return Encoded({"tokens": tokens, "shown": texts}, {}, cut_note(totals, config.max_length))
 
-    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode))
+    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of("texts", tokenizer)))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
-    return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), loaded.skipped(), loaded.parts("tokens"))
+    return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
+
+
+def cut_note(lengths: Iterable[int], max_length: int) -> list[str]:
+    """What is noted of a row whose sequences have so many tokens before they are cut."""
+    return [CUT] if any(length > max_length for length in lengths) else []
+
+
+def _total(pair: tuple[list[int], list[int]]) -> int:
+    return len(pair[0]) + len(pair[1])
 
 
 SHOWN = Schema(ragged={"tokens": np.int32, "shown": np.uint8}, flat={})
@@ -173,6 +187,8 @@ class Kind(NamedTuple):
     settings: Mapping[str, Any]
     schema: Schema
     encode: Callable[[Row], Encoded]
+    unread: Callable[[Row], list[str]]
+    """The names in a row that nothing reads."""
 
 
 class Loaded(NamedTuple):
@@ -187,17 +203,23 @@ class Loaded(NamedTuple):
     def flat(self, name: str) -> np.ndarray:
         return joined([table.flat[name] for table in self.tables])
 
-    def parts(self, name: str) -> list[Part]:
-        """The sources, each with as many rows as it has in a ragged column."""
+    def account(self, name: str) -> "Account":
+        """The sources, each with as many rows as it has in a ragged column, and what became of their rows."""
         rows = [len(table.ragged[name].lengths) for table in self.tables]
-        return [Part(count, weight) for count, weight in zip(rows, self.weights, strict=True)]
-
-    def skipped(self) -> dict[str, int]:
-        """Rows left out of all sources, by reason."""
-        total: Counter[str] = Counter()
+        parts = [Part(count, weight) for count, weight in zip(rows, self.weights, strict=True)]
+        skipped: Counter[str] = Counter()
         for table in self.tables:
-            total.update(table.skipped)
-        return dict(total)
+            skipped.update(table.skipped)
+        cut = sum(table.notes.get(CUT, 0) for table in self.tables)
+        return Account(skipped=dict(skipped), parts=parts, cut=cut)
+
+
+class Account(TypedDict):
+    """The fields of all kinds of rows that say where they are from: see ``jrlhf.data.rows``."""
+
+    skipped: dict[str, int]
+    parts: list[Part]
+    cut: int
 
 
 def _load(config: DataConfig, sources: Sources, tokenizer: Tokenizer, kind: Kind) -> Loaded:
@@ -222,23 +244,31 @@ def _table(config: DataConfig, source: str, tokenizer: Tokenizer, kind: Kind) ->
     opened = open_source(source)
     folder = cache_folder(config.cache, opened.files)
     if folder is None:
-        return in_memory(kind.schema, lambda writer: _each(config, opened, kind.encode, writer))
+        return in_memory(kind.schema, lambda writer: _each(config, opened, kind, writer))
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_ROWS}
     # Rows are held to the model's embeddings when they are made: those of a larger model do for no smaller one.
     limit = {} if (rows := vocabulary_limit(tokenizer)) is None else {"embedding_rows": rows}
     key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings, **limit})
-    return cached(folder, key, kind.schema, lambda writer: _each(config, opened, kind.encode, writer))
+    return cached(folder, key, kind.schema, lambda writer: _each(config, opened, kind, writer))
 
 
-def _each(config: DataConfig, source: Source, encode: Callable[[Row], Encoded], writer: Writer) -> Skips:
+def _each(config: DataConfig, source: Source, kind: Kind, writer: Writer) -> Skips:
     """Encode every row that can be; the others end the run or are counted, as the config says."""
     skips = Skips(source.name, skip=config.on_bad_row == "skip")
+
+    def encode(row: Row) -> Encoded:
+        encoded = kind.encode(row)
+        return encoded._replace(unread=names) if (names := kind.unread(row)) else encoded
+
     start = said = time.monotonic()
     for place, row in encode_all(source.rows, encode):
         if isinstance(row, BadRow):
             skips.add(row, place)
         else:
             writer.add(row)
+            for note in row.notes:
+                skips.notes.add(note, place)
+            skips.add_unread(row.unread)
         if (now := time.monotonic()) - said > PATIENCE:
             said = now
             log.info("%s: %d rows tokenised, %d a second", source.name, writer.rows, writer.rows / (now - start))

@@ -1,7 +1,8 @@
 """Tokenised rows, and the padded NumPy batches made of them.
 
 Every kind of rows has ``buckets``, the padded lengths of its batches; ``pad``, the token that fills them up;
-``skipped``, rows left out by reason; and ``parts``, the sources it holds one after the other, for ``Order``.
+``skipped``, rows left out by reason; ``cut``, how many rows of the sources lost tokens to ``max_length``; and
+``parts``, the sources it holds one after the other, for ``Order``.
 """
 
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ class SFTRows:
     pad: int
     skipped: dict[str, int]
     parts: Sequence[Part]
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -77,6 +79,7 @@ class RankingRows:
     pad: int
     skipped: dict[str, int]
     parts: Sequence[Part]
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -115,6 +118,7 @@ class _Shown:
     pad: int
     skipped: dict[str, int]
     parts: Sequence[Part]
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from jrlhf.data.errors import DataError
@@ -12,6 +13,9 @@ from jrlhf.data.vocabulary import (
     vocabulary_limit,
     warn_of_spare_tokens,
 )
+from jrlhf.models.generation import generation_eos
+from jrlhf.models.hf import find_folder
+from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
 
@@ -27,17 +31,10 @@ def load_tokenizer(path: str) -> Tokenizer:
     """From a Hugging Face folder or a hub id; never with code of its own.
 
     Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
-    pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of the model in that
+    pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of a model in this
     folder bound what may be read: DataError for a pad, EOS, BOS or end of turn beyond them, a warning for others.
     """
-    # Only tokenizers are wanted; that PyTorch is missing is no news.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a missing file, JSON, the Rust library's own
-        raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
+    tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
     limit_vocabulary(tokenizer, embedding_rows(path))
@@ -51,26 +48,50 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
+def read_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of a folder or hub id as it is, whatever tokens it has or lacks."""
+    # Only tokenizers are wanted; that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    path = expanded(path)
+    try:
+        # The hub's files are on this machine from here on: what is beside the tokenizer is read too.
+        folder = path if Path(path).is_dir() else str(find_folder(path, weights=False))
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a missing file, JSON, the Rust library's own
+        raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
+
+
+def tokenizer_folder(tokenizer: Tokenizer) -> Path | None:
+    """The folder that a tokenizer was read from; None for one that was made in memory."""
+    name = tokenizer.name_or_path
+    return Path(name) if name and Path(name).is_dir() else None
+
+
 def _spare_token(tokenizer: Tokenizer, path: str) -> str:
     """Masks go by position, so any token may pad; but one that ends answers, or stands in texts, is lost elsewhere."""
-    limit, end = vocabulary_limit(tokenizer), end_of_turn(tokenizer)
+    limit, stops = vocabulary_limit(tokenizer), stop_token_ids(tokenizer, ())
     known = {token: i for token, i in tokenizer.get_vocab().items() if limit is None or i < limit}
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     for token in (*PADS, tokenizer.unk_token, *added, *NUL_BYTE):
-        if token in known and known[token] not in (tokenizer.eos_token_id, end):
+        if token in known and known[token] not in stops:
             return token
     raise DataError(f"{path}: the tokenizer has no token to pad with: set pad_token to one that is not its EOS")
 
 
 def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
-    """What ends an answer: EOS, the chat template's end of an assistant turn, and the tokens named in ``extra``."""
+    """What ends an answer: EOS, the chat template's end of an assistant turn, the ``eos_token_id`` of the
+    ``generation_config.json`` beside the tokenizer, and the tokens named in ``extra``."""
     known = tokenizer.get_vocab()
     for token in extra:
         if token not in known:
             raise DataError(f"sampling.stop: {token!r} is not a token of this tokenizer")
         check_roles(tokenizer, {"stop token": known[token]}, where="sampling.stop")
-    found = [tokenizer.eos_token_id, end_of_turn(tokenizer), *(known[token] for token in extra)]
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+    folder = tokenizer_folder(tokenizer)
+    beside = () if folder is None else generation_eos(folder)
+    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *beside, *(known[token] for token in extra)]
+    return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from jrlhf.data.columns import Encoded
-from jrlhf.data.errors import BadRow, DataError
-from jrlhf.data.sources import Placed, Row
+from jrlhf.data.errors import BadRow, DataError, Placed, Row
 
 THREADS = 8
 """At most; the rest of a row's work, about a quarter, is done by one at a time."""

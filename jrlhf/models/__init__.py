@@ -14,6 +14,8 @@ from jrlhf.models.functions import (
     init_params,
     reward_params,
 )
+from jrlhf.models.generation import generation_eos
+from jrlhf.models.hf_write import WeightDtype
 from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.names import RULES
 from jrlhf.models.peft import insert_adapter, save_adapter
@@ -26,6 +28,7 @@ from jrlhf.models.reward import (
     reward_from_pretrained,
     save_reward_model,
 )
+from jrlhf.models.rounding import round_to_stored
 
 __all__ = [
     "RULES",
@@ -37,6 +40,7 @@ __all__ = [
     "Pretrained",
     "RewardModel",
     "Rope",
+    "WeightDtype",
     "abstract_params",
     "abstract_pretrained",
     "abstract_reward",
@@ -49,6 +53,7 @@ __all__ = [
     "from_equinox",
     "from_linen",
     "from_nnx",
+    "generation_eos",
     "init_params",
     "insert_adapter",
     "int8_cache",
@@ -60,6 +65,7 @@ __all__ = [
     "placed",
     "reward_from_pretrained",
     "reward_params",
+    "round_to_stored",
     "save_adapter",
     "save_pretrained",
     "save_reward_model",

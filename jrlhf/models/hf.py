@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.models.names import Entry
+from jrlhf.paths import expanded
 from jrlhf.types import Params
 
 CONFIG = "config.json"
@@ -24,7 +25,14 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenizer.*.json",
+    "tekken.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 )
+"""Patterns of the files that transformers reads a tokenizer from."""
 GENERATION_CONFIG = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -35,9 +43,9 @@ DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bflo
 def find_folder(path: str | Path, *, weights: bool = True) -> Path:
     """A local folder as it is, or the hub's snapshot of a hub id: its JSON, safetensors and tokenizer files only.
 
-    Without ``weights`` no more than its configs.
+    Without ``weights`` no more than its configs and its tokenizer.
     """
-    folder = Path(path)
+    folder = Path(expanded(str(path)))
     if folder.is_dir():
         return folder
     if folder.suffix in PICKLED:
@@ -49,7 +57,7 @@ def find_folder(path: str | Path, *, weights: bool = True) -> Path:
 
     adapter = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
     wanted = ["model*.safetensors", INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *adapter]
-    wanted = wanted if weights else [CONFIG, ADAPTER_CONFIG]
+    wanted = wanted if weights else [CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (OSError, ValueError) as error:

@@ -1,11 +1,8 @@
 """Our tree into a Hugging Face folder: ``hf_read`` backwards, file by file."""
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,12 +10,16 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from jrlhf.models.arch import ArchConfig
+from jrlhf.models.folder_files import appear, json_bytes, read_files, write_files
 from jrlhf.models.hf import CONFIG, DTYPES, INDEX, WEIGHTS, Stored, leaf_at, names_of, read_json
 from jrlhf.models.names import Entry, lm_head_name
 from jrlhf.types import Params
 
 Source = tuple[Entry, int | None]
 """A leaf of our tree, and which layer of it."""
+
+WeightDtype = Literal["float32", "source"]
+"""What weights are written in: float32, or the dtypes of the folder they were read from."""
 
 
 def export_plan(
@@ -62,61 +63,65 @@ def write_folder(
     stored: Mapping[str, Stored],
     source: Path,
     copied: tuple[str, ...],
+    *,
+    dtype: WeightDtype = "source",
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """``config.json``, the weights, and those ``copied`` files that ``source`` has; the first host writes.
+    """``config.json``, the weights, and ``files`` or those files of ``source`` that ``copied`` matches.
 
-    Tensors go to the files and in the dtypes that ``stored`` names, new ones in float32 to the last file. The config
-    comes last, and each file appears whole or not at all: a broken-off export cannot be loaded.
+    Tensors go to the files that ``stored`` names, new ones to the last of them. ``dtype`` "source" gives them the
+    dtypes that ``stored`` names (new ones float32). The first host writes. The config comes last, and each file
+    appears whole or not at all: a broken-off export cannot be loaded.
     """
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in copied:
-            if (source / name).is_file() and source.resolve() != folder.resolve():
-                shutil.copyfile(source / name, folder / name)
+        if files is not None:
+            write_files(folder, files)
+        elif source.resolve() != folder.resolve():
+            write_files(folder, read_files(source, copied))
     plan = export_plan(tree, arch, table, stored)
     last = max((stored[name].file for name in plan if name in stored), default=WEIGHTS)
     where = {name: stored[name].file if name in stored else last for name in plan}
+    dtypes = {name: stored[name].dtype if dtype == "source" and name in stored else "F32" for name in plan}
+    size = 0
     for file in sorted(set(where.values())):
-        tensors = {
-            name: their_tensor(tree, sources, stored[name].dtype if name in stored else "F32")
-            for name, sources in plan.items()
-            if where[name] == file
-        }
+        tensors = {name: their_tensor(tree, plan[name], dtypes[name]) for name in plan if where[name] == file}
+        size += sum(tensor.nbytes for tensor in tensors.values())
         if writes:
             # One file holds everything under one name, whatever its own was.
             target = file if len(set(where.values())) > 1 else WEIGHTS
-            _appear(folder / target, lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"}))
+            appear(folder / target, lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"}))
     if writes:
-        _write_index(folder, where, source)
-        _appear(folder / CONFIG, lambda path: path.write_bytes(_json_bytes(config, source / CONFIG)))
+        as_stored = all(dtypes[name] == stored[name].dtype for name in plan if name in stored)
+        _write_index(folder, where, source, size=None if as_stored else size)
+        config = config if dtype == "source" else _in_float32(config, as_stored=as_stored)
+        appear(folder / CONFIG, lambda path: path.write_bytes(json_bytes(config, source / CONFIG)))
 
 
-def _appear(file: Path, write: Callable[[Path], Any]) -> None:
-    partial = file.parent / f".{file.name}.partial"
-    write(partial)
-    os.replace(partial, file)
+def _in_float32(config: Mapping[str, Any], *, as_stored: bool) -> Mapping[str, Any]:
+    """The config of an export in float32: transformers loads weights in the dtype that it names, whatever theirs is."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config]
+    if as_stored and all(config[key] in (None, "float32") for key in keys):
+        return config
+    return {**config, **dict.fromkeys(keys or ["dtype"], "float32")}
 
 
-def _write_index(folder: Path, where: Mapping[str, str], source: Path) -> None:
-    """Which file has which tensor, if there are several; what an earlier export left is taken away."""
+def _write_index(folder: Path, where: Mapping[str, str], source: Path, *, size: int | None) -> None:
+    """Which file has which tensor, if there are several; what an earlier export left is taken away.
+
+    ``size``: bytes of all tensors, where they are not in the dtypes of ``source``.
+    """
     if len(set(where.values())) == 1:
         (folder / INDEX).unlink(missing_ok=True)
         return
     (folder / WEIGHTS).unlink(missing_ok=True)
-    size = sum((folder / file).stat().st_size for file in set(where.values()))
-    index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+    total = sum((folder / file).stat().st_size for file in set(where.values())) if size is None else size
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     original = source / INDEX
-    if original.is_file() and read_json(original).get("weight_map") == where:
+    if size is None and original.is_file() and read_json(original).get("weight_map") == where:
         index = read_json(original)
-    _appear(folder / INDEX, lambda path: path.write_bytes(_json_bytes(index, original)))
-
-
-def _json_bytes(content: Mapping[str, Any], original: Path) -> bytes:
-    """The original's own bytes while they say the same: another writer's spacing and number format are kept."""
-    if original.is_file() and read_json(original) == content:
-        return original.read_bytes()
-    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+    appear(folder / INDEX, lambda path: path.write_bytes(json_bytes(index, original)))
 
 
 def fused(parts: list[np.ndarray], groups: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Adapters as PEFT keeps them: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from jrlhf.models.arch import ArchConfig
+from jrlhf.models.folder_files import appear
 from jrlhf.models.hf import ADAPTER_CONFIG, ADAPTER_WEIGHTS, leaf_at, read_json
 from jrlhf.models.hf_read import unfused
 from jrlhf.models.hf_write import fused
@@ -42,7 +42,9 @@ def base_of(folder: Path) -> str:
 def save_adapter(params: Params, arch: ArchConfig, folder: Path, *, base: str, alpha: float) -> None:
     """Write the adapters of a tree; a reward model's head goes with them.
 
-    PEFT has one adapter for a fused projection where we have three: one of three times the rank, ours in its blocks.
+    ``base``: a hub id or folder, as it is to stand in ``adapter_config.json``; a relative path is read from ``folder``
+    here, and by PEFT from wherever its process runs. PEFT has one adapter for a fused projection where we have three:
+    one of three times the rank, ours in its blocks.
     """
     decoder = params.get("decoder", params)
     tensors: dict[str, np.ndarray] = {}
@@ -65,11 +67,10 @@ def save_adapter(params: Params, arch: ArchConfig, folder: Path, *, base: str, a
         tensors[_HEAD] = np.asarray(params["head"]["kernel"])[None]
         metadata[_HEAD_BIAS] = repr(float(params["head"]["bias"]))
     config = _config(ranks, base=base, alpha=alpha, reward="head" in params, conv1d=arch.family == "gpt2")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{ADAPTER_WEIGHTS}.partial"
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, folder / ADAPTER_WEIGHTS)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    appear(folder / ADAPTER_WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+    appear(folder / ADAPTER_CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _config(ranks: Mapping[str, int], *, base: str, alpha: float, reward: bool, conv1d: bool) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from jrlhf.models.families import arch_from_hf, is_sequence_classification
 from jrlhf.models.functions import abstract_params, decoder_fns
 from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, find_folder, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
-from jrlhf.models.hf_write import write_folder
+from jrlhf.models.hf_write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.paths import expanded
 from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
 
 
@@ -88,13 +89,21 @@ def load_pretrained(
     )
 
 
-def save_pretrained(pretrained: Pretrained, path: str | Path) -> None:
-    """Write config.json, the weights and the source's tokenizer files.
+def save_pretrained(
+    pretrained: Pretrained,
+    path: str | Path,
+    *,
+    dtype: WeightDtype = "source",
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write config.json, the weights, and the source's tokenizer files and generation config.
 
-    Tensors get the dtypes and files they were read from, so unchanged parameters give the source's bytes.
+    ``dtype`` "source" gives tensors the dtypes they were read from, so unchanged parameters give the source's bytes;
+    "float32" rounds nothing, and config.json says so. ``files`` are the contents, by name, of what is written beside
+    them in place of the source's tokenizer and generation config.
     """
     write_folder(
-        Path(path),
+        Path(expanded(str(path))),
         pretrained.config,
         pretrained.params,
         pretrained.arch,
@@ -102,4 +111,6 @@ def save_pretrained(pretrained: Pretrained, path: str | Path) -> None:
         pretrained.stored,
         pretrained.source,
         (*TOKENIZER_FILES, GENERATION_CONFIG),
+        dtype=dtype,
+        files=files,
     )

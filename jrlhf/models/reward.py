@@ -18,12 +18,13 @@ from jrlhf.models.families import CLASSES, arch_from_hf, is_sequence_classificat
 from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_params
 from jrlhf.models.hf import TOKENIZER_FILES, Stored, find_folder, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
-from jrlhf.models.hf_write import write_folder
+from jrlhf.models.hf_write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, reward_model_table
 from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.paths import expanded
 from jrlhf.types import Key, Params, ScoreFn
 
 _OURS = "jrlhf"
@@ -131,10 +132,17 @@ def _check_head(folder: Path, config: Mapping[str, Any], arch: ArchConfig) -> tu
     return gain, bias, head_bias
 
 
-def save_reward_model(model: RewardModel, path: str | Path) -> None:
+def save_reward_model(
+    model: RewardModel,
+    path: str | Path,
+    *,
+    dtype: WeightDtype = "source",
+    files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write the family's sequence-classification form with one label: transformers' score is ours less the head's bias.
 
-    That bias, and the record of the normalisation, stand in config.json under "jrlhf" and are read back.
+    That bias, and the record of the normalisation, stand in config.json under "jrlhf" and are read back. ``dtype`` and
+    ``files`` are as in ``save_pretrained``.
     """
     ours = {"gain": model.gain, "bias": model.bias, "head_bias": float(model.params["head"]["bias"])}
     config = model.config | {
@@ -145,5 +153,15 @@ def save_reward_model(model: RewardModel, path: str | Path) -> None:
     # A folder that never held a bias keeps its config as it was.
     if _OURS in config or ours != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0}:
         config[_OURS] = ours
-    table = reward_model_table(model.arch)
-    write_folder(Path(path), config, model.params, model.arch, table, model.stored, model.source, TOKENIZER_FILES)
+    write_folder(
+        Path(expanded(str(path))),
+        config,
+        model.params,
+        model.arch,
+        reward_model_table(model.arch),
+        model.stored,
+        model.source,
+        TOKENIZER_FILES,
+        dtype=dtype,
+        files=files,
+    )

@@ -67,7 +67,7 @@ def bytes_sent(hlo: str, mesh: Mapping[str, int], *, trips: int) -> Sent:
 def _computations(hlo: str) -> tuple[str, dict[str, list[Instruction]]]:
     """The entry's name, and for each computation the instructions that send or call."""
     entry, name, found = "", "", {}
-    for line in hlo.splitlines():
+    for line in hlo.split("\n"):
         if head := COMPUTATION.match(line):
             name = head[2]
             found[name] = []

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jrlhf.lines import json_line, json_text
 from jrlhf.rank import argilla, label_studio
 from jrlhf.rank.places import Placed, decided, is_ranking
 from jrlhf.rank.store import Decision, Store
@@ -25,12 +26,12 @@ def exported(tasks: Sequence[Task], decisions: Iterable[Decision], form: Format)
             rows = [ranking_row(task, made) for task, made in placed if len(set(made.ranks)) > 1]
             if tied := len(placed) - len(rows):
                 notes.append(f"{tied} of the rankings left out: all answers tied, so there is nothing to learn")
-            return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), notes
+            return "".join(map(json_line, rows)), notes
         case "argilla":
             value = argilla.records(tasks, placed)
         case "label-studio":
             value = label_studio.annotated(tasks, placed)
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n", notes
+    return json_text(value, indent=1) + "\n", notes
 
 
 def ranking_row(task: Task, made: Placed) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from jrlhf.config_check import ConfigError
 from jrlhf.config_tools import RankConfig
+from jrlhf.lines import write_output
 from jrlhf.rank.exchange import exported, take_in
 from jrlhf.rank.store import Store
 from jrlhf.rank.tasks import Task, is_name, read_tasks
@@ -46,11 +47,7 @@ def _report(tasks: Sequence[Task], store: Store) -> None:
 
 def _export(args: RankConfig, tasks: Sequence[Task], store: Store) -> None:
     text, notes = exported(tasks, store.standing(), args.format)
-    if args.export == "-":
-        sys.stdout.write(text)
-    else:
-        Path(args.export).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.export).write_text(text, encoding="utf-8")
+    write_output(args.export, text)
     for note in notes:
         print(f"jrlhf: {note}", file=sys.stderr)
 

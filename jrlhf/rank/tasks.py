@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jrlhf.lines import json_line, numbered_lines
+
 Content = str | list[dict[str, Any]]
 """Text, or chat messages ``{"role", "content"}``."""
 
@@ -78,7 +80,7 @@ def distinct(completions: Iterable[Content]) -> list[Content]:
 def task_line(prompt: Content | None, completions: Sequence[Content], **about: Any) -> str:
     """One line of a task file."""
     row = {"id": task_key(prompt, completions), "prompt": prompt, "completions": list(completions), **about}
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json_line(row)
 
 
 def read_tasks(path: Path) -> TaskFile:
@@ -108,15 +110,11 @@ def read_tasks(path: Path) -> TaskFile:
 
 def json_lines(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     """Each object with its line's number; blank lines are passed over."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 (byte {error.start})") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise TaskError(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from error
         except (ValueError, RecursionError) as error:
             raise TaskError(f"{path}:{number}: not a JSON object a line: {error}") from error
         if not isinstance(row, dict):

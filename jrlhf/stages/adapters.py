@@ -1,16 +1,13 @@
 """LoRA in a stage: which part of a model is trained, and the model that comes of it."""
 
-from pathlib import Path
-from typing import Any
-
 import jax
 from jax.sharding import Mesh
 
 from jrlhf.config import LoRAConfig
 from jrlhf.config_io import ConfigError
-from jrlhf.core import combine, partition
-from jrlhf.models import ArchConfig, Pretrained, RewardModel, add_adapters, is_trained, merge_adapters, save_adapter
-from jrlhf.parallel import fetch, is_first, tree_shardings
+from jrlhf.core import partition
+from jrlhf.models import ArchConfig, Pretrained, RewardModel, add_adapters, is_trained
+from jrlhf.parallel import tree_shardings
 from jrlhf.types import Key, Params
 
 
@@ -34,21 +31,3 @@ def with_adapters(params: Params, arch: ArchConfig, lora: LoRAConfig, key: Key, 
         return add_adapters(params, arch, key, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     except ValueError as error:
         raise ConfigError(f"{path}.{error}") from error
-
-
-def merged(trained: Params, frozen: Params | None) -> Params:
-    """The whole tree with its adapters, if there are any, merged into the weights."""
-    return merge_adapters(combine(trained, frozen))
-
-
-def write_adapter(
-    model: Pretrained | RewardModel, params: Params, lora: LoRAConfig, folder: Path, *, base: str, tokenizer: Any
-) -> None:
-    """A PEFT folder beside the merged model; nothing without ``lora``. ``base``: where the frozen weights are from."""
-    if lora.rank:
-        local = str(Path(base).resolve()) if Path(base).is_dir() else base
-        learnt, frozen = partition(params, is_trained)
-        params = combine(fetch(learnt), frozen)
-        if is_first():
-            tokenizer.save_pretrained(folder)
-            save_adapter(params, model.arch, folder, base=local, alpha=lora.alpha)

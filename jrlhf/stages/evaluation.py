@@ -41,7 +41,7 @@ def load_opinion_lexicon() -> Lexicon:
     folder = Path(assets.resolve("asset:opinion_lexicon"))
 
     def read(name: str) -> frozenset[str]:
-        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        lines = (folder / name).read_text(encoding="utf-8").split("\n")
         return frozenset(line.strip() for line in lines if line.strip() and not line.startswith(";"))
 
     return Lexicon(read("positive-words.txt"), read("negative-words.txt"))

@@ -1,32 +1,35 @@
 """A checkpoint as a Hugging Face folder."""
 
-import shutil
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from jrlhf.checkpoint import Checkpoints
 from jrlhf.config import Config, LoRAConfig
-from jrlhf.config_io import ConfigError, load_config
+from jrlhf.config_io import ConfigError, load_config, to_yaml
 from jrlhf.config_tools import ExportConfig
+from jrlhf.core import combine
+from jrlhf.data import load_tokenizer
 from jrlhf.models import (
     Pretrained,
     RewardModel,
+    WeightDtype,
     load_pretrained,
+    load_reward_model,
     reward_from_pretrained,
-    save_pretrained,
-    save_reward_model,
 )
+from jrlhf.models.folder_files import copy_files
 from jrlhf.parallel import make_mesh
-from jrlhf.stages.adapters import merged, trainable
+from jrlhf.stages.adapters import trainable
+from jrlhf.stages.exports import RUN_CONFIG, companions, from_metadata, write_export
 from jrlhf.stages.run import StageName, model_source
 from jrlhf.stages.state import abstract
 from jrlhf.types import Params
 
 FURTHEST: tuple[StageName, ...] = ("ppo", "reward", "sft")
-RUN_CONFIG = "jrlhf.yaml"
-"""Beside the weights of a checkpoint: the config of the run that made them."""
 
 
 def run_export(args: ExportConfig) -> None:
@@ -38,17 +41,17 @@ def run_export(args: ExportConfig) -> None:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: {out} is not empty")
     folder, stage = _stage_of(args)
-    if args.step == -1 and (folder / "hf").is_dir():
-        shutil.copytree(folder / "hf", out, dirs_exist_ok=True)
-        return
     # The run may have moved since: its stages are beside this one.
     config = replace(load_config(folder / "config.yaml"), run=str(folder.parent))
+    if args.step == -1 and (folder / "hf" / "config.json").is_file():
+        _export_finished(config, stage, folder, out, args)
+        return
     with Checkpoints(folder / "checkpoints", keep=1, keep_best=0, best_metric=None, best_mode="min") as checkpoints:
         step = checkpoints.latest_step() if args.step == -1 else args.step
         if step is None or not (checkpoints.folder / str(step)).is_dir():
             raise ConfigError(f"step: {checkpoints.folder} has no checkpoint{f' {step}' if step else ''}")
         checkpoints.check(step)
-        _export_step(config, stage, checkpoints, step, out)
+        _export_step(config, stage, checkpoints, step, out, args)
 
 
 def _stage_of(args: ExportConfig) -> tuple[Path, StageName]:
@@ -63,33 +66,69 @@ def _stage_of(args: ExportConfig) -> tuple[Path, StageName]:
     raise ConfigError(f"run: {run} has no {wanted} with a checkpoint")
 
 
-def _export_step(config: Config, stage: StageName, checkpoints: Checkpoints, step: int, out: Path) -> None:
+def _export_finished(config: Config, stage: StageName, folder: Path, out: Path, args: ExportConfig) -> None:
+    """What the stage exported, file by file; with other dtypes, its weights as they stand there, written anew."""
+    summary = folder / "summary.json"
+    # Before it could be chosen, a stage exported what its source was in.
+    own = json.loads(summary.read_text(encoding="utf-8")).get("export_dtype", "source") if summary.exists() else None
+    dtype = _dtype(config, stage, args)
+    if args.dtype == "stage" or dtype == own:
+        copy_files(folder / "hf", out)
+        return
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    start, finished = _start(config, stage, mesh), folder / "hf"
+    if isinstance(start, RewardModel):
+        model = load_reward_model(finished, dtype="float32", mesh=mesh)
+        start = replace(start, gain=model.gain, bias=model.bias)
+    else:
+        model = load_pretrained(finished, dtype="float32", mesh=mesh)
+    about = finished / RUN_CONFIG
+    text = about.read_text(encoding="utf-8") if about.exists() else to_yaml(config)
+    beside = companions(load_tokenizer(str(finished)), text, stop=_stop(config, stage))
+    write_export(start, model.params, out, beside=beside, dtype=dtype)
 
-    def trained(model: Pretrained | RewardModel, lora: LoRAConfig, part: str) -> Params:
-        like, frozen = trainable(model, lora, jax.random.key(0), mesh=mesh, path=f"{stage}.lora")
-        return merged(checkpoints.restore(step, abstract(like), part=part), frozen)
 
+def _export_step(
+    config: Config, stage: StageName, checkpoints: Checkpoints, step: int, out: Path, args: ExportConfig
+) -> None:
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    start, where = _start(config, stage, mesh), checkpoints.folder / str(step)
+    beside = from_metadata(checkpoints.metadata(step), stop=_stop(config, stage), where=where)
+    lora, part = _trained_part(config, stage)
+    like, frozen = trainable(start, lora, jax.random.key(0), mesh=mesh, path=f"{stage}.lora")
+    params: Params = combine(checkpoints.restore(step, abstract(like), part=part), frozen)
+    write_export(start, params, out, beside=beside, dtype=_dtype(config, stage, args))
+
+
+def _start(config: Config, stage: StageName, mesh: Mesh) -> Pretrained | RewardModel:
+    """The model that the stage began with."""
     match stage:
         case "sft":
             source = model_source(config, config.sft.model.path, key="sft.model.path", stage=None)
-            model = load_pretrained(source, dtype="float32", mesh=mesh)
-            params = trained(model, config.sft.lora, "train/params")
-            save_pretrained(replace(model, params=params), out)
         case "reward":
             source = model_source(config, config.reward.model.path, key="reward.model.path", stage="sft")
-            base = load_pretrained(source, dtype="float32", mesh=mesh)
-            reward = reward_from_pretrained(base, jax.random.key(0))
-            params = trained(reward, config.reward.lora, "train/params")
-            save_reward_model(replace(reward, params=params), out)
         case "ppo":
             source = model_source(config, config.ppo.model.path, key="ppo.model.path", stage="sft")
-            model = load_pretrained(source, dtype="float32", mesh=mesh)
-            part = "train/ema" if config.ppo.ema_decay else "train/params/policy"
-            save_pretrained(replace(model, params=trained(model, config.ppo.lora, part)), out)
-    saved = checkpoints.metadata(step)
-    for name, text in saved["tokenizer"].items():
-        if Path(name).name != name:
-            raise ValueError(f"{checkpoints.folder / str(step)}: {name!r} is not the name of a tokenizer's file")
-        (out / name).write_text(text, encoding="utf-8")
-    (out / RUN_CONFIG).write_text(saved["config"], encoding="utf-8")
+    model = load_pretrained(source, dtype="float32", mesh=mesh)
+    return reward_from_pretrained(model, jax.random.key(0)) if stage == "reward" else model
+
+
+def _trained_part(config: Config, stage: StageName) -> tuple[LoRAConfig, str]:
+    """The adapters of a stage, and where in its state stands what it exports."""
+    match stage:
+        case "sft":
+            return config.sft.lora, "train/params"
+        case "reward":
+            return config.reward.lora, "train/params"
+        case "ppo":
+            return config.ppo.lora, "train/ema" if config.ppo.ema_decay else "train/params/policy"
+
+
+def _stop(config: Config, stage: StageName) -> tuple[str, ...] | None:
+    """The tokens that end a stage's answers; None where its model gives none."""
+    return {"sft": config.sft.sampling.stop, "reward": None, "ppo": config.ppo.sampling.stop}[stage]
+
+
+def _dtype(config: Config, stage: StageName, args: ExportConfig) -> WeightDtype:
+    own = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}[stage].export_dtype
+    return own if args.dtype == "stage" else args.dtype

@@ -1,20 +1,17 @@
 """A trained model on files: prompts in, answers out; texts in, scores out."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TextIO
 
 from jrlhf import assets
 from jrlhf.config import DataConfig
 from jrlhf.config_tools import GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
+from jrlhf.lines import json_line, write_output
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import FEWEST, Content, TaskFile, distinct, task_line
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import exported_folder, json_line
+from jrlhf.stages.run import exported_folder
 from jrlhf.stages.sampling import answers, drawn_together, jit_generate
 from jrlhf.stages.scoring import score_texts
 
@@ -22,8 +19,8 @@ from jrlhf.stages.scoring import score_texts
 def run_generate(args: GenerateConfig) -> None:
     """One JSON line a prompt, in the order of the prompts: ``{"prompt", "completions": [...]}``."""
     drawn = _draw(args)
-    with _output(args.out) as out:
-        out.writelines(json_line({"prompt": prompt, "completions": completions}) for prompt, completions in drawn)
+    rows = ({"prompt": prompt, "completions": completions} for prompt, completions in drawn)
+    write_output(args.out, "".join(map(json_line, rows)))
 
 
 def run_sample(args: SampleConfig) -> None:
@@ -45,8 +42,7 @@ def run_sample(args: SampleConfig) -> None:
         print(f"jrlhf: {note}", file=sys.stderr)
     if not unique:
         raise DataError(f"{args.prompts}: no prompt got two different answers; raise sampling.temperature or samples")
-    with _output(args.out) as out:
-        out.writelines(unique)
+    write_output(args.out, "".join(unique))
 
 
 def _draw(args: GenerateConfig) -> list[tuple[Content, list[str]]]:
@@ -86,15 +82,5 @@ def run_score(args: ScoreConfig) -> None:
     Positions(model.arch, "max_length", model="the reward model").check({args.data: texts})
     shown = len(texts) > args.batch_size
     scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size, show_progress=shown)
-    with _output(args.out) as out:
-        out.writelines(json_line(row | {"score": float(s)}) for row, s in zip(texts.shown, scores, strict=True))
-
-
-@contextmanager
-def _output(path: str) -> Iterator[TextIO]:
-    if path == "-":
-        yield sys.stdout
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("w", encoding="utf-8") as out:
-        yield out
+    rows = (row | {"score": float(score)} for row, score in zip(texts.shown, scores, strict=True))
+    write_output(args.out, "".join(map(json_line, rows)))

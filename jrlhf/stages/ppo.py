@@ -1,16 +1,15 @@
 """Stage 3: PPO on the reward model, under a KL penalty to the SFT policy."""
 
-from dataclasses import replace
 from typing import Any
 
 import optax
 
 from jrlhf.config import Config, PPOConfig
+from jrlhf.config_io import to_yaml
 from jrlhf.data import load_prompts, load_sft
-from jrlhf.models import merge_adapters, save_pretrained
 from jrlhf.parallel import device_peaks
 from jrlhf.stages.actors import Actors, learnt_policy, load_actors, trainable_actors
-from jrlhf.stages.adapters import write_adapter
+from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
 from jrlhf.stages.performance import phase_rates, rates
@@ -19,10 +18,10 @@ from jrlhf.stages.ppo_eval import judged, make_evaluator
 from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
 from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.rules import columns_read, make_rules
-from jrlhf.stages.run import open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import jit_generate
-from jrlhf.stages.start import JittedStep, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.start import JittedStep, mesh_of, start_training
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_ppo_step
 
@@ -82,6 +81,8 @@ def run_ppo(config: Config) -> dict[str, Any]:
             batch_size=ppo.episodes,
             positions=actors.positions(ppo)[0],
         )
+        beside = companions(actors.tokenizer, to_yaml(config), stop=ppo.sampling.stop)
+        exported = exported_form(actors.policy, ppo.export_dtype)
         peaks = device_peaks(ppo.model.dtype)
         loop = Loop(
             title="PPO",
@@ -92,7 +93,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
             guards=ppo.guards,
             canary=ppo.canary,
             gates=ppo.gates,
-            evaluate=lambda state, number: heldout_figures(state, number) | safety(learnt_policy(state.train), number),
+            evaluate=lambda state, number: (
+                heldout_figures(state, number) | safety(exported(learnt_policy(state.train)), number)
+            ),
             learning_rate=schedule,
             rates=(Rate("length/tokens", "tokens_per_second"), *rates(peaks), *phase_rates(peaks)),
             best_metric="eval/judge_mean" if judged(ppo.canary) else "eval/score_mean",
@@ -105,27 +108,22 @@ def run_ppo(config: Config) -> dict[str, Any]:
             folder=folder,
             log=ppo.log,
             checkpoint=ppo.checkpoint,
-            metadata=provenance(config, actors.tokenizer),
+            metadata=as_metadata(beside),
         )
         pass_gates("ppo", ppo.gates, outcome.last, folder)
-        train = outcome.state.train
-        params = merge_adapters(learnt_policy(train))
-        write_adapter(
-            actors.policy,
-            learnt_policy(train),
-            ppo.lora,
-            folder / "peft",
-            base=str(actors.policy.source),
-            tokenizer=actors.tokenizer,
-        )
-        save_pretrained(replace(actors.policy, params=params), folder / "hf")
-        export_tokenizer(actors.tokenizer, folder / "hf")
+        learnt = learnt_policy(outcome.state.train)
+        # Not the policy's own folder: where that is an adapter's, the frozen weights are its base with it merged in.
+        base = model_source(config, ppo.model.path, key="ppo.model.path", stage="sft")
+        write_adapter(actors.policy, learnt, ppo.lora, folder / "peft", base=base, beside=beside)
+        write_export(actors.policy, learnt, folder / "hf", beside=beside, dtype=ppo.export_dtype)
         summary = {
             "before": outcome.first,
             "after": outcome.last,
             "iterations": ppo.iterations,
             "exported_step": outcome.step,
+            "export_dtype": ppo.export_dtype,
             "kl_coef": float(outcome.state.kl_coef),
+            "cut": prompts.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)

@@ -1,6 +1,5 @@
 """The policy's answers to held-out prompts while PPO runs: written down, scored, and held against the reference."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +14,17 @@ from jaxtyping import Float
 from jrlhf.config import CanaryConfig, Config
 from jrlhf.core import kl_penalty
 from jrlhf.data import PromptRows, load_tokenizer
+from jrlhf.lines import json_line, read_json_lines, write_text
 from jrlhf.models import load_reward_model
 from jrlhf.parallel import fetch, from_first, is_first
 from jrlhf.stages.actors import Actors, learnt_policy
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
+from jrlhf.stages.exports import exported_form
 from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fn
 from jrlhf.stages.rewards import make_rewards
-from jrlhf.stages.run import json_line, model_source
+from jrlhf.stages.run import model_source
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
 from jrlhf.stages.scoring import Scorer, make_scorer, reward_of
 from jrlhf.stages.start import computed
@@ -53,6 +54,7 @@ def make_evaluator(
     logprob_fn = reading_fn(actors, actors.policy.logprob_fn, slices=slices)
     judge = _judge_scorer(config, actors, prompts, mesh, slices=slices) if judged(ppo.canary) else None
     key = jax.random.key(config.seed)
+    exported = exported_form(actors.policy, ppo.export_dtype)
 
     @jax.jit
     def measure(policy: Params, reference: Params, generation: Generation) -> dict[str, jax.Array]:
@@ -69,7 +71,7 @@ def make_evaluator(
         }
 
     def evaluate(state: RunState, number: int) -> dict[str, float]:
-        policy = learnt_policy(state.train)
+        policy = exported(learnt_policy(state.train))
         rows: dict[int, dict[str, Any]] = {}
         batches = generate_all(generate, policy, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=limit)
         for indices, real, generation in batches:
@@ -165,11 +167,11 @@ def standard_error(values: Float[np.ndarray, "N"]) -> float:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_json_lines(path)
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     if not is_first():
         return
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+    write_text(path, "".join(map(json_line, rows)))

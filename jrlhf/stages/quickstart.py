@@ -1,6 +1,5 @@
 """All three stages on real weights and data that ship with the package, and a judge the reward model never saw."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from jrlhf import assets
 from jrlhf.config import Config, Sources
 from jrlhf.config_io import config_path, load_config
+from jrlhf.lines import read_json_lines
 from jrlhf.metrics import read_metrics
 from jrlhf.stages.evaluation import (
     Ranking,
@@ -34,6 +34,7 @@ BAG_OF_WORDS_L2 = 3e-4
 def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> dict[str, Any]:
     """``jrlhf pipeline`` on configs/quickstart/<preset>.yaml, then the judge; writes summary.json and report.html."""
     config = replace(load_config(config_path(f"quickstart/{preset}.yaml")), run=str(out), seed=seed)
+    out = Path(config.run)
     summary = judge(config, run_pipeline(config))
     write_json(out / "summary.json", summary)
     write_report(out, summary)
@@ -102,17 +103,12 @@ def largest(log: Iterable[dict[str, Any]], name: str) -> float:
 
 def read_answers(config: Config, iteration: int) -> list[dict[str, Any]]:
     """The held-out answers that PPO wrote after so many iterations."""
-    path = Path(config.run) / "ppo" / "evals" / f"{iteration:06d}.jsonl"
-    return read_lines(path)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_json_lines(Path(config.run) / "ppo" / "evals" / f"{iteration:06d}.jsonl")
 
 
 def read_rankings(sources: Sources) -> list[Ranking]:
     paths = [Path(assets.resolve(source)) for source in ([sources] if isinstance(sources, str) else sources)]
-    return [(row["completions"], row["ranks"]) for path in paths for row in read_lines(path)]
+    return [(row["completions"], row["ranks"]) for path in paths for row in read_json_lines(path)]
 
 
 def before_and_after(config: Config) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
 
 from jrlhf.config import Config, RewardConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config_io import ConfigError, to_yaml
 from jrlhf.core import combine
 from jrlhf.data import (
     Order,
@@ -27,13 +27,11 @@ from jrlhf.data import (
 from jrlhf.models import (
     RewardModel,
     load_pretrained,
-    merge_adapters,
     normalise_reward,
     reward_from_pretrained,
-    save_reward_model,
 )
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
-from jrlhf.stages.adapters import trainable, write_adapter
+from jrlhf.stages.adapters import trainable
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.stages.evaluation import (
     accuracy_by_length_difference,
@@ -42,13 +40,14 @@ from jrlhf.stages.evaluation import (
     pair_accuracy,
     reliability_curve,
 )
+from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, stage_folder, write_json
 from jrlhf.stages.scoring import score_texts
-from jrlhf.stages.start import computed, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.start import computed, mesh_of, start_training
 from jrlhf.stages.state import RunState
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_reward_step, score_completions
@@ -99,11 +98,13 @@ def run_reward(config: Config) -> dict[str, Any]:
             return state._replace(train=train, cursor=state.cursor + 1), metrics
 
         score = _evaluator(reward, model, heldout, folder, mesh)
+        beside = companions(tokenizer, to_yaml(config), stop=None)
+        exported = exported_form(model, reward.export_dtype)
         loop = Loop(
             title="Reward model",
             total=total,
             advance=advance,
-            evaluate=lambda state, number: score(combine(state.train.params, frozen), number),
+            evaluate=lambda state, number: score(exported(combine(state.train.params, frozen)), number),
             batch_of=lambda state, number: batches.batch(order[number])._asdict(),
             max_skipped=reward.max_skipped,
             guards=None,
@@ -121,18 +122,16 @@ def run_reward(config: Config) -> dict[str, Any]:
             folder=folder,
             log=reward.log,
             checkpoint=reward.checkpoint,
-            metadata=provenance(config, tokenizer),
+            metadata=as_metadata(beside),
         )
         pass_gates("reward", reward.gates, outcome.last, folder)
-        model = replace(model, params=combine(outcome.state.train.params, frozen))
+        learnt = combine(outcome.state.train.params, frozen)
+        model = replace(model, params=exported(learnt))
         if texts is not None:
             model = _normalise(reward, model, texts, texts_source, mesh)
-        write_adapter(model, model.params, reward.lora, folder / "peft", base=source, tokenizer=tokenizer)
-        model = replace(model, params=merge_adapters(model.params))
-        # transformers scores a batch by finding the last token that is not padding.
-        model = replace(model, config=model.config | {"pad_token_id": int(tokenizer.pad_token_id)})
-        save_reward_model(model, folder / "hf")
-        export_tokenizer(tokenizer, folder / "hf")
+        adapted = learnt | {"head": model.params["head"]}
+        write_adapter(model, adapted, reward.lora, folder / "peft", base=source, beside=beside)
+        write_export(model, model.params, folder / "hf", beside=beside, dtype=reward.export_dtype)
         summary = {
             **{name.removeprefix("eval/"): value for name, value in outcome.last.items()},
             "gain": model.gain,
@@ -140,8 +139,10 @@ def run_reward(config: Config) -> dict[str, Any]:
             "normalised_on": texts_source,
             "steps": total,
             "exported_step": outcome.step,
+            "export_dtype": reward.export_dtype,
             "rows": len(rows),
             "skipped": rows.skipped,
+            "cut": rows.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)

@@ -23,6 +23,7 @@ from jrlhf.config import (
 from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
 from jrlhf.config_watch import SafetyConfig
 from jrlhf.gates import failure, judge
+from jrlhf.lines import json_text, write_text
 from jrlhf.lock import run_lock
 from jrlhf.parallel import first_goes_ahead, from_first, is_first, same_everywhere
 
@@ -43,9 +44,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all: written beside, then renamed over. The first process writes."""
     if not is_first():
         return
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def pass_gates(stage: StageName, gates: Sequence[str], figures: Mapping[str, float], folder: Path) -> None:
@@ -55,10 +54,6 @@ def pass_gates(stage: StageName, gates: Sequence[str], figures: Mapping[str, flo
         write_json(folder / "gates.json", {"gates": [verdict._asdict() for verdict in verdicts]})
     if not all(verdict.passed for verdict in verdicts):
         raise failure(stage, verdicts)
-
-
-def json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def model_source(config: Config, path: str, *, key: str, stage: StageName | None) -> str:
@@ -151,5 +146,5 @@ def _opened(config: Config, stage: StageName, folder: Path) -> Iterator[None]:
                     "choose another --run, or take the old values to go on with it"
                 )
         else:
-            saved.write_text(to_yaml(config), encoding="utf-8")
+            write_text(saved, to_yaml(config))
         yield

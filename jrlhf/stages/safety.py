@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, DataConfig
 from jrlhf.data import Columns, DataError, load_prompts
+from jrlhf.lines import json_line, write_text
 from jrlhf.parallel import is_first
 from jrlhf.rules import REFUSALS, refuses, yes_or_no
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import json_line
 from jrlhf.stages.sampling import GenerateFn, answers
 from jrlhf.types import Params
 
@@ -55,7 +55,7 @@ def make_safety(
             )
             path = folder / "safety" / f"{number:06d}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json_line(line) for line in lines), encoding="utf-8")
+            write_text(path, "".join(map(json_line, lines)))
         return refusal_rates(wanted, refused)
 
     return evaluate

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,24 @@ import jax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, SFTConfig
+from jrlhf.config_io import to_yaml
 from jrlhf.core import combine
 from jrlhf.data import Order, PromptRows, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
+from jrlhf.lines import json_line, write_text
 from jrlhf.metrics import drop_after
-from jrlhf.models import Pretrained, load_pretrained, save_pretrained
+from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
-from jrlhf.stages.adapters import merged, trainable, write_adapter
+from jrlhf.stages.adapters import trainable
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import json_line, model_source, open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
-from jrlhf.stages.start import computed, export_tokenizer, mesh_of, provenance, start_training
+from jrlhf.stages.start import computed, mesh_of, start_training
 from jrlhf.stages.state import RunState
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_sft_eval, make_sft_step
@@ -82,9 +84,11 @@ def run_sft(config: Config) -> dict[str, Any]:
         safety = make_safety(
             config, sft.data, generate, tokenizer, folder, mesh, batch_size=sft.batch_size, positions=answering
         )
+        beside = companions(tokenizer, to_yaml(config), stop=sft.sampling.stop)
+        exported = exported_form(model, sft.export_dtype)
 
         def evaluate(state: RunState, number: int) -> dict[str, float]:
-            params = combine(state.train.params, frozen)
+            params = exported(combine(state.train.params, frozen))
             samples(params, number)
             return score(params) | safety(params, number)
 
@@ -110,23 +114,24 @@ def run_sft(config: Config) -> dict[str, Any]:
             folder=folder,
             log=sft.log,
             checkpoint=sft.checkpoint,
-            metadata=provenance(config, tokenizer),
+            metadata=as_metadata(beside),
         )
         pass_gates("sft", sft.gates, outcome.last, folder)
-        learnt = outcome.state.train.params
-        write_adapter(model, combine(learnt, frozen), sft.lora, folder / "peft", base=source, tokenizer=tokenizer)
-        model = replace(model, params=merged(learnt, frozen))
-        save_pretrained(model, folder / "hf")
-        export_tokenizer(tokenizer, folder / "hf")
+        learnt = combine(outcome.state.train.params, frozen)
+        write_adapter(model, learnt, sft.lora, folder / "peft", base=source, beside=beside)
+        params = merge_adapters(exported(learnt))
+        write_export(model, params, folder / "hf", beside=beside, dtype=sft.export_dtype)
         if candidates is not None:
-            _write_candidates(config, candidates, generate, model.params, tokenizer, folder, mesh)
+            _write_candidates(config, candidates, generate, params, tokenizer, folder, mesh)
         summary = {
             "base_nll": outcome.first.get("eval/nll"),
             "heldout_nll": outcome.last.get("eval/nll"),
             "steps": total,
             "exported_step": outcome.step,
+            "export_dtype": sft.export_dtype,
             "rows": len(rows),
             "skipped": rows.skipped,
+            "cut": rows.cut,
             "seconds": outcome.seconds,
         }
         write_json(folder / "summary.json", summary)
@@ -214,4 +219,4 @@ def _write_candidates(
     )
     rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
     if is_first():
-        (folder / "candidates.jsonl").write_text("".join(json_line(row) for row in rows), encoding="utf-8")
+        write_text(folder / "candidates.jsonl", "".join(map(json_line, rows)))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -11,7 +10,9 @@ import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, ModelConfig
-from jrlhf.config_io import ConfigError, to_yaml
+from jrlhf.config_io import ConfigError
+from jrlhf.data import tokenizer_files
+from jrlhf.models.folder_files import write_files
 from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.stages.batches import tree_copy
 from jrlhf.stages.state import RunState
@@ -79,15 +80,8 @@ def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | 
     return init
 
 
-def provenance(config: Config, tokenizer: Any) -> dict[str, Any]:
-    """What a checkpoint says of itself: the run's config, and the tokenizer's files by name."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir() if path.is_file()}
-    return {"config": to_yaml(config), "tokenizer": files}
-
-
 def export_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Beside the weights, with whatever pad token was chosen."""
+    """Write the tokenizer's own files beside weights, with whatever pad token was chosen."""
     if is_first():
-        tokenizer.save_pretrained(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, tokenizer_files(tokenizer))

@@ -48,6 +48,7 @@ LOADERS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
 def everything(rows: Any) -> dict[str, Any]:
     """All that a stage can see of rows, as plain values."""
     found: dict[str, Any] = {"len": len(rows), "buckets": rows.buckets, "pad": rows.pad, "skipped": rows.skipped}
+    found["cut"] = rows.cut
     found["parts"] = [tuple(part) for part in rows.parts]
     found["lengths"] = rows.lengths.tolist()
     found["tokens"] = [rows.tokens[i].tolist() for i in range(len(rows.tokens))]

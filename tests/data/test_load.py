@@ -191,6 +191,32 @@ def test_cut_until_nothing_is_left(metaspace, config, write):
     assert str(error.value) == f"{source}:1: {reason}"
 
 
+def sft(*given: Any) -> Any:
+    return load_sft(*given, train_on="completion")
+
+
+@pytest.mark.parametrize("load", [sft, load_rankings, load_prompts, load_texts])
+def test_rows_that_are_cut_are_counted_and_said_once_a_source(chat, config, write, caplog, load, tmp_path):
+    short = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    long = {"prompt": "a " * 5, "chosen": "b" * 9, "rejected": "c"}
+    source, other = write([short, long, long, short]), write([short, long], "other.jsonl")
+    for cache in ("", str(tmp_path / "cache")):
+        for _ in range(2):
+            caplog.clear()
+            with caplog.at_level(logging.WARNING, logger="jrlhf.data"):
+                limit = 12 if load is sft else 8
+                rows = load(config(max_length=limit, cache=cache), {source: 1.0, other: 2.0}, chat)
+            assert rows.cut == 3
+            assert rows.skipped == {}
+            assert caplog.messages == [
+                f"{source}: 2 of 4 rows (50 %): cut to max_length (first: {source}:2)",
+                f"{other}: 1 of 2 rows (50 %): cut to max_length (first: {other}:2)",
+            ]
+    caplog.clear()
+    assert load(config(), source, chat).cut == 0
+    assert caplog.messages == []
+
+
 def test_tied_answers_may_be_the_same_once_cut(chat, config, write):
     source = write([{"completions": ["hello one", "hello two", "42"], "ranks": [0, 0, 1]}])
     rows = load_rankings(config(max_length=2), source, chat)

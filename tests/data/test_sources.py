@@ -1,5 +1,7 @@
 """Every kind of source gives the same rows, and says where a bad one stands."""
 
+import datetime
+import decimal
 import gzip
 import io
 import json
@@ -8,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jrlhf.data import BadRow, DataError
@@ -29,9 +34,9 @@ def lines(rows: list[dict[str, Any]], newline: str = "\n") -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + newline for row in rows).encode()
 
 
-def csv_text(newline: str = "\n") -> bytes:
+def csv_text(newline: str = "\n", separator: str = ",") -> bytes:
     cells = [["prompt", "completion"], *([row["prompt"], row["completion"]] for row in ROWS)]
-    quoted = (",".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in cells)
+    quoted = (separator.join('"' + cell.replace('"', '""') + '"' for cell in row) for row in cells)
     return (newline.join(quoted) + newline).encode()
 
 
@@ -44,11 +49,21 @@ FILES = {
     "array.json": json.dumps(ROWS, indent=2).encode(),
     "array.jsonl": b"\xef\xbb\xbf\n" + json.dumps(ROWS).encode(),
     "UPPER.JSONL": lines(ROWS),
+    "lines.ndjson": lines(ROWS),
+    "lines.ndjson.gz": gzip.compress(lines(ROWS)),
     "lines.jsonl.gz": gzip.compress(lines(ROWS)),
     "array.json.gz": gzip.compress(json.dumps(ROWS).encode()),
     "table.csv": csv_text(),
     "windows.csv": b"\xef\xbb\xbf" + csv_text("\r\n"),
     "table.csv.gz": gzip.compress(csv_text()),
+    "spaces.csv": csv_text(separator=", "),
+    "more spaces.csv": csv_text("\r\n", separator=",   "),
+    "table.tsv": csv_text(separator="\t"),
+    "table.TSV.GZ": gzip.compress(csv_text(separator="\t")),
+    "tabs.csv": csv_text(separator="\t"),
+    "semicolons.csv": csv_text(separator=";"),
+    "spaced semicolons.csv": csv_text(separator="; "),
+    "commas.tsv": csv_text(),
     "odd [name]* {x}.jsonl": lines(ROWS),
 }
 
@@ -58,30 +73,184 @@ def test_the_same_rows_from_every_kind_of_file(name, write):
     assert rows_of(write(FILES[name], name)) == ROWS
 
 
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows), path)
+def write_table(path: Path, rows: list[dict[str, Any]] | pa.Table, size: int = 1000) -> str:
+    """As what the name ends with; ``size``: rows of a group or batch."""
+    table = pa.Table.from_pylist(rows) if isinstance(rows, list) else rows
+    if path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=size)
+        return str(path)
+    new = pa.ipc.new_file if path.name.startswith("file") else pa.ipc.new_stream
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=size)
     return str(path)
 
 
-@pytest.mark.parametrize("name", ["rows.parquet", "odd [name]* {x}.parquet"])
-def test_parquet(tmp_path, name):
-    rows = [{**row, "messages": [{"role": "user", "content": "hi"}], "ranks": [0, 1]} for row in ROWS]
-    assert rows_of(write_parquet(tmp_path / name, rows)) == rows
+TABLES = ["rows.parquet", "odd [name]* {x}.parquet", "stream.arrow", "file.arrow"]
 
 
-def test_a_parquet_file_edited_in_place_is_read_anew(tmp_path):
-    path = tmp_path / "rows.parquet"
-    before, after = [{"text": "one"}], [{"text": "two"}]
-    write_parquet(path, before)
-    assert rows_of(str(path)) == before
-    size, at = path.stat().st_size, path.stat().st_mtime_ns
-    write_parquet(path, after)
-    os.utime(path, ns=(at + 10_000_000, at + 10_000_000))
-    assert path.stat().st_size == size
-    assert rows_of(str(path)) == after
+@pytest.mark.parametrize("size", [3, 1000])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(tmp_path, name, size):
+    """Of some batches, and of one that is larger than what is made objects of at a time."""
+    rows = [
+        {**row, "messages": [{"role": "user", "content": "hi"}], "ranks": [0, i]} for i in range(200) for row in ROWS
+    ]
+    path = write_table(tmp_path / name, rows, size)
+    placed = list(open_source(path).rows)
+    assert [row for _, row in placed] == rows
+    assert [place for place, _ in placed] == [f"{path}: row {i}" for i in range(1, len(rows) + 1)]
+    assert open_source(path).files == (Path(path),)
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "stream.arrow"])
+def test_cells_are_those_that_datasets_reads(tmp_path, name):
+    import datasets
+
+    day = datetime.datetime(2020, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    first = {"day": day.date(), "time": day, "clock": day.time(), "took": datetime.timedelta(seconds=3)}
+    first |= {"money": decimal.Decimal("1.50"), "bytes": b"\xff", "flag": True, "real": 0.5, "whole": -7}
+    first |= {"deep": [{"a": [None, {"b": "c"}]}, None], "nothing": None, "empty": [], "pair": {"x": 1, "y": None}}
+    rows = [first, dict.fromkeys(first)]
+    path = write_table(tmp_path / name, rows)
+    theirs = datasets.load_dataset(Path(name).suffix[1:], data_files=path, split="train", cache_dir=str(tmp_path))
+    assert rows_of(path) == list(theirs) == rows
+
+
+def test_lists_of_unlike_objects_come_back_from_what_datasets_writes(tmp_path):
+    """Such as the arguments of tool calls: it keeps them as JSON texts in the cells."""
+    import datasets
+
+    rows = [{"calls": [{"city": "Oslo"}, {"n": 1}], "one": {"x": [{"a": 1}, {"b": "2"}]}}, {"calls": None, "one": None}]
+    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    assert rows_of(str(tmp_path / "rows.parquet")) == list(table) == rows
+    assert rows_of(str(tmp_path / "saved")) == rows
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_without_rows_and_one_that_is_cut_off(tmp_path, name):
+    table = pa.Table.from_pylist(ROWS)
+    assert rows_of(write_table(tmp_path / name, table.slice(0, 0))) == []
+    path = Path(write_table(tmp_path / name, ROWS * 500))
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError) as error:
+        rows_of(str(path))
+    assert str(error.value).startswith(f"{path}: cannot be read: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_cell_that_is_no_text_is_named_and_the_others_are_read(tmp_path, name):
+    ends, data = np.array([0, 2, 6, 8], np.int32).tobytes(), b"okcaf\xe9ok"
+    texts = pa.StringArray.from_buffers(3, pa.py_buffer(ends), pa.py_buffer(data))
+    path = write_table(tmp_path / name, pa.table({"text": texts}))
+    first, (place, error), last = open_source(path).rows
+    assert [first, last] == [(f"{path}: row {i}", {"text": "ok"}) for i in (1, 3)]
+    assert isinstance(error, BadRow)
+    assert f"{place}: {error}".startswith(f"{path}: row 2: cannot be read: ")
+
+
+def test_two_columns_of_one_name_in_a_table(tmp_path):
+    path = write_table(tmp_path / "rows.parquet", pa.table([pa.array(["a"])] * 2, names=["text", "text"]))
+    with pytest.raises(DataError, match=r"rows\.parquet: two columns of one name: text, text$"):
+        rows_of(path)
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    """Its rows in their order, however many files there are, and by whatever indices they were chosen."""
+    import datasets
+
+    rows = [{"text": f"row {i}"} for i in range(50)]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(tmp_path / "saved", num_shards=3)
+    source = open_source(str(tmp_path / "saved"))
+    assert [place for place, _ in open_source(str(tmp_path / "saved")).rows][-1] == f"{tmp_path / 'saved'}: row 50"
+    assert [row for _, row in source.rows] == rows
+    assert [file.name for file in source.files] == [
+        "state.json",
+        *(f"data-{i:05d}-of-00003.arrow" for i in range(3)),
+    ]
+    assert rows_of(str(tmp_path / "saved" / "data-*.arrow")) == rows
+    chosen = table.shuffle(seed=1).select(range(5, 25))
+    chosen.save_to_disk(tmp_path / "chosen")
+    assert rows_of(str(tmp_path / "chosen")) == list(chosen) != rows[5:25]
+    table.select([]).save_to_disk(tmp_path / "none")
+    assert rows_of(str(tmp_path / "none")) == []
+    (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(DataError, match=r"data-00001-of-00003\.arrow: cannot be read: FileNotFoundError"):
+        rows_of(str(tmp_path / "saved"))
+
+
+def test_a_folder_of_splits(tmp_path, monkeypatch):
+    import datasets
+
+    splits = {name: [{"text": name}] for name in ("train", "test")}
+    tables = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
+    tables.save_to_disk(tmp_path / "saved")
+    folder = str(tmp_path / "saved")
+    assert rows_of(folder) == rows_of(f"{folder}:train") == rows_of(f"{folder}/train") == splits["train"]
+    assert rows_of(f"{folder}:test") == rows_of(f"{folder}/test") == splits["test"]
+    [(place, _)] = open_source(f"{folder}:test").rows
+    assert place == f"{folder}:test: row 1"
+    with pytest.raises(DataError, match=f"^{folder}: no split dev; the splits are {folder}:train, {folder}:test$"):
+        open_source(f"{folder}:dev")
+    monkeypatch.chdir(tmp_path)
+    assert rows_of("saved:test") == splits["test"]
+    tables.pop("train")
+    tables.save_to_disk("other")
+    with pytest.raises(DataError, match=r"^other: no split train; the splits are other:test$"):
+        open_source("other")
+    datasets.Dataset.from_list(splits["test"], split=datasets.NamedSplit("test")).save_to_disk("one")
+    assert rows_of("one") == rows_of("one:test") == splits["test"]
+    with pytest.raises(DataError, match=r"^one: no split train; the folder holds test$"):
+        open_source("one:train")
+
+
+def test_saved_folders_that_are_broken(tmp_path):
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"state\.json: cannot be read: JSONDecodeError"):
+        open_source(str(tmp_path))
+    (tmp_path / "state.json").write_text('{"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}')
+    with pytest.raises(DataError, match=r"kept indices beside the rows, as here; load and save it anew$"):
+        open_source(str(tmp_path))
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"state\.json: lists no _data_files$"):
+        open_source(str(tmp_path))
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_not_read_through_a_cache(tmp_path, monkeypatch):
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    write_table(tmp_path / "org" / "name" / "rows.parquet", ROWS)
+    monkeypatch.chdir(tmp_path)
+    for source in ("org/name", "org/name:train", "org/name:main:train"):
+        with pytest.raises(
+            DataError, match=r"^org/name: a folder; name a file in it, or several as org/name/\*\.parquet$"
+        ):
+            open_source(source)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_is_replaced_is_read_as_it_is(tmp_path, name):
+    """By one of the same name, size and time of change."""
+    path = tmp_path / name
+    for text in ("one", "two"):
+        write_table(path, [{"text": text}])
+        os.utime(path, ns=(10**18, 10**18))
+        assert rows_of(str(path)) == [{"text": text}]
+
+
+def test_a_table_is_read_in_parts(tmp_path):
+    """A file of one group of rows takes no more memory than a part of it."""
+    rows = pa.table({"text": pa.array([f"{i:05d}" * 200 for i in range(20_000)])})
+    for name in ("rows.parquet", "stream.arrow", "file.arrow"):
+        path = write_table(tmp_path / name, rows, 10**6)
+        before = pa.total_allocated_bytes()
+        for i, (_, row) in enumerate(open_source(path).rows):
+            if i % 4000 == 0:
+                assert row == {"text": f"{i:05d}" * 200}
+                assert pa.total_allocated_bytes() - before < rows.nbytes / 3
+    del rows
 
 
 def test_a_text_file_edited_in_place_is_read_anew(write):
@@ -141,6 +310,49 @@ def test_csv_places_count_lines_within_quotes(write):
     assert len(places) == 4
 
 
+SPACED = {
+    'a,b\n"x", "y"\n': ["x", "y"],
+    'a,b\n "x","y"\n': ["x", "y"],
+    "a,b\n x, y \n": [" x", " y "],
+    'a,b\n"x", y\n': ["x", " y"],
+    'a,b\n x, "y"\n': [" x", "y"],
+    'a,b\n"x",  "y, ""z"", w"\n': ["x", 'y, "z", w'],
+    'a,b\n"x, ""y""", ""\n': ['x, "y"', ""],
+    'a,b\n"x, "" y", "z"\n': ['x, " y', "z"],
+    'a,b\n"one\n, ""two"" \n", "three\n\n, four"\n': ['one\n, "two" \n', "three\n\n, four"],
+    'a,b\n"one\n "", "", ", "x"\n': ['one\n ", ", ', "x"],
+    'a,b\nx, "Hello" he said\n': ["x", ' "Hello" he said'],
+    'a,b\nx, 5" or 6"\n': ["x", ' 5" or 6"'],
+    'a,b\r\n"x", "y"\r\n': ["x", "y"],
+    'a,b\n"x", "y"': ["x", "y"],
+    '"a", "b"\n"x", "y"\n': ["x", "y"],
+    'a\tb\n"x"\t "y\tz"\n': ["x", "y\tz"],
+    'a;b\n"x; y"; "z"\n': ["x; y", "z"],
+    "a;b\nx, y;z\n": ["x, y", "z"],
+    'a,b\n"x;y",z\tw\n': ["x;y", "z\tw"],
+}
+
+
+@pytest.mark.parametrize("text", SPACED, ids=range(len(SPACED)))
+def test_spaces_before_quoted_cells_go_and_those_of_text_stay(text, write):
+    assert rows_of(write(text, "rows.csv")) == [dict(zip("ab", SPACED[text], strict=True))]
+
+
+def test_spaced_rows_one_after_the_other(write):
+    """A row's quotes have no effect on the next row."""
+    cells = [cells for text, cells in SPACED.items() if text.startswith("a,b\n")]
+    text = "a,b\n" + "".join(
+        text.removeprefix("a,b\n").rstrip("\n") + "\n" for text in SPACED if text.startswith("a,b\n")
+    )
+    assert [list(row.values()) for row in rows_of(write(text, "rows.csv"))] == cells
+
+
+def test_a_long_cell_of_many_lines_behind_a_space(write):
+    cell = 'a line, "quoted"\n' * 10_000
+    text = 'a, b\n"x", "' + cell.replace('"', '""') + '"\n'
+    assert rows_of(write(text, "rows.csv")) == [{"a": "x", "b": cell}]
+
+
 BROKEN_FILES = {
     "array.json": (b'[{"text": "a"},\n {"text": }]', ":2: not a JSON array: Expecting value at 11"),
     "twice.json": (b'[{"text": "a", "text": "b"}]', ": text: given twice in one object"),
@@ -154,7 +366,13 @@ BROKEN_FILES = {
     "plain.jsonl.gz": (b'{"text": "a"}\n', ": cannot be read: Not a gzipped file"),
     "not.parquet": (b"hello", ": cannot be read: ArrowInvalid: Parquet"),
     "empty.jsonl": (b"", ": the file is empty"),
-    "notes.txt": (b"hello", ": unknown kind of file; known: .jsonl, .json, .csv, .parquet"),
+    "notes.txt": (b"hello", ": unknown kind of file; known: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
+    "not.arrow": (b"hello", ": cannot be read: ArrowInvalid: "),
+    "begins.arrow": (b"ARROW1\0\0hello", ": cannot be read: ArrowInvalid: "),
+    "packed.parquet.gz": (gzip.compress(b"x"), ": a .parquet file is not read through gzip; unpack it"),
+    "packed.arrow.gz": (gzip.compress(b"x"), ": a .arrow file is not read through gzip; unpack it"),
+    "empty.parquet": (b"", ": the file is empty"),
+    "empty.arrow": (b"", ": the file is empty"),
 }
 
 

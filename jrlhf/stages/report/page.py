@@ -12,6 +12,7 @@ from bokeh.resources import Resources
 
 from jrlhf.config_io import ConfigError, diff_configs, load_config
 from jrlhf.config_tools import ReportConfig
+from jrlhf.lines import write_text
 from jrlhf.stages.report.charts import (
     CHARTS,
     calibration_chart,
@@ -34,14 +35,14 @@ def run_report(args: ReportConfig) -> Path:
         return write_report(folder, None)
     out = folder / "comparison.html"
     first, second = read_run(folder), read_run(Path(args.other))
-    out.write_text(_page([first, second], _differences(folder, Path(args.other))), encoding="utf-8")
+    write_text(out, _page([first, second], _differences(folder, Path(args.other))))
     return out
 
 
 def write_report(folder: Path, summary: Mapping[str, Any] | None) -> Path:
     """``<run>/report.html`` from what the run's folder holds. ``summary``: None for the one on the disk."""
     out = folder / "report.html"
-    out.write_text(_page([read_run(folder, summary)], []), encoding="utf-8")
+    write_text(out, _page([read_run(folder, summary)], []))
     return out
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrlhf.config_io import ConfigError
+from jrlhf.lines import read_whole_json_lines
 from jrlhf.metrics import read_metrics
 
 STAGES = ("sft", "reward", "ppo")
@@ -78,10 +79,8 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """A last line that was cut short is left out."""
-    if not path.exists():
-        return []
     with _whole(path):
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        return read_whole_json_lines(path)
 
 
 def _series(path: Path) -> dict[str, Points]:

@@ -1,0 +1,94 @@
+"""Columns of rows, and fields of chat messages, that nothing reads: what people wrote there has no effect.
+
+The tables say what ``formats`` and ``chat`` read. What a row has besides is counted while rows are made, named once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from typing import Any
+
+import jinja2
+
+from jrlhf.data.chat import template_of
+from jrlhf.data.tokenizer import Tokenizer
+
+Shapes = Mapping[tuple[str, ...], frozenset[str]]
+"""The columns that are read of a row, by the columns that decide its shape: the first of these that it has all of."""
+
+_ANSWERS: Shapes = {
+    ("messages",): frozenset({"messages"}),
+    ("completion",): frozenset({"prompt", "completion"}),
+    ("text",): frozenset({"text"}),
+}
+_PAIR = frozenset({"prompt", "chosen", "rejected"})
+READ_COLUMNS: Mapping[str, Shapes] = {
+    "sft": {**_ANSWERS, ("chosen",): _PAIR},
+    "rankings": {
+        ("chosen",): _PAIR | {"margin"},
+        ("completions",): frozenset({"prompt", "completions", "ranks", "margin"}),
+    },
+    "prompts": {
+        ("messages",): frozenset({"messages"}),
+        ("chosen", "rejected"): _PAIR,
+        ("prompt",): frozenset({"prompt"}),
+    },
+    "texts": {
+        ("completions",): frozenset({"prompt", "completions"}),
+        ("chosen", "rejected"): _PAIR,
+        **_ANSWERS,
+    },
+}
+"""What each kind of rows reads, in the order in which its parser looks for a row's shape."""
+
+MESSAGE_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "completions")
+MESSAGE_FIELDS: Mapping[str, frozenset[str]] = dict.fromkeys(READ_COLUMNS, frozenset({"role", "content"}))
+"""What each kind of rows reads of a message itself. A chat template reads others, see ``template_fields``."""
+
+EMPTY = (None, "", [], {})
+"""Values in which nothing can be lost. A field that only some rows have comes as None in the others."""
+
+
+def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Mapping[str, Any]], list[str]]:
+    """A function from a row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
+
+    ``also``: columns that are read besides those of ``READ_COLUMNS[kind]``.
+    """
+    shapes = {shape: columns | frozenset(also) for shape, columns in READ_COLUMNS[kind].items()}
+    fields = MESSAGE_FIELDS[kind] | template_fields(template_of(tokenizer))
+
+    def unread(row: Mapping[str, Any]) -> list[str]:
+        columns = _columns(row, shapes)
+        names = [column for column in row if column not in columns and row[column] not in EMPTY]
+        for column in MESSAGE_COLUMNS:
+            if column in columns and isinstance(value := row.get(column), list):
+                names.extend(dict.fromkeys(_fields(f"{column}[]", value, fields)))
+        return names
+
+    return unread
+
+
+def _columns(row: Mapping[str, Any], shapes: Shapes) -> frozenset[str]:
+    for shape, columns in shapes.items():
+        if all(row.get(column) is not None for column in shape):
+            return columns
+    return frozenset()
+
+
+def _fields(path: str, messages: list[Any], read: Set[str]) -> Iterator[str]:
+    for message in messages:
+        if isinstance(message, list):
+            yield from _fields(f"{path}[]", message, read)
+        elif isinstance(message, dict) and not message.keys() <= read:
+            yield from (f"{path}.{field}" for field in message if field not in read and message[field] not in EMPTY)
+
+
+def template_fields(template: str) -> frozenset[str]:
+    """The fields that a chat template names: ``m.name``, ``m['name']``, ``m.get('name')``, ``'name' in m``."""
+    fields, before = set[str](), ""
+    try:
+        for _, token, text in jinja2.Environment().lex(template):
+            if token == "string" or (token == "name" and before == "."):
+                fields.add(text.strip("'\""))
+            before = text if token != "whitespace" else before
+    except jinja2.TemplateSyntaxError:  # whoever renders it says so
+        return frozenset()
+    return frozenset(fields)

@@ -1,0 +1,164 @@
+"""Columns and message fields that nothing reads are counted and named once, whatever the rows are for."""
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from jrlhf.data import Columns, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data.errors import NAMES_COUNTED, NAMES_SHOWN, Skips
+from jrlhf.data.formats import parse_answers, parse_prompt, parse_ranking, parse_sft
+from jrlhf.data.unread import READ_COLUMNS, template_fields, unread_of
+from tests.data.conftest import CHATML
+
+ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
+TEXT, PAIR = {"prompt": "Q", "completion": " a"}, {"prompt": "Q", "chosen": " yes", "rejected": " no"}
+RANKED = {"prompt": "Q", "completions": [" a", " b"], "ranks": [0, 1]}
+CHAT = {"messages": [ASK, ANSWER]}
+NOTES = {"id": 7, "source": "web"}
+
+LOADERS: dict[str, Any] = {
+    "sft": lambda *given: load_sft(*given, train_on="completion"),
+    "rankings": load_rankings,
+    "prompts": load_prompts,
+    "texts": load_texts,
+}
+PARSERS = {"sft": parse_sft, "rankings": parse_ranking, "prompts": parse_prompt, "texts": parse_answers}
+SHAPES = [
+    ("sft", TEXT),
+    ("sft", CHAT),
+    ("sft", {"text": "a"}),
+    ("sft", PAIR),
+    ("rankings", {**PAIR, "margin": 1}),
+    ("rankings", {**RANKED, "margin": 1}),
+    ("prompts", {"prompt": "a"}),
+    ("prompts", CHAT),
+    ("prompts", PAIR),
+    ("texts", {"prompt": "Q", "completions": [" a"]}),
+    ("texts", PAIR),
+    ("texts", TEXT),
+    ("texts", CHAT),
+]
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in caplog.messages if "nothing reads" in message]
+
+
+@pytest.mark.parametrize(("kind", "row"), SHAPES)
+def test_what_is_not_read_is_named_with_its_rows(kind, row, chat, config, write, caplog):
+    """Once a source, by the loaders of all stages; a row of nothing else is not spoken of."""
+    LOADERS[kind](config(), write([row, row]), chat)
+    assert said(caplog) == []
+    source = write([{**row, **NOTES, "note": None}, {**row, "id": 0}, {**row, "source": ""}], "noted.jsonl")
+    LOADERS[kind](config(), source, chat)
+    assert said(caplog) == [f"{source}: columns that nothing reads: id (2 rows), source (1 row)"]
+
+
+class Recorder(dict[str, Any]):
+    """A row that knows which of its columns were looked at and were there."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        self.read = set[str]()
+
+    def __getitem__(self, column: str) -> Any:
+        self.read.add(column)
+        return super().__getitem__(column)
+
+    def get(self, column: str, default: Any = None) -> Any:
+        if column in self:
+            self.read.add(column)
+        return super().get(column, default)
+
+
+EVERYTHING = {**TEXT, **PAIR, **RANKED, **CHAT, "text": "a", "margin": 1}
+
+
+@pytest.mark.parametrize("kind", READ_COLUMNS)
+def test_the_table_is_what_the_parsers_read(kind, chat):
+    """Rows that hold every column, then all but those that decide the first shape, and so on."""
+    row = dict(EVERYTHING)
+    for shape in READ_COLUMNS[kind]:
+        recorder = Recorder(row)
+        PARSERS[kind](recorder)
+        assert set(row) - set(unread_of(kind, chat)(row)) == recorder.read, shape
+        del row[shape[0]]
+        if shape[0] == "chosen":
+            del row["rejected"]
+
+
+def test_columns_of_rules_are_read(chat, config, write, caplog):
+    source = write([{"prompt": "Q", "answer": "4", "level": 3, "id": 1}])
+    load_prompts(config(), source, chat, Columns(("answer",), ("level",)))
+    assert said(caplog) == [f"{source}: columns that nothing reads: id (1 row)"]
+    caplog.clear()
+    load_prompts(config(), source, chat, Columns(every=True))
+    assert said(caplog) == []
+
+
+def test_fields_of_messages_that_neither_we_nor_the_template_read(chat, make_tokenizer, config, write, caplog):
+    noted = {"messages": [{**ASK, "name": "Ann", "id": 1}, {**ANSWER, "id": 2, "name": None}]}
+    source = write([noted, CHAT, noted])
+    load_sft(config(), source, chat, train_on="completion")
+    names = "messages[].name (2 rows), messages[].id (2 rows)"
+    assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
+    caplog.clear()
+    template = CHATML.replace("{{ m['role'] }}", "{% if 'name' in m %}{{ m.name }} {% endif %}{{ m['role'] }}")
+    tokens = {"eos_token": "<|endoftext|>", "pad_token": "<pad>"}
+    named = make_tokenizer(["<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"], template, **tokens)
+    load_sft(config(), source, named, train_on="completion")
+    assert said(caplog) == [f"{source}: columns that nothing reads: messages[].id (2 rows)"]
+
+
+def test_fields_of_messages_wherever_messages_stand(chat, config, write, caplog):
+    ask, better, worse = (
+        {**ASK, "id": 1},
+        {**ANSWER, "model": "x"},
+        {"role": "assistant", "content": "go", "model": "y"},
+    )
+    row = {"prompt": [ask], "completions": [[better], [worse]], "ranks": [0, 1]}
+    source = write([row])
+    load_rankings(config(), source, chat)
+    names = "prompt[].id (1 row), completions[][].model (1 row)"
+    assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
+
+
+def test_it_is_said_again_of_rows_in_the_cache(chat, config, write, caplog, tmp_path):
+    cached = replace(config(), cache=str(tmp_path / "cache"))
+    source = write([{**TEXT, **NOTES}])
+    lines = []
+    for _ in range(2):
+        caplog.clear()
+        load_sft(cached, source, chat, train_on="completion")
+        lines.append(said(caplog))
+    assert lines[0] == lines[1] == [f"{source}: columns that nothing reads: id (1 row), source (1 row)"]
+
+
+def test_the_line_is_short_however_many_names_there_are(caplog):
+    skips = Skips("rows.jsonl", skip=True)
+    for i in range(2 * NAMES_COUNTED):
+        skips.add_unread([f"column {i}", "a\nb", "x" * 9999])
+    with caplog.at_level(logging.WARNING, logger="jrlhf.data"):
+        skips.close(1)
+    [line] = said(caplog)
+    assert line.startswith(r"rows.jsonl: columns that nothing reads: a\nb (2,000 rows), xxx")
+    assert line.endswith(f" and {NAMES_COUNTED + 1 - NAMES_SHOWN} others")
+    assert "\n" not in line
+    assert len(line) < 1000
+
+
+@pytest.mark.parametrize(
+    ("template", "fields"),
+    [
+        ('{{ m.name }} and m.other says "id"', {"name"}),
+        ("{% for m in messages %}{{ m['role'] + m.get('content', '') }}{% endfor %}", {"role", "content", "get", ""}),
+        ("{% generation %}{% if 'tool_calls' in m %}{% endgeneration %}", {"tool_calls"}),
+        ("{{ 'Call {\"name\": x}' }}", {'Call {"name": x}'}),
+        ("", set()),
+        ("{% if %", set()),
+    ],
+)
+def test_fields_that_a_template_names(template, fields):
+    assert template_fields(template) == fields
