@@ -61,6 +61,10 @@ class ChatTemplate:
         _check_said(text, messages, [], column, first=len(messages))
         return text
 
+    def whole(self, messages: Sequence[Message], column: str, tools: list | None = None) -> str:
+        """The conversation to the end of its last message, with all that the template writes behind that."""
+        return self._render(messages, column, opens=False)
+
     def turns(self, messages: Sequence[Message], column: str, *, first: int) -> tuple[str, list[Turn]]:
         """The conversation up to its last assistant turn, and where those from message ``first`` on stand in it."""
         numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]

@@ -21,6 +21,7 @@ from jrlhf.models.names import RULES
 from jrlhf.models.peft import insert_adapter, save_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from jrlhf.models.quantised import CacheKind
+from jrlhf.models.reading import STOP_TOKEN, Reading, reading_of
 from jrlhf.models.reward import (
     RewardModel,
     load_reward_model,
@@ -32,12 +33,14 @@ from jrlhf.models.rounding import round_to_stored
 
 __all__ = [
     "RULES",
+    "STOP_TOKEN",
     "ArchConfig",
     "CacheKind",
     "Decoder",
     "DecoderFns",
     "KVCache",
     "Pretrained",
+    "Reading",
     "RewardModel",
     "Rope",
     "WeightDtype",
@@ -63,6 +66,7 @@ __all__ = [
     "merge_adapters",
     "normalise_reward",
     "placed",
+    "reading_of",
     "reward_from_pretrained",
     "reward_params",
     "round_to_stored",

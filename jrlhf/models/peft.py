@@ -31,6 +31,15 @@ def is_adapter_folder(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+def is_own_adapter(folder: Path) -> bool:
+    """Whether jrlhf wrote a reward model's adapter: its weights' file then holds the head's bias."""
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
+            return _HEAD_BIAS in (file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: not a readable safetensors file: {error}") from error
+
+
 def base_of(folder: Path) -> str:
     """The folder or hub id of the model that an adapter belongs to."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")

@@ -76,9 +76,9 @@ def run_score(args: ScoreConfig) -> None:
     source = exported_folder(assets.resolve(args.model), stages=("reward",))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.data, max_length=args.max_length)
-    texts = load_texts(data, args.data, tokenizer)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     model = load_reward_model(source, dtype=args.dtype, mesh=mesh)
+    texts = load_texts(data, args.data, tokenizer, model.reading)
     Positions(model.arch, "max_length", model="the reward model").check({args.data: texts})
     shown = len(texts) > args.batch_size
     scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size, show_progress=shown)

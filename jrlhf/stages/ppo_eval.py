@@ -17,7 +17,7 @@ from jrlhf.data import PromptRows, load_tokenizer
 from jrlhf.lines import json_line, read_json_lines, write_text
 from jrlhf.models import load_reward_model
 from jrlhf.parallel import fetch, from_first, is_first
-from jrlhf.stages.actors import Actors, learnt_policy
+from jrlhf.stages.actors import Actors, learnt_policy, own_tokenizer
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
 from jrlhf.stages.exports import exported_form
@@ -111,8 +111,8 @@ def judging(config: Config, actors: Actors, mesh: Mesh) -> Actors:
     source = model_source(config, wanted.path, key="ppo.canary.judge.path", stage="reward")
     tokenizer = load_tokenizer(source)
     model = load_reward_model(source, mesh=mesh, **computed(wanted, mesh, key="ppo.canary.judge"))
-    same = tokenizer.get_vocab() == actors.tokenizer.get_vocab()
-    return actors._replace(reward=model, reward_tokenizer=None if same else tokenizer)
+    own = own_tokenizer(model, tokenizer, actors.policy, actors.tokenizer)
+    return actors._replace(reward=model, reward_tokenizer=own)
 
 
 def _judge_scorer(config: Config, actors: Actors, heldout: PromptRows, mesh: Mesh, *, slices: int) -> Scorer:

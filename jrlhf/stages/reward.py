@@ -25,6 +25,7 @@ from jrlhf.data import (
     pack_rankings,
 )
 from jrlhf.models import (
+    STOP_TOKEN,
     RewardModel,
     load_pretrained,
     normalise_reward,
@@ -229,6 +230,7 @@ def _normalising_texts(config: Config, tokenizer: Any) -> tuple[str, TextRows | 
 def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source: str, mesh: Mesh) -> RewardModel:
     """Mean 0 and standard deviation 1 on those texts, so that beta means the same in every run."""
     batch_size, show_progress = reward.batch_size, reward.log.progress
+    model = replace(model, reading=STOP_TOKEN)
     scores = score_texts(model, texts, mesh=mesh, batch_size=batch_size, show_progress=show_progress)
     spread = float(scores.std())
     if not spread > 0:

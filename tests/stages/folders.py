@@ -38,7 +38,7 @@ def gpt2_folder(folder: Path, *, reward: bool = False, positions: int = 64, voca
             "architectures": ["GPT2ForSequenceClassification"],
             "id2label": {"0": "LABEL_0"},
             "num_labels": 1,
-            "jrlhf": {"gain": 1.0, "bias": 0.0, "head_bias": 0.0},
+            "jrlhf": {"score_at": "stop_token"},
         }
     write_checkpoint(folder, config)
     tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jrlhf.config import PlanConfig
 from jrlhf.core import combine, partition
-from jrlhf.models import ArchConfig, Pretrained, RewardModel, abstract_reward, decode_bytes, forward_flops
+from jrlhf.models import STOP_TOKEN, ArchConfig, Pretrained, RewardModel, abstract_reward, decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
 from jrlhf.stages.actors import Actors, Judge
 from jrlhf.stages.batches import device_multiple
@@ -107,7 +107,7 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
     if ppo.rewards.uses_model:
         of_reward = planned_model(site, config, ppo.reward, config.reward.model, config.sft.model, key="ppo.reward")
         reward = abstract_reward(of_reward, site.mesh)
-        same = _own_tokenizer(reward, policy) is None
+        same = reward.arch.vocab_size == policy.arch.vocab_size
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
     shared = ppo.value_from == "shared"
     value = reward if reward is not None and from_reward else abstract_reward(policy, site.mesh)
@@ -141,8 +141,9 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
 
 def _own_tokenizer(reward: RewardModel, policy: Pretrained) -> Any | None:
     """What stands for the reward model's own tokenizer, which is not read; None where it reads the policy's tokens, as
-    is taken of vocabularies of one size."""
-    return None if reward.arch.vocab_size == policy.arch.vocab_size else "its own"
+    is taken of vocabularies of one size, or would if it were not another's: see ``own_tokenizer``."""
+    same = reward.arch.vocab_size == policy.arch.vocab_size
+    return None if same and reward.reading == STOP_TOKEN else "its own"
 
 
 def sampled(site: Site, rows: int, length: int) -> Generation:
