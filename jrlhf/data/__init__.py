@@ -5,6 +5,7 @@ from jrlhf.data.errors import BadRow, DataError
 from jrlhf.data.load import Columns, load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
+from jrlhf.data.recipe import encoder_for
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
 from jrlhf.data.tokenizer_files import tokenizer_files
@@ -23,6 +24,7 @@ __all__ = [
     "SFTRows",
     "TextRows",
     "bucket_lengths",
+    "encoder_for",
     "load_prompts",
     "load_rankings",
     "load_sft",

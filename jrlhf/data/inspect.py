@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jrlhf.config import DataConfig
-from jrlhf.data.errors import BadRow, DataError, LeftOut, Placed, Row
+from jrlhf.data.errors import BadRow, LeftOut, Placed, Row
 from jrlhf.data.formats import parse_prompt
 from jrlhf.data.load import CUT, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
 from jrlhf.data.tokenizer import Tokenizer, stop_token_ids

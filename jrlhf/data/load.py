@@ -20,12 +20,14 @@ from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_rank
 from jrlhf.data.messages import Content, Tools, has_weights
 from jrlhf.data.order import Part
 from jrlhf.data.ragged import Objects, Ragged
+from jrlhf.data.recipe import encoder_for
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.sources import Source, open_source
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.unread import unread_of
 from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
+from jrlhf.models import STOP_TOKEN, Reading
 from jrlhf.parallel import same_everywhere
 
 log = logging.getLogger("jrlhf.data")
@@ -159,9 +161,9 @@ def load_prompts(
     return PromptRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
 
-def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> TextRows:
-    """Every answer in the rows, one after the other, to be scored."""
-    encoder = Encoder(tokenizer)
+def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer, reading: Reading = STOP_TOKEN) -> TextRows:
+    """Every answer in the rows, one after the other, to be scored by a reward model of that ``reading``."""
+    encoder = encoder_for(tokenizer, reading)
 
     def encode(row: Row) -> Encoded:
         tokens, texts, totals, notes = [], [], [], list[str]()
@@ -172,7 +174,8 @@ def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> Te
             totals.append(len(before) + len(after))
         return Encoded({"tokens": tokens, "shown": texts}, {}, notes + cut_note(totals, config.max_length))
 
-    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of("texts", tokenizer)))
+    settings = {} if reading == STOP_TOKEN else {"score_at": reading.score_at}
+    loaded = _load(config, sources, tokenizer, Kind("texts", settings, SHOWN, encode, unread_of("texts", tokenizer)))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 

@@ -23,6 +23,7 @@ from jrlhf.models.peft import save_adapter
 from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from jrlhf.models.quantised import CacheKind
+from jrlhf.models.reading import STOP_TOKEN, Reading, reading_of
 from jrlhf.models.reward import (
     RewardModel,
     load_reward_model,
@@ -35,6 +36,7 @@ from jrlhf.models.rounding import round_to_stored
 
 __all__ = [
     "RULES",
+    "STOP_TOKEN",
     "ArchConfig",
     "CacheKind",
     "Decoder",
@@ -42,6 +44,7 @@ __all__ = [
     "KVCache",
     "ModelKind",
     "Pretrained",
+    "Reading",
     "RewardModel",
     "Rope",
     "WeightDtype",
@@ -71,6 +74,7 @@ __all__ = [
     "model_kind",
     "normalise_reward",
     "placed",
+    "reading_of",
     "require_kind",
     "reward_from_pretrained",
     "reward_params",

@@ -13,6 +13,7 @@ from jrlhf.stages.exports import as_metadata, companions, exported_form, write_a
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
 from jrlhf.stages.performance import phase_rates, rates
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo_eval import judged, make_evaluator
 from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
 from jrlhf.stages.rewards import make_rewards
@@ -20,7 +21,7 @@ from jrlhf.stages.rules import columns_read, make_rules
 from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import jit_generate
-from jrlhf.stages.start import JittedStep, check_length, mesh_of, start_training
+from jrlhf.stages.start import JittedStep, mesh_of, start_training
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_ppo_step
 
@@ -46,8 +47,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
         prompts = load_prompts(data, data.train, actors.tokenizer, read)
         heldout = load_prompts(data, data.eval, actors.tokenizer, read) if data.eval else None
         ptx = load_sft(ppo.ptx, ppo.ptx.train, actors.tokenizer, train_on="completion") if ppo.ptx_coef else None
-        longest = int(prompts.lengths.max()) + ppo.sampling.max_new_tokens
-        check_length(actors.policy.arch, longest, key="ppo.sampling.max_new_tokens")
+        Positions(actors.policy.arch, "ppo.ptx.max_length").check({"ppo.ptx.train": ptx})
+        for positions in actors.positions(ppo):
+            positions.check({"ppo.prompts.train": prompts, "ppo.prompts.eval": heldout})
 
         tx, schedule = make_actor_critic_optimizer(
             ppo.optim, value_lr=ppo.value_lr, updates=ppo.iterations * ppo.epochs * ppo.minibatches
@@ -69,7 +71,16 @@ def run_ppo(config: Config) -> dict[str, Any]:
         score = make_rewards(config, actors, mesh, slices=slices)
         iterate, batch_of = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
         heldout_figures = make_evaluator(config, actors, generate, heldout, folder, mesh)
-        safety = make_safety(config, ppo.prompts, generate, actors.tokenizer, folder, mesh, batch_size=ppo.episodes)
+        safety = make_safety(
+            config,
+            ppo.prompts,
+            generate,
+            actors.tokenizer,
+            folder,
+            mesh,
+            batch_size=ppo.episodes,
+            positions=actors.positions(ppo)[0],
+        )
         beside = companions(actors.tokenizer, to_yaml(config), stop=ppo.sampling.stop)
         exported = exported_form(actors.policy, ppo.export_dtype)
         peaks = device_peaks(ppo.model.dtype)

@@ -25,6 +25,7 @@ from jrlhf.data import (
     pack_rankings,
 )
 from jrlhf.models import (
+    STOP_TOKEN,
     RewardModel,
     load_reward_start,
     normalise_reward,
@@ -43,9 +44,10 @@ from jrlhf.stages.exports import as_metadata, companions, exported_form, write_a
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.performance import rates, timed, training_flops
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, stage_folder, write_json
 from jrlhf.stages.scoring import score_texts
-from jrlhf.stages.start import check_length, computed, mesh_of, start_training
+from jrlhf.stages.start import computed, mesh_of, start_training
 from jrlhf.stages.state import RunState
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_reward_step, score_completions
@@ -70,7 +72,9 @@ def run_reward(config: Config) -> dict[str, Any]:
         texts_source, texts = _normalising_texts(config, tokenizer)
         how = computed(reward.model, mesh, key="reward.model")
         model = load_reward_start(source, jax.random.key(config.seed), mesh=mesh, **how)
-        check_length(model.arch, int(rows.lengths.max()), key="reward.data.max_length")
+        positions = Positions(model.arch, "reward.data.max_length")
+        normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {texts_source})"
+        positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})
 
         batches = _packed(rows, reward) if reward.pack_length else rows
         order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
@@ -225,6 +229,7 @@ def _normalising_texts(config: Config, tokenizer: Any) -> tuple[str, TextRows | 
 def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source: str, mesh: Mesh) -> RewardModel:
     """Mean 0 and standard deviation 1 on those texts, so that beta means the same in every run."""
     batch_size, show_progress = reward.batch_size, reward.log.progress
+    model = replace(model, reading=STOP_TOKEN)
     scores = score_texts(model, texts, mesh=mesh, batch_size=batch_size, show_progress=show_progress)
     spread = float(scores.std())
     if not spread > 0:
