@@ -40,19 +40,19 @@ def end_at_once() -> None:
 
     XLA may compile for minutes, in which no handler of Python's runs, so a thread of its own listens.
     """
-    numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    for number in numbers:
-        signal.signal(number, _end)
-    release()
-    # Not at the top: signals are taken care of before it is there.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    # Not at the top: by now signals wait.
     from threading import Thread
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    # It inherits that signals are blocked: one that it took would be lost where this program makes room for another.
     Thread(target=_listen, args=(reading,), daemon=True).start()
-    for number in numbers:
-        signal.signal(number, _end_unless_farewell)
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end_unless_farewell)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def say_at_the_end(last_words: str) -> None:
@@ -99,11 +99,6 @@ def held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def release() -> None:
-    """Let in the signals that ``held`` made wait before this program took the place of another."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def _end_unless_farewell(number: int, frame: object) -> None:

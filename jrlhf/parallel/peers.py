@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jax._src.distributed import global_state
-
 from jrlhf.interrupts import bid_farewell
+from jrlhf.parallel.coordination import client, coordinator_address, process_count, process_number
+from jrlhf.parallel.relay import Relay
 
 GRACE = 2.0
 """Seconds that a process gets to find out by itself what another one has failed of."""
@@ -103,8 +103,18 @@ def standing(table: Mapping[int, Seen], *, now: float, stall: float) -> str:
 class Peers:
     """This process's side of the table. Threads write and read it, whatever the main thread waits for."""
 
-    def __init__(self, client: Any, *, process: int, processes: int, heartbeat: float, stall: float) -> None:
+    def __init__(
+        self,
+        client: Any,
+        *,
+        process: int,
+        processes: int,
+        heartbeat: float,
+        stall: float,
+        relay: Relay | None = None,
+    ) -> None:
         self.client, self.process, self.heartbeat, self.stall = client, process, heartbeat, stall
+        self._relay = relay
         self.interval = min(heartbeat / 5, BEAT)
         self._row = Row(f"{platform.node()}, pid {os.getpid()}", 0, 0, None)
         now = time.monotonic()
@@ -184,11 +194,12 @@ class Peers:
         return True
 
     def _silent(self, now: float) -> str:
+        coordinator = f"{self.name_of(0)}, the coordinator at {coordinator_address()}, is dead"
+        # One that says why it ends closes the connection too.
+        if self._relay is not None and self._relay.lost_for() >= GRACE and self._table[0].row.ended is None:
+            return f"{coordinator}: its connection broke"
         if self.process != 0 and now - self._answered >= self.heartbeat:
-            return (
-                f"{self.name_of(0)}, the coordinator at {global_state.coordinator_address}, is dead or stopped: "
-                f"no answer for {self.heartbeat:g} s (distributed.heartbeat_timeout)"
-            )
+            return f"{coordinator} or stopped: no answer for {self.heartbeat:g} s (distributed.heartbeat_timeout)"
         return silent(dict(self._table), me=self.process, now=now, heartbeat=self.heartbeat)
 
     def _talk(self) -> None:
@@ -237,15 +248,19 @@ def current() -> Peers | None:
 
 
 @contextmanager
-def watching(*, heartbeat: float, stall: float) -> Iterator[None]:
-    """Take part in the table while the block runs. PeerLost where an error in it is another process's doing."""
+def watching(*, heartbeat: float, stall: float, relay: Relay | None) -> Iterator[None]:
+    """Take part in the table while the block runs. PeerLost where an error in it is another process's doing.
+
+    ``relay``: through which this process reaches the coordinator; None for the coordinator itself.
+    """
     global _current
     me = _current = Peers(
-        global_state.client,
-        process=global_state.process_id,
-        processes=global_state.num_processes,
+        client(),
+        process=process_number(),
+        processes=process_count(),
         heartbeat=heartbeat,
         stall=stall,
+        relay=relay,
     )
     me.start()
     me.guard()
