@@ -12,7 +12,7 @@ import numpy as np
 from jrlhf.config import DataConfig
 from jrlhf.data.errors import BadRow, DataError, Placed, Row
 from jrlhf.data.formats import parse_prompt
-from jrlhf.data.load import Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
+from jrlhf.data.kinds import Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
 from jrlhf.data.tokenizer import Tokenizer, stop_token_ids
 
 KindName = Literal["sft", "reward", "prompts"]
