@@ -29,6 +29,18 @@ class BadRow(ValueError):
         super().__init__(self.reason + detail)
 
 
+def absent(row: Mapping[str, Any], *columns: str, rest: str) -> BadRow:
+    """That a row has no value in any of these columns: a null cell is said to be one, not a column that is missing.
+
+    ``rest`` says what follows from it, such as "; the row has prompt".
+    """
+    empty = [column for column, value in row.items() if value is None and column in columns]
+    if not empty:
+        return BadRow(columns[0], f"no such column{rest}")
+    others = f", and so {'is' if len(empty) == 2 else 'are'} {', '.join(empty[1:])}" if empty[1:] else ""
+    return BadRow(empty[0], f"is empty (null){others}{rest if len(columns) == 1 else ''}")
+
+
 class LeftOut(BadRow):
     """A good row that is not for the stage at hand, such as an answer labelled bad in SFT: counted, never an error."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from jrlhf.config import DataConfig
 from jrlhf.data.columns import Encoded, Schema
 from jrlhf.data.encode import Encoder
-from jrlhf.data.errors import BadRow, Row
+from jrlhf.data.errors import BadRow, Row, absent
 from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.messages import Content, Tools, has_weights
 from jrlhf.data.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
         tools = parse_tools(row, prompt)
         for name in columns.needed:
             if row.get(name) is None:
-                raise BadRow(name, "no such column, but a rule of ppo.rewards reads it")
+                raise absent(row, name, rest=", but a rule of ppo.rewards reads it")
         kept = row if columns.every else (*columns.needed, *columns.optional)
         others = {name: row[name] for name in kept if name in row}
         whole = encoder.prompt(prompt, tools)

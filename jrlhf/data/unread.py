@@ -96,8 +96,9 @@ def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Call
             # Beside a conversation a label may be a class.
             names.append("label")
         for column in MESSAGE_COLUMNS:
-            if column in columns and isinstance(value := row.get(column), list):
-                names.extend(dict.fromkeys(_fields(f"{column}[]", value, fields)))
+            if column in columns and isinstance(value := row.get(column), list | dict):
+                messages = value if isinstance(value, list) else [value]
+                names.extend(dict.fromkeys(_fields(f"{column}[]", messages, fields)))
         return names
 
     return unread

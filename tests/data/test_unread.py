@@ -16,6 +16,7 @@ ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content"
 TEXT, PAIR = {"prompt": "Q", "completion": " a"}, {"prompt": "Q", "chosen": " yes", "rejected": " no"}
 RANKED = {"prompt": "Q", "completions": [" a", " b"], "ranks": [0, 1]}
 CHAT = {"messages": [ASK, ANSWER]}
+SAID = {"from": "gpt", "value": "a"}
 NOTES = {"id": 7, "source": "web"}
 
 LOADERS: dict[str, Any] = {
@@ -44,6 +45,12 @@ SHAPES = [
     ("texts", PAIR),
     ("texts", TEXT),
     ("texts", CHAT),
+    ("sft", {"conversations": [{**SAID, "from": "human"}, SAID], "system": "Be brief."}),
+    ("sft", {"instruction": "Add", "input": "1 and 1", "output": "2", "system": "Be brief."}),
+    ("sft", {**TEXT, "label": True}),
+    ("sft", {"messages": [ASK, {**ANSWER, "weight": 1}], "label": True}),
+    ("prompts", {"instruction": "Add", "input": "1 and 1"}),
+    ("rankings", {"conversations": [{**SAID, "from": "human"}], "chosen": SAID, "rejected": {**SAID, "value": "b"}}),
 ]
 
 
@@ -116,6 +123,14 @@ def test_a_class_beside_a_conversation_is_no_label(chat):
     assert unread({**CHAT, "label": True}) == unread({**TEXT, "label": 1}) == []
 
 
+def test_what_is_read_depends_on_the_shape_of_each_row(chat, config, write, caplog):
+    """Not on that of the first one."""
+    rows = [TEXT, {**TEXT, **CHAT}, {"text": "a", "prompt": "Q"}, TEXT, {**TEXT, "messages": None}]
+    source = write(rows)
+    load_sft(config(), source, chat, train_on="completion")
+    assert said(caplog) == [f"{source}: columns that nothing reads: prompt (2 rows), completion (1 row)"]
+
+
 def test_columns_of_rules_are_read(chat, config, write, caplog):
     source = write([{"prompt": "Q", "answer": "4", "level": 3, "id": 1}])
     load_prompts(config(), source, chat, Columns(("answer",), ("level",)))
@@ -149,6 +164,12 @@ def test_fields_of_messages_wherever_messages_stand(chat, config, write, caplog)
     source = write([row])
     load_rankings(config(), source, chat)
     names = "prompt[].id (1 row), completions[][].model (1 row)"
+    assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
+    caplog.clear()
+    row = {"conversations": [{**SAID, "from": "human", "id": 1}], "chosen": {**SAID, "model": "x"}, "rejected": SAID}
+    source = write([{**row, "rejected": {**SAID, "value": "b"}}])
+    load_rankings(config(), source, chat)
+    names = "conversations[].id (1 row), chosen[].model (1 row)"
     assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
 
 
