@@ -11,7 +11,7 @@ Alpaca's ``{"instruction", "input"?}`` where a prompt is, its ``output`` where a
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jrlhf.data.errors import BadRow, LeftOut
+from jrlhf.data.errors import BadRow, LeftOut, absent
 from jrlhf.data.foreign import instruction, is_instruction, output_column, sharegpt, turns_of
 from jrlhf.data.labels import label_of, margin_of, ranks_of
 from jrlhf.data.messages import Content, Message, Tools, checked_content, tools_of
@@ -20,6 +20,9 @@ from jrlhf.data.repeats import Note, apart, prompt_in_transcripts, without_turns
 SFT_FORMS = "messages, conversations, prompt and completion, instruction and output, or chosen and rejected"
 UNPAIRED = "an answer by itself makes no pair; a reward model needs chosen and rejected, or completions and ranks"
 BAD_ANSWER = "false, so the answer is not learnt"
+COMPARED = ("chosen", "rejected", "completions")
+ANSWERS = ("text", "messages", "conversations", "completion", "output", "response")
+PROMPTS = ("messages", "conversations", "instruction")
 PROMPT_FORMS = "messages, conversations, instruction, or chosen and rejected"
 
 
@@ -65,7 +68,7 @@ def parse_ranking(row: Mapping[str, Any], *, chat: bool = True, note: Note = sil
     if not _has(row, "completions"):
         if _has(row, "label"):
             raise BadRow("label", UNPAIRED)
-        raise BadRow("chosen", f"no such column, nor completions; the row has {_columns(row)}")
+        raise absent(row, *COMPARED, rest=f", nor completions; the row has {_columns(row)}")
     completions = row["completions"]
     if not isinstance(completions, list):
         raise BadRow("completions", f"expected a list, found {type(completions).__name__}")
@@ -91,12 +94,12 @@ def parse_prompt(row: Mapping[str, Any], *, chat: bool = True) -> Content:
         prompt, _, _ = _preference(row, chat, silent)
         if prompt is not None:
             return prompt
-        raise BadRow("prompt", "no such column, and chosen and rejected do not imply one")
+        raise absent(row, "prompt", rest=", and chosen and rejected do not imply one")
     if _has(row, "conversations"):
         return _before_answer(row, "conversations")
     if (prompt := _asked(row, chat)) is not None:
         return prompt
-    raise BadRow("prompt", f"no such column, nor {PROMPT_FORMS}; the row has {_columns(row)}")
+    raise absent(row, "prompt", *PROMPTS, *COMPARED, rest=f", nor {PROMPT_FORMS}; the row has {_columns(row)}")
 
 
 def parse_tools(row: Mapping[str, Any], prompt: Content) -> Tools | None:
@@ -141,7 +144,7 @@ def _answered(row: Mapping[str, Any], chat: bool, note: Note, *, learnt: bool) -
         return Answered(None, _string(row, "text"))
     if _has(row, "chosen"):
         return _chosen(row, chat, note)
-    raise BadRow("text", f"no such column, nor {SFT_FORMS}; the row has {_columns(row)}")
+    raise absent(row, *ANSWERS, *COMPARED, rest=f", nor {SFT_FORMS}; the row has {_columns(row)}")
 
 
 def _whole(row: Mapping[str, Any], column: str, learnt: bool) -> Answered:
@@ -236,7 +239,7 @@ def _columns(row: Mapping[str, Any]) -> str:
 
 def _content(row: Mapping[str, Any], column: str) -> Content:
     if not _has(row, column):
-        raise BadRow(column, f"no such column; the row has {_columns(row)}")
+        raise absent(row, column, rest=f"; the row has {_columns(row)}")
     return _answer(row[column], column)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jrlhf.data.errors import BadRow
+from jrlhf.data.errors import BadRow, absent
 
 LARGEST = 2**31
 """Ranks and margins stay below it, as they become int32 and float32."""
@@ -35,7 +35,7 @@ def ranks_of(row: Mapping[str, Any], count: int) -> list[int]:
     """The ranks of so many completions."""
     ranks = row.get("ranks")
     if ranks is None:
-        raise BadRow("ranks", "no such column; give each completion its rank, 0 for the best")
+        raise absent(row, "ranks", rest="; give each completion its rank, 0 for the best")
     if not isinstance(ranks, list) or len(ranks) != count:
         raise BadRow("ranks", f"expected {count} ranks, one a completion")
     if any(isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < LARGEST for rank in ranks):
