@@ -6,6 +6,8 @@ from jrlhf.data.load import Columns, load_prompts, load_rankings, load_sft, load
 from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
+from jrlhf.data.sources import open_source
+from jrlhf.data.stamps import SourceRows, stamp, stamps
 from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "PromptRows",
     "RankingRows",
     "SFTRows",
+    "SourceRows",
     "TextRows",
     "bucket_lengths",
     "load_prompts",
@@ -27,8 +30,11 @@ __all__ = [
     "load_sft",
     "load_texts",
     "load_tokenizer",
+    "open_source",
     "pack_rankings",
     "pack_sft",
+    "stamp",
+    "stamps",
     "steps_per_epoch",
     "stop_token_ids",
 ]

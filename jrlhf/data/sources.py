@@ -36,6 +36,8 @@ class Source(NamedTuple):
     rows: Iterable[Placed]
     files: tuple[Path, ...] = ()
     """What they are read from, where it can be read again; nothing is read before the first row is asked for."""
+    local: bool = True
+    """Whether they are not a data set of the hub's."""
 
 
 def open_source(source: str) -> Source:
@@ -229,7 +231,7 @@ def _open_hub(source: str) -> Source:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{source}: neither a file nor a data set on the hub: {reason}") from error
     placed = ((f"{source}: row {i}", dict(row)) for i, row in enumerate(rows, 1))
-    return Source(source, placed, tuple(Path(file["filename"]) for file in rows.cache_files))
+    return Source(source, placed, tuple(Path(file["filename"]) for file in rows.cache_files), local=False)
 
 
 def _root(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
 from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache, int8_cache
+from jrlhf.models.digests import file_digest, model_file_digest, model_files
 from jrlhf.models.families import arch_from_hf
 from jrlhf.models.flops import decode_bytes, forward_flops
 from jrlhf.models.functions import (
@@ -14,9 +15,10 @@ from jrlhf.models.functions import (
     init_params,
     reward_params,
 )
+from jrlhf.models.hf import find_folder
 from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.names import RULES
-from jrlhf.models.peft import insert_adapter, save_adapter
+from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder, save_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from jrlhf.models.quantised import CacheKind
 from jrlhf.models.reward import (
@@ -43,8 +45,11 @@ __all__ = [
     "abstract_reward_params",
     "add_adapters",
     "arch_from_hf",
+    "base_of",
     "decode_bytes",
     "decoder_fns",
+    "file_digest",
+    "find_folder",
     "forward_flops",
     "from_equinox",
     "from_linen",
@@ -52,10 +57,13 @@ __all__ = [
     "init_params",
     "insert_adapter",
     "int8_cache",
+    "is_adapter_folder",
     "is_trained",
     "load_pretrained",
     "load_reward_model",
     "merge_adapters",
+    "model_file_digest",
+    "model_files",
     "normalise_reward",
     "placed",
     "reward_from_pretrained",

@@ -6,19 +6,20 @@ from typing import Any
 import optax
 
 from jrlhf.config import Config, PPOConfig
-from jrlhf.data import load_prompts, load_sft
 from jrlhf.models import merge_adapters, save_pretrained
 from jrlhf.parallel import device_peaks
 from jrlhf.stages.actors import Actors, learnt_policy, load_actors, trainable_actors
 from jrlhf.stages.adapters import write_adapter
+from jrlhf.stages.inputs import PPOInputs
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
+from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.performance import phase_rates, rates
 from jrlhf.stages.ppo_eval import judged, make_evaluator
 from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
 from jrlhf.stages.rewards import make_rewards
-from jrlhf.stages.rules import columns_read, make_rules
-from jrlhf.stages.run import open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.rules import make_rules
+from jrlhf.stages.run import open_stage, pass_gates, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import jit_generate
 from jrlhf.stages.start import JittedStep, check_length, export_tokenizer, mesh_of, provenance, start_training
@@ -36,17 +37,16 @@ def run_ppo(config: Config) -> dict[str, Any]:
     """
     ppo = config.ppo
     with open_stage(config, "ppo") as folder:
-        if summary := read_summary(folder):
+        inputs = PPOInputs(config)
+        if summary := finished_summary(inputs, folder):
             return summary
         make_rules(ppo.rewards)  # before any weight is read: what they miss is said at once
         mesh = mesh_of(config)
         slices = episode_slices(ppo, ppo.episodes, mesh, key="ppo.episodes")
         update_slices = episode_slices(ppo, ppo.episodes // ppo.minibatches, mesh, key="ppo.episodes / ppo.minibatches")
+        prompts, heldout, ptx = inputs.prompts, inputs.heldout, inputs.ptx
+        origin = check_origin(inputs, folder)
         actors = load_actors(config, mesh)
-        read, data = columns_read(ppo.rewards), ppo.prompts
-        prompts = load_prompts(data, data.train, actors.tokenizer, read)
-        heldout = load_prompts(data, data.eval, actors.tokenizer, read) if data.eval else None
-        ptx = load_sft(ppo.ptx, ppo.ptx.train, actors.tokenizer, train_on="completion") if ppo.ptx_coef else None
         longest = int(prompts.lengths.max()) + ppo.sampling.max_new_tokens
         check_length(actors.policy.arch, longest, key="ppo.sampling.max_new_tokens")
 
@@ -70,7 +70,9 @@ def run_ppo(config: Config) -> dict[str, Any]:
         score = make_rewards(config, actors, mesh, slices=slices)
         iterate, batch_of = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
         heldout_figures = make_evaluator(config, actors, generate, heldout, folder, mesh)
-        safety = make_safety(config, ppo.prompts, generate, actors.tokenizer, folder, mesh, batch_size=ppo.episodes)
+        safety = make_safety(
+            config, inputs.safety_prompts, generate, actors.tokenizer, folder, mesh, batch_size=ppo.episodes
+        )
         peaks = device_peaks(ppo.model.dtype)
         loop = Loop(
             title="PPO",
@@ -94,7 +96,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             folder=folder,
             log=ppo.log,
             checkpoint=ppo.checkpoint,
-            metadata=provenance(config, actors.tokenizer),
+            metadata=provenance(config, actors.tokenizer) | {"origin": origin.as_json()},
         )
         pass_gates("ppo", ppo.gates, outcome.last, folder)
         train = outcome.state.train
@@ -117,6 +119,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             "kl_coef": float(outcome.state.kl_coef),
             "cut": prompts.cut,
             "seconds": outcome.seconds,
+            **changed_inputs(origin),
         }
         write_json(folder / "summary.json", summary)
         return summary

@@ -11,16 +11,18 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, SFTConfig
 from jrlhf.core import combine
-from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
+from jrlhf.data import Order, PromptRows, SFTRows, pack_sft
 from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, save_pretrained
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import merged, trainable, write_adapter
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.stages.inputs import SFTInputs
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.run import json_line, model_source, open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.run import json_line, open_stage, pass_gates, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
 from jrlhf.stages.start import check_length, computed, export_tokenizer, mesh_of, provenance, start_training
@@ -38,14 +40,13 @@ def run_sft(config: Config) -> dict[str, Any]:
     """
     sft = config.sft
     with open_stage(config, "sft") as folder:
-        if summary := read_summary(folder):
+        inputs = SFTInputs(config)
+        if summary := finished_summary(inputs, folder):
             return summary
         mesh = mesh_of(config)
         share = device_share(sft.batch_size, mesh, key="sft.batch_size")
-        source = model_source(config, sft.model.path, key="sft.model.path", stage=None)
-        tokenizer = load_tokenizer(source)
-        rows = load_sft(sft.data, sft.data.train, tokenizer, train_on=sft.train_on)
-        heldout = load_sft(sft.data, sft.data.eval, tokenizer, train_on=sft.train_on) if sft.data.eval else None
+        source, tokenizer, rows, heldout = inputs.source, inputs.tokenizer, inputs.train, inputs.heldout
+        origin = check_origin(inputs, folder)
         model = load_pretrained(source, mesh=mesh, **computed(sft.model, mesh, key="sft.model"))
         check_length(model.arch, int(rows.lengths.max()), key="sft.data.max_length")
 
@@ -73,7 +74,9 @@ def run_sft(config: Config) -> dict[str, Any]:
         generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
         samples = _sample_writer(sft, generate, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
         score = _evaluator(sft, model, heldout, mesh)
-        safety = make_safety(config, sft.data, generate, tokenizer, folder, mesh, batch_size=sft.batch_size)
+        safety = make_safety(
+            config, inputs.safety_prompts, generate, tokenizer, folder, mesh, batch_size=sft.batch_size
+        )
 
         def evaluate(state: RunState, number: int) -> dict[str, float]:
             params = combine(state.train.params, frozen)
@@ -102,7 +105,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             folder=folder,
             log=sft.log,
             checkpoint=sft.checkpoint,
-            metadata=provenance(config, tokenizer),
+            metadata=provenance(config, tokenizer) | {"origin": origin.as_json()},
         )
         pass_gates("sft", sft.gates, outcome.last, folder)
         learnt = outcome.state.train.params
@@ -110,8 +113,8 @@ def run_sft(config: Config) -> dict[str, Any]:
         model = replace(model, params=merged(learnt, frozen))
         save_pretrained(model, folder / "hf")
         export_tokenizer(tokenizer, folder / "hf")
-        if sft.candidate_prompts:
-            _write_candidates(config, generate, model.params, tokenizer, folder, mesh)
+        if inputs.candidate_prompts is not None:
+            _write_candidates(config, inputs.candidate_prompts, generate, model.params, tokenizer, folder, mesh)
         summary = {
             "base_nll": outcome.first.get("eval/nll"),
             "heldout_nll": outcome.last.get("eval/nll"),
@@ -121,6 +124,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             "skipped": rows.skipped,
             "cut": rows.cut,
             "seconds": outcome.seconds,
+            **changed_inputs(origin),
         }
         write_json(folder / "summary.json", summary)
         return summary
@@ -185,11 +189,16 @@ def _sample_writer(
 
 
 def _write_candidates(
-    config: Config, generate: GenerateFn, params: Params, tokenizer: Any, folder: Path, mesh: Mesh
+    config: Config,
+    prompts: PromptRows,
+    generate: GenerateFn,
+    params: Params,
+    tokenizer: Any,
+    folder: Path,
+    mesh: Mesh,
 ) -> None:
     """Several answers to each prompt, for people to rank: add ``"ranks"`` to a row and it is a row of reward data."""
     sft = config.sft
-    prompts = load_prompts(sft.data, sft.candidate_prompts, tokenizer)
     drawn = answers(
         generate,
         params,

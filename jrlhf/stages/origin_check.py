@@ -1,0 +1,217 @@
+"""A stage that goes on, or is taken as done, is made from what it was begun with; else it is refused by name."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jrlhf.checkpoint import NOTES
+from jrlhf.config_io import ConfigError
+from jrlhf.data import DataError, open_source, stamp, stamps
+from jrlhf.metrics import RowLog
+from jrlhf.parallel import from_first, is_first
+from jrlhf.stages.inputs import RowsInput, StageInputs
+from jrlhf.stages.origin import (
+    Input,
+    Origin,
+    differences,
+    file_input,
+    model_inputs,
+    rows_inputs,
+    tokenizer_differs,
+    unchanged,
+)
+from jrlhf.stages.run import has_begun, read_summary, write_json
+
+logger = logging.getLogger("jrlhf.origin")
+
+ORIGIN = "origin.json"
+UNREADABLE = (OSError, ValueError)
+"""What reading a model or rows that are not there ends in: ConfigError and DataError are ValueErrors."""
+
+
+def finished_summary(inputs: StageInputs, folder: Path) -> dict[str, Any] | None:
+    """The summary of a stage that is done; None for one that is not. ConfigError where it was made from other inputs.
+
+    Nothing is read whose files have their old stamps, and what cannot be read any more is only named in a warning.
+    """
+    summary = read_summary(folder)
+    if summary is None:
+        return None
+    old = _noted(inputs.stage, folder)
+    if old is None:
+        return summary
+    files = [Input(**of) for of in from_first("compare its models", lambda: [*map(_plain, _done_files(inputs, old))])]
+    new = files + _done_rows(inputs, old, files)
+    origin = _settled(inputs, folder, old, new)
+    if [*origin.changed] != summary.get("changed_inputs", []):
+        summary |= changed_inputs(origin)
+        write_json(folder / "summary.json", summary)
+    return summary
+
+
+def check_origin(inputs: StageInputs, folder: Path) -> Origin:
+    """What a stage is made from that begins or goes on; ConfigError where it was begun with other inputs."""
+    begun = from_first("look for what it goes on from", lambda: has_begun(folder))
+    old = _noted(inputs.stage, folder) if begun else None
+    known = old.inputs if old else ()
+    # Rows first, as all processes read them together.
+    rows = [of for key, read in inputs.rows().items() for of in _read_rows(key, read)]
+    files = from_first("look at its models", lambda: [*map(_plain, _files(inputs, known))])
+    return _settled(inputs, folder, old, [*(Input(**of) for of in files), *rows])
+
+
+def changed_inputs(origin: Origin) -> dict[str, list[str]]:
+    """The part of a summary that says what a stage went on from that was not what it began with."""
+    return {"changed_inputs": [*origin.changed]} if origin.changed else {}
+
+
+def _plain(of: Input) -> dict[str, Any]:
+    return of._asdict()
+
+
+def _read_rows(key: str, read: RowsInput) -> list[Input]:
+    rows = read.load()
+    return [] if rows is None else rows_inputs(key, rows)
+
+
+def _files(inputs: StageInputs, known: Sequence[Input]) -> Iterator[Input]:
+    for key, source in inputs.models().items():
+        yield from model_inputs(key, source(), known=known)
+    for key, path in inputs.files().items():
+        if (found := path()) is not None:
+            yield file_input(key, found, known=known)
+
+
+def _noted(stage: str, folder: Path) -> Origin | None:
+    """What the stage was begun with, as its folder or else its newest checkpoint says; None, with a warning, where it
+    is of a version that noted nothing."""
+
+    def read() -> dict[str, Any] | None:
+        path = folder / ORIGIN
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+        else:
+            steps = [int(at.name) for at in folder.glob("checkpoints/*") if at.name.isdecimal()]
+            path = folder / "checkpoints" / str(max(steps, default=0)) / NOTES
+            text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+        try:
+            found = json.loads(text)
+            found = found if path.name == ORIGIN else found.get("metadata", {}).get("origin")
+            return None if found is None else Origin.from_json(found).as_json()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(f"{path}: damaged ({error!r}); remove it to go on without comparing inputs") from error
+
+    noted = from_first(f"read what {stage} was made from", read)
+    if noted is None and is_first():
+        logger.warning(
+            "%s: begun by an earlier version, which did not note what it was made from: not compared", folder
+        )
+    return None if noted is None else Origin.from_json(noted)
+
+
+def _done_files(inputs: StageInputs, old: Origin) -> Iterator[Input]:
+    """As ``_files``, of a stage that is done: what is not there any more is as it was."""
+    for key, source in inputs.models().items():
+        had = [of for of in old.inputs if of.key in (key, f"{key} (base)") and of.kind != "rows"]
+        if any(not of.local for of in had) and all(_on_disk(of) for of in had):
+            yield from had
+            continue
+        try:
+            yield from [*model_inputs(key, source(), known=old.inputs)]
+        except UNREADABLE as error:
+            yield from _gone(inputs, had, error)
+    for key, path in inputs.files().items():
+        try:
+            if (found := path()) is None:
+                raise FileNotFoundError(f"{key}: cannot be found")
+            yield file_input(key, found, known=old.inputs)
+        except UNREADABLE as error:
+            yield from _gone(inputs, [of for of in old.inputs if of.key == key], error)
+
+
+def _done_rows(inputs: StageInputs, old: Origin, files: Sequence[Input]) -> list[Input]:
+    """The rows of a stage that is done: read where their files' stamps are others, and as they were elsewhere."""
+    had = {key: [of for of in old.inputs if (of.key, of.kind) == (key, "rows")] for key in inputs.rows()}
+    if tokenizer_differs(inputs.model, old.inputs, files):
+        return [of for of_key in had.values() for of in of_key]
+    found: list[Input] = []
+    for key, read in inputs.rows().items():
+        if from_first(f"look at {key}", lambda read=read, key=key: _same_files(read, had[key])):
+            found += had[key]
+            continue
+        try:
+            found += _read_rows(key, read)
+        except UNREADABLE as error:
+            if all(of.is_gone for of in had[key]):
+                found += _gone(inputs, had[key], error)
+            else:
+                found += [of._replace(digest="", files={}) for of in had[key]]
+    return found
+
+
+def _same_files(read: RowsInput, had: Sequence[Input]) -> bool:
+    """Whether rows are known without reading them. Only what is in files here is looked for anew."""
+    if not had:
+        return False
+    if not all(of.local for of in had):
+        return all(_on_disk(of) for of in had)
+    sources = [read.sources] if isinstance(read.sources, str) else [*read.sources]
+    try:
+        now = [stamps(open_source(source).files) for source in sources]
+    except (DataError, OSError):
+        return False
+    return len(now) == len(had) and all(unchanged(of, files) for of, files in zip(had, now, strict=True))
+
+
+def _on_disk(of: Input) -> bool:
+    """Whether its files are where they were, as they were."""
+    return all(Path(path).is_file() and stamp(Path(path)) == noted for path, noted in of.files.items())
+
+
+def _gone(inputs: StageInputs, had: Sequence[Input], error: Exception) -> Sequence[Input]:
+    """What was read once and is not there any more, as it was; ``error`` again where it is there."""
+    if not all(of.is_gone for of in had):
+        raise error
+    if is_first():
+        reason = str(error).partition("\n")[0]
+        logger.warning("%s is done, and not compared with what it was made from: %s", inputs.stage, reason)
+    return had
+
+
+def _settled(inputs: StageInputs, folder: Path, old: Origin | None, new: Sequence[Input]) -> Origin:
+    """The origin that is noted from now on; the first process compares and writes."""
+
+    def settle() -> dict[str, Any]:
+        lines = [] if old is None else differences(inputs.stage, inputs.model, old.inputs, new)
+        if lines and not inputs.config.accept_changes:
+            listed = "\n  ".join(lines)
+            raise ConfigError(
+                f"{folder} was made from other inputs:\n  {listed}\n"
+                f"put back what it was made from, or remove {folder} to make it anew, or go on all the same with "
+                "--accept_changes"
+            )
+        changed = () if old is None else tuple(dict.fromkeys((*old.changed, *lines)))
+        origin = Origin(tuple(new), changed)
+        if origin != old:
+            write_json(folder / ORIGIN, origin.as_json())
+        if lines:
+            _note_accepted(folder, lines)
+        return origin.as_json()
+
+    return Origin.from_json(from_first(f"compare what {inputs.stage} is made from", settle))
+
+
+def _note_accepted(folder: Path, lines: Sequence[str]) -> None:
+    """An event of the step that the run goes on from, and a warning."""
+    steps = [int(at.name) for at in folder.glob("checkpoints/*") if at.name.isdecimal()]
+    log = RowLog(folder / "events.jsonl", resume_step=sys.maxsize)
+    log.write(max(steps, default=0), {"event": "changed inputs", "accepted": "; ".join(lines)})
+    log.close()
+    for line in lines:
+        logger.warning("accepted: %s", line)
+
+
+__all__ = ["ORIGIN", "changed_inputs", "check_origin", "finished_summary"]
