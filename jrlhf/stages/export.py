@@ -20,6 +20,8 @@ from jrlhf.models import (
 )
 from jrlhf.parallel import make_mesh
 from jrlhf.stages.adapters import merged, trainable
+from jrlhf.stages.inputs import stage_inputs
+from jrlhf.stages.origin_check import check_base
 from jrlhf.stages.run import StageName, model_source
 from jrlhf.stages.state import abstract
 from jrlhf.types import Params
@@ -65,6 +67,8 @@ def _stage_of(args: ExportConfig) -> tuple[Path, StageName]:
 
 def _export_step(config: Config, stage: StageName, checkpoints: Checkpoints, step: int, out: Path) -> None:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    if vars(config)[stage].lora.rank:
+        check_base(stage_inputs(config, stage), checkpoints.metadata(step))
 
     def trained(model: Pretrained | RewardModel, lora: LoRAConfig, part: str) -> Params:
         like, frozen = trainable(model, lora, jax.random.key(0), mesh=mesh, path=f"{stage}.lora")

@@ -217,6 +217,17 @@ class PPOInputs(StageInputs):
         return found
 
 
+def stage_inputs(config: Config, stage: StageName) -> StageInputs:
+    """The inputs of a stage by its name."""
+    match stage:
+        case "sft":
+            return SFTInputs(config)
+        case "reward":
+            return RewardInputs(config)
+        case "ppo":
+            return PPOInputs(config)
+
+
 def _given(rows: Mapping[str, RowsInput]) -> dict[str, RowsInput]:
     """Those that have a source."""
     return {key: of_key for key, of_key in rows.items() if of_key.sources}

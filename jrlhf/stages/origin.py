@@ -28,11 +28,6 @@ class Input(NamedTuple):
     """Whether its source is looked for anew; otherwise it came from the hub, and the files are where they came to."""
 
     @property
-    def is_gone(self) -> bool:
-        """Whether nothing that it was read from is there any more."""
-        return not any(Path(path).exists() for path in self.files)
-
-    @property
     def place(self) -> tuple[str, str, str]:
         """By this it is found in another record."""
         return self.key, self.kind, self.name

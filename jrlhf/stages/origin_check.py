@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from jrlhf.stages.run import has_begun, read_summary, write_json
 logger = logging.getLogger("jrlhf.origin")
 
 ORIGIN = "origin.json"
-UNREADABLE = (OSError, ValueError)
-"""What reading a model or rows that are not there ends in: ConfigError and DataError are ValueErrors."""
+GONE = (OSError, ConfigError)
+"""What looking for a model or a file ends in that is not there any more."""
 
 
 def finished_summary(inputs: StageInputs, folder: Path) -> dict[str, Any] | None:
@@ -61,6 +61,19 @@ def check_origin(inputs: StageInputs, folder: Path) -> Origin:
     rows = [of for key, read in inputs.rows().items() for of in _read_rows(key, read)]
     files = from_first("look at its models", lambda: [*map(_plain, _files(inputs, known))])
     return _settled(inputs, folder, old, [*(Input(**of) for of in files), *rows])
+
+
+def check_base(inputs: StageInputs, metadata: Mapping[str, Any]) -> None:
+    """ConfigError where a checkpoint's adapters were trained on other weights than its stage would start from now.
+
+    ``metadata`` is the checkpoint's. One of a version that noted nothing is taken as it is.
+    """
+    if metadata.get("origin") is None:
+        return
+    old = [of for of in Origin.from_json(metadata["origin"]).inputs if of.kind == "weights"]
+    new = [of for of in model_inputs(inputs.model, inputs.source, known=old) if of.kind == "weights"]
+    if lines := differences(inputs.stage, inputs.model, [of for of in old if of.key in {of.key for of in new}], new):
+        raise ConfigError(f"{'; '.join(lines)}: the checkpoint's adapters belong to the weights of then; put them back")
 
 
 def changed_inputs(origin: Origin) -> dict[str, list[str]]:
@@ -121,15 +134,22 @@ def _done_files(inputs: StageInputs, old: Origin) -> Iterator[Input]:
             continue
         try:
             yield from [*model_inputs(key, source(), known=old.inputs)]
-        except UNREADABLE as error:
-            yield from _gone(inputs, had, error)
+        except GONE as error:
+            yield from _as_it_was(inputs, had, error)
     for key, path in inputs.files().items():
         try:
             if (found := path()) is None:
                 raise FileNotFoundError(f"{key}: cannot be found")
             yield file_input(key, found, known=old.inputs)
-        except UNREADABLE as error:
-            yield from _gone(inputs, [of for of in old.inputs if of.key == key], error)
+        except GONE as error:
+            yield from _as_it_was(inputs, [of for of in old.inputs if of.key == key], error)
+
+
+def _as_it_was(inputs: StageInputs, had: Sequence[Input], error: Exception) -> Sequence[Input]:
+    if is_first():
+        reason = str(error).partition("\n")[0]
+        logger.warning("%s is done, and not compared with what it was made from: %s", inputs.stage, reason)
+    return had
 
 
 def _done_rows(inputs: StageInputs, old: Origin, files: Sequence[Input]) -> list[Input]:
@@ -144,41 +164,41 @@ def _done_rows(inputs: StageInputs, old: Origin, files: Sequence[Input]) -> list
             continue
         try:
             found += _read_rows(key, read)
-        except UNREADABLE as error:
-            if all(of.is_gone for of in had[key]):
-                found += _gone(inputs, had[key], error)
-            else:
-                found += [of._replace(digest="", files={}) for of in had[key]]
+        except (DataError, *GONE) as error:
+            found += _unreadable_rows(inputs, read, had[key], error)
     return found
+
+
+def _unreadable_rows(inputs: StageInputs, read: RowsInput, had: Sequence[Input], error: Exception) -> Sequence[Input]:
+    """As they were where their source or its tokenizer is not there any more; others where they are no rows now."""
+    try:
+        inputs.tokenizer  # noqa: B018
+        _files_now(read)
+    except (DataError, *GONE):
+        return _as_it_was(inputs, had, error)
+    return [of._replace(digest="", files={}) for of in had]
 
 
 def _same_files(read: RowsInput, had: Sequence[Input]) -> bool:
     """Whether rows are known without reading them. Only what is in files here is looked for anew."""
-    if not had:
-        return False
     if not all(of.local for of in had):
         return all(_on_disk(of) for of in had)
-    sources = [read.sources] if isinstance(read.sources, str) else [*read.sources]
     try:
-        now = [stamps(open_source(source).files) for source in sources]
+        now = _files_now(read)
     except (DataError, OSError):
         return False
-    return len(now) == len(had) and all(unchanged(of, files) for of, files in zip(had, now, strict=True))
+    return len(now) == len(had) > 0 and all(unchanged(of, files) for of, files in zip(had, now, strict=True))
+
+
+def _files_now(read: RowsInput) -> list[dict[str, list[int]]]:
+    """The files of each source, with their stamps."""
+    sources = [read.sources] if isinstance(read.sources, str) else [*read.sources]
+    return [stamps(open_source(source).files) for source in sources]
 
 
 def _on_disk(of: Input) -> bool:
     """Whether its files are where they were, as they were."""
     return all(Path(path).is_file() and stamp(Path(path)) == noted for path, noted in of.files.items())
-
-
-def _gone(inputs: StageInputs, had: Sequence[Input], error: Exception) -> Sequence[Input]:
-    """What was read once and is not there any more, as it was; ``error`` again where it is there."""
-    if not all(of.is_gone for of in had):
-        raise error
-    if is_first():
-        reason = str(error).partition("\n")[0]
-        logger.warning("%s is done, and not compared with what it was made from: %s", inputs.stage, reason)
-    return had
 
 
 def _settled(inputs: StageInputs, folder: Path, old: Origin | None, new: Sequence[Input]) -> Origin:
