@@ -62,7 +62,7 @@ class StageInputs:
         raise NotImplementedError
 
     def files(self) -> Mapping[str, Callable[[], Path | None]]:
-        """The other files; None for one that cannot be found."""
+        """The other files; None for one that cannot be sources."""
         return {}
 
 
@@ -98,7 +98,7 @@ class SFTInputs(StageInputs):
 
     def rows(self) -> Mapping[str, RowsInput]:
         data = self._sft.data
-        return _given(
+        return _with_sources(
             {
                 "sft.data.train": RowsInput(data.train, lambda: self.train),
                 "sft.data.eval": RowsInput(data.eval, lambda: self.heldout),
@@ -142,7 +142,7 @@ class RewardInputs(StageInputs):
 
     def rows(self) -> Mapping[str, RowsInput]:
         data = self._reward.data
-        return _given(
+        return _with_sources(
             {
                 "reward.data.train": RowsInput(data.train, lambda: self.train),
                 "reward.data.eval": RowsInput(data.eval, lambda: self.heldout),
@@ -184,10 +184,10 @@ class PPOInputs(StageInputs):
         return load_safety_prompts(self.config, self._ppo.prompts, self.tokenizer)
 
     def models(self) -> Mapping[str, Callable[[], str]]:
-        ppo, found = self._ppo, {**super().models()}
+        ppo, sources = self._ppo, {**super().models()}
 
         def add(name: str, path: str, key: str, stage: StageName | None) -> None:
-            found[name] = lambda: model_source(self.config, path, key=key, stage=stage)
+            sources[name] = lambda: model_source(self.config, path, key=key, stage=stage)
 
         if ppo.rewards.uses_model:
             add("ppo.reward", ppo.reward.path, "ppo.reward.path", "reward")
@@ -195,11 +195,11 @@ class PPOInputs(StageInputs):
                 add(f"ppo.rewards.models[{number}]", path, "ppo.rewards.models", None)
         if judged(ppo.canary) and ppo.prompts.eval:
             add("ppo.canary.judge", ppo.canary.judge.path, "ppo.canary.judge.path", "reward")
-        return found
+        return sources
 
     def rows(self) -> Mapping[str, RowsInput]:
         ppo = self._ppo
-        return _given(
+        return _with_sources(
             {
                 "ppo.prompts.train": RowsInput(ppo.prompts.train, lambda: self.prompts),
                 "ppo.prompts.eval": RowsInput(ppo.prompts.eval, lambda: self.heldout),
@@ -209,12 +209,12 @@ class PPOInputs(StageInputs):
         )
 
     def files(self) -> Mapping[str, Callable[[], Path | None]]:
-        rewards, found = self._ppo.rewards, {}
+        rewards, paths = self._ppo.rewards, {}
         if rewards.json.weight and rewards.json.schema:
-            found["ppo.rewards.json.schema"] = lambda: Path(rewards.json.schema)
+            paths["ppo.rewards.json.schema"] = lambda: Path(rewards.json.schema)
         if rewards.function.weight:
-            found["ppo.rewards.function.path"] = lambda: function_file(rewards.function.path)
-        return found
+            paths["ppo.rewards.function.path"] = lambda: function_file(rewards.function.path)
+        return paths
 
 
 def stage_inputs(config: Config, stage: StageName) -> StageInputs:
@@ -228,6 +228,6 @@ def stage_inputs(config: Config, stage: StageName) -> StageInputs:
             return PPOInputs(config)
 
 
-def _given(rows: Mapping[str, RowsInput]) -> dict[str, RowsInput]:
+def _with_sources(rows: Mapping[str, RowsInput]) -> dict[str, RowsInput]:
     """Those that have a source."""
     return {key: of_key for key, of_key in rows.items() if of_key.sources}

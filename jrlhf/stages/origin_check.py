@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("jrlhf.origin")
 
 ORIGIN = "origin.json"
 GONE = (OSError, ConfigError)
-"""What looking for a model or a file ends in that is not there any more."""
+"""What looking for a file ends in that is not there any more."""
 
 
 def finished_summary(inputs: StageInputs, folder: Path) -> dict[str, Any] | None:
@@ -40,12 +40,12 @@ def finished_summary(inputs: StageInputs, folder: Path) -> dict[str, Any] | None
     summary = read_summary(folder)
     if summary is None:
         return None
-    old = _noted(inputs.stage, folder)
+    old = _read_origin(inputs.stage, folder)
     if old is None:
         return summary
     files = [Input(**of) for of in from_first("compare its models", lambda: [*map(_plain, _done_files(inputs, old))])]
     new = files + _done_rows(inputs, old, files)
-    origin = _settled(inputs, folder, old, new)
+    origin = _compared(inputs, folder, old, new)
     if [*origin.changed] != summary.get("changed_inputs", []):
         summary |= changed_inputs(origin)
         write_json(folder / "summary.json", summary)
@@ -55,12 +55,12 @@ def finished_summary(inputs: StageInputs, folder: Path) -> dict[str, Any] | None
 def check_origin(inputs: StageInputs, folder: Path) -> Origin:
     """What a stage is made from that begins or goes on; ConfigError where it was begun with other inputs."""
     begun = from_first("look for what it goes on from", lambda: has_begun(folder))
-    old = _noted(inputs.stage, folder) if begun else None
+    old = _read_origin(inputs.stage, folder) if begun else None
     known = old.inputs if old else ()
     # Rows first, as all processes read them together.
     rows = [of for key, read in inputs.rows().items() for of in _read_rows(key, read)]
     files = from_first("look at its models", lambda: [*map(_plain, _files(inputs, known))])
-    return _settled(inputs, folder, old, [*(Input(**of) for of in files), *rows])
+    return _compared(inputs, folder, old, [*(Input(**of) for of in files), *rows])
 
 
 def check_base(inputs: StageInputs, metadata: Mapping[str, Any]) -> None:
@@ -94,11 +94,11 @@ def _files(inputs: StageInputs, known: Sequence[Input]) -> Iterator[Input]:
     for key, source in inputs.models().items():
         yield from model_inputs(key, source(), known=known)
     for key, path in inputs.files().items():
-        if (found := path()) is not None:
-            yield file_input(key, found, known=known)
+        if (file := path()) is not None:
+            yield file_input(key, file, known=known)
 
 
-def _noted(stage: str, folder: Path) -> Origin | None:
+def _read_origin(stage: str, folder: Path) -> Origin | None:
     """What the stage was begun with, as its folder or else its newest checkpoint says; None, with a warning, where it
     is of a version that noted nothing."""
 
@@ -111,83 +111,94 @@ def _noted(stage: str, folder: Path) -> Origin | None:
             path = folder / "checkpoints" / str(max(steps, default=0)) / NOTES
             text = path.read_text(encoding="utf-8") if path.exists() else "{}"
         try:
-            found = json.loads(text)
-            found = found if path.name == ORIGIN else found.get("metadata", {}).get("origin")
-            return None if found is None else Origin.from_json(found).as_json()
+            content = json.loads(text)
+            content = content if path.name == ORIGIN else content.get("metadata", {}).get("origin")
+            return None if content is None else Origin.from_json(content).as_json()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"{path}: damaged ({error!r}); remove it to go on without comparing inputs") from error
 
-    noted = from_first(f"read what {stage} was made from", read)
-    if noted is None and is_first():
+    value = from_first(f"read what {stage} was made from", read)
+    if value is None and is_first():
         logger.warning(
             "%s: begun by an earlier version, which did not note what it was made from: not compared", folder
         )
-    return None if noted is None else Origin.from_json(noted)
+    return None if value is None else Origin.from_json(value)
 
 
 def _done_files(inputs: StageInputs, old: Origin) -> Iterator[Input]:
     """As ``_files``, of a stage that is done: what is not there any more is as it was."""
     for key, source in inputs.models().items():
-        had = [of for of in old.inputs if of.key in (key, f"{key} (base)") and of.kind != "rows"]
-        if any(not of.local for of in had) and all(_on_disk(of) for of in had):
-            yield from had
+        before = [of for of in old.inputs if of.key in (key, f"{key} (base)") and of.kind != "rows"]
+        if any(not of.local for of in before) and all(_on_disk(of) for of in before):
+            yield from before
             continue
         try:
             yield from [*model_inputs(key, source(), known=old.inputs)]
-        except GONE as error:
-            yield from _as_it_was(inputs, had, error)
+        except (OSError, ValueError) as error:
+            if _is_folder(source):
+                raise
+            yield from _as_it_was(inputs, before, error)
     for key, path in inputs.files().items():
         try:
-            if (found := path()) is None:
+            if (file := path()) is None:
                 raise FileNotFoundError(f"{key}: cannot be found")
-            yield file_input(key, found, known=old.inputs)
+            yield file_input(key, file, known=old.inputs)
         except GONE as error:
             yield from _as_it_was(inputs, [of for of in old.inputs if of.key == key], error)
 
 
-def _as_it_was(inputs: StageInputs, had: Sequence[Input], error: Exception) -> Sequence[Input]:
+def _is_folder(source: Callable[[], str]) -> bool:
+    try:
+        return Path(source()).is_dir()
+    except ConfigError:
+        return False
+
+
+def _as_it_was(inputs: StageInputs, before: Sequence[Input], error: Exception) -> Sequence[Input]:
     if is_first():
         reason = str(error).partition("\n")[0]
         logger.warning("%s is done, and not compared with what it was made from: %s", inputs.stage, reason)
-    return had
+    return before
 
 
 def _done_rows(inputs: StageInputs, old: Origin, files: Sequence[Input]) -> list[Input]:
     """The rows of a stage that is done: read where their files' stamps are others, and as they were elsewhere."""
-    had = {key: [of for of in old.inputs if (of.key, of.kind) == (key, "rows")] for key in inputs.rows()}
+    before = {key: [of for of in old.inputs if (of.key, of.kind) == (key, "rows")] for key in inputs.rows()}
     if tokenizer_differs(inputs.model, old.inputs, files):
-        return [of for of_key in had.values() for of in of_key]
-    found: list[Input] = []
+        return [of for of_key in before.values() for of in of_key]
+    rows: list[Input] = []
     for key, read in inputs.rows().items():
-        if from_first(f"look at {key}", lambda read=read, key=key: _same_files(read, had[key])):
-            found += had[key]
+        if from_first(f"look at {key}", lambda read=read, key=key: _same_files(read, before[key])):
+            rows += before[key]
             continue
         try:
-            found += _read_rows(key, read)
+            rows += _read_rows(key, read)
         except (DataError, *GONE) as error:
-            found += _unreadable_rows(inputs, read, had[key], error)
-    return found
+            rows += _unreadable_rows(inputs, read, before[key], error)
+    return rows
 
 
-def _unreadable_rows(inputs: StageInputs, read: RowsInput, had: Sequence[Input], error: Exception) -> Sequence[Input]:
+def _unreadable_rows(
+    inputs: StageInputs, read: RowsInput, before: Sequence[Input], error: Exception
+) -> Sequence[Input]:
     """As they were where their source or its tokenizer is not there any more; others where they are no rows now."""
     try:
         inputs.tokenizer  # noqa: B018
         _files_now(read)
     except (DataError, *GONE):
-        return _as_it_was(inputs, had, error)
-    return [of._replace(digest="", files={}) for of in had]
+        return _as_it_was(inputs, before, error)
+    return [of._replace(digest="", files={}) for of in before]
 
 
-def _same_files(read: RowsInput, had: Sequence[Input]) -> bool:
+def _same_files(read: RowsInput, before: Sequence[Input]) -> bool:
     """Whether rows are known without reading them. Only what is in files here is looked for anew."""
-    if not all(of.local for of in had):
-        return all(_on_disk(of) for of in had)
+    if not all(of.local for of in before):
+        return all(_on_disk(of) for of in before)
     try:
         now = _files_now(read)
     except (DataError, OSError):
         return False
-    return len(now) == len(had) > 0 and all(unchanged(of, files) for of, files in zip(had, now, strict=True))
+    return len(now) == len(before) > 0 and all(unchanged(of, files) for of, files in zip(before, now, strict=True))
 
 
 def _files_now(read: RowsInput) -> list[dict[str, list[int]]]:
@@ -201,7 +212,7 @@ def _on_disk(of: Input) -> bool:
     return all(Path(path).is_file() and stamp(Path(path)) == noted for path, noted in of.files.items())
 
 
-def _settled(inputs: StageInputs, folder: Path, old: Origin | None, new: Sequence[Input]) -> Origin:
+def _compared(inputs: StageInputs, folder: Path, old: Origin | None, new: Sequence[Input]) -> Origin:
     """The origin that is noted from now on; the first process compares and writes."""
 
     def settle() -> dict[str, Any]:
@@ -232,6 +243,3 @@ def _note_accepted(folder: Path, lines: Sequence[str]) -> None:
     log.close()
     for line in lines:
         logger.warning("accepted: %s", line)
-
-
-__all__ = ["ORIGIN", "changed_inputs", "check_origin", "finished_summary"]

@@ -248,6 +248,19 @@ def test_what_is_done_reads_nothing_again_whose_files_are_as_they_were(made: Con
             run_sft(config)
 
 
+def test_a_version_that_makes_other_rows_of_the_same_file_is_named(made: Config, tmp_path: Path) -> None:
+    config = replace(made, run=str(shutil.copytree(made.run, tmp_path / "run")))
+    path = Path(config.run) / "reward" / "origin.json"
+    origin = json.loads(path.read_text())
+    next(of for of in origin["inputs"] if of["key"] == "reward.data.train")["digest"] = "of another version"
+    path.write_text(json.dumps(origin))
+    with pytest.raises(ConfigError, match=r"reward\.data\.train: .* makes other rows .* another version of jrlhf"):
+        run_reward(config)
+    # One that is done is done: nothing is made again.
+    summary = end(config, "reward")
+    assert run_reward(config) == summary
+
+
 def test_rows_that_are_none_any_more_are_other_rows(made: Config) -> None:
     end(made, "sft")
     try:
@@ -326,6 +339,7 @@ def test_what_is_accepted_on_the_way_stands_in_checkpoints_and_summary(
         with pytest.raises(ConfigError, match=r"sft\.data\.eval"):
             run_sft(config)
         assert len(run_sft(replace(config, accept_changes=True))["changed_inputs"]) == 1
+        assert "changed inputs" in [event["event"] for event in read_jsonl(folder / "events.jsonl")]
         # Where the stage's folder lost what it was made from, its checkpoints know what they were.
         (folder / "origin.json").unlink()
         with pytest.raises(ConfigError, match=r"sft\.data\.eval"):

@@ -17,7 +17,7 @@ from jrlhf.config_io import ConfigError, apply_flags
 from jrlhf.config_tools import ExportConfig
 from jrlhf.manifest import write_manifest
 from jrlhf.stages.export import run_export
-from jrlhf.stages.run import model_source, open_stage
+from jrlhf.stages.run import StageName, model_source, open_stage
 from jrlhf.stages.sft import run_sft
 
 
@@ -56,6 +56,36 @@ def test_what_decides_the_result_may_not_change_on_the_way(name: str, tmp_path: 
     with pytest.raises(ConfigError, match=difference), open_stage(apply_flags(config, {name: [value]}), "sft"):
         pass
     assert (folder / "config.yaml").read_text() == before
+
+
+FREE = {
+    "sft": ("sft.microbatch", "sft.max_skipped", "sft.data.buckets", "sft.model.remat", "sft.model.attention"),
+    "reward": ("reward.microbatch", "reward.max_skipped", "reward.data.buckets", "reward.model.remat"),
+    "ppo": (
+        "ppo.microbatch", "ppo.max_skipped", "ppo.prompts.buckets", "ppo.ptx.buckets", "ppo.model.remat",
+        "ppo.reward.remat", "ppo.reward.attention", "ppo.canary.judge.remat", "ppo.rewards.timeout",
+        "ppo.rewards.required.match_timeout", "ppo.rewards.endpoint.retries",
+    ),
+}  # fmt: skip
+VALUES = {"remat": "true", "attention": "cudnn"}
+
+
+@pytest.mark.parametrize("stage", FREE)
+def test_what_a_run_takes_at_a_time_and_how_it_computes_may_change_on_the_way(stage: StageName, tmp_path: Path) -> None:
+    """As people do who ran out of memory, or of patience."""
+    config = Config(run=str(tmp_path))
+    with open_stage(config, stage) as folder:
+        (folder / "checkpoints" / "1").mkdir(parents=True)
+    flags = {name: [VALUES.get(name.rpartition(".")[2], "2")] for name in FREE[stage]}
+    with open_stage(apply_flags(config, flags | {"accept_changes": ["true"]}), stage):
+        pass
+    for other in ("sampling.kv_cache", "rollout_parts") if stage == "ppo" else ("pack_length",):
+        value = "int8" if other.endswith("kv_cache") else "3"
+        changed = apply_flags(config, flags | {f"{stage}.{other}": [value]})
+        with pytest.raises(ConfigError) as refused, open_stage(changed, stage):
+            pass
+        assert len(str(refused.value).splitlines()) == 3
+        assert f"{stage}.{other}: " in str(refused.value)
 
 
 def fewer_layers(model: Path) -> None:
