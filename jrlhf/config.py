@@ -369,6 +369,10 @@ class Config(WithPaths):
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    accept_changes: bool = False
+    """Go on with, or keep as done, a stage whose weights, tokenizer or rows are no longer those that it was made from.
+    Otherwise it is refused, and what differs is named. The stage's events and summary and the report say what was
+    accepted."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,6 @@ from jrlhf.data import (
     PackedRankingRows,
     RankingRows,
     TextRows,
-    load_rankings,
-    load_texts,
-    load_tokenizer,
     pack_rankings,
 )
 from jrlhf.models import (
@@ -41,11 +38,13 @@ from jrlhf.stages.evaluation import (
     reliability_curve,
 )
 from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.stages.inputs import RewardInputs
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, stage_folder, write_json
+from jrlhf.stages.run import open_stage, pass_gates, write_json
 from jrlhf.stages.scoring import score_texts
 from jrlhf.stages.start import computed, mesh_of, start_training
 from jrlhf.stages.state import RunState
@@ -61,15 +60,14 @@ def run_reward(config: Config) -> dict[str, Any]:
     """
     reward = config.reward
     with open_stage(config, "reward") as folder:
-        if summary := read_summary(folder):
+        inputs = RewardInputs(config)
+        if summary := finished_summary(inputs, folder):
             return summary
         mesh = mesh_of(config)
         share = device_share(reward.batch_size, mesh, key="reward.batch_size")
-        source = model_source(config, reward.model.path, key="reward.model.path", stage="sft")
-        tokenizer = load_tokenizer(source)
-        rows = load_rankings(reward.data, reward.data.train, tokenizer)
-        heldout = load_rankings(reward.data, reward.data.eval, tokenizer) if reward.data.eval else None
-        texts_source, texts = _normalising_texts(config, tokenizer)
+        source, tokenizer, rows, heldout = inputs.source, inputs.tokenizer, inputs.train, inputs.heldout
+        texts_source, texts = inputs.texts_source, inputs.texts
+        origin = check_origin(inputs, folder)
         how = computed(reward.model, mesh, key="reward.model")
         model = load_reward_start(source, jax.random.key(config.seed), mesh=mesh, **how)
         positions = Positions(model.arch, "reward.data.max_length")
@@ -122,7 +120,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             folder=folder,
             log=reward.log,
             checkpoint=reward.checkpoint,
-            metadata=as_metadata(beside),
+            metadata=as_metadata(beside) | {"origin": origin.as_json()},
         )
         pass_gates("reward", reward.gates, outcome.last, folder)
         learnt = combine(outcome.state.train.params, frozen)
@@ -144,6 +142,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             "skipped": rows.skipped,
             "cut": rows.cut,
             "seconds": outcome.seconds,
+            **changed_inputs(origin),
         }
         write_json(folder / "summary.json", summary)
         return summary
@@ -214,16 +213,6 @@ def calibration_bins(margins: np.ndarray) -> list[dict[str, float]]:
         {"confidence": float(confidence), "accuracy": float(accuracy), "pairs": int(pairs)}
         for confidence, accuracy, pairs in zip(*curve, strict=True)
     ]
-
-
-def _normalising_texts(config: Config, tokenizer: Any) -> tuple[str, TextRows | None]:
-    """The SFT policy's own answers, or what the config names, and where they are from; read before any step is made."""
-    candidates = stage_folder(config, "sft") / "candidates.jsonl"
-    source = config.reward.normalise or (str(candidates) if candidates.exists() else config.reward.data.eval)
-    if not source:
-        return "", None
-    # A sampler may answer with nothing, or with a byte that is no text: such answers are counted and left out.
-    return source, load_texts(replace(config.reward.data, on_bad_row="skip"), source, tokenizer)
 
 
 def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source: str, mesh: Mesh) -> RewardModel:

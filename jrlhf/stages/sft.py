@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, SFTConfig
 from jrlhf.config_io import to_yaml
 from jrlhf.core import combine
-from jrlhf.data import Order, PromptRows, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
+from jrlhf.data import Order, PromptRows, SFTRows, pack_sft
 from jrlhf.lines import json_line, write_text
 from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
@@ -19,11 +19,13 @@ from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.stages.inputs import SFTInputs
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.run import open_stage, pass_gates, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
 from jrlhf.stages.start import computed, mesh_of, start_training
@@ -41,15 +43,14 @@ def run_sft(config: Config) -> dict[str, Any]:
     """
     sft = config.sft
     with open_stage(config, "sft") as folder:
-        if summary := read_summary(folder):
+        inputs = SFTInputs(config)
+        if summary := finished_summary(inputs, folder):
             return summary
         mesh = mesh_of(config)
         share = device_share(sft.batch_size, mesh, key="sft.batch_size")
-        source = model_source(config, sft.model.path, key="sft.model.path", stage=None)
-        tokenizer = load_tokenizer(source)
-        rows = load_sft(sft.data, sft.data.train, tokenizer, train_on=sft.train_on)
-        heldout = load_sft(sft.data, sft.data.eval, tokenizer, train_on=sft.train_on) if sft.data.eval else None
-        candidates = load_prompts(sft.data, sft.candidate_prompts, tokenizer) if sft.candidate_prompts else None
+        source, tokenizer, rows, heldout = inputs.source, inputs.tokenizer, inputs.train, inputs.heldout
+        candidates = inputs.candidate_prompts
+        origin = check_origin(inputs, folder)
         shown = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer) if heldout and sft.log.samples else None
         model = load_pretrained(source, mesh=mesh, **computed(sft.model, mesh, key="sft.model"))
         positions = Positions(model.arch, "sft.data.max_length")
@@ -82,7 +83,14 @@ def run_sft(config: Config) -> dict[str, Any]:
         samples = _sample_writer(sft, generate, tokenizer, shown, folder, mesh=mesh, seed=config.seed)
         score = _evaluator(sft, model, heldout, mesh)
         safety = make_safety(
-            config, sft.data, generate, tokenizer, folder, mesh, batch_size=sft.batch_size, positions=answering
+            config,
+            inputs.safety_prompts,
+            generate,
+            tokenizer,
+            folder,
+            mesh,
+            batch_size=sft.batch_size,
+            positions=answering,
         )
         beside = companions(tokenizer, to_yaml(config), stop=sft.sampling.stop)
         exported = exported_form(model, sft.export_dtype)
@@ -114,7 +122,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             folder=folder,
             log=sft.log,
             checkpoint=sft.checkpoint,
-            metadata=as_metadata(beside),
+            metadata=as_metadata(beside) | {"origin": origin.as_json()},
         )
         pass_gates("sft", sft.gates, outcome.last, folder)
         learnt = combine(outcome.state.train.params, frozen)
@@ -133,6 +141,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             "skipped": rows.skipped,
             "cut": rows.cut,
             "seconds": outcome.seconds,
+            **changed_inputs(origin),
         }
         write_json(folder / "summary.json", summary)
         return summary
