@@ -107,9 +107,11 @@ class DataConfig(WithPaths):
     eval: PathText = ""
     """Held-out rows, a single source. Empty: no evaluation."""
     max_length: int = 1024
-    """Longest sequence in tokens; longer ones are cut at the end (preferences: at the prompt's start)."""
+    """Longest sequence in tokens; longer ones are cut at the end (preferences: at the prompt's start). How many rows
+    were cut is said once a source, and stands in the stage's summary."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be trained on ends the run, or is counted and left out."""
+    """A row that cannot be trained on ends the run, or is counted and left out. SFT leaves out answers whose label is
+    false in either case."""
     buckets: int = 4
     """Padded lengths that are compiled for, evenly spaced up to max_length."""
     cache: PathText = "auto"
@@ -198,7 +200,8 @@ class SFTConfig(WithPaths):
     """What the held-out figures must keep, as accuracy >= 0.6 (names of eval/*). A model that does not is not passed
     on, and the exit code is 3. Of the checkpoints that do, the best one is exported."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
-    """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
+    """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole, an
+    assistant's turn of weight 0 never."""
     export_dtype: Literal["float32", "source"] = "float32"
     """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
     the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
