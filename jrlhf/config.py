@@ -100,9 +100,10 @@ class DataConfig(WithPaths):
     """Rows in, token batches out."""
 
     train: Sources = ""
-    """Training rows: a .jsonl, .json, .csv or .parquet file, several by a pattern (data/*.jsonl), a hub id (name or
-    name:split), or asset:NAME. Several sources with weights, as {a.jsonl: 3, b.jsonl: 1}: three of four rows come from
-    the first, however long each is; an epoch is as many draws as they have rows together."""
+    """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow file, several by a pattern
+    (data/*.jsonl), a folder of save_to_disk or a hub id (either may end in :split), or asset:NAME. Several sources with
+    weights, as {a.jsonl: 3, b.jsonl: 1}: three of four rows come from the first, however long each is; an epoch is as
+    many draws as they have rows together."""
     eval: PathText = ""
     """Held-out rows, a single source. Empty: no evaluation."""
     max_length: int = 1024
@@ -213,6 +214,7 @@ class RewardConfig(WithPaths):
     """The reward model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    """What training starts from: a language model, which gets a fresh head, or a reward model with its own."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

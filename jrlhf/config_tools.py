@@ -14,7 +14,7 @@ class GenerateConfig(WithPaths):
     model: PathText
     """A Hugging Face folder, a hub id, or a run or stage folder."""
     prompts: PathText
-    """A .jsonl, .json, .csv or .parquet file, a hub id (name or name:split), asset:NAME, or - (stdin, one a line)."""
+    """A file, folder or hub id in the forms of data.train, asset:NAME, or - (stdin, one a line)."""
     out: PathText = "-"
     """The JSONL file to write; - is stdout."""
     samples: int = 1

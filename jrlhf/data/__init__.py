@@ -2,7 +2,8 @@
 
 from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, DataError
-from jrlhf.data.load import Columns, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data.kinds import Columns
+from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
 from jrlhf.data.recipe import encoder_for

@@ -2,7 +2,8 @@
 
 from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow
-from jrlhf.data.formats import Answered, Content
+from jrlhf.data.formats import Answered
+from jrlhf.data.messages import Content, Tools
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.vocabulary import check_ids
 from jrlhf.models.reading import Reading
@@ -17,16 +18,15 @@ class RecipeEncoder(Encoder):
 
     def answered(self, row: Answered) -> tuple[list[int], list[int]]:
         """Ids of prompt and answer in one, so that what is too long is cut at its start; and none besides."""
-        prompt, completion, *others = row
-        return self._whole(prompt, completion, next(iter(others), None)), []
+        return self._whole(row.prompt, row.completion, row.tools), []
 
     def continued(
-        self, prompt: Content, answer: str, *, stopped: bool, tools: list | None = None
+        self, prompt: Content, answer: str, *, stopped: bool, tools: Tools | None = None
     ) -> tuple[list[int], list[int]]:
         """The same of an answer that was sampled; the template closes its turn, whether it has ``stopped`` or not."""
         return self._whole(prompt, answer, tools), []
 
-    def _whole(self, prompt: Content | None, completion: Content, tools: list | None) -> list[int]:
+    def _whole(self, prompt: Content | None, completion: Content, tools: Tools | None) -> list[int]:
         if isinstance(prompt, str) and isinstance(completion, list):
             raise BadRow("completion", "messages, but the prompt is a string; both must be of one kind")
         if isinstance(prompt, list):

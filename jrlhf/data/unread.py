@@ -9,38 +9,71 @@ from typing import Any
 import jinja2
 
 from jrlhf.data.chat import template_of
+from jrlhf.data.foreign import INPUTS, OUTPUTS
+from jrlhf.data.messages import FIELDS
 from jrlhf.data.tokenizer import Tokenizer
 
 Shapes = Mapping[tuple[str, ...], frozenset[str]]
 """The columns that are read of a row, by the columns that decide its shape: the first of these that it has all of."""
 
+_SHAREGPT = frozenset({"conversations", "system", "tools"})
+_ALPACA = frozenset({"instruction", *INPUTS, "system", "tools"})
 _ANSWERS: Shapes = {
-    ("messages",): frozenset({"messages"}),
-    ("completion",): frozenset({"prompt", "completion"}),
+    ("messages",): frozenset({"messages", "tools"}),
+    ("completion",): frozenset({"prompt", "completion", "tools"}),
+    ("conversations",): _SHAREGPT,
+    ("instruction", "output"): _ALPACA | set(OUTPUTS),
+    ("instruction", "response"): _ALPACA | set(OUTPUTS),
     ("text",): frozenset({"text"}),
 }
-_PAIR = frozenset({"prompt", "chosen", "rejected"})
+_LEARNT: Shapes = {shape: columns if shape == ("text",) else columns | {"label"} for shape, columns in _ANSWERS.items()}
+_PAIR = frozenset({"chosen", "rejected"})
+
+
+def _asked(*columns: str, reads: Set[str] = frozenset()) -> Shapes:
+    """Shapes that need these columns, by where their prompt stands; ``reads``: what is read besides."""
+    own = frozenset(columns) | reads
+    return {
+        (*columns, "conversations"): own | _SHAREGPT,
+        (*columns, "prompt"): own | {"prompt", "tools"},
+        (*columns, "instruction"): own | _ALPACA,
+        columns: own | {"tools"},
+    }
+
+
 READ_COLUMNS: Mapping[str, Shapes] = {
-    "sft": {**_ANSWERS, ("chosen",): _PAIR},
+    "sft": {
+        ("messages",): _LEARNT[("messages",)],
+        ("completion",): _LEARNT[("completion",)],
+        ("conversations", "chosen"): _SHAREGPT | _PAIR,
+        **_LEARNT,
+        ("chosen", "prompt"): _PAIR | {"prompt", "tools"},
+        ("chosen", "instruction"): _PAIR | _ALPACA,
+        ("chosen",): _PAIR | {"tools"},
+    },
     "rankings": {
-        ("chosen",): _PAIR | {"margin"},
-        ("completions",): frozenset({"prompt", "completions", "ranks", "margin"}),
+        **_asked("chosen", reads=_PAIR | {"margin"}),
+        **_asked("completions", reads=frozenset({"ranks", "margin"})),
     },
     "prompts": {
-        ("messages",): frozenset({"messages"}),
-        ("chosen", "rejected"): _PAIR,
-        ("prompt",): frozenset({"prompt"}),
+        ("messages",): _ANSWERS[("messages",)],
+        **_asked("chosen", "rejected"),
+        ("conversations",): _SHAREGPT,
+        ("prompt",): frozenset({"prompt", "tools"}),
+        ("instruction",): _ALPACA,
     },
     "texts": {
-        ("completions",): frozenset({"prompt", "completions"}),
-        ("chosen", "rejected"): _PAIR,
+        **_asked("completions"),
+        **_asked("chosen", "rejected"),
         **_ANSWERS,
     },
 }
 """What each kind of rows reads, in the order in which its parser looks for a row's shape."""
 
-MESSAGE_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "completions")
-MESSAGE_FIELDS: Mapping[str, frozenset[str]] = dict.fromkeys(READ_COLUMNS, frozenset({"role", "content"}))
+MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "completions")
+MESSAGE_FIELDS: Mapping[str, frozenset[str]] = {
+    kind: FIELDS | {"from", "value"} | ({"weight"} if kind == "sft" else set()) for kind in READ_COLUMNS
+}
 """What each kind of rows reads of a message itself. A chat template reads others, see ``template_fields``."""
 
 EMPTY = (None, "", [], {})
@@ -53,14 +86,19 @@ def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Call
     ``also``: columns that are read besides those of ``READ_COLUMNS[kind]``.
     """
     shapes = {shape: columns | frozenset(also) for shape, columns in READ_COLUMNS[kind].items()}
-    fields = MESSAGE_FIELDS[kind] | template_fields(template_of(tokenizer))
+    templates = (template_of(tokenizer), template_of(tokenizer, tools=True))
+    fields = MESSAGE_FIELDS[kind].union(*map(template_fields, templates))
 
     def unread(row: Mapping[str, Any]) -> list[str]:
         columns = _columns(row, shapes)
         names = [column for column in row if column not in columns and row[column] not in EMPTY]
+        if "label" in columns and "completion" not in columns and not isinstance(row.get("label", False), bool | None):
+            # Beside a conversation a label may be a class.
+            names.append("label")
         for column in MESSAGE_COLUMNS:
-            if column in columns and isinstance(value := row.get(column), list):
-                names.extend(dict.fromkeys(_fields(f"{column}[]", value, fields)))
+            if column in columns and isinstance(value := row.get(column), list | dict):
+                messages = value if isinstance(value, list) else [value]
+                names.extend(dict.fromkeys(_fields(f"{column}[]", messages, fields)))
         return names
 
     return unread

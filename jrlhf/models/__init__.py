@@ -1,6 +1,7 @@
 """Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
 
 from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
+from jrlhf.models.adapter_folder import ModelKind, find_tokenizer, model_folder, model_kind, require_kind
 from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache, int8_cache
@@ -18,13 +19,15 @@ from jrlhf.models.generation import generation_eos
 from jrlhf.models.hf_write import WeightDtype
 from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.names import RULES
-from jrlhf.models.peft import insert_adapter, save_adapter
+from jrlhf.models.peft import save_adapter
+from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from jrlhf.models.quantised import CacheKind
 from jrlhf.models.reading import STOP_TOKEN, Reading, reading_of
 from jrlhf.models.reward import (
     RewardModel,
     load_reward_model,
+    load_reward_start,
     normalise_reward,
     reward_from_pretrained,
     save_reward_model,
@@ -39,6 +42,7 @@ __all__ = [
     "Decoder",
     "DecoderFns",
     "KVCache",
+    "ModelKind",
     "Pretrained",
     "Reading",
     "RewardModel",
@@ -52,6 +56,7 @@ __all__ = [
     "arch_from_hf",
     "decode_bytes",
     "decoder_fns",
+    "find_tokenizer",
     "forward_flops",
     "from_equinox",
     "from_linen",
@@ -63,10 +68,14 @@ __all__ = [
     "is_trained",
     "load_pretrained",
     "load_reward_model",
+    "load_reward_start",
     "merge_adapters",
+    "model_folder",
+    "model_kind",
     "normalise_reward",
     "placed",
     "reading_of",
+    "require_kind",
     "reward_from_pretrained",
     "reward_params",
     "round_to_stored",

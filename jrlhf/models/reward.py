@@ -12,16 +12,18 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.core import at_last_token
+from jrlhf.models.adapter_folder import model_folder, model_kind, require_kind
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
-from jrlhf.models.families import CLASSES, arch_from_hf, is_sequence_classification
+from jrlhf.models.families import CLASSES, arch_from_hf
 from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_params
-from jrlhf.models.hf import TOKENIZER_FILES, Stored, find_folder, read_config
+from jrlhf.models.hf import TOKENIZER_FILES, Stored, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
-from jrlhf.models.names import RULES, reward_model_table
-from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder, is_own_adapter
+from jrlhf.models.names import HEAD_BIAS, HEAD_KERNEL, RULES, reward_model_table
+from jrlhf.models.peft import is_own_adapter
+from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.models.reading import FIELD, NOTE, STOP_TOKEN, Reading, reading_of
 from jrlhf.parallel import Rules, tree_shardings
@@ -86,27 +88,75 @@ def load_reward_model(
     mesh: Mesh | None = None,
     remat: bool = False,
     attention: AttentionKernel = "xla",
+    option: str = "",
 ) -> RewardModel:
-    """Read a sequence-classification folder or hub id with one label; the rest is as in ``load_pretrained``."""
-    folder = find_folder(path)
-    if is_adapter_folder(folder):
-        base = load_pretrained(base_of(folder), dtype=dtype, mesh=mesh, remat=remat, attention=attention)
-        model = reward_from_pretrained(base, jax.random.key(0))
-        reading = STOP_TOKEN if is_own_adapter(folder) else reading_of(base.config, base.arch.family)
-        params = merge_adapters(insert_adapter(model.params, model.arch, folder))
-        return replace(model, params=params, reading=reading)
+    """Read a sequence-classification folder or hub id with one label; the rest is as in ``load_pretrained``.
+
+    A PEFT folder gives its base with the adapters merged in: a reward model, or a language model if the adapter brings
+    a head.
+    """
+    source = model_folder(path)
+    require_kind(source, "reward", option=option)
+    computed: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
+    has_head = model_kind(source._replace(adapters=())) == "reward"
+    if has_head:
+        model = _read_reward(source.base, **computed)
+    else:
+        model = reward_from_pretrained(load_pretrained(source.base, **computed), jax.random.key(0))
+        model = replace(model, reading=reading_of(model.config, model.arch.family))
+    for number, adapter in enumerate(source.adapters, 1):
+        # The outermost is the last that could bring a head.
+        needs_head = not has_head and number == len(source.adapters)
+        params = merge_adapters(insert_adapter(model.params, model.arch, adapter, needs_head=needs_head))
+        if params["head"] is not model.params["head"]:
+            # Another head: what the base's was normalised by says nothing of it.
+            has_head, model = True, replace(model, gain=1.0, bias=0.0)
+        reading = STOP_TOKEN if is_own_adapter(adapter) else model.reading
+        model = replace(model, params=params, reading=reading)
+    return model
+
+
+def load_reward_start(
+    path: str | Path,
+    key: Key,
+    *,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+    attention: AttentionKernel = "xla",
+    option: str = "",
+) -> RewardModel:
+    """The model that a reward stage begins with: a reward model as it is, or a language model with a fresh head.
+
+    ``key`` draws that head. A reward model's scores are taken as they are, normalised or not, and its record of a
+    normalisation begins anew. Its head is exported as a fresh one: in float32, the bias in config.json.
+    """
+    computed: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
+    if model_kind(model_folder(path)) == "language":
+        return reward_from_pretrained(load_pretrained(path, option=option, **computed), key)
+    model = load_reward_model(path, option=option, **computed)
+    stored = {name: how for name, how in model.stored.items() if name not in (HEAD_KERNEL, HEAD_BIAS)}
+    # Whatever it was read by before: from here on it learns what jrlhf gives it.
+    return replace(model, stored=stored, gain=1.0, bias=0.0, reading=STOP_TOKEN)
+
+
+def _read_reward(
+    folder: Path, *, dtype: Any, mesh: Mesh | None, remat: bool, attention: AttentionKernel
+) -> RewardModel:
     config = read_config(folder)
     arch = arch_from_hf(config)
-    gain, bias, head_bias = _check_head(folder, config, arch)
+    gain, bias, head_bias = _check_head(folder, config)
     shapes = abstract_reward_params(arch)
     shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
     tensors = open_tensors(folder, arch)
-    params = read_tree(tensors, arch, reward_model_table(arch), shapes, shardings)
-    # A NumPy scalar, not a JAX one: every host can put its own copy onto a mesh that spans hosts.
-    scalar = np.float32(head_bias)
-    params["head"]["bias"] = (
-        jax.device_put(scalar) if shardings is None else jax.device_put(scalar, shardings["head"]["bias"])
-    )
+    table = reward_model_table(arch, head_bias=HEAD_BIAS in tensors.stored)
+    params = read_tree(tensors, arch, table, shapes, shardings)
+    if "bias" not in params["head"]:
+        # A NumPy scalar, not a JAX one: every host can put its own copy onto a mesh that spans hosts.
+        scalar = np.float32(head_bias)
+        params["head"]["bias"] = (
+            jax.device_put(scalar) if shardings is None else jax.device_put(scalar, shardings["head"]["bias"])
+        )
     return RewardModel(
         params=params,
         score_fn=decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh).score_fn,
@@ -121,9 +171,7 @@ def load_reward_model(
     )
 
 
-def _check_head(folder: Path, config: Mapping[str, Any], arch: ArchConfig) -> tuple[float, float, float]:
-    if not is_sequence_classification(config, arch):
-        raise ValueError(f"{folder}: architectures: a reward model is a {CLASSES[arch.family].sequence_classification}")
+def _check_head(folder: Path, config: Mapping[str, Any]) -> tuple[float, float, float]:
     # transformers counts the names of the labels, and takes two labels where it finds neither.
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
@@ -146,14 +194,12 @@ def save_reward_model(
     """Write the family's sequence-classification form with one label: transformers' score is ours less the head's bias.
 
     That bias, the record of the normalisation, and where the score is read stand in config.json under "jrlhf" and are
-    read back. ``dtype`` and ``files`` are as in ``save_pretrained``.
+    read back; where the source's head had a bias of its own, as a tensor, the bias stays there. ``dtype`` and ``files``
+    are as in ``save_pretrained``.
     """
-    ours: dict[str, Any] = {
-        "gain": model.gain,
-        "bias": model.bias,
-        "head_bias": float(model.params["head"]["bias"]),
-        FIELD: model.reading.score_at,
-    }
+    in_tensor = HEAD_BIAS in model.stored
+    ours: dict[str, Any] = {"gain": model.gain, "bias": model.bias, FIELD: model.reading.score_at}
+    ours["head_bias"] = 0.0 if in_tensor else float(model.params["head"]["bias"])
     config = model.config | {
         "architectures": [CLASSES[model.arch.family].sequence_classification],
         "id2label": {"0": "LABEL_0"},
@@ -167,7 +213,7 @@ def save_reward_model(
         config,
         model.params,
         model.arch,
-        reward_model_table(model.arch),
+        reward_model_table(model.arch, head_bias=in_tensor),
         model.stored,
         model.source,
         TOKENIZER_FILES,

@@ -127,7 +127,9 @@ def _judge(config: Config, path: str, policy: Pretrained, tokenizer: Any, mesh: 
     """One of ``ppo.rewards.models``, computed with as ``ppo.reward`` is."""
     source = model_source(config, path, key="ppo.rewards.models", stage=None)
     own = load_tokenizer(source)
-    model = load_reward_model(source, mesh=mesh, **computed(config.ppo.reward, mesh, key="ppo.reward"))
+    how = computed(config.ppo.reward, mesh, key="ppo.reward")
+    how["option"] = "ppo.rewards.models"
+    model = load_reward_model(source, mesh=mesh, **how)
     return Judge(model, own_tokenizer(model, own, policy, tokenizer))
 
 

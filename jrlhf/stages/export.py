@@ -19,7 +19,7 @@ from jrlhf.models import (
     WeightDtype,
     load_pretrained,
     load_reward_model,
-    reward_from_pretrained,
+    load_reward_start,
 )
 from jrlhf.models.folder_files import copy_files
 from jrlhf.parallel import make_mesh
@@ -109,8 +109,9 @@ def _start(config: Config, stage: StageName, mesh: Mesh) -> Pretrained | RewardM
             source = model_source(config, config.reward.model.path, key="reward.model.path", stage="sft")
         case "ppo":
             source = model_source(config, config.ppo.model.path, key="ppo.model.path", stage="sft")
-    model = load_pretrained(source, dtype="float32", mesh=mesh)
-    return reward_from_pretrained(model, jax.random.key(0)) if stage == "reward" else model
+    if stage == "reward":
+        return load_reward_start(source, jax.random.key(0), dtype="float32", mesh=mesh, option="reward.model.path")
+    return load_pretrained(source, dtype="float32", mesh=mesh, option=f"{stage}.model.path")
 
 
 def _trained_part(config: Config, stage: StageName) -> tuple[LoRAConfig, str]:

@@ -30,7 +30,7 @@ from jrlhf.types import Params
 
 RUN_CONFIG = "jrlhf.yaml"
 """Beside the weights: the config of the run that made them."""
-HEAD = "score.weight"
+HEAD = "score."
 
 
 class Companions(NamedTuple):
@@ -153,5 +153,6 @@ def _generation(model: Pretrained, beside: Companions) -> dict[str, bytes]:
 
 def _stored(model: Pretrained | RewardModel) -> Mapping[str, Any]:
     """The source's dtypes; a reward model's head, into which the normalisation is folded, is float32 in any export."""
-    stored = model.stored
-    return {**stored, HEAD: stored[HEAD]._replace(dtype="F32")} if HEAD in stored else stored
+    return {
+        name: tensor._replace(dtype="F32") if name.startswith(HEAD) else tensor for name, tensor in model.stored.items()
+    }

@@ -27,9 +27,8 @@ from jrlhf.data import (
 from jrlhf.models import (
     STOP_TOKEN,
     RewardModel,
-    load_pretrained,
+    load_reward_start,
     normalise_reward,
-    reward_from_pretrained,
 )
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import trainable
@@ -71,8 +70,8 @@ def run_reward(config: Config) -> dict[str, Any]:
         rows = load_rankings(reward.data, reward.data.train, tokenizer)
         heldout = load_rankings(reward.data, reward.data.eval, tokenizer) if reward.data.eval else None
         texts_source, texts = _normalising_texts(config, tokenizer)
-        base = load_pretrained(source, mesh=mesh, **computed(reward.model, mesh, key="reward.model"))
-        model = reward_from_pretrained(base, jax.random.key(config.seed))
+        how = computed(reward.model, mesh, key="reward.model")
+        model = load_reward_start(source, jax.random.key(config.seed), mesh=mesh, **how)
         positions = Positions(model.arch, "reward.data.max_length")
         normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {texts_source})"
         positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})

@@ -65,10 +65,10 @@ def _by_text(reward: RewardModel, tokenizer: Any, reward_tokenizer: Any, mesh: M
     score = jax.jit(reward.score, out_shardings=batch_sharding(mesh))
     warned = False
 
-    def ids(prompt: Any, answer: str, stopped: bool) -> np.ndarray:
+    def ids(row: dict[str, Any], answer: str, stopped: bool) -> np.ndarray:
         nonlocal warned
         try:
-            before, after = encoder.continued(prompt, answer, stopped=stopped)
+            before, after = encoder.continued(row["prompt"], answer, stopped=stopped, tools=row.get("tools"))
         except (BadRow, DataError) as error:
             raise DataError(f"ppo.reward: its tokenizer cannot read a prompt of ppo.prompts: {error}") from error
         if len(before) + len(after) > limit and not warned:
@@ -78,7 +78,7 @@ def _by_text(reward: RewardModel, tokenizer: Any, reward_tokenizer: Any, mesh: M
 
     def score_texts(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> jax.Array:
         answers, stopped = texts_of(tokenizer, generation), fetch(generation.stopped).tolist()
-        shown = [prompts.shown[int(row)]["prompt"] for row in rows]
+        shown = [prompts.shown[int(row)] for row in rows]
         texts = Ragged.of([ids(*row) for row in zip(shown, (a for _, a in answers), stopped, strict=True)])
         width = padded_width(int(texts.lengths.max()), limit)
         return score(reward.params, *shard_batch(texts.padded(range(len(rows)), width, fill=pad), mesh))

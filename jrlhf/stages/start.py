@@ -28,7 +28,7 @@ def mesh_of(config: Config) -> Mesh:
 
 
 def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
-    """How a model is computed with: keywords of ``load_pretrained`` and ``load_reward_model``.
+    """How a model is computed with, and what names it: keywords of ``load_pretrained`` and ``load_reward_model``.
 
     ConfigError, which names ``key``, where this machine cannot.
     """
@@ -39,7 +39,7 @@ def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
             raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {platform} and {model.dtype}")
         case "splash" if platform != "tpu" or kind in ("TPU v2", "TPU v3"):
             raise ConfigError(f"{key}.attention: splash needs a TPU, v4 or newer, not {kind}")
-    return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention}
+    return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention, "option": f"{key}.path"}
 
 
 def start_training(

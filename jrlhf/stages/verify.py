@@ -22,6 +22,7 @@ from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import exported_folder
 from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
+from jrlhf.terminal import show_all_characters
 from jrlhf.types import Generation, PPOParams, Rollout, TrainState
 
 EXACT = 0.0
@@ -54,6 +55,7 @@ class Subject(NamedTuple):
 
 def run_verify(args: VerifyConfig) -> bool:
     """Print every invariant with its figure and bound; True where all hold."""
+    show_all_characters()
     subject = _prepare(args)
     table = Table("invariant", "figure", "bound", "", title=f"jrlhf verify {args.model}")
     findings = list(_findings(subject))
@@ -70,7 +72,7 @@ def run_verify(args: VerifyConfig) -> bool:
 def _prepare(args: VerifyConfig) -> Subject:
     source = exported_folder(assets.resolve(args.model), stages=("ppo", "sft"))
     tokenizer = load_tokenizer(source)
-    model = load_pretrained(source, dtype=args.dtype)
+    model = load_pretrained(source, dtype=args.dtype, option="model")
     critic = reward_from_pretrained(model, jax.random.key(args.seed))
     prompt_source = args.prompts or "asset:prompts_heldout"
     prompts = load_prompts(DataConfig(max_length=args.max_length), prompt_source, tokenizer)

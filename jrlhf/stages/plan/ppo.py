@@ -102,10 +102,11 @@ def check_planned_lengths(config: PlanConfig, actors: Actors) -> None:
 def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
     """As ``load_actors``, ``trainable_actors`` and ``start_training``."""
     ppo = config.ppo
-    policy = planned_model(site, config, ppo.model, config.sft.model, key="ppo.model")
+    policy = planned_model(site, config, ppo.model, config.sft.model, key="ppo.model", kind="language")
     reward, same = None, True
     if ppo.rewards.uses_model:
-        of_reward = planned_model(site, config, ppo.reward, config.reward.model, config.sft.model, key="ppo.reward")
+        before = config.reward.model, config.sft.model
+        of_reward = planned_model(site, config, ppo.reward, *before, key="ppo.reward", kind="reward")
         reward = abstract_reward(of_reward, site.mesh)
         same = reward.arch.vocab_size == policy.arch.vocab_size
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
@@ -115,7 +116,8 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
         value = replace(value, params={"head": value.params["head"]})
     others = (
         abstract_reward(
-            planned_model(site, config, replace(ppo.reward, path=path), key="ppo.rewards.models"), site.mesh
+            planned_model(site, config, replace(ppo.reward, path=path), key="ppo.rewards.models", kind="reward"),
+            site.mesh,
         )
         for path in ppo.rewards.models
     )

@@ -31,7 +31,7 @@ def sft_stage(config: PlanConfig, site: Site) -> Sized:
     length = sft.pack_length or sft.data.max_length
     share = device_share(sft.batch_size, site.mesh, key="sft.batch_size")
     slices = reading_slices(share, microbatch=sft.microbatch, tokens=float(length), platform=site.topology.platform())
-    model = planned_model(site, config, sft.model, key="sft.model")
+    model = planned_model(site, config, sft.model, key="sft.model", kind="language")
     Positions(model.arch, key := "sft.data.max_length").check_length(sft.data.max_length, key=key)
     tx, _ = make_optimizer(sft.optim, updates=UPDATES)
     trained, frozen = abstract_trainable(model.params, model.arch, sft.lora, site, model.rules, path="sft.lora")
