@@ -281,7 +281,8 @@ class PPOConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The policy at the start, and the reference it is held to. Empty path: the SFT stage."""
     reward: ModelConfig = field(default_factory=ModelConfig)
-    """The reward model. Empty path: the reward stage. With another tokenizer than the policy's it reads the text."""
+    """The reward model. Empty path: the reward stage. jrlhf's own read the sampled tokens where they have the policy's
+    vocabulary; with another, and models that jrlhf did not train, read the text, as in jrlhf score."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """Rules beside the reward model or in its place, and other reward models."""
     value_from: Literal["auto", "reward", "policy", "shared"] = "auto"
