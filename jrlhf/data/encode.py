@@ -136,7 +136,8 @@ class Encoder:
         for stop in (self._turn_end, self._eos):
             if stop is not None and stop in ids:
                 word = self._tokenizer.convert_ids_to_tokens(stop)
-                return ids[: len(ids) - ids[::-1].index(stop)], text.rindex(word, 0, turn.end) + len(word)
+                if (at := text.rfind(word, turn.start, turn.end)) >= 0:
+                    return ids[: len(ids) - ids[::-1].index(stop)], at + len(word)
         if not last:
             raise BadRow(column, UNSTOPPED)
         return [*ids, self._eos], turn.end

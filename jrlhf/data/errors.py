@@ -62,7 +62,7 @@ class Notes:
         """Warn of each note with its share of all rows, in the order of their counts."""
         for note in sorted(self.counts, key=self.counts.__getitem__, reverse=True):
             count = self.counts[note]
-            share = f"{count:,} of {rows:,} rows ({100 * count / max(rows, 1):.2g} %)"
+            share = f"{count:,} of {rows:,} rows ({100 * count / max(rows, 1):.3g} %)"
             log.warning("%s: %s: %s (first: %s)", self._name, share, note, self.first[note])
 
 

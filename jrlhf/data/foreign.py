@@ -57,7 +57,7 @@ def turns_of(value: Any, column: str) -> Any:
 def _turn(turn: Any, place: str) -> Any:
     if not isinstance(turn, dict) or turn.get("from") is None:
         return turn
-    speaker, value = turn["from"], turn.get("value")
+    speaker, value = str(turn["from"]).lower(), turn.get("value")
     fields = {key: field for key, field in turn.items() if key not in ("from", "value")}
     if isinstance(value, str) and speaker in CALLERS:
         try:
@@ -70,7 +70,7 @@ def _turn(turn: Any, place: str) -> Any:
             "tool_calls": calls if isinstance(calls, list) else [calls],
         } | fields
     if speaker not in SPEAKERS:
-        raise BadRow(f"{place}.from", f"nobody we know: {speaker!r}; expected human, gpt, system or tool")
+        raise BadRow(f"{place}.from", "nobody we know", f": {turn['from']!r}; expected human, gpt, system or tool")
     if not isinstance(value, str):
         raise BadRow(f"{place}.value", "expected a string")
     return {"role": SPEAKERS[speaker], "content": value} | fields

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jrlhf.config import DataConfig
-from jrlhf.data.errors import BadRow, LeftOut, Placed, Row
+from jrlhf.data.errors import BadRow, DataError, LeftOut, Placed, Row
 from jrlhf.data.formats import parse_prompt
-from jrlhf.data.load import CUT, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
+from jrlhf.data.kinds import CUT, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
 from jrlhf.data.tokenizer import Tokenizer, stop_token_ids
 
 KindName = Literal["sft", "reward", "prompts"]
@@ -248,6 +248,8 @@ def look(lens: Lens, tally: Tally, rows: Iterable[Placed], show: Callable[[Seen]
             seen = lens.see(place, row)
         except BadRow as error:
             tally.refuse(place, error)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
         else:
             tally.add(seen, row)
             show(seen)

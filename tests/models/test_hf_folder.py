@@ -182,7 +182,7 @@ def test_an_index_that_names_the_wrong_shard_is_refused(folder):
 
 
 def test_a_path_that_is_nowhere_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="missing: not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"missing: no such folder$"):
         load_pretrained(tmp_path / "missing", dtype="float32")
     with pytest.raises(FileNotFoundError, match=r"config\.json: missing"):
         load_pretrained(tmp_path, dtype="float32")
@@ -210,7 +210,7 @@ def test_the_two_kinds_of_folder_are_not_mistaken_for_each_other(folder, tmp_pat
         load_reward_model(folder, dtype="float32")
     model = reward_from_pretrained(load_pretrained(folder, dtype="float32"), jax.random.key(1))
     save_reward_model(model, tmp_path / "reward")
-    with pytest.raises(ValueError, match="use load_reward_model"):
+    with pytest.raises(ValueError, match=r": a reward model \(LlamaForSequenceClassification\); a language model"):
         load_pretrained(tmp_path / "reward", dtype="float32")
     config = json.loads((tmp_path / "reward" / "config.json").read_text())
     (tmp_path / "reward" / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
