@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, ModelConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.data import tokenizer_files
-from jrlhf.models import ArchConfig
 from jrlhf.models.folder_files import write_files
 from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.stages.batches import tree_copy
@@ -79,12 +78,6 @@ def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | 
         return TrainState(params, tx.init(params), jnp.int32(0), ema)
 
     return init
-
-
-def check_length(arch: ArchConfig, tokens: int, *, key: str) -> None:
-    """Positions beyond what the model was trained for give garbage without an error; so this is one."""
-    if tokens > arch.max_positions:
-        raise ConfigError(f"{key}: sequences of {tokens} tokens, but the model has {arch.max_positions} positions")
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from jrlhf.config import DataConfig
@@ -159,6 +158,12 @@ def test_unknown_tokens_are_counted(make_tokenizer, write):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "reward"),
         ({"completions": []}, "reward"),
         ({}, "sft"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "sft"),
+        ({"conversations": [{"from": "human", "value": "hi"}], "chosen": {}, "rejected": {}}, "reward"),
+        ({"instruction": "a", "input": "", "output": "b"}, "sft"),
+        ({"instruction": "a", "context": "c", "response": "b"}, "sft"),
+        ({"instruction": "a", "input": "c"}, "prompts"),
+        ({"prompt": "a", "completion": "b", "label": False}, "sft"),
     ],
 )
 def test_the_kind_of_rows_is_told_by_their_columns(row, kind):
@@ -177,5 +182,15 @@ def test_the_first_row_is_found_behind_bad_ones_and_none_is_lost():
 
 def test_the_texts_of_a_row_are_those_a_stage_reads():
     row = {"prompt": turns("a"), "completions": ["b", turns("x", "c")[1:]], "id": "d", "source": {"text": "e"}}
-    assert list(texts_of(row)) == ["a", "b", "c"]
-    assert np.unique(list(texts_of({"text": "a", "messages": None}))).tolist() == ["a"]
+    assert list(texts_of(row, {"id", "source"})) == ["a", "b", "c"]
+    assert list(texts_of({"text": "a", "messages": None}, ())) == ["a"]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert list(texts_of({"messages": messages}, ())) == ["a", "function", "weather", "Oslo"]
+
+
+def test_special_tokens_in_columns_that_nothing_reads_are_not_odd(chat, write):
+    source = write([{"text": "hi", "source": "<|im_end|>"}, {"text": "hi <|im_end|>"}])
+    _, tally = looked_at(source, chat, "sft")
+    assert tally.odd[looking.CONTROL].rows == 1
+    assert tally.unread == {"source": 1}

@@ -19,7 +19,7 @@ from jrlhf.stages.plan.parts import (
     planned_training,
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
-from jrlhf.stages.start import check_length
+from jrlhf.stages.positions import Positions
 from jrlhf.steps import make_reward_step, score_completions
 from jrlhf.types import PackedRankingBatch, RankingBatch
 
@@ -32,7 +32,7 @@ def reward_stage(config: PlanConfig, site: Site) -> Sized:
     tokens, platform = float(packed or completions * longest), site.topology.platform()
     slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
     base = planned_model(site, config, reward.model, config.sft.model, key="reward.model", kind=None)
-    check_length(base.arch, longest, key="reward.data.max_length")
+    Positions(base.arch, key := "reward.data.max_length").check_length(longest, key=key)
     model = abstract_reward(base, site.mesh)
     tx, _ = make_optimizer(reward.optim, updates=UPDATES)
     trained, frozen = abstract_trainable(model.params, model.arch, reward.lora, site, model.rules, path="reward.lora")
