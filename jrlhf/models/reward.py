@@ -108,7 +108,7 @@ def load_reward_model(
         # The outermost is the last that could bring a head.
         needs_head = not has_head and number == len(source.adapters)
         params = merge_adapters(insert_adapter(model.params, model.arch, adapter, needs_head=needs_head))
-        if params["head"] is not model.params["head"]:
+        if params["head"]["kernel"] is not model.params["head"]["kernel"]:
             # Another head: what the base's was normalised by says nothing of it.
             has_head, model = True, replace(model, gain=1.0, bias=0.0)
         reading = STOP_TOKEN if is_own_adapter(adapter) else model.reading
