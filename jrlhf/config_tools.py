@@ -70,8 +70,8 @@ class ScoreConfig(WithPaths):
 
     model: PathText
     """A reward model: a Hugging Face folder, a hub id, or a run or stage folder. jrlhf's own score a text at the token
-    that ends the answer. Any other is read as by transformers: the chat template over the whole chat, or plain text as it
-    is tokenised, scored at the last token that is not its pad_token_id."""
+    that ends the answer. Any other is read as by transformers: the chat template over the whole chat, or plain text as
+    it is tokenised, scored at the last token that is not its pad_token_id."""
     data: PathText
     """Rows, in generate's forms: prompt (optional) and completion, completions, or chosen and rejected; or text."""
     out: PathText = "-"
