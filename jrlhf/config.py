@@ -217,6 +217,7 @@ class RewardConfig(WithPaths):
     """The reward model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    """What training starts from: a language model, which gets a fresh head, or a reward model with its own."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -280,7 +281,8 @@ class PPOConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The policy at the start, and the reference it is held to. Empty path: the SFT stage."""
     reward: ModelConfig = field(default_factory=ModelConfig)
-    """The reward model. Empty path: the reward stage. With another tokenizer than the policy's it reads the text."""
+    """The reward model. Empty path: the reward stage. jrlhf's own read the sampled tokens where they have the policy's
+    vocabulary; with another, and models that jrlhf did not train, read the text, as in jrlhf score."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """Rules beside the reward model or in its place, and other reward models."""
     value_from: Literal["auto", "reward", "policy", "shared"] = "auto"
@@ -371,6 +373,10 @@ class Config(WithPaths):
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    accept_changes: bool = False
+    """Go on with, or keep as done, a stage whose weights, tokenizer or rows are no longer those that it was made from.
+    Otherwise it is refused, and what differs is named. The stage's events and summary and the report say what was
+    accepted."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The right name for a mistyped one. Imports no JAX."""
 
 from collections.abc import Iterable, Sequence
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
+from pathlib import Path
 
 
 def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:
@@ -29,6 +30,19 @@ def either(options: Sequence[str]) -> str:
     """`a, b or c`."""
     *head, last = options
     return f"{', '.join(head)} or {last}" if head else last
+
+
+def near_folder(path: Path) -> str:
+    """`; did you mean ...?` with folders whose names are like that of the first part of a path that is missing."""
+    missing = path
+    while not missing.parent.is_dir() and missing.parent != missing:
+        missing = missing.parent
+    try:
+        names = [sibling.name for sibling in missing.parent.iterdir() if sibling.is_dir()]
+    except OSError:
+        return ""
+    near = [str(missing.with_name(name)) for name in get_close_matches(missing.name, names, 3)]
+    return f"; did you mean {either(near)}?" if near else ""
 
 
 def _likeness(wrong: str, right: str) -> float:

@@ -25,8 +25,9 @@ import numpy as np
 from jrlhf.data.columns import Schema, Table, Writer, mapped
 from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.environment import cache_home
+from jrlhf.environment import cache_home, usable_cache
 from jrlhf.parallel import first_goes_ahead
+from jrlhf.parallel.peers import current
 from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
@@ -51,7 +52,12 @@ def cache_folder(setting: str, files: Sequence[Path]) -> Path | None:
         return Path(expanded(setting))
     if sum(path.stat().st_size for path in files) < SMALL:
         return None
-    return cache_home()
+    folder, trouble = usable_cache()
+    if folder is None and current() is None:
+        log.warning("tokenised rows are kept in memory: %s", trouble)
+        return None
+    # Several processes must do the same: there an error says what is to be set.
+    return folder or cache_home()
 
 
 def cache_key(kind: str, name: str, files: Sequence[Path], tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Key:
@@ -144,7 +150,7 @@ def _make(folder: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips
             if file_stamps([Path(path) for path, *_ in key["files"]]) != key["files"]:
                 raise DataError(f"{key['name']}: changed while it was read")
             with _disk_errors(root):
-                _complete(partial, folder, files.values(), key, writer.rows, skips)
+                _complete(partial, folder, files.values(), key, writer, skips)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -166,11 +172,12 @@ def _is_free(lock: Path) -> bool:
     return True
 
 
-def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, rows: int, skips: Skips) -> None:
+def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, writer: Writer, skips: Skips) -> None:
     """Say what is there, get it on disk, and only then give it its name."""
     meta = {
         "key": key,
-        "rows": rows,
+        "rows": writer.rows,
+        "digest": writer.digest(),
         "bytes": {Path(file.name).name: file.tell() for file in files},
         "skipped": {reason: [count, skips.first[reason]] for reason, count in skips.counts.items()},
         "notes": {note: [count, skips.notes.first[note]] for note, count in skips.notes.counts.items()},
@@ -201,7 +208,7 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
         for note, (count, first) in meta["notes"].items():
             skips.notes.counts[note], skips.notes.first[note] = count, first
         skips.unread = meta["unread"]
-        return mapped(schema, folder, meta["rows"], skips)
+        return mapped(schema, folder, meta["rows"], skips)._replace(digest=meta["digest"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise DataError(f"{folder}: {error!r}; remove the folder, and it is made anew") from error
 

@@ -68,6 +68,13 @@ class ChatTemplate:
         check_said(text, messages, [], column, first=len(messages))
         return text
 
+    def whole(self, messages: Sequence[Message], column: str, tools: Tools | None = None) -> str:
+        """The conversation to the end of its last message, with all that the template writes behind that."""
+        chat = Chat(messages, column, tools)
+        text = self._render(chat, opens=False)
+        self._check_tools(text, chat, opens=False)
+        return text
+
     def turns(
         self, messages: Sequence[Message], column: str, *, first: int, tools: Tools | None = None
     ) -> tuple[str, list[Turn]]:

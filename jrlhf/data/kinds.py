@@ -12,8 +12,10 @@ from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, Row, absent
 from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.messages import Content, Tools, has_weights
+from jrlhf.data.recipe import encoder_for
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.unread import unread_of
+from jrlhf.models import STOP_TOKEN, Reading
 
 TrainOn = Literal["completion", "assistant", "all"]
 
@@ -116,9 +118,9 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
     return Kind("prompts", settings, SHOWN, encode, (lambda row: []) if columns.every else unread)
 
 
-def texts_kind(config: DataConfig, tokenizer: Tokenizer) -> Kind:
-    """How ``load_texts`` makes its rows."""
-    encoder = Encoder(tokenizer)
+def texts_kind(config: DataConfig, tokenizer: Tokenizer, reading: Reading) -> Kind:
+    """How ``load_texts`` makes its rows, for a reward model of that ``reading``."""
+    encoder = encoder_for(tokenizer, reading)
 
     def encode(row: Row) -> Encoded:
         tokens, texts, totals, notes = [], [], [], list[str]()
@@ -129,7 +131,8 @@ def texts_kind(config: DataConfig, tokenizer: Tokenizer) -> Kind:
             totals.append(len(before) + len(after))
         return Encoded({"tokens": tokens, "shown": texts}, {}, notes + cut_note(totals, config.max_length))
 
-    return Kind("texts", {}, SHOWN, encode, unread_of("texts", tokenizer))
+    settings = {} if reading == STOP_TOKEN else {"score_at": reading.score_at}
+    return Kind("texts", settings, SHOWN, encode, unread_of("texts", tokenizer))
 
 
 def _shown(prompt: Content | None, tools: Tools | None) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -19,9 +17,11 @@ from jrlhf.data.order import Part
 from jrlhf.data.ragged import Objects, Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.sources import Source, open_source
+from jrlhf.data.stamps import SourceRows, stamps
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
+from jrlhf.models import STOP_TOKEN, Reading
 from jrlhf.parallel import same_everywhere
 
 log = logging.getLogger("jrlhf.data")
@@ -69,18 +69,19 @@ def load_prompts(
     return PromptRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
 
-def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> TextRows:
-    """Every answer in the rows, one after the other, to be scored."""
-    loaded = _load(config, sources, tokenizer, texts_kind(config, tokenizer))
+def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer, reading: Reading = STOP_TOKEN) -> TextRows:
+    """Every answer in the rows, one after the other, to be scored by a reward model of that ``reading``."""
+    loaded = _load(config, sources, tokenizer, texts_kind(config, tokenizer, reading))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
 
 class Loaded(NamedTuple):
-    """A table a source, and the weights they are mixed by."""
+    """A table a source, the weights they are mixed by, and what their rows are known by."""
 
     tables: list[Table]
     weights: list[float]
+    sources: list[SourceRows]
 
     def ragged(self, name: str) -> Ragged:
         return Ragged([table.ragged[name] for table in self.tables])
@@ -96,7 +97,7 @@ class Loaded(NamedTuple):
         for table in self.tables:
             skipped.update(table.skipped)
         cut = sum(table.notes.get(CUT, 0) for table in self.tables)
-        return Account(skipped=dict(skipped), parts=parts, cut=cut)
+        return Account(skipped=dict(skipped), parts=parts, cut=cut, sources=self.sources)
 
 
 class Account(TypedDict):
@@ -105,28 +106,24 @@ class Account(TypedDict):
     skipped: dict[str, int]
     parts: list[Part]
     cut: int
+    sources: list[SourceRows]
 
 
 def _load(config: DataConfig, sources: Sources, tokenizer: Tokenizer, kind: Kind) -> Loaded:
     weighted = {sources: 1.0} if isinstance(sources, str) else sources
-    tables = [_table(config, source, tokenizer, kind) for source in weighted]
+    opened = [open_source(source) for source in weighted]
+    # Taken before a row is read: a file that changes meanwhile is then another one.
+    files = [stamps(source.files) for source in opened]
+    tables = [_table(config, source, tokenizer, kind) for source in opened]
     # Hosts with files of their own would put together batches of rows that are not the same ones.
-    same_everywhere(f"rows of {', '.join(weighted)}", lambda: _digest(tables))
-    return Loaded(tables, list(weighted.values()))
+    same_everywhere(f"rows of {', '.join(weighted)}", lambda: " ".join(table.digest for table in tables))
+    known = zip(weighted, tables, files, opened, strict=True)
+    sources_of = [SourceRows(name, table.digest, at, source.local) for name, table, at, source in known]
+    return Loaded(tables, list(weighted.values()), sources_of)
 
 
-def _digest(tables: Sequence[Table]) -> str:
-    """Of how many rows there are and how long each is."""
-    digest = sha256()
-    for table in tables:
-        for name in sorted(table.ragged):
-            digest.update(np.ascontiguousarray(table.ragged[name].lengths).tobytes())
-    return digest.hexdigest()
-
-
-def _table(config: DataConfig, source: str, tokenizer: Tokenizer, kind: Kind) -> Table:
+def _table(config: DataConfig, opened: Source, tokenizer: Tokenizer, kind: Kind) -> Table:
     """The rows of one source, from the cache or into it where the config asks for one."""
-    opened = open_source(source)
     folder = cache_folder(config.cache, opened.files)
     if folder is None:
         return in_memory(kind.schema, lambda writer: _each(config, opened, kind, writer))

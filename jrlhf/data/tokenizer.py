@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.data.errors import DataError
+from jrlhf.data.tokenizer_errors import failure_reason, unreadable_sentencepiece
 from jrlhf.data.vocabulary import (
     check_roles,
     embedding_rows,
@@ -13,9 +14,8 @@ from jrlhf.data.vocabulary import (
     vocabulary_limit,
     warn_of_spare_tokens,
 )
+from jrlhf.models.adapter_folder import find_tokenizer
 from jrlhf.models.generation import generation_eos
-from jrlhf.models.hf import find_folder
-from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
 
@@ -28,7 +28,7 @@ NUL_BYTE = ("<0x00>", "Ā")
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """From a Hugging Face folder or a hub id; never with code of its own.
+    """From a Hugging Face folder or a hub id; never with code of its own. A PEFT folder without one has its base's.
 
     Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
     pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of a model in this
@@ -52,15 +52,18 @@ def read_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a folder or hub id as it is, whatever tokens it has or lacks."""
     # Only tokenizers are wanted; that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        folder = find_tokenizer(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{path}: no tokenizer: {str(error).removeprefix(f'{path}: ')}") from error
+    if problem := unreadable_sentencepiece(folder):
+        raise DataError(f"{path}: no tokenizer: {problem}")
     from transformers import AutoTokenizer
 
-    path = expanded(path)
     try:
-        # The hub's files are on this machine from here on: what is beside the tokenizer is read too.
-        folder = path if Path(path).is_dir() else str(find_folder(path, weights=False))
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # a missing file, JSON, the Rust library's own
-        raise DataError(f"{path}: no tokenizer: {str(error).partition(chr(10))[0]}") from error
+        raise DataError(f"{path}: no tokenizer: {failure_reason(folder, error)}") from error
 
 
 def tokenizer_folder(tokenizer: Tokenizer) -> Path | None:

@@ -3,8 +3,8 @@
 The tables say what ``formats`` and ``chat`` read. What a row has besides is counted while rows are made, named once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -79,6 +79,9 @@ MESSAGE_FIELDS: Mapping[str, frozenset[str]] = {
 EMPTY = (None, "", [], {})
 """Values in which nothing can be lost. A field that only some rows have comes as None in the others."""
 
+MOST_SHAPES = 1000
+"""Sets of columns of which it is remembered what is read."""
+
 
 def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Mapping[str, Any]], list[str]]:
     """A function from a row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
@@ -89,19 +92,39 @@ def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Call
     templates = (template_of(tokenizer), template_of(tokenizer, tools=True))
     fields = MESSAGE_FIELDS[kind].union(*map(template_fields, templates))
 
+    known: dict[tuple[str, ...], _Shape] = {}
+
     def unread(row: Mapping[str, Any]) -> list[str]:
-        columns = _columns(row, shapes)
-        names = [column for column in row if column not in columns and row[column] not in EMPTY]
-        if "label" in columns and "completion" not in columns and not isinstance(row.get("label", False), bool | None):
-            # Beside a conversation a label may be a class.
+        present = tuple([column for column, value in row.items() if value is not None])
+        if (shape := known.get(present)) is None:
+            shape = _shape(present, _columns(row, shapes))
+            if len(known) < MOST_SHAPES:
+                known[present] = shape
+        names = [column for column in shape.others if row[column] not in EMPTY]
+        if shape.labelled and not isinstance(row["label"], bool):
             names.append("label")
-        for column in MESSAGE_COLUMNS:
-            if column in columns and isinstance(value := row.get(column), list | dict):
+        for column in shape.messages:
+            if isinstance(value := row[column], list | dict):
                 messages = value if isinstance(value, list) else [value]
                 names.extend(dict.fromkeys(_fields(f"{column}[]", messages, fields)))
         return names
 
     return unread
+
+
+class _Shape(NamedTuple):
+    """Of rows that have the same columns: which are not read, which may hold messages."""
+
+    others: list[str]
+    messages: list[str]
+    labelled: bool
+    """A label beside a conversation, which may be a class: then nothing reads it."""
+
+
+def _shape(present: Sequence[str], read: Set[str]) -> _Shape:
+    others = [column for column in present if column not in read]
+    messages = [column for column in MESSAGE_COLUMNS if column in read and column in present]
+    return _Shape(others, messages, "label" in present and "label" in read and "completion" not in read)
 
 
 def _columns(row: Mapping[str, Any], shapes: Shapes) -> frozenset[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.data.errors import DataError
-from jrlhf.models.hf import CONFIG, find_folder, read_json
-from jrlhf.models.peft import base_of, is_adapter_folder
+from jrlhf.models.adapter_folder import model_folder
+from jrlhf.models.hf import CONFIG, read_json
 
 log = logging.getLogger("jrlhf.data")
 
@@ -19,8 +19,6 @@ _ATTRIBUTE = "embedding_rows"
 
 SHOWN = 5
 """Tokens that a message names."""
-NESTED = 8
-"""Adapters on adapters that are followed to their base model."""
 REMEDY = (
     "resize the embeddings (model.resize_token_embeddings(len(tokenizer))) or use the tokenizer that the model was "
     "made with"
@@ -33,10 +31,7 @@ def embedding_rows(path: str | Path) -> int | None:
     None where there is no such config.json, as beside a tokenizer alone: who reads the weights says what is missing.
     """
     try:
-        folder = find_folder(path, weights=False)
-        for _ in range(NESTED):
-            if is_adapter_folder(folder):
-                folder = find_folder(base_of(folder), weights=False)
+        folder = model_folder(path, weights=False).base
     except FileNotFoundError:
         return None
     rows = read_json(folder / CONFIG).get("vocab_size") if (folder / CONFIG).is_file() else None

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from jrlhf.models.adapter_folder import base_folder, is_adapter_folder
 from jrlhf.models.hf import CONFIG, GENERATION_CONFIG, find_folder, read_config, read_json
 from jrlhf.models.hf_fields import size
-from jrlhf.models.peft import base_of, is_adapter_folder
 
 
 def generation_eos(path: str | Path) -> tuple[int, ...]:
@@ -12,9 +12,9 @@ def generation_eos(path: str | Path) -> tuple[int, ...]:
 
     A PEFT folder without that file has its base model's. ValueError for what is no id of the model's vocabulary.
     """
-    folder = find_folder(path)
+    folder = find_folder(path, weights=False)
     while is_adapter_folder(folder) and not (folder / GENERATION_CONFIG).is_file():
-        folder = find_folder(base_of(folder))
+        folder = base_folder(folder, weights=False)
     file = folder / GENERATION_CONFIG
     if not file.is_file():
         return ()

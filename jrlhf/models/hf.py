@@ -10,6 +10,7 @@ import numpy as np
 
 from jrlhf.models.names import Entry
 from jrlhf.paths import expanded
+from jrlhf.suggest import near_folder
 from jrlhf.types import Params
 
 CONFIG = "config.json"
@@ -40,32 +41,60 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 
 
-def find_folder(path: str | Path, *, weights: bool = True) -> Path:
+def find_folder(path: str | Path, *, weights: bool = True, revision: str | None = None) -> Path:
     """A local folder as it is, or the hub's snapshot of a hub id: its JSON, safetensors and tokenizer files only.
 
-    Without ``weights`` no more than its configs and its tokenizer.
+    Without ``weights`` no more than its configs and tokenizer. ``revision``: of a hub id. FileNotFoundError, which says
+    what there is beside it, where there is neither.
     """
+    if not str(path):
+        raise FileNotFoundError("the path of a model is empty: name a Hugging Face folder or a hub id")
     folder = Path(expanded(str(path)))
     if folder.is_dir():
         return folder
     if folder.suffix in PICKLED:
         raise ValueError(f"{path}: pickled weights are never opened; convert them to a folder with safetensors")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)) or folder.exists():
-        raise FileNotFoundError(f"{path}: not a folder, and not a hub id")
+    if folder.exists():
+        raise FileNotFoundError(f"{path}: a file; name the Hugging Face folder that holds it")
+    if not _may_be_hub_id(str(path)):
+        raise FileNotFoundError(f"{path}: no such folder{near_folder(folder)}")
     # Not at the top: it is only needed here, and slow to import.
     from huggingface_hub import snapshot_download
 
-    adapter = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
-    wanted = ["model*.safetensors", INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, *adapter]
-    wanted = wanted if weights else [CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES]
+    small = [CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, ADAPTER_CONFIG]
+    patterns = [*(["model*.safetensors", INDEX, ADAPTER_WEIGHTS] if weights else []), *small]
+    of: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
+        return Path(snapshot_download(str(path), allow_patterns=patterns, **of))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it: {error}") from error
+        missing = f"{path}: no such folder{near_folder(folder)}"
+        raise FileNotFoundError(f"{missing}; and no model of that name on the hub: {_reason(error)}") from error
+
+
+def _may_be_hub_id(path: str) -> bool:
+    """Whether the hub could have a model of this name; what begins with ., / or ~ or goes deeper is a folder."""
+    name = r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+    return re.fullmatch(f"{name}(/{name})?", path) is not None and "--" not in path and ".." not in path
+
+
+def _reason(error: Exception) -> str:
+    """One line for why the hub gives nothing, from its library's errors, which have many."""
+    match type(error).__name__:
+        case "LocalEntryNotFoundError" | "OfflineModeIsEnabled":
+            return "it is not in the local cache, and the hub was not reached (offline, or HF_HUB_OFFLINE is set)"
+        case "GatedRepoError":
+            return "its owner grants access one by one: ask for it there, then log in with `hf auth login`"
+        case "RepositoryNotFoundError":
+            return "it has no such model (or a private one: log in with `hf auth login`)"
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` as it stands."""
+    """``config.json`` as it stands. FileNotFoundError where there is none, which names folders inside that have one."""
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+        listed = f"; there is one in {', '.join(inside[:5])}{', ...' if len(inside) > 5 else ''}" if inside else ""
+        raise FileNotFoundError(f"{folder / CONFIG}: missing: not a Hugging Face folder of a model{listed}")
     return read_json(folder / CONFIG)
 
 

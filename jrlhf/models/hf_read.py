@@ -137,11 +137,28 @@ def _check_names(tensors: Tensors, arch: ArchConfig, expected: set[str]) -> None
         if np.array_equal(tensors.read(head, everything), tensors.read(_embedding_name(arch), everything)):
             extra.remove(head)
     problems = [("missing", sorted(expected - found)), ("unexpected", sorted(extra))]
-    told = [
+    listed = [
         f"{what} tensors: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" for what, names in problems if names
     ]
-    if told:
-        raise ValueError(f"{tensors.folder}: {'; '.join(told)}")
+    if listed:
+        hints = _hints(arch, expected - found, extra)
+        raise ValueError(f"{tensors.folder}: {'; '.join(listed + hints)}")
+
+
+def _hints(arch: ArchConfig, missing: set[str], extra: set[str]) -> list[str]:
+    """What to do about tensors that are known to be missing or left over in people's folders."""
+    head, embedding = lm_head_name(arch), _embedding_name(arch)
+    hints = []
+    if arch.tie_embeddings and head in extra:
+        hints.append(
+            f"config.json says tie_word_embeddings, but {head} is not {embedding}: transformers 5 does not tie them "
+            f"then, 4 drops {head}; set tie_word_embeddings to false to keep it, or take it out of the file"
+        )
+    if head in missing and "score.weight" not in extra:
+        hints.append(f"a model whose {head} is its embedding has tie_word_embeddings true in config.json")
+    if "score.weight" in extra:
+        hints.append("score.weight is a reward model's head: then architectures in config.json names another class")
+    return hints
 
 
 def _embedding_name(arch: ArchConfig) -> str:
@@ -159,11 +176,12 @@ def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Call
             case "transposed":
                 return tensors.read(name, index[::-1]).T
             case "row":
-                return tensors.read(name, (slice(0, 1), *index))[0]
+                return np.asarray(tensors.read(name, (slice(0, 1), *index))[0])
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not entry.stacked:
-            return np.ascontiguousarray(one(entry.name, index))
+            # Not ascontiguousarray, which would make a vector of a scalar.
+            return np.asarray(one(entry.name, index), order="C")
         layers = range(shape[0])[index[0]]
         sizes = (len(range(size)[part]) for size, part in zip(shape[1:], index[1:], strict=True))
         stacked = np.empty((len(layers), *sizes), np.float32)

@@ -41,7 +41,13 @@ def their_tensor(tree: Params, sources: list[Source], dtype: str) -> np.ndarray:
     parts, entry = [_local(tree, source) for source in sources], sources[0][0]
     value = parts[0] if entry.fused is None else fused(parts, entry.fused.groups)
     theirs = {"same": value, "transposed": value.T, "row": value[None]}[entry.form]
-    return np.ascontiguousarray(theirs.astype(DTYPES[dtype]))
+    with np.errstate(over="ignore"):
+        narrow = np.ascontiguousarray(theirs.astype(DTYPES[dtype]))
+    if dtype == "F16" and not np.isfinite(narrow[np.isfinite(theirs)]).all():
+        raise ValueError(
+            f"{entry.name}: a weight is beyond 65504, the largest number in float16; export float32 instead"
+        )
+    return narrow
 
 
 def _local(tree: Params, source: Source) -> np.ndarray:

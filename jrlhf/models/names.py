@@ -33,6 +33,10 @@ pair needs one sum over devices. Shoeybi et al. 2019, section 3.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
 """Tensors of old checkpoints that repeat what the config says: rotary frequencies, causal masks."""
 
+HEAD_KERNEL = "score.weight"
+HEAD_BIAS = "score.bias"
+"""The tensor of a scalar head's bias, in the checkpoints of those whose class has one."""
+
 
 class Fused(NamedTuple):
     """Their tensor holds queries, keys and values side by side on its output axis, once a group."""
@@ -95,10 +99,12 @@ def language_model_table(arch: ArchConfig) -> tuple[Entry, ...]:
     return decoder_table(arch) + (() if arch.tie_embeddings else (head,))
 
 
-def reward_model_table(arch: ArchConfig) -> tuple[Entry, ...]:
-    """A decoder and a scalar head. Their head has no bias: ours is kept in config.json."""
+def reward_model_table(arch: ArchConfig, *, head_bias: bool = False) -> tuple[Entry, ...]:
+    """A decoder and a scalar head. transformers' head has no bias, and ours is kept in config.json; other people's may
+    have one as a tensor, ``head_bias``."""
     decoder = tuple(replace(entry, path=("decoder", *entry.path)) for entry in decoder_table(arch))
-    return (*decoder, Entry(("head", "kernel"), "score.weight", form="row"))
+    bias = (Entry(("head", "bias"), HEAD_BIAS, form="row"),) if head_bias else ()
+    return (*decoder, Entry(("head", "kernel"), HEAD_KERNEL, form="row"), *bias)
 
 
 def _gated(arch: ArchConfig) -> Iterator[Entry]:

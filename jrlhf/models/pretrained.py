@@ -1,22 +1,23 @@
 """Language models of a Hugging Face folder or hub id: in, and out again byte for byte."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
+from jrlhf.models.adapter_folder import model_folder, require_kind
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
-from jrlhf.models.families import arch_from_hf, is_sequence_classification
+from jrlhf.models.families import arch_from_hf
 from jrlhf.models.functions import abstract_params, decoder_fns
-from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, find_folder, read_config
+from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
-from jrlhf.models.peft import base_of, insert_adapter, is_adapter_folder
+from jrlhf.models.peft_read import insert_adapter
 from jrlhf.parallel import Rules, tree_shardings
 from jrlhf.paths import expanded
 from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
@@ -52,27 +53,28 @@ def load_pretrained(
     mesh: Mesh | None = None,
     remat: bool = False,
     attention: AttentionKernel = "xla",
+    option: str = "",
 ) -> Pretrained:
     """Read a folder or hub id. With ``mesh`` the parameters are born sharded by the family's rules.
 
     A PEFT folder gives its base model with the adapters merged in.
 
     ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: whole
-    layers are computed again in the backward pass. ``attention``: as in ``decoder_fns``. ValueError where config or
-    tensors do not fit, FileNotFoundError where they are missing.
+    layers are computed again in the backward pass. ``attention``: as in ``decoder_fns``. ``option``: what names the
+    path in a config, for errors. ValueError where config or tensors do not fit, and for a reward model;
+    FileNotFoundError where they are missing.
     """
-    folder = find_folder(path)
-    if is_adapter_folder(folder):
-        base = load_pretrained(base_of(folder), dtype=dtype, mesh=mesh, remat=remat, attention=attention)
-        return replace(base, params=merge_adapters(insert_adapter(base.params, base.arch, folder)))
+    source = model_folder(path)
+    require_kind(source, "language", option=option)
+    folder = source.base
     config = read_config(folder)
     arch = arch_from_hf(config)
-    if is_sequence_classification(config, arch):
-        raise ValueError(f"{folder}: architectures: {config['architectures']} is a reward model: use load_reward_model")
     shapes = abstract_params(arch)
     shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
     tensors = open_tensors(folder, arch)
     params = read_tree(tensors, arch, language_model_table(arch), shapes, shardings)
+    for adapter in source.adapters:
+        params = merge_adapters(insert_adapter(params, arch, adapter))
     fns = decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     return Pretrained(
         params=params,

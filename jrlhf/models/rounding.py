@@ -7,16 +7,22 @@ import jax.numpy as jnp
 
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.hf import DTYPES, Stored, leaf_at, names_of
-from jrlhf.models.names import language_model_table, reward_model_table
+from jrlhf.models.names import Entry, decoder_table, language_model_table
 from jrlhf.types import Params
 
 
 def round_to_stored(params: Params, arch: ArchConfig, stored: Mapping[str, Stored]) -> Params:
     """Each parameter rounded to the dtype that ``stored`` names for it, as float32 again; those in float32 are shared.
 
-    These are the very weights that are read back from a folder written in these dtypes. Adapters must be merged.
+    These are the very weights that are read back from a folder written in these dtypes. Adapters must be merged. A
+    reward model's head stays as it is.
     """
-    table = reward_model_table(arch) if "head" in params else language_model_table(arch)
+    if "decoder" in params:
+        return params | {"decoder": _rounded_tree(params["decoder"], decoder_table(arch), stored)}
+    return _rounded_tree(params, language_model_table(arch), stored)
+
+
+def _rounded_tree(params: Params, table: tuple[Entry, ...], stored: Mapping[str, Stored]) -> Params:
     for entry in table:
         dtypes = [stored[name].dtype if name in stored else "F32" for name in names_of(entry, params)]
         if set(dtypes) != {"F32"}:

@@ -12,6 +12,7 @@ from jrlhf.config import LoRAConfig
 from jrlhf.core import combine, partition
 from jrlhf.data import load_tokenizer, stop_token_ids, tokenizer_files
 from jrlhf.models import (
+    STOP_TOKEN,
     Pretrained,
     RewardModel,
     WeightDtype,
@@ -29,7 +30,7 @@ from jrlhf.types import Params
 
 RUN_CONFIG = "jrlhf.yaml"
 """Beside the weights: the config of the run that made them."""
-HEAD = "score.weight"
+HEAD = "score."
 
 
 class Companions(NamedTuple):
@@ -109,7 +110,8 @@ def write_export(
     merged = merge_adapters(params)
     match model:
         case RewardModel():
-            model = replace(model, params=merged, config=config, stored=_stored(model))
+            # Whatever it began as, a run trains it to be read at the token that ends an answer.
+            model = replace(model, params=merged, config=config, stored=_stored(model), reading=STOP_TOKEN)
             save_reward_model(model, folder, dtype=dtype, files=files)
         case Pretrained():
             files |= _generation(model, beside)
@@ -151,5 +153,6 @@ def _generation(model: Pretrained, beside: Companions) -> dict[str, bytes]:
 
 def _stored(model: Pretrained | RewardModel) -> Mapping[str, Any]:
     """The source's dtypes; a reward model's head, into which the normalisation is folded, is float32 in any export."""
-    stored = model.stored
-    return {**stored, HEAD: stored[HEAD]._replace(dtype="F32")} if HEAD in stored else stored
+    return {
+        name: tensor._replace(dtype="F32") if name.startswith(HEAD) else tensor for name, tensor in model.stored.items()
+    }

@@ -11,10 +11,10 @@ from jrlhf.lines import json_line, write_output
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import exported_folder
 from jrlhf.stages.sampling import answers, drawn_together, jit_generate
 from jrlhf.stages.scoring import score_texts
-from jrlhf.stages.start import check_length
 
 
 def run_generate(args: GenerateConfig) -> None:
@@ -54,8 +54,8 @@ def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     data = DataConfig(train=args.prompts, max_length=args.max_length)
     prompts = load_prompts(data, args.prompts, tokenizer)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_pretrained(source, dtype=args.dtype, mesh=mesh)
-    check_length(model.arch, int(prompts.lengths.max()) + args.sampling.max_new_tokens, key="sampling.max_new_tokens")
+    model = load_pretrained(source, dtype=args.dtype, mesh=mesh, option="model")
+    Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
     together = drawn_together(args.samples, batch_size=args.batch_size, devices=mesh.size)
     generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, samples=together)
     drawn = answers(
@@ -78,10 +78,10 @@ def run_score(args: ScoreConfig) -> None:
     source = exported_folder(assets.resolve(args.model), stages=("reward",))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.data, max_length=args.max_length)
-    texts = load_texts(data, args.data, tokenizer)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_reward_model(source, dtype=args.dtype, mesh=mesh)
-    check_length(model.arch, int(texts.lengths.max()), key="max_length")
+    model = load_reward_model(source, dtype=args.dtype, mesh=mesh, option="model")
+    texts = load_texts(data, args.data, tokenizer, model.reading)
+    Positions(model.arch, "max_length", model="the reward model").check({args.data: texts})
     shown = len(texts) > args.batch_size
     scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size, show_progress=shown)
     rows = (row | {"score": float(score)} for row, score in zip(texts.shown, scores, strict=True))

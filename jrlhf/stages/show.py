@@ -16,6 +16,7 @@ from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, 
 from jrlhf.data.sources import open_source
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.stages.run import exported_folder
+from jrlhf.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"
 BAD, ODD = "red", "yellow"
@@ -26,6 +27,7 @@ USES = {"sft": "SFT", "reward": "a reward model", "prompts": "PPO's prompts"}
 
 def run_show(args: ShowConfig) -> None:
     """``DataError``, once all is counted, where a row is bad and training would end there."""
+    show_all_characters()
     tokenizer = load_tokenizer(exported_folder(assets.resolve(args.model), stages=("ppo", "sft", "reward")))
     source = open_source(args.data)
     first, rows = first_row(source.rows)
@@ -55,7 +57,8 @@ def run_show(args: ShowConfig) -> None:
         others = sum(count.rows for count in tally.bad.values()) - 1
         raise DataError(tally.error + (f"; bad rows besides: {others}" if others else ""))
     if not tally.rows:
-        raise DataError(f"{source.name}: no rows")
+        reasons = "; all were left out: " + ", ".join(tally.left_out) if tally.left_out else ""
+        raise DataError(f"{source.name}: no rows{reasons}")
 
 
 class Spelling:

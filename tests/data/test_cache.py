@@ -21,6 +21,7 @@ import pytest
 
 from jrlhf.config import DataConfig
 from jrlhf.data import DataError, Order, cache, load, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data.columns import Encoded, Schema, Writer
 from jrlhf.data.sources import open_source
 from jrlhf.data.tokenizer import load_tokenizer
 
@@ -156,6 +157,35 @@ def test_several_sources_are_one_after_the_other(chat, cached, write):
         assert [tuple(part) for part in mixed.parts] == [(counts[0], 3.0), (counts[1], 1.0)]
         same_parts = replace(whole, parts=mixed.parts)
         assert everything(mixed) == everything(same_parts)
+
+
+def test_equal_rows_have_equal_digests_however_they_come(chat, cached, write):
+    """From a file or the cache, under any name, in blocks of any size; other rows or another order have others."""
+    for kind, (loader, rows) in LOADERS.items():
+        path, copy = write(rows, f"{kind}.jsonl"), write([*BAD, *rows], f"{kind}-copy.jsonl")
+        sources = [loader(config, path, chat).sources for config in (cached, cached, replace(cached, cache=""))]
+        [digest] = {source.digest for [source] in [*sources, loader(cached, copy, chat).sources]}
+        assert [source.source for [source] in sources] == [path] * 3
+        for others in (rows[::-1], rows[:-1], [*rows, rows[0]]):
+            [other] = loader(cached, write(others, "other.jsonl"), chat).sources
+            assert other.digest != digest
+        [first, second] = loader(cached, {path: 1.0, copy: 2.0}, chat).sources
+        assert (first.digest, first.source, second.source) == (digest, path, copy)
+
+
+def test_a_digest_knows_nothing_of_blocks():
+    schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
+    rows = [Encoded({"tokens": [np.arange(n)]}, {"learnt": np.arange(n) % 2 == 0}) for n in range(1, 40)]
+    digests = set()
+    for size in (1, 7, 100):
+        writer = Writer(schema, lambda name, values: None)
+        for number, row in enumerate(rows, 1):
+            writer.add(row)
+            if number % size == 0:
+                writer.flush()
+        writer.flush()
+        digests.add(writer.digest())
+    assert len(digests) == 1
 
 
 def test_files_of_a_pattern_are_one_source(chat, cached, tmp_path):

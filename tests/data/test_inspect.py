@@ -170,6 +170,41 @@ def test_the_kind_of_rows_is_told_by_their_columns(row, kind):
     assert kind_of(row) == kind
 
 
+FORMS = {
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi", "id": 1}, {"from": "gpt", "value": "hello"}]},
+    "alpaca": {"instruction": "hi", "input": "", "output": "hello"},
+    "dolly": {"instruction": "hi", "context": "", "response": "hello"},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, turns("hi", "hello")[1]]},
+    "weight": {"messages": [turns("hi")[0], {**turns("hi", "hello")[1], "weight": 1}]},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_conversations_in_other_forms_are_seen_as_messages_are(name, chat, write):
+    [expected], _ = looked_at(write([{"messages": turns("hi", "hello")}]), chat, "sft")
+    [seen], tally = looked_at(write([FORMS[name]], "other.jsonl"), chat, kind_of(FORMS[name]))
+    for one, other in zip(seen.sequences[0], expected.sequences[0], strict=True):
+        assert one.tolist() == other.tolist()
+    assert tally.unread == ({"conversations[].id": 1} if name == "sharegpt" else {})
+
+
+def test_answers_labelled_bad_are_left_out(chat, write):
+    row = {"prompt": "Say hi", "completion": " hi", "label": False}
+    source = write([{**row, "label": True}, row])
+    seen, tally = looked_at(source, chat, kind_of(row))
+    assert [row.place for row in seen] == [f"{source}:1"]
+    assert (tally.bad, tally.error) == ({}, "")
+    assert [(count.rows, count.first) for count in tally.left_out.values()] == [(1, f"{source}:2")]
+
+
+def test_what_loading_notes_is_counted_but_for_cuts(chat, write):
+    doubled = {"prompt": "Say hi", "chosen": "Say hi there", "rejected": "Say hi hello " + "x" * 50}
+    source = write([doubled])
+    _, tally = looked_at(source, chat, "reward", max_length=20)
+    assert [(count.rows, count.first) for count in tally.noted.values()] == [(1, f"{source}:1")]
+    assert tally.odd[looking.CUT].rows == 1
+
+
 def test_the_first_row_is_found_behind_bad_ones_and_none_is_lost():
     bad = ("f:1", BadRow(None, "no row"))
     rows = [bad, ("f:2", {"prompt": "a"}), ("f:3", {"prompt": "b"})]

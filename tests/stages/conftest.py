@@ -13,6 +13,7 @@ from jrlhf.config import (
     DataConfig,
     KLConfig,
     LogConfig,
+    LoRAConfig,
     ModelConfig,
     OptimConfig,
     PPOConfig,
@@ -21,6 +22,8 @@ from jrlhf.config import (
     SFTConfig,
 )
 from jrlhf.stages.pipeline import run_pipeline
+
+from .chat_model import write_chat_model, write_chats
 
 
 def first_rows(name: str, count: int, folder: Path) -> str:
@@ -88,6 +91,89 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict]:
     """A whole run, once; tests read it and start their own copies."""
     config = small_config(tmp_path_factory.mktemp("run"), "whole")
     return config, run_pipeline(config)
+
+
+@pytest.fixture(scope="session")
+def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny chat model in bfloat16, whose pad token is its EOS."""
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "base")
+
+
+@pytest.fixture(scope="session")
+def chat_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """All three stages on four questions, which the model learns to answer and to stop after; PPO with adapters."""
+    config = chat_config(chat_base, tmp_path_factory.mktemp("chat-run"), epochs=40.0)
+    run_pipeline(config)
+    return config
+
+
+def chat_config(base: Path, folder: Path, *, epochs: float) -> Config:
+    """A run in ``folder`` whose SFT stage sees each of four questions and answers four times an epoch."""
+    files = write_chats(folder / "data")
+    small = small_config(folder, "whole")
+    # A line a step waits for the step: eight devices on two cores would fall behind more of them than they can hold.
+    log = replace(small.sft.log, every=1, eval_every=1000, samples=0, tensorboard=False)
+    sampling = SamplingConfig(max_new_tokens=16)
+
+    def data(kind: str) -> DataConfig:
+        return DataConfig(train=files[kind], max_length=96, buckets=1)
+
+    common = {"log": log, "checkpoint": CheckpointConfig(every=1000, keep=1, keep_best=0)}
+    return Config(
+        run=str(folder / "run"),
+        seed=1,
+        sft=SFTConfig(
+            model=ModelConfig(path=str(base)),
+            data=data("sft"),
+            optim=OptimConfig(lr=5e-3),
+            epochs=epochs,
+            batch_size=16,
+            sampling=sampling,
+            **common,
+        ),
+        reward=RewardConfig(
+            data=data("rankings"),
+            optim=OptimConfig(lr=1e-3),
+            batch_size=8,
+            epochs=2.0,
+            normalise=files["rankings"],
+            **common,
+        ),
+        ppo=PPOConfig(
+            prompts=data("prompts"),
+            sampling=sampling,
+            lora=LoRAConfig(rank=2),
+            optim=OptimConfig(lr=1e-3, eps=1e-5),
+            iterations=1,
+            episodes=8,
+            epochs=1,
+            **common,
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def rounded_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """All three stages of a bfloat16 base that export in its dtype."""
+    folder = tmp_path_factory.mktemp("rounded")
+    config = small_config(folder, "run")
+    log = replace(config.sft.log, eval_every=100, samples=0, tensorboard=False)
+    config = replace(
+        config,
+        sft=replace(
+            config.sft,
+            model=ModelConfig(path=str(chat_base)),
+            export_dtype="source",
+            lora=LoRAConfig(rank=2),
+            epochs=1.0,
+            candidate_prompts="",
+            log=log,
+        ),
+        reward=replace(config.reward, export_dtype="source", epochs=1.0, log=log),
+        ppo=replace(config.ppo, export_dtype="source", iterations=1, epochs=1, minibatches=1, ptx_coef=0.0, log=log),
+    )
+    run_pipeline(config)
+    return config
 
 
 def read_jsonl(path: Path) -> list[dict]:

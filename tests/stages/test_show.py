@@ -132,6 +132,20 @@ columns that nothing reads: id (2 rows), source (1 row), input (1 row)
     assert out.endswith("columns that nothing reads: completion (3 rows), id (2 rows), source (1 row), input (1 row)\n")
 
 
+def test_answers_labelled_bad_are_left_out_and_no_error(rows, capsys):
+    answer = {"prompt": "Say hi", "completion": " hi"}
+    data = rows({**answer, "label": True}, {**answer, "completion": " no", "label": False})
+    code, out, err = shown(capsys, MODEL, data)
+    assert (code, err) == (0, "")
+    assert "rows 1, tokens" in out
+    assert f"        1  left out: label: false, so the answer is not learnt (first: {data}:2)\n" in out
+    assert "nothing reads" not in out
+    data = rows({**answer, "label": False})
+    code, _, err = shown(capsys, MODEL, data)
+    reason = "label: false, so the answer is not learnt"
+    assert (code, err) == (2, f"jrlhf: {data}: no rows; all were left out: {reason}\n")
+
+
 def test_tables_and_folders_are_shown_as_lines_are(rows, capsys, tmp_path):
     import datasets
 
