@@ -13,11 +13,12 @@ import jax
 import numpy as np
 import pytest
 
+from jrlhf import assets
 from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, SamplingConfig
+from jrlhf.config import Config, DataConfig, SamplingConfig
 from jrlhf.config_io import ConfigError, to_yaml
 from jrlhf.config_tools import ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
-from jrlhf.data import DataError, load_tokenizer
+from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_tokenizer
 from jrlhf.lock import run_lock
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, load_reward_model
@@ -99,6 +100,21 @@ def test_ppo_logs_the_whole_list_and_starts_on_policy(finished: Finished) -> Non
     assert abs(lines[0]["kl"]) == 0.0
     assert summary["ppo"]["before"]["eval/kl"] == 0.0
     assert lines[1]["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 16 / 100), rel=1e-6)  # KL 0 is under the target
+
+
+def test_every_stage_counts_the_rows_that_it_cut(finished: Finished) -> None:
+    config, summary = finished
+    tokenizer = load_tokenizer(assets.resolve("asset:stories260k"))
+    sft, reward, prompts = config.sft.data, config.reward.data, config.ppo.prompts
+    uncut = DataConfig(max_length=4096)
+    lengths = {
+        "sft": (load_sft(uncut, sft.train, tokenizer, train_on="completion").lengths, sft.max_length),
+        "reward": (load_rankings(uncut, reward.train, tokenizer).lengths, reward.max_length),
+        "ppo": (load_prompts(uncut, prompts.train, tokenizer).lengths, prompts.max_length),
+    }
+    cut = {stage: int((lengths_of > limit).sum()) for stage, (lengths_of, limit) in lengths.items()}
+    assert {stage: summary[stage]["cut"] for stage in cut} == cut
+    assert sum(cut.values()) > 0
 
 
 def test_scores_are_normalised_on_the_sft_policy_s_answers(finished: Finished, tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ from tests.models.checkpoints import SIZES, write_checkpoint
 
 from .conftest import read_jsonl, small_config
 
-TEMPLATE = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}[assistant]"
+TEMPLATE = (
+    "{% if tools %}[tools]{{ tools[0].name }}<end>{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end>{% endfor %}[assistant]"
+)
 
 
 def other_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
@@ -121,10 +124,12 @@ def test_a_chat_goes_through_the_reward_model_s_own_template(reward_folder: Path
     actors = load_actors(config, mesh)
     assert actors.reward_tokenizer is not None
     policy_tokenizer = actors.tokenizer
-    policy_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    offered = "{% if tools %}{{ tools[0].name }}{% endif %}"
+    policy_tokenizer.chat_template = offered + "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
     source = tmp_path / "chats.jsonl"
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A film that is"}]
-    source.write_text((json.dumps({"prompt": messages}) + "\n") * 8, encoding="utf-8")
+    lines = [{"prompt": messages}, {"prompt": messages, "tools": [{"name": "search"}]}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines) * 4, encoding="utf-8")
     prompts = load_prompts(DataConfig(max_length=64), str(source), policy_tokenizer)
     generate = jit_generate(actors.policy.decode_fns, config.ppo.sampling, policy_tokenizer, mesh)
     rows = np.arange(8)
@@ -134,7 +139,8 @@ def test_a_chat_goes_through_the_reward_model_s_own_template(reward_folder: Path
     answers = [answer for _, answer in texts_of(policy_tokenizer, generation)]
     theirs, alone = actors.reward_tokenizer, scorer_alone(actors.reward)
     for row in range(8):
-        text = "[system]Be kind.<end>[user]A film that is<end>[assistant]" + answers[row]
+        tools = "[tools]search<end>" if row % 2 else ""
+        text = tools + "[system]Be kind.<end>[user]A film that is<end>[assistant]" + answers[row]
         ids = theirs(text, add_special_tokens=False)["input_ids"] + [1] * bool(generation.stopped[row])
         np.testing.assert_allclose(found[row], alone(ids), atol=1e-4)
 
