@@ -11,10 +11,10 @@ from jrlhf.suggest import did_you_mean
 T = TypeVar("T")
 
 STAGES = {
-    "pipeline": ("run", "seed", "mesh", "distributed", "sft", "reward", "ppo"),
-    "sft": ("run", "seed", "mesh", "distributed", "sft"),
-    "reward": ("run", "seed", "mesh", "distributed", "reward"),
-    "ppo": ("run", "seed", "mesh", "distributed", "ppo"),
+    "pipeline": ("run", "seed", "accept_changes", "mesh", "distributed", "sft", "reward", "ppo"),
+    "sft": ("run", "seed", "accept_changes", "mesh", "distributed", "sft"),
+    "reward": ("run", "seed", "accept_changes", "mesh", "distributed", "reward"),
+    "ppo": ("run", "seed", "accept_changes", "mesh", "distributed", "ppo"),
 }
 """Commands that train by a YAML, and the parts of it that each sets by flags."""
 PLANNED = ("topology", "completions", "out")

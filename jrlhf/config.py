@@ -100,15 +100,18 @@ class DataConfig(WithPaths):
     """Rows in, token batches out."""
 
     train: Sources = ""
-    """Training rows: a .jsonl, .json, .csv or .parquet file, several by a pattern (data/*.jsonl), a hub id (name or
-    name:split), or asset:NAME. Several sources with weights, as {a.jsonl: 3, b.jsonl: 1}: three of four rows come from
-    the first, however long each is; an epoch is as many draws as they have rows together."""
+    """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow file, several by a pattern
+    (data/*.jsonl), a folder of save_to_disk or a hub id (either may end in :split), or asset:NAME. Several sources with
+    weights, as {a.jsonl: 3, b.jsonl: 1}: three of four rows come from the first, however long each is; an epoch is as
+    many draws as they have rows together."""
     eval: PathText = ""
     """Held-out rows, a single source. Empty: no evaluation."""
     max_length: int = 1024
-    """Longest sequence in tokens; longer ones are cut at the end (preferences: at the prompt's start)."""
+    """Longest sequence in tokens; longer ones are cut at the end (preferences: at the prompt's start). How many rows
+    were cut is said once a source, and stands in the stage's summary."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be trained on ends the run, or is counted and left out."""
+    """A row that cannot be trained on ends the run, or is counted and left out. SFT leaves out answers whose label is
+    false in either case."""
     buckets: int = 4
     """Padded lengths that are compiled for, evenly spaced up to max_length."""
     cache: PathText = "auto"
@@ -197,7 +200,8 @@ class SFTConfig(WithPaths):
     """What the held-out figures must keep, as accuracy >= 0.6 (names of eval/*). A model that does not is not passed
     on, and the exit code is 3. Of the checkpoints that do, the best one is exported."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
-    """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole."""
+    """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole, an
+    assistant's turn of weight 0 never."""
     export_dtype: Literal["float32", "source"] = "float32"
     """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
     the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
@@ -213,6 +217,7 @@ class RewardConfig(WithPaths):
     """The reward model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    """What training starts from: a language model, which gets a fresh head, or a reward model with its own."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -276,7 +281,8 @@ class PPOConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The policy at the start, and the reference it is held to. Empty path: the SFT stage."""
     reward: ModelConfig = field(default_factory=ModelConfig)
-    """The reward model. Empty path: the reward stage. With another tokenizer than the policy's it reads the text."""
+    """The reward model. Empty path: the reward stage. jrlhf's own read the sampled tokens where they have the policy's
+    vocabulary; with another, and models that jrlhf did not train, read the text, as in jrlhf score."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """Rules beside the reward model or in its place, and other reward models."""
     value_from: Literal["auto", "reward", "policy", "shared"] = "auto"
@@ -367,6 +373,10 @@ class Config(WithPaths):
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    accept_changes: bool = False
+    """Go on with, or keep as done, a stage whose weights, tokenizer or rows are no longer those that it was made from.
+    Otherwise it is refused, and what differs is named. The stage's events and summary and the report say what was
+    accepted."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from jrlhf.config import Config, Sources
 from jrlhf.config_check import ConfigError, check, leaves
 from jrlhf.paths import expanded, expanded_value
 from jrlhf.suggest import did_you_mean, either
+from jrlhf.yaml_merge import MergeError, merged_pairs
 
 __all__ = ["ConfigError", "apply_flags", "check", "config_path", "diff_configs", "flag_types", "load_config", "to_yaml"]
 
@@ -25,6 +26,8 @@ TAG = "tag:yaml.org,2002:"
 SOURCES = get_args(Sources)[0]
 """The type itself, without the mark that its texts are paths."""
 EXPECTED: dict[Any, str] = {str: "a string", bool: "true or false", int: "a whole number", float: "a finite number"}
+ANCHORS = (".", "x-")
+"""What a top-level key begins with that is there for its anchor alone: ``.common: &common {lr: 1e-4}``."""
 LONGEST_SHOWN = 200
 """Characters of a wrong value that an error repeats, and digits of a whole number."""
 KINDS = {"str": "a string", "bool": "a boolean", "int": "a whole number", "float": "a number", "timestamp": "a date"}
@@ -148,15 +151,22 @@ def _read_section(node: yaml.Node | None, current: T, path: str, file: str, prob
         where = f"{file}:{node.start_mark.line + 1}: {path + ': ' if path else ''}"
         problems.append(f"{where}expected a section of keys, got {_describe(node)}")
         return current
+    try:
+        pairs = merged_pairs(node)
+    except MergeError as error:
+        problems.append(f"{file}:{error.line}: {path + ': ' if path else ''}{error}")
+        return current
     hints = get_type_hints(type(current), include_extras=True)
     changes: dict[str, Any] = {}
     lines: dict[str, int] = {}
-    for key_node, value_node in node.value:
+    for key_node, value_node in pairs:
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else _describe(key_node)
         line, name = key_node.start_mark.line + 1, f"{path}.{key}" if path else key
         where = f"{file}:{line}: {name}"
         if key in lines:
             problems.append(f"{where}: set twice, first on line {lines[key]}")
+        elif not path and key.startswith(ANCHORS):
+            pass
         elif key not in hints:
             problems.append(f"{where}: unknown key{did_you_mean(name, schema(Config))}")
         elif is_dataclass(hints[key]):
@@ -207,7 +217,11 @@ def _read_weights(node: yaml.MappingNode) -> dict[str, float]:
     if node.tag != TAG + "map":
         raise _WrongValueError(f"expected a string, or strings with weights, got {_describe(node)}")
     weights: dict[str, float] = {}
-    for key_node, value_node in node.value:
+    try:
+        pairs = merged_pairs(node)
+    except MergeError as error:
+        raise _WrongValueError(str(error)) from error
+    for key_node, value_node in pairs:
         source = _read_value(key_node, str)
         if source in weights:
             raise _WrongValueError(f"{source!r} is there twice")
@@ -268,7 +282,7 @@ def _describe(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode) and kind in KINDS:
         cut = "..." if len(node.value) > LONGEST_SHOWN else ""
         return f"{node.value[:LONGEST_SHOWN]!r}{cut} ({KINDS[kind]})"
-    plain = {"null": "nothing", "seq": "a list", "map": "a section", "merge": "a merge key (<<)"}
+    plain = {"null": "nothing", "seq": "a list", "map": "a section"}
     return plain.get(kind, f"the tag {node.tag.replace(TAG, '!!')}, which is never read")
 
 

@@ -14,7 +14,7 @@ class GenerateConfig(WithPaths):
     model: PathText
     """A Hugging Face folder, a hub id, or a run or stage folder."""
     prompts: PathText
-    """A .jsonl, .json, .csv or .parquet file, a hub id (name or name:split), asset:NAME, or - (stdin, one a line)."""
+    """A file, folder or hub id in the forms of data.train, asset:NAME, or - (stdin, one a line)."""
     out: PathText = "-"
     """The JSONL file to write; - is stdout."""
     samples: int = 1
@@ -69,7 +69,9 @@ class ScoreConfig(WithPaths):
     """A reward model's scores of a file of texts, as JSONL."""
 
     model: PathText
-    """A reward model: a Hugging Face folder, a hub id, or a run or stage folder."""
+    """A reward model: a Hugging Face folder, a hub id, or a run or stage folder. jrlhf's own score a text at the token
+    that ends the answer. Any other is read as by transformers: the chat template over the whole chat, or plain text as
+    it is tokenised, scored at the last token that is not its pad_token_id."""
     data: PathText
     """Rows, in generate's forms: prompt (optional) and completion, completions, or chosen and rejected; or text."""
     out: PathText = "-"

@@ -5,8 +5,13 @@ Imports no JAX.
 
 import os
 import sys
-from glob import glob
-from pathlib import Path
+
+from jrlhf.interrupts import held
+
+# As in typing, whose import takes longer than all of this file.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
 COMPILATION_CACHE = {
     # A start compiles some thirty programs, all but one or two of them in less than JAX's own second.
@@ -27,18 +32,89 @@ know ends the process. CPU: oneDNN's products were measured, and gained nothing 
 """
 
 
-def cache_home() -> Path:
-    """The folder of all that can be made again: $JRLHF_CACHE, else ~/.cache/jrlhf."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jrlhf"
-    return Path(os.environ.get("JRLHF_CACHE") or usual).expanduser()
+def cache_home() -> "Path":
+    """The folder of all that can be made again: $JRLHF_CACHE, else ~/.cache/jrlhf.
+
+    ValueError, which names that variable, where there is no home folder.
+    """
+    return _below_home("JRLHF_CACHE", "jrlhf")
 
 
-def keep_compiled_programs() -> None:
-    """JAX is told to keep what it compiles, so that a second start need not wait; a cache of the user's own stays."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_home() / "compiled")
-        for name, value in COMPILATION_CACHE.items():
-            os.environ.setdefault(name, value)
+def usable_cache() -> "tuple[Path | None, str]":
+    """``cache_home``, made if it was not there; or None, and why nothing can be kept there."""
+    try:
+        folder = cache_home()
+    except ValueError as error:
+        return None, str(error)
+    trouble = _trouble(folder)
+    return (None, f"{trouble}; set JRLHF_CACHE") if trouble else (folder, "")
+
+
+def keep_compiled_programs() -> str:
+    """JAX is told to keep what it compiles, so that a second start need not wait; a cache of the user's own stays.
+
+    Returns what is wrong where there is no place for it.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return ""
+    folder, trouble = usable_cache()
+    if folder is None:
+        return f"compiled programs are not kept: {trouble}"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    for name, value in COMPILATION_CACHE.items():
+        os.environ.setdefault(name, value)
+    return ""
+
+
+def keep_hub_files() -> str:
+    """Libraries of Hugging Face get a folder for this process where their own cannot be written to: some write even
+    to read a local file. Returns what that means; a folder that the user names, or whose models are there, stays."""
+    try:
+        home, trouble = _below_home("HF_HOME", "huggingface"), ""
+    except ValueError as error:
+        home, trouble = None, str(error)
+    trouble = trouble or _trouble(home)
+    if not trouble:
+        return ""
+    import atexit
+    import shutil
+    import tempfile
+
+    folder = tempfile.mkdtemp(prefix="jrlhf-hub-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(folder, "datasets"))
+    if "HF_HOME" not in os.environ and (home is None or not home.is_dir()):
+        os.environ["HF_HOME"] = folder
+    return f"what comes from the hub is kept in {folder} until the end: {trouble}; set HF_HOME"
+
+
+def _below_home(variable: str, name: str) -> "Path":
+    """What a variable says, else a folder in that of the user's caches."""
+    # Not at the top: the command line is ready for signals before it is there.
+    from pathlib import Path
+
+    from jrlhf.paths import expanded
+
+    try:
+        folder = os.environ.get(variable) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", name)
+        return Path(expanded(folder))
+    except ValueError as error:
+        raise ValueError(f"there is no home folder for {name}'s cache ({error}); set {variable}") from error
+
+
+def _trouble(folder: "Path") -> str:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder}: cannot be written to"
+
+
+def glob(pattern: str) -> list[str]:
+    """The files whose paths fit."""
+    import glob
+
+    return glob.glob(pattern)
 
 
 def set_compiler_flags() -> None:
@@ -54,6 +130,19 @@ def quiet_compiler() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
+def restart_in_utf8() -> None:
+    """The process replaces itself, once, with one in UTF-8, where the locale has another encoding, or none.
+
+    Else names of files that it cannot spell are not found, and libraries read and write files in it. What stdin, stdout
+    and stderr are encoded in stays; a character that they lack is written as ``\\u2028``.
+    """
+    if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        if sys.stdout is not None:
+            os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+        _restart()
+
+
 def restart_with_huge_pages() -> None:
     """Training on a CPU spends a fifth of its time on page faults; malloc avoids them if told so before it starts.
 
@@ -62,4 +151,10 @@ def restart_with_huge_pages() -> None:
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        _restart()
+
+
+def _restart() -> None:
+    # A signal on the way finds the handlers of the process that follows, not an interpreter that has none yet.
+    with held():
         os.execv(sys.executable, sys.orig_argv)

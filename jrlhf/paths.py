@@ -15,6 +15,7 @@ def expanded(text: str) -> str:
 
     ValueError where that folder is not known: else a folder named ``~`` would be made.
     """
+    text = spelt(text)
     if not text.startswith("~"):
         return text
     user = text[1:].partition("/")[0]
@@ -25,6 +26,15 @@ def expanded(text: str) -> str:
         reason = f"there is no user {user!r} here" if user else "HOME is not set, and the user has no home folder"
         raise ValueError(f"{text}: {text.partition('/')[0]} is not known: {reason}; write the path out (./~ is a name)")
     return path
+
+
+def spelt(text: str) -> str:
+    """A path as the file system's encoding can have it: in a locale without UTF-8 its bytes are those of UTF-8."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    return text
 
 
 def expanded_value(value: Any) -> Any:

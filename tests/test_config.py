@@ -362,3 +362,75 @@ def test_every_recipe_is_strictly_valid_and_names_its_data(path):
     assert all((config.sft.data.train, config.reward.data.train, config.ppo.prompts.train))
     assert all((config.sft.data.eval, config.reward.data.eval, config.ppo.prompts.eval))
     assert config.run != Config().run
+
+
+def loaded(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path)
+
+
+def refused(tmp_path, text):
+    with pytest.raises(ConfigError) as error:
+        loaded(tmp_path, text)
+    return str(error.value).replace(str(tmp_path / "config.yaml"), "FILE").split("\n")
+
+
+def test_merge_keys_take_in_what_a_section_does_not_say_itself(tmp_path):
+    config = loaded(
+        tmp_path,
+        ".common: &o {lr: 1e-4, warmup: 0.1}\n"
+        "x-more: &more {<<: *o, lr: 2e-4, b1: 0.5}\n"
+        "run: run1\n"
+        "sft: {optim: {<<: *o, b2: 0.99}}\n"
+        "reward:\n  optim:\n    b1: 0.7\n    <<: [*more, *o]\n  data: &rows {train: a.jsonl, max_length: 32}\n"
+        "ppo: {optim: {<<: [*o, *more], lr: 3e-4}, prompts: *rows, ptx: {<<: *rows, max_length: 8}}\n",
+    )
+    sft, reward, ppo = config.sft.optim, config.reward.optim, config.ppo.optim
+    assert (sft.lr, sft.warmup, sft.b2, sft.b1) == (1e-4, 0.1, 0.99, 0.9)
+    assert (reward.lr, reward.warmup, reward.b1) == (2e-4, 0.1, 0.7)
+    assert (ppo.lr, ppo.warmup, ppo.b1) == (3e-4, 0.1, 0.5)
+    assert config.ppo.prompts == config.reward.data
+    assert (config.ppo.ptx.train, config.ppo.ptx.max_length) == ("a.jsonl", 8)
+
+
+def test_merge_keys_at_the_top_and_in_weights(tmp_path):
+    config = loaded(
+        tmp_path,
+        ".base: &base {seed: 3, run: a, sft: {epochs: 2.0, batch_size: 4}}\n.w: &w {a.jsonl: 1, b.jsonl: 2}\n"
+        "<<: *base\nrun: b\nsft: {batch_size: 8, data: {train: {<<: *w, b.jsonl: 5, c.jsonl: 1}}}\n",
+    )
+    # A section is taken in as a whole, or not at all.
+    assert (config.seed, config.run, config.sft.batch_size, config.sft.epochs) == (3, "b", 8, 1.0)
+    assert config.sft.data.train == {"b.jsonl": 5, "c.jsonl": 1, "a.jsonl": 1}
+    assert load_config(tmp_path / "config.yaml", {"run": ["c"]}).run == "c"
+
+
+def test_mistakes_in_merged_keys_name_the_line_where_they_stand(tmp_path):
+    text = ".o: &o {lrr: 1}\n.p: &p {lr: fast}\nsft:\n  optim: {<<: *o}\nreward: {optim: {<<: [*p]}}\n"
+    first, second = refused(tmp_path, text)
+    assert first.startswith("FILE:1: sft.optim.lrr: unknown key; did you mean")
+    assert second == "FILE:2: reward.optim.lr: expected a finite number, got 'fast' (a string)"
+    [said] = refused(tmp_path, "sft:\n  optim:\n    <<: [1]\n")
+    assert said == "FILE:3: sft.optim: <<: expected a section of keys, or a list of them, to merge"
+    [said] = refused(tmp_path, ".o: &o {lr: 1}\nsft:\n  optim:\n    <<: *o\n    <<: *o\n")
+    assert said == "FILE:5: sft.optim: <<: set twice, first on line 4; list the mappings"
+    assert refused(tmp_path, ".o: &o {lr: 1}\nsft: {optim: {<<: *o, lr: 2, lr: 3}}\n") == [
+        "FILE:2: sft.optim.lr: set twice, first on line 2"
+    ]
+    assert refused(tmp_path, "sft: {optim: {'<<': {lr: 1}}}\n")[0].startswith("FILE:1: sft.optim.<<: unknown key")
+    assert refused(tmp_path, "sft: {.x: 1}\n")[0].startswith("FILE:1: sft..x: unknown key")
+    [said] = refused(tmp_path, "sft: {data: {train: {<<: a}}}\n")
+    assert said.startswith("FILE:1: sft.data.train: <<: expected a section")
+
+
+def test_aliases_of_aliases_end_soon(tmp_path):
+    """Ten to the power of fifty mappings, and one that holds itself."""
+    lines = [".a0: &a0 {lr: 1e-3}"]
+    lines += [f".a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 51)]
+    assert loaded(tmp_path, "\n".join([*lines, "sft: {optim: {<<: *a50}}"])).sft.optim.lr == 1e-3
+    assert refused(tmp_path, "sft: {optim: &o {<<: *o}}\n") == ["FILE:1: sft.optim: <<: merges itself"]
+    assert refused(tmp_path, ".a: &a {<<: &b {<<: *a}}\nsft: {optim: *b}\n") == ["FILE:1: sft.optim: <<: merges itself"]
+    assert refused(tmp_path, "sft: &s {sft: *s}\n")[0].startswith("FILE:1: sft.sft: unknown key")
+    bomb = [".a0: &b0 [x, x]", *(f".a{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 10)}]" for n in range(1, 30))]
+    assert len(refused(tmp_path, "\n".join([*bomb, "sft: {gates: *b29}"]))) == 1

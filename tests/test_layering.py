@@ -10,14 +10,24 @@ import jrlhf
 ROOT = Path(jrlhf.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-ABOVE_PARALLEL = {"core", "types", "parallel", "paths"}
+ABOVE_PARALLEL = {"core", "types", "interrupts", "parallel", "paths"}
 FLOOR_1 = ABOVE_PARALLEL | {"models"}
-CONFIG = {"config", "config_rewards", "config_tools", "config_watch", "environment", "lines", "paths", "suggest"}
+CONFIG = {
+    "config",
+    "config_rewards",
+    "config_tools",
+    "config_watch",
+    "environment",
+    "lines",
+    "paths",
+    "suggest",
+    "terminal",
+}
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 ALLOWED = {
     "types": set(),
     "core": {"types"},
-    "parallel": {"core", "types"},
+    "parallel": {"core", "types", "interrupts"},
     "models": ABOVE_PARALLEL | {"suggest"},
     "steps": {"core", "types"},
     "config": {"config_rewards", "config_watch", "paths"},
@@ -26,19 +36,23 @@ ALLOWED = {
     "config_tools": {"config", "paths"},
     "rules": set(),
     "suggest": set(),
-    "environment": set(),
+    "environment": {"interrupts", "paths"},
+    "early": set(),
+    "interrupts": set(),
+    "terminal": set(),
     "assets": FLOOR_1 | CONFIG | {"config_io", "data"},
     "checkpoint": FLOOR_1 | CONFIG | {"leaves", "manifest"},
     "leaves": set(),
     "lines": set(),
     "paths": set(),
     "lock": set(),
+    "yaml_merge": set(),
     "manifest": set(),
     "gates": set(),
     "config_check": CONFIG | {"gates", "config_rewards_check", "config_watch_check"},
     "config_rewards_check": CONFIG,
     "config_watch_check": CONFIG | {"config_rewards_check"},
-    "config_io": CONFIG | {"config_check"},
+    "config_io": CONFIG | {"config_check", "yaml_merge"},
     "data": FLOOR_1 | CONFIG | {"assets"},
     "metrics": CONFIG | {"trackers"},
     "trackers": CONFIG | {"config_check"},
@@ -47,7 +61,9 @@ ALLOWED = {
 ALLOWED["rank"] = CONFIG | {"config_check", "config_io"}
 STAGES = ALLOWED.keys() - {"stages"}
 ALLOWED["stages"] = set(STAGES)
-ALLOWED["cli_args"] = ALLOWED["cli"] = ALLOWED["__main__"] = ALLOWED.keys() | {"cli", "cli_args"}
+ABOVE_STAGES = ("cli_args", "commands", "cli", "__main__")
+for name in ABOVE_STAGES:
+    ALLOWED[name] = STAGES | {"stages", *ABOVE_STAGES}
 
 
 def part(module):

@@ -2,10 +2,14 @@
 
 from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, DataError
-from jrlhf.data.load import Columns, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data.kinds import Columns
+from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
+from jrlhf.data.recipe import encoder_for
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
+from jrlhf.data.sources import open_source
+from jrlhf.data.stamps import SourceRows, stamp, stamps
 from jrlhf.data.tokenizer import load_tokenizer, stop_token_ids
 from jrlhf.data.tokenizer_files import tokenizer_files
 
@@ -21,15 +25,20 @@ __all__ = [
     "PromptRows",
     "RankingRows",
     "SFTRows",
+    "SourceRows",
     "TextRows",
     "bucket_lengths",
+    "encoder_for",
     "load_prompts",
     "load_rankings",
     "load_sft",
     "load_texts",
     "load_tokenizer",
+    "open_source",
     "pack_rankings",
     "pack_sft",
+    "stamp",
+    "stamps",
     "steps_per_epoch",
     "stop_token_ids",
     "tokenizer_files",

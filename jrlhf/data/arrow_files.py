@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jrlhf.data.errors import BadRow, DataError, Placed, Row
+from jrlhf.data.messages import without_fill
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from datasets import Dataset
 
 ROWS = 256
 """That are Python objects at a time."""
@@ -38,6 +40,13 @@ def arrow_rows(path: Path) -> Iterator[Placed]:
 def saved_rows(name: str, files: Sequence[Path]) -> Iterator[Placed]:
     """Rows of the Arrow files of ``save_to_disk``, counted through, as ``datasets`` counts them."""
     return _rows(name, chain.from_iterable(_named(file, _arrow_batches(file)) for file in files))
+
+
+def dataset_rows(name: str, dataset: "Dataset") -> Iterator[Placed]:
+    """Rows of what ``datasets`` has loaded."""
+    formatted: Any = dataset.with_format("arrow")
+    tables = formatted.iter(batch_size=ROWS)
+    return _rows(name, chain.from_iterable(table.to_batches() for table in tables))
 
 
 def _parquet_batches(path: Path) -> "Iterator[pa.RecordBatch]":
@@ -91,6 +100,9 @@ def _row_objects(batch: "pa.RecordBatch", decoders: dict[str, Callable[[Any], An
     try:
         batch.validate(full=True)
         rows = batch.to_pylist()
+        # Nothing else can be filled, and to look costs a copy of every row.
+        if "tools" in batch.schema.names or "tool_calls" in str(batch.schema):
+            rows = [without_fill(row) for row in rows]
         for column, decode in decoders.items():
             for row in rows:
                 row[column] = decode(row[column])
@@ -122,7 +134,9 @@ def _decoder(kind: "pa.DataType") -> Callable[[Any], Any] | None:
         fields = {field.name: _decoder(field.type) for field in kind}
         decoders = {name: decode for name, decode in fields.items() if decode is not None}
         if decoders:
-            return lambda value: value and value | {name: decode(value[name]) for name, decode in decoders.items()}
+            return lambda value: (
+                value and {name: decoders[name](field) if name in decoders else field for name, field in value.items()}
+            )
     return None
 
 

@@ -25,8 +25,9 @@ import numpy as np
 from jrlhf.data.columns import Schema, Table, Writer, mapped
 from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.environment import cache_home
+from jrlhf.environment import cache_home, usable_cache
 from jrlhf.parallel import first_goes_ahead
+from jrlhf.parallel.peers import current
 from jrlhf.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
@@ -51,7 +52,12 @@ def cache_folder(setting: str, files: Sequence[Path]) -> Path | None:
         return Path(expanded(setting))
     if sum(path.stat().st_size for path in files) < SMALL:
         return None
-    return cache_home()
+    folder, trouble = usable_cache()
+    if folder is None and current() is None:
+        log.warning("tokenised rows are kept in memory: %s", trouble)
+        return None
+    # Several processes must do the same: there an error says what is to be set.
+    return folder or cache_home()
 
 
 def cache_key(kind: str, name: str, files: Sequence[Path], tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Key:
@@ -72,10 +78,15 @@ def cache_key(kind: str, name: str, files: Sequence[Path], tokenizer: Tokenizer,
     }
 
 
-def file_stamps(files: Sequence[Path]) -> list[tuple[str, int, int]]:
-    """``(path, bytes, nanoseconds)`` of each file."""
+def file_stamps(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
+    """``(path, bytes, nanoseconds of the last change of its content, of its inode)`` of each file.
+
+    Whoever copies or unpacks a file may set the time of its content back to another file's (``cp -p``, ``tar``,
+    ``rsync -t``); nobody can set the inode's. That changes too where a file was only renamed or linked: rows are then
+    made anew for nothing, which costs time and changes no result.
+    """
     stats = [(path.resolve(), path.stat()) for path in files]
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -136,10 +147,10 @@ def _make(folder: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips
             writer.flush()
             if writer.rows == 0:
                 skips.close(0)
-            if file_stamps([Path(path) for path, _, _ in key["files"]]) != key["files"]:
+            if file_stamps([Path(path) for path, *_ in key["files"]]) != key["files"]:
                 raise DataError(f"{key['name']}: changed while it was read")
             with _disk_errors(root):
-                _complete(partial, folder, files.values(), key, writer.rows, skips)
+                _complete(partial, folder, files.values(), key, writer, skips)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -161,11 +172,12 @@ def _is_free(lock: Path) -> bool:
     return True
 
 
-def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, rows: int, skips: Skips) -> None:
+def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, writer: Writer, skips: Skips) -> None:
     """Say what is there, get it on disk, and only then give it its name."""
     meta = {
         "key": key,
-        "rows": rows,
+        "rows": writer.rows,
+        "digest": writer.digest(),
         "bytes": {Path(file.name).name: file.tell() for file in files},
         "skipped": {reason: [count, skips.first[reason]] for reason, count in skips.counts.items()},
         "notes": {note: [count, skips.notes.first[note]] for note, count in skips.notes.counts.items()},
@@ -196,7 +208,7 @@ def _opened(folder: Path, schema: Schema, name: str) -> Table:
         for note, (count, first) in meta["notes"].items():
             skips.notes.counts[note], skips.notes.first[note] = count, first
         skips.unread = meta["unread"]
-        return mapped(schema, folder, meta["rows"], skips)
+        return mapped(schema, folder, meta["rows"], skips)._replace(digest=meta["digest"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise DataError(f"{folder}: {error!r}; remove the folder, and it is made anew") from error
 

@@ -7,10 +7,13 @@ what an answer is; else an answer is what the conversation with it has beyond th
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, NamedTuple
 
+from jrlhf.data.calls import CallForms, call_forms
 from jrlhf.data.errors import BadRow, DataError
-from jrlhf.data.formats import Message
+from jrlhf.data.messages import Message, Tools, said
+from jrlhf.data.rendered import Turn, call_texts, check_said, check_tools
 from jrlhf.data.tokenizer import Tokenizer, end_of_turn
 
 TODAY = datetime(2024, 7, 26)
@@ -21,28 +24,30 @@ BEGIN, END = "\ufdd0", "\ufdd1"
 """Stand around a marked answer for a moment: Unicode keeps both for internal use, so no text has them."""
 
 RANDOM = re.compile(r"\|\s*random\b|\blipsum\b")
-REASONING = ("reasoning_content", "reasoning", "thinking")
-TOOLS = ("tool", "function", "ipython")
-"""Roles whose content a template may write in a form of its own."""
 
 CHANGED = "the chat template changes earlier turns when later ones come, so what is learnt cannot be marked"
 LAST_ALONE = "; as prompt and completion the last answer alone is learnt"
 UNASKED = "the chat template begins an answer in another way than it asks for one, so it would not follow its prompt"
 UNOPENED = "the chat template takes no notice of add_generation_prompt, so the header of the answer would be learnt"
-LOST = "the chat template leaves out or changes what a message says, or moves it"
 UNMARKED = "the chat template does not put one pair of generation markers around each answer"
 UNSTOPPED = "the chat template ends an answer inside the conversation with no stop token, so stopping is not learnt"
 
 
-class Turn(NamedTuple):
-    """Where an assistant's turn stands in a rendered conversation, in characters."""
+class Variant(NamedTuple):
+    """One of a tokenizer's templates: the one for rows with tools may be another."""
 
-    asked: int
-    """The end of what asks for it: a sampler is given all before."""
-    start: int
-    """Of the answer: the same place, or later where the template's markers leave something out."""
-    end: int
-    """Of the answer; its stop token and what the template puts after that stand before it."""
+    template: str
+    marked: str
+    """With ``BEGIN`` and ``END`` inside its generation markers; empty where it has none."""
+    calls: CallForms
+
+
+class Chat(NamedTuple):
+    """A row's conversation, its tools, and the column that is blamed for it."""
+
+    messages: Sequence[Message]
+    column: str
+    tools: Tools | None
 
 
 class ChatTemplate:
@@ -50,18 +55,29 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._template = template_of(tokenizer)
-        self._marked = _with_marks(self._template) if MARKER.search(self._template) else ""
+        self.exists = bool(template_of(tokenizer))
         ids = (end_of_turn(tokenizer), tokenizer.eos_token_id)
-        self._stops: list[str] = [tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
+        self.stops: list[str] = [tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None]
+        self._variant = cache(self._made)
 
-    def prompt(self, messages: Sequence[Message], column: str) -> str:
+    def prompt(self, messages: Sequence[Message], column: str, tools: Tools | None = None) -> str:
         """What asks for the assistant's next turn."""
-        text = self._render(messages, column, opens=True)
-        _check_said(text, messages, [], column, first=len(messages))
+        chat = Chat(messages, column, tools)
+        text = self._render(chat, opens=True)
+        self._check_tools(text, chat, opens=True)
+        check_said(text, messages, [], column, first=len(messages))
         return text
 
-    def turns(self, messages: Sequence[Message], column: str, *, first: int) -> tuple[str, list[Turn]]:
+    def whole(self, messages: Sequence[Message], column: str, tools: Tools | None = None) -> str:
+        """The conversation to the end of its last message, with all that the template writes behind that."""
+        chat = Chat(messages, column, tools)
+        text = self._render(chat, opens=False)
+        self._check_tools(text, chat, opens=False)
+        return text
+
+    def turns(
+        self, messages: Sequence[Message], column: str, *, first: int, tools: Tools | None = None
+    ) -> tuple[str, list[Turn]]:
         """The conversation up to its last assistant turn, and where those from message ``first`` on stand in it."""
         numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
         if not numbers:
@@ -69,38 +85,42 @@ class ChatTemplate:
         if numbers[0] == 0:
             raise BadRow(column, "begins with an assistant turn, which answers nothing; begin with the user's")
         for i in numbers:
-            if stop := next((stop for stop in self._stops if stop in messages[i]["content"]), None):
+            words = (said(messages[i]), *call_texts(messages[i]))
+            if stop := next((stop for stop in self.stops for word in words if stop in word), None):
                 raise BadRow(column, "an answer holds a stop token, at which it would end", f": {stop} in message {i}")
-        text, turns = (self._by_markers if self._marked else self._by_prefixes)(messages, numbers, column)
-        _check_said(text, messages[: numbers[-1] + 1], turns, column, first=first)
+        chat = Chat(messages[: numbers[-1] + 1], column, tools)
+        text, turns = (self._by_markers if self._variant(bool(tools)).marked else self._by_prefixes)(chat, numbers)
+        self._check_tools(text, chat, opens=False)
+        check_said(text, chat.messages, turns, column, first=first)
         return text, turns
 
-    def _by_prefixes(self, messages: Sequence[Message], numbers: list[int], column: str) -> tuple[str, list[Turn]]:
+    def _by_prefixes(self, chat: Chat, numbers: list[int]) -> tuple[str, list[Turn]]:
         done, turns = "", list[Turn]()
         for i in numbers:
-            opening = self._render(messages[:i], column, opens=True)
+            opening = self._render(chat, i, opens=True)
             if not opening.startswith(done):
-                raise BadRow(column, CHANGED + LAST_ALONE, f" (message {i})")
-            done = self._render(messages[: i + 1], column, opens=False)
-            said = done.find(messages[i]["content"].strip(), len(opening))
-            if not done.startswith(opening) or done[len(opening) : said].strip():
-                self._check_asked(messages[:i], opening, done, column)
+                raise BadRow(chat.column, CHANGED + LAST_ALONE, f" (message {i})")
+            done = self._render(chat, i + 1, opens=False)
+            words = said(chat.messages[i]).strip()
+            begun = done.find(words, len(opening)) if words else len(done)
+            if not done.startswith(opening) or done[len(opening) : begun].strip():
+                self._check_asked(chat, i, opening, done)
             turns.append(Turn(len(opening), len(opening), len(done)))
         return done, turns
 
-    def _check_asked(self, before: Sequence[Message], opening: str, done: str, column: str) -> None:
+    def _check_asked(self, chat: Chat, i: int, opening: str, done: str) -> None:
         """``BadRow`` where ``done`` does not begin as ``opening``, or where that asks for nothing."""
-        where, history = f" (message {len(before)})", self._render(before, column, opens=False)
+        where, history = f" (message {i})", self._render(chat, i, opens=False)
         if not done.startswith(opening):
-            raise BadRow(column, UNASKED if done.startswith(history) else CHANGED, where)
+            raise BadRow(chat.column, UNASKED if done.startswith(history) else CHANGED, where)
         if opening == history:
-            raise BadRow(column, UNOPENED, where)
+            raise BadRow(chat.column, UNOPENED, where)
 
-    def _by_markers(self, messages: Sequence[Message], numbers: list[int], column: str) -> tuple[str, list[Turn]]:
+    def _by_markers(self, chat: Chat, numbers: list[int]) -> tuple[str, list[Turn]]:
         """One rendering of the whole; what asks for each answer must be a prefix of it here too."""
-        known = messages[: numbers[-1] + 1]
-        text, spans = self._render(known, column, opens=False), list[tuple[int, int]]()
-        pieces = re.split(f"([{BEGIN}{END}])", self._render(known, column, opens=False, marked=True))
+        column = chat.column
+        text, spans = self._render(chat, opens=False), list[tuple[int, int]]()
+        pieces = re.split(f"([{BEGIN}{END}])", self._render(chat, opens=False, marked=True))
         balanced = pieces[1::2] == [BEGIN, END] * (len(pieces) // 4)
         if "".join(pieces[::2]) != text or not balanced:
             raise BadRow(column, UNMARKED)
@@ -109,26 +129,46 @@ class ChatTemplate:
             if i % 2:
                 spans.append((at, at + len(piece)))
             at += len(piece)
-        before = sum(message["role"] == "assistant" for message in messages[: numbers[0]])
+        before = sum(message["role"] == "assistant" for message in chat.messages[: numbers[0]])
         if len(spans) != before + len(numbers):
             raise BadRow(column, UNMARKED, f": {len(spans)} pairs for {before + len(numbers)} answers")
         turns, done = list[Turn](), 0
         for i, (start, end) in zip(numbers, spans[before:], strict=True):
-            asked = self._render(messages[:i], column, opens=True)
+            asked = self._render(chat, i, opens=True)
             if not text.startswith(asked) or not done <= len(asked) <= end:
                 raise BadRow(column, UNASKED, f" (message {i})")
             # Markers may leave out the stop token, which is learnt all the same.
-            done = end + next((len(stop) for stop in self._stops if text.startswith(stop, end)), 0)
+            done = end + next((len(stop) for stop in self.stops if text.startswith(stop, end)), 0)
             turns.append(Turn(len(asked), max(start, len(asked)), done))
         return text[:done], turns
 
-    def _render(self, messages: Sequence[Message], column: str, *, opens: bool, marked: bool = False) -> str:
-        if not self._template:
-            raise BadRow(column, "chat messages, but the tokenizer has no chat template")
+    def _check_tools(self, text: str, chat: Chat, *, opens: bool) -> None:
+        if chat.tools:
+            try:
+                without = self._render(chat, opens=opens, offered=False)[: len(text)]
+            except BadRow:  # it cannot do without them
+                without = ""
+            check_tools(text, without, chat.tools)
+
+    def _render(
+        self, chat: Chat, count: int | None = None, *, opens: bool, marked: bool = False, offered: bool = True
+    ) -> str:
+        """The first ``count`` messages, or all of them; ``offered``: with the row's tools."""
+        if not self.exists:
+            raise BadRow(chat.column, "chat messages, but the tokenizer has no chat template")
+        variant = self._variant(bool(chat.tools))
+        messages = [variant.calls.message(message) for message in chat.messages[:count]]
+        template = variant.marked if marked else variant.template
+        return self._rendered(template, messages, chat.column, chat.tools if offered else None, opens=opens)
+
+    def _rendered(
+        self, template: str, messages: list[Message], column: str, tools: Tools | None, *, opens: bool
+    ) -> str:
         try:
             rendered: Any = self._tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self._marked if marked else self._template,
+                messages,
+                tools=tools,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=opens,
             )
@@ -136,13 +176,26 @@ class ChatTemplate:
             raise BadRow(column, "the chat template refuses it", f": {str(error) or type(error).__name__}") from error
         return rendered
 
+    def _made(self, tools: bool) -> Variant:
+        """The template for rows with tools, or without; the forms of calls are tried with it."""
+        template = template_of(self._tokenizer, tools=tools)
+        marked = _with_marks(template) if MARKER.search(template) else ""
 
-def template_of(tokenizer: Tokenizer) -> str:
-    """The tokenizer's chat template with a calendar that stands still; empty where it has none."""
+        def render(messages: list[Message], offered: Tools | None) -> str:
+            return self._rendered(template, messages, "tool_calls", offered, opens=False)
+
+        return Variant(template, marked, call_forms(render, tools=tools))
+
+
+def template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:
+    """The tokenizer's chat template with a calendar that stands still; empty where it has none.
+
+    ``tools``: the one for conversations with functions, which some models have besides.
+    """
     if not tokenizer.chat_template:
         return ""
     try:
-        template: str = tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template(tools=[] if tools else None)
     except ValueError as error:  # several, and none is the default
         raise DataError(f"the tokenizer's chat template: {error}") from error
     if found := RANDOM.search(template):
@@ -171,26 +224,3 @@ def _with_marks(template: str) -> str:
         return f"{{%{left} generation %}}{{% print '{BEGIN}' {right}%}}"
 
     return MARKER.sub(around, template)
-
-
-def _check_said(text: str, messages: Sequence[Message], turns: list[Turn], column: str, *, first: int) -> None:
-    """``BadRow`` unless ``text`` says what the messages say, in their order; white space around each may go.
-
-    Of assistant turns those from message ``first`` on count: of earlier ones a template may keep what it likes (Qwen3
-    drops their reasoning), as it does so for a sampler too.
-    """
-    at, coming = 0, iter(turns)
-    turn = next(coming, None)
-    for i, message in enumerate(messages):
-        learnt = message["role"] == "assistant"
-        if message["role"] in TOOLS or (learnt and i < first):
-            continue
-        end = len(text) if turn is None else turn.end if learnt else turn.asked
-        at = max(at, turn.start) if turn is not None and learnt else at
-        said = [message[key] for key in REASONING if learnt and isinstance(message.get(key), str)][:1]
-        for part in (*said, message["content"]):
-            found = text.find(part.strip(), at, end)
-            if found < 0:
-                raise BadRow(column, LOST, f" (message {i}, {message['role']})")
-            at = found + len(part.strip())
-        turn = next(coming, None) if learnt else turn

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from jrlhf.data.errors import Skips
 from jrlhf.data.ragged import Column, Flat
@@ -49,6 +50,8 @@ class Table(NamedTuple):
     rows: int
     skipped: dict[str, int]
     notes: dict[str, int]
+    digest: str = ""
+    """Of the rows, as ``Writer.digest``."""
 
     @classmethod
     def of(cls, schema: Schema, arrays: Mapping[str, Flat], rows: int, skips: Skips) -> "Table":
@@ -69,6 +72,7 @@ class Writer:
         self._parts: dict[str, list[Any]] = {name: [] for name in self._types}
         self._ends = dict.fromkeys(schema.ragged, 0)
         self._gathered = 0
+        self._digests = {name: xxhash.xxh3_128() for name in self._types}
         self.rows = 0
 
     def add(self, row: Encoded) -> None:
@@ -90,9 +94,16 @@ class Writer:
         """Hand on what was gathered."""
         for name, parts in self._parts.items():
             if parts:
-                self._write(name, np.concatenate([np.asarray(part, self._types[name]) for part in parts]))
+                values = np.concatenate([np.asarray(part, self._types[name]) for part in parts])
+                self._digests[name].update(values.data)
+                self._write(name, values)
                 parts.clear()
         self._gathered = 0
+
+    def digest(self) -> str:
+        """The digest of all that was handed on, in whatever blocks: equal rows in equal order have equal ones."""
+        columns = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in sorted(self._digests.items()))
+        return xxhash.xxh3_128_hexdigest(columns.encode())
 
 
 def in_memory(schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
@@ -103,7 +114,8 @@ def in_memory(schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
     writer.flush()
     if writer.rows == 0:
         skips.close(0)
-    return Table.of(schema, {name: Flat(np.concatenate(arrays)) for name, arrays in parts.items()}, writer.rows, skips)
+    flats = {name: Flat(np.concatenate(arrays)) for name, arrays in parts.items()}
+    return Table.of(schema, flats, writer.rows, skips)._replace(digest=writer.digest())
 
 
 def mapped(schema: Schema, folder: Path, rows: int, skips: Skips) -> Table:

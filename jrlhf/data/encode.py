@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from jrlhf.data.chat import UNSTOPPED, ChatTemplate
+from jrlhf.data.chat import UNSTOPPED, ChatTemplate, Turn
 from jrlhf.data.errors import BadRow
-from jrlhf.data.formats import Answered, Content, Message, last_assistant
+from jrlhf.data.formats import Answered, last_assistant
+from jrlhf.data.messages import Content, Message, Tools, is_learnt
 from jrlhf.data.tokenizer import Tokenizer, end_of_turn
 from jrlhf.data.vocabulary import check_ids
 
@@ -26,6 +27,8 @@ class Segment(NamedTuple):
 
     ids: list[int]
     answer: bool
+    barred: bool = False
+    """Never learnt, whatever is trained on: a turn of weight 0."""
 
 
 class Encoder:
@@ -43,19 +46,29 @@ class Encoder:
         # The answers to a prompt come one after the other, each with its prompt.
         self._ids = lru_cache(maxsize=64)(self._tokenized)
 
-    def prompt(self, prompt: Content) -> list[int]:
-        """The ids that an answer follows: BOS and text, or the chat template up to the assistant's turn."""
-        return self._opened(prompt)[1]
+    @property
+    def chat(self) -> bool:
+        """Whether there is a chat template."""
+        return self._chat.exists
 
-    def continued(self, prompt: Content, answer: str, *, stopped: bool) -> tuple[list[int], list[int]]:
+    def prompt(self, prompt: Content, tools: Tools | None = None) -> list[int]:
+        """The ids that an answer follows: BOS and text, or the chat template up to the assistant's turn."""
+        return self._opened(prompt, tools)[1]
+
+    def continued(
+        self, prompt: Content, answer: str, *, stopped: bool, tools: Tools | None = None
+    ) -> tuple[list[int], list[int]]:
         """Ids of a prompt, and of an answer as if it had been sampled in these tokens: a text of somebody else's model.
 
         It ends with a stop token only where it ``stopped``, or at the first one that its text spells out. No template
         sees it, as none sees what is sampled.
         """
-        text, before = self._opened(prompt)
-        end = self._eos if isinstance(prompt, str) or self._turn_end is None else self._turn_end
-        ids = [*self._continuation(text, answer), *([end] if stopped else [])]
+        text, before = self._opened(prompt, tools)
+        if stopped and isinstance(prompt, list) and self._turn_end is not None:
+            # In one piece with its stop token, as a conversation is: that may take the white space before it.
+            ids = self._continuation(text, answer + self._tokenizer.convert_ids_to_tokens(self._turn_end))
+        else:
+            ids = [*self._continuation(text, answer), *([self._eos] if stopped else [])]
         stops = (i for i, token in enumerate(ids) if token in (self._eos, self._turn_end))
         return before, ids[: next(stops, len(ids)) + 1]
 
@@ -72,7 +85,7 @@ class Encoder:
         """Ids of the prompt (BOS alone where there is none) and of the answer, which ends with its stop token."""
         if row.prompt is None and isinstance(row.completion, list):
             last = last_assistant(row.completion)
-            row = Answered(row.completion[:last], row.completion[last:])
+            row = row._replace(prompt=row.completion[:last], completion=row.completion[last:])
         before, *after = self.segments(row, every_turn=False)
         return before.ids, [token for segment in after for token in segment.ids]
 
@@ -81,12 +94,12 @@ class Encoder:
 
         ``every_turn``: the assistant's turns in a prompt of messages are answers too.
         """
-        prompt, completion = row
+        prompt, completion, tools = row
         if prompt is None and isinstance(completion, list):
-            return self._conversation(completion, "messages", first=0)
+            return self._conversation(completion, "messages", tools, first=0)
         if isinstance(prompt, list):
             turns = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-            return self._conversation(prompt + turns, "completion", first=0 if every_turn else len(prompt))
+            return self._conversation(prompt + turns, "completion", tools, first=0 if every_turn else len(prompt))
         if isinstance(completion, list):
             raise BadRow("completion", "messages, but the prompt is a string; both must be of one kind")
         if prompt is None:
@@ -99,40 +112,43 @@ class Encoder:
         closed = answer if answer[-1:] == [self._eos] else [*answer, self._eos]
         return [Segment(before, answer=False), Segment(closed, answer=True)]
 
-    def _conversation(self, messages: list[Message], column: str, *, first: int) -> list[Segment]:
+    def _conversation(self, messages: list[Message], column: str, tools: Tools | None, *, first: int) -> list[Segment]:
         """Cut before and after every assistant turn from message ``first`` on; it ends with the last of them.
 
         A turn reaches from where the template asks for it to its stop token. What the template puts after that
-        belongs to no answer: the sampler has stopped by then.
+        belongs to no answer: the sampler has stopped by then. It is tokenised together with what follows, as special
+        tokens may take the white space before them.
         """
-        text, turns = self._chat.turns(messages, column, first=first)
-        done, rest, segments = 0, list[int](), list[Segment]()
-        for turn in turns:
-            segments.append(Segment(rest + self._piece(text, done, turn.asked), answer=False))
+        text, turns = self._chat.turns(messages, column, first=first, tools=tools)
+        answers = [message for message in messages[first:] if message["role"] == "assistant"]
+        done, segments = 0, list[Segment]()
+        for turn, message in zip(turns, answers, strict=True):
+            segments.append(Segment(self._piece(text, done, turn.asked), answer=False))
             if turn.start > turn.asked:
                 segments.append(Segment(self._piece(text, turn.asked, turn.start), answer=False))
-            answer, rest = self._cut(self._piece(text, turn.start, turn.end), column, last=turn is turns[-1])
-            segments.append(Segment(answer, answer=True))
-            done = turn.end
+            answer, done = self._turn(text, turn, column, last=turn is turns[-1])
+            segments.append(Segment(answer, answer=True, barred=not is_learnt(message)))
         return segments
 
-    def _cut(self, ids: list[int], column: str, *, last: bool) -> tuple[list[int], list[int]]:
-        """A turn up to and with its stop token, and what follows that. A last turn without one gets an EOS."""
+    def _turn(self, text: str, turn: Turn, column: str, *, last: bool) -> tuple[list[int], int]:
+        """A turn's ids up to and with its stop token, and where in the text that ends. A last one may get an EOS."""
+        ids = self._piece(text, turn.start, turn.end)
         for stop in (self._turn_end, self._eos):
             if stop is not None and stop in ids:
-                end = len(ids) - ids[::-1].index(stop)
-                return ids[:end], ids[end:]
+                word = self._tokenizer.convert_ids_to_tokens(stop)
+                if (at := text.rfind(word, turn.start, turn.end)) >= 0:
+                    return ids[: len(ids) - ids[::-1].index(stop)], at + len(word)
         if not last:
             raise BadRow(column, UNSTOPPED)
-        return [*ids, self._eos], []
+        return [*ids, self._eos], turn.end
 
     def _piece(self, text: str, start: int, end: int) -> list[int]:
         return self._continuation(text[:start][-TAIL:], text[start:end]) if start else self._ids(text[:end])
 
-    def _opened(self, prompt: Content) -> tuple[str, list[int]]:
+    def _opened(self, prompt: Content, tools: Tools | None) -> tuple[str, list[int]]:
         if isinstance(prompt, str):
             return prompt, self._begun(prompt, "prompt")
-        text = self._chat.prompt(prompt, "prompt")
+        text = self._chat.prompt(prompt, "prompt", tools)
         return text, self._ids(text)
 
     def _tokenized(self, text: str) -> list[int]:

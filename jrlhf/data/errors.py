@@ -29,6 +29,18 @@ class BadRow(ValueError):
         super().__init__(self.reason + detail)
 
 
+def absent(row: Mapping[str, Any], *columns: str, rest: str) -> BadRow:
+    """That a row has no value in any of these columns: a null cell is said to be one, not a column that is missing.
+
+    ``rest`` says what follows from it, such as "; the row has prompt".
+    """
+    empty = [column for column, value in row.items() if value is None and column in columns]
+    if not empty:
+        return BadRow(columns[0], f"no such column{rest}")
+    others = f", and so {'is' if len(empty) == 2 else 'are'} {', '.join(empty[1:])}" if empty[1:] else ""
+    return BadRow(empty[0], f"is empty (null){others}{rest if len(columns) == 1 else ''}")
+
+
 class LeftOut(BadRow):
     """A good row that is not for the stage at hand, such as an answer labelled bad in SFT: counted, never an error."""
 
@@ -50,7 +62,7 @@ class Notes:
         """Warn of each note with its share of all rows, in the order of their counts."""
         for note in sorted(self.counts, key=self.counts.__getitem__, reverse=True):
             count = self.counts[note]
-            share = f"{count:,} of {rows:,} rows ({100 * count / max(rows, 1):.2g} %)"
+            share = f"{count:,} of {rows:,} rows ({100 * count / max(rows, 1):.3g} %)"
             log.warning("%s: %s: %s (first: %s)", self._name, share, note, self.first[note])
 
 

@@ -1,23 +1,29 @@
 """The shapes in which people keep their data, each brought to one form.
 
-TRL's names: ``{"text"}``, ``{"messages"}``, ``{"prompt", "completion"}``,
+TRL's names: ``{"text"}``, ``{"messages"}``, ``{"prompt", "completion", "label"?}``,
 ``{"prompt"?, "chosen", "rejected", "margin"?}``, ``{"prompt"}``; ours besides:
 ``{"prompt"?, "completions": [...], "ranks": [...], "margin"?}``. Prompts and answers are strings or chat messages;
-conversations and hh-rlhf transcripts imply their prompt.
+conversations and hh-rlhf transcripts imply their prompt. ShareGPT's ``{"conversations"}`` are read where messages are,
+Alpaca's ``{"instruction", "input"?}`` where a prompt is, its ``output`` where a completion is: see
+``jrlhf.data.foreign``. ``tools`` beside messages are the functions that they may call.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jrlhf.data.errors import BadRow
+from jrlhf.data.errors import BadRow, LeftOut, absent
+from jrlhf.data.foreign import instruction, is_instruction, output_column, sharegpt, turns_of
+from jrlhf.data.labels import label_of, margin_of, ranks_of
+from jrlhf.data.messages import Content, Message, Tools, checked_content, tools_of
+from jrlhf.data.repeats import Note, apart, prompt_in_transcripts, without_turns
 
-Message = dict[str, Any]
-Content = str | list[Message]
-
-LARGEST = 2**31
-"""Ranks and margins stay below it, as they become int32 and float32."""
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+SFT_FORMS = "messages, conversations, prompt and completion, instruction and output, or chosen and rejected"
+UNPAIRED = "an answer by itself makes no pair; a reward model needs chosen and rejected, or completions and ranks"
+BAD_ANSWER = "false, so the answer is not learnt"
+COMPARED = ("chosen", "rejected", "completions")
+ANSWERS = ("text", "messages", "conversations", "completion", "output", "response")
+PROMPTS = ("messages", "conversations", "instruction")
+PROMPT_FORMS = "messages, conversations, instruction, or chosen and rejected"
 
 
 class Answered(NamedTuple):
@@ -25,6 +31,7 @@ class Answered(NamedTuple):
 
     prompt: Content | None
     completion: Content
+    tools: Tools | None = None
 
 
 class Ranking(NamedTuple):
@@ -34,148 +41,191 @@ class Ranking(NamedTuple):
     completions: list[Content]
     ranks: list[int]
     margin: float
+    tools: Tools | None = None
 
 
-def parse_sft(row: Mapping[str, Any]) -> Answered:
-    """A row to learn from; of a preference, the chosen answer."""
-    if _has(row, "messages"):
-        return Answered(None, _messages(row))
-    if _has(row, "completion"):
-        return Answered(_prompt(row), _content(row, "completion"))
-    if _has(row, "text"):
-        return Answered(None, _string(row, "text"))
-    if _has(row, "chosen"):
-        prompt, chosen, _ = _preference(row)
-        return Answered(prompt, chosen)
-    raise BadRow("text", f"no such column, nor messages, completion or chosen; the row has {_columns(row)}")
+def silent(note: str) -> None:
+    """Take no note."""
 
 
-def parse_ranking(row: Mapping[str, Any]) -> Ranking:
+def parse_sft(row: Mapping[str, Any], *, chat: bool = True, note: Note = silent) -> Answered:
+    """A row to learn from; of a preference, the chosen answer.
+
+    ``chat``: whether there is a chat template, which decides how an Alpaca row asks. ``note`` hears what was done to
+    the row. ``LeftOut`` where a label says that the answer is a bad one.
+    """
+    return _answered(row, chat, note, learnt=True)
+
+
+def parse_ranking(row: Mapping[str, Any], *, chat: bool = True, note: Note = silent) -> Ranking:
     """A preference is a ranking of two. ``BadRow`` where no answer is strictly better than another."""
-    margin = _margin(row.get("margin"))
+    margin = margin_of(row.get("margin"))
     if _has(row, "chosen") or _has(row, "rejected"):
-        prompt, chosen, rejected = _preference(row)
+        prompt, chosen, rejected = _preference(row, chat, note)
         if chosen == rejected:
             raise BadRow("chosen", "the same as rejected")
-        return Ranking(prompt, [chosen, rejected], [0, 1], margin)
+        return Ranking(prompt, [chosen, rejected], [0, 1], margin, _tools(row, prompt, chosen))
     if not _has(row, "completions"):
-        raise BadRow("chosen", f"no such column, nor completions; the row has {_columns(row)}")
+        if _has(row, "label"):
+            raise BadRow("label", UNPAIRED)
+        raise absent(row, *COMPARED, rest=f", nor completions; the row has {_columns(row)}")
     completions = row["completions"]
     if not isinstance(completions, list):
         raise BadRow("completions", f"expected a list, found {type(completions).__name__}")
     if len(completions) < 2:
         raise BadRow("completions", "fewer than two, so there is nothing to rank")
-    answers = [_checked(answer, f"completions[{i}]") for i, answer in enumerate(completions)]
-    ranks = _ranks(row, len(answers))
+    answers = [_answer(answer, f"completions[{i}]") for i, answer in enumerate(completions)]
+    ranks = ranks_of(row, len(answers))
     if len(set(ranks)) == 1:
         raise BadRow("ranks", "all tied, so there is no pair")
+    prompt, answers = apart(_asked(row, chat), answers, note)
+    for i, answer in enumerate(answers):
+        _check_left(answer, f"completions[{i}]")
     if any(a == b and r != s for a, r in zip(answers, ranks, strict=True) for b, s in zip(answers, ranks, strict=True)):
         raise BadRow("completions", "two of them are the same and of unequal rank")
-    return Ranking(_prompt(row) if _has(row, "prompt") else None, answers, ranks, margin)
+    return Ranking(prompt, answers, ranks, margin, _tools(row, prompt, answers[0]))
 
 
-def parse_prompt(row: Mapping[str, Any]) -> Content:
+def parse_prompt(row: Mapping[str, Any], *, chat: bool = True) -> Content:
     """The prompt that ``parse_sft`` would see; of a conversation, all before its last assistant turn."""
     if _has(row, "messages"):
-        messages = _messages(row)
-        return messages[: last_assistant(messages)] or _checked([], "messages")
+        return _before_answer(row, "messages")
     if _has(row, "chosen") and _has(row, "rejected"):
-        prompt, _, _ = _preference(row)
+        prompt, _, _ = _preference(row, chat, silent)
         if prompt is not None:
             return prompt
-        raise BadRow("prompt", "no such column, and chosen and rejected do not imply one")
-    if _has(row, "prompt"):
-        return _prompt(row)
-    raise BadRow("prompt", f"no such column, nor messages or chosen and rejected; the row has {_columns(row)}")
+        raise absent(row, "prompt", rest=", and chosen and rejected do not imply one")
+    if _has(row, "conversations"):
+        return _before_answer(row, "conversations")
+    if (prompt := _asked(row, chat)) is not None:
+        return prompt
+    raise absent(row, "prompt", *PROMPTS, *COMPARED, rest=f", nor {PROMPT_FORMS}; the row has {_columns(row)}")
 
 
-def parse_answers(row: Mapping[str, Any]) -> list[Answered]:
+def parse_tools(row: Mapping[str, Any], prompt: Content) -> Tools | None:
+    """The functions that may be called in answer to the prompt of ``parse_prompt``."""
+    return _tools(row, prompt)
+
+
+def parse_answers(row: Mapping[str, Any], *, chat: bool = True, note: Note = silent) -> list[Answered]:
     """Every answer in a row, to be scored one by one. A policy may answer with nothing: that has a score too."""
     if _has(row, "completions"):
-        prompt = _prompt(row) if _has(row, "prompt") else None
-        completions = row["completions"]
+        prompt, completions = _asked(row, chat), row["completions"]
         if not isinstance(completions, list) or not completions:
             raise BadRow("completions", "expected a list with at least one answer")
-        silent = [prompt is not None and isinstance(answer, str) and not answer.strip() for answer in completions]
-        return [
-            Answered(prompt, answer if silent[i] else _checked(answer, f"completions[{i}]"))
-            for i, answer in enumerate(completions)
-        ]
+        empty = [prompt is not None and isinstance(answer, str) and not answer.strip() for answer in completions]
+        answers = [answer if empty[i] else _answer(answer, f"completions[{i}]") for i, answer in enumerate(completions)]
+        prompt, answers = apart(prompt, answers, note)
+        return [Answered(prompt, answer, _tools(row, prompt, answer)) for answer in answers]
     if _has(row, "chosen") and _has(row, "rejected"):
-        prompt, chosen, rejected = _preference(row)
-        return [Answered(prompt, chosen), Answered(prompt, rejected)]
-    return [parse_sft(row)]
+        prompt, chosen, rejected = _preference(row, chat, note)
+        return [Answered(prompt, answer, _tools(row, prompt, answer)) for answer in (chosen, rejected)]
+    return [_answered(row, chat, note, learnt=False)]
 
 
-def _preference(row: Mapping[str, Any]) -> tuple[Content | None, Content, Content]:
+def _answered(row: Mapping[str, Any], chat: bool, note: Note, *, learnt: bool) -> Answered:
+    """``learnt``: a label is heeded."""
+    if _has(row, "messages"):
+        return _whole(row, "messages", learnt)
+    if _has(row, "completion"):
+        if learnt and _has(row, "label") and not label_of(row["label"]):
+            raise LeftOut("label", BAD_ANSWER)
+        prompt, completion = _prompt(row), _content(row, "completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            [completion] = without_turns(prompt, [completion], note)
+        return Answered(prompt, completion, _tools(row, prompt, completion))
+    if _has(row, "conversations"):
+        return _chosen(row, chat, note) if _has(row, "chosen") else _whole(row, "conversations", learnt)
+    if is_instruction(row) and (column := output_column(row)) is not None:
+        _heed_label(row, learnt)
+        prompt, completion = instruction(row, chat=chat), checked_content(row[column], column)
+        return Answered(prompt, completion, _tools(row, prompt))
+    if _has(row, "text"):
+        return Answered(None, _string(row, "text"))
+    if _has(row, "chosen"):
+        return _chosen(row, chat, note)
+    raise absent(row, *ANSWERS, *COMPARED, rest=f", nor {SFT_FORMS}; the row has {_columns(row)}")
+
+
+def _whole(row: Mapping[str, Any], column: str, learnt: bool) -> Answered:
+    """The conversation that is the whole row."""
+    _heed_label(row, learnt)
+    messages = _conversation(row, column)
+    return Answered(None, messages, _tools(row, messages))
+
+
+def _chosen(row: Mapping[str, Any], chat: bool, note: Note) -> Answered:
+    prompt, chosen, _ = _preference(row, chat, note)
+    return Answered(prompt, chosen, _tools(row, prompt, chosen))
+
+
+def _heed_label(row: Mapping[str, Any], learnt: bool) -> None:
+    """Beside a conversation or an instruction only true and false are labels of that kind: numbers may be classes."""
+    if learnt and row.get("label") is False:
+        raise LeftOut("label", BAD_ANSWER)
+
+
+def _preference(row: Mapping[str, Any], chat: bool, note: Note) -> tuple[Content | None, Content, Content]:
     chosen, rejected = _content(row, "chosen"), _content(row, "rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        return _conversations(row, chosen, rejected)
-    if isinstance(chosen, list) or isinstance(rejected, list):
+    if isinstance(chosen, list) is not isinstance(rejected, list):
         raise BadRow("rejected", "chosen and rejected are not of one kind (string or messages)")
+    prompt = _asked(row, chat)
+    if (parts := prompt_in_transcripts(prompt, chosen, rejected, note)) is not None:
+        return parts
+    prompt, (chosen, rejected) = apart(prompt, [chosen, rejected], note, implied=True)
+    _check_left(chosen, "chosen")
+    _check_left(rejected, "rejected")
+    return prompt, chosen, rejected
+
+
+def _check_left(answer: Content, column: str) -> None:
+    if isinstance(answer, str) and not answer.strip():
+        raise BadRow(column, "repeats the prompt and says nothing else")
+
+
+def _conversation(row: Mapping[str, Any], column: str) -> list[Message]:
+    if column == "conversations":
+        return sharegpt(row, column)
+    messages = checked_content(row[column], column)
+    if isinstance(messages, str):
+        raise BadRow(column, "expected a list of messages, found a string")
+    return messages
+
+
+def _before_answer(row: Mapping[str, Any], column: str) -> Content:
+    messages = _conversation(row, column)
+    return messages[: last_assistant(messages)] or checked_content([], column)
+
+
+def _asked(row: Mapping[str, Any], chat: bool) -> Content | None:
+    """The prompt beside answers, if there is one."""
+    if _has(row, "conversations"):
+        return _open(sharegpt(row, "conversations"), "conversations")
     if _has(row, "prompt"):
-        return _prompt(row), chosen, rejected
-    return _transcripts(chosen, rejected)
+        return _prompt(row)
+    return instruction(row, chat=chat) if is_instruction(row) else None
 
 
-def _conversations(
-    row: Mapping[str, Any], chosen: list[Message], rejected: list[Message]
-) -> tuple[Content | None, Content, Content]:
-    """Both may hold the prompt too, beside a column for it or without one; then it is what they share."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    while shared and chosen[shared - 1]["role"] == "assistant":
-        shared -= 1
-    if _has(row, "prompt"):
-        prompt = _prompt(row)
-        if isinstance(prompt, list) and prompt != chosen[:shared][: len(prompt)]:
-            return prompt, chosen, rejected
-        if isinstance(prompt, str) and prompt not in [message["content"] for message in chosen[:shared]]:
-            raise BadRow("prompt", "a string, but chosen and rejected are messages that do not share it")
-    return (chosen[:shared] or None), chosen[shared:], rejected[shared:]
+def _prompt(row: Mapping[str, Any]) -> Content:
+    return _open(_content(row, "prompt"), "prompt")
 
 
-def _transcripts(chosen: str, rejected: str) -> tuple[str | None, str, str]:
-    r"""hh-rlhf: both hold the whole dialogue; the prompt is all up to and with the last shared ``\n\nAssistant:``."""
-    if not (chosen.startswith(HUMAN) and rejected.startswith(HUMAN)):
-        return None, chosen, rejected
-    shared = 0
-    for a, b in zip(chosen, rejected, strict=False):
-        if a != b:
-            break
-        shared += 1
-    end = chosen.rfind(ASSISTANT, 0, shared)
-    if end < 0:
-        raise BadRow("chosen", "the transcripts share no turn of the assistant")
-    end += len(ASSISTANT)
-    if not (chosen[end:].strip() and rejected[end:].strip()):
-        raise BadRow("chosen" if rejected[end:].strip() else "rejected", "the last answer is empty")
-    return chosen[:end], chosen[end:], rejected[end:]
+def _open(prompt: Content, column: str) -> Content:
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise BadRow(column, "ends with an assistant turn, so there is nothing left to answer")
+    return prompt
 
 
-def _margin(value: Any) -> float:
-    """A number, also as CSV has it; 0 where there is none."""
-    if value is None or value == "":
-        return 0.0
-    try:
-        margin = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-    except (ValueError, OverflowError):
-        margin = None
-    if margin is None or not abs(margin) < LARGEST:
-        raise BadRow("margin", "expected a number", f", found {value!r}")
-    return margin
+def _tools(row: Mapping[str, Any], *texts: Content | None) -> Tools | None:
+    tools = tools_of(row)
+    if tools is not None and not any(isinstance(text, list) for text in texts):
+        raise BadRow("tools", "beside a plain text, which no chat template sees; give the prompt as messages")
+    return tools
 
 
-def _ranks(row: Mapping[str, Any], count: int) -> list[int]:
-    ranks = row.get("ranks")
-    if ranks is None:
-        raise BadRow("ranks", "no such column; give each completion its rank, 0 for the best")
-    if not isinstance(ranks, list) or len(ranks) != count:
-        raise BadRow("ranks", f"expected {count} ranks, one a completion")
-    if any(isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < LARGEST for rank in ranks):
-        raise BadRow("ranks", "expected whole numbers, 0 for the best", f", found {ranks}")
-    return ranks
+def last_assistant(messages: list[Message]) -> int:
+    """Its index; the number of messages where there is none."""
+    return max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
 
 
 def _has(row: Mapping[str, Any], column: str) -> bool:
@@ -187,63 +237,18 @@ def _columns(row: Mapping[str, Any]) -> str:
     return ", ".join(column for column in row if _has(row, column)) or "no columns"
 
 
-def _prompt(row: Mapping[str, Any]) -> Content:
-    prompt = _content(row, "prompt")
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise BadRow("prompt", "ends with an assistant turn, so there is nothing left to answer")
-    return prompt
-
-
-def _messages(row: Mapping[str, Any]) -> list[Message]:
-    messages = _content(row, "messages")
-    if isinstance(messages, str):
-        raise BadRow("messages", "expected a list of messages, found a string")
-    return messages
-
-
-def last_assistant(messages: list[Message]) -> int:
-    """Its index; the number of messages where there is none."""
-    return max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
-
-
 def _content(row: Mapping[str, Any], column: str) -> Content:
     if not _has(row, column):
-        raise BadRow(column, f"no such column; the row has {_columns(row)}")
-    return _checked(row[column], column)
+        raise absent(row, column, rest=f"; the row has {_columns(row)}")
+    return _answer(row[column], column)
+
+
+def _answer(value: Any, column: str) -> Content:
+    return checked_content(turns_of(value, column), column)
 
 
 def _string(row: Mapping[str, Any], column: str) -> str:
     value = _content(row, column)
     if not isinstance(value, str):
         raise BadRow(column, "expected a string, found messages")
-    return value
-
-
-def _checked(value: Any, column: str) -> Content:
-    if isinstance(value, str):
-        return _text(value, column)
-    if not isinstance(value, list):
-        raise BadRow(column, f"expected a string or a list of messages, found {type(value).__name__}")
-    if not value:
-        raise BadRow(column, "is empty")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRow(f"{column}[{i}]", 'expected a message {"role", "content"}')
-        if not isinstance(message.get("content"), str):
-            raise BadRow(f"{column}[{i}].content", "expected a string")
-        # Some data sets give every conversation a system turn that says nothing.
-        if message["content"] or message["role"] != "system":
-            _text(message["content"], f"{column}[{i}].content")
-    return [{key: field for key, field in message.items() if field is not None} for message in value]
-
-
-def _text(value: str, column: str) -> str:
-    if not value.strip():
-        raise BadRow(column, "is empty")
-    if "\x00" in value:
-        raise BadRow(column, "holds a NUL character")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(column, "holds half of a surrogate pair, which is no text") from None
     return value

@@ -1,7 +1,7 @@
 """Rows as a stage would see them, one by one, and counts of what is odd about them."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain, combinations
@@ -10,17 +10,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from jrlhf.config import DataConfig
-from jrlhf.data.errors import BadRow, DataError, Placed, Row
+from jrlhf.data.errors import BadRow, DataError, LeftOut, Placed, Row
 from jrlhf.data.formats import parse_prompt
-from jrlhf.data.load import Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
+from jrlhf.data.kinds import CUT, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
 from jrlhf.data.tokenizer import Tokenizer, stop_token_ids
 
 KindName = Literal["sft", "reward", "prompts"]
 UNCUT = 2**31 - 1
 """A max_length that cuts nothing."""
-TEXTS = ("prompt", "completion", "completions", "text", "messages", "chosen", "rejected")
+COMPARED = {"chosen", "rejected", "completions"}
+PROMPTS = {"prompt", "instruction"}
+ANSWERED = {"completion", "output", "response", "text", "messages", "conversations"}
+"""Columns by which a row's purpose is guessed; ``jrlhf.data.formats`` says what each holds."""
+SPEAKERS = ("role", "from")
 
-CUT = "cut to max_length"
 UNSTOPPED = "no stop token in what is learnt"
 UNENDED = "an answer without its stop token"
 REPEATED = "the very tokens of an earlier row"
@@ -46,6 +49,10 @@ class Seen(NamedTuple):
     place: str
     sequences: list[Sequence]
     ranks: list[int]
+    unread: Collection[str] = ()
+    """Columns and message fields that nothing reads."""
+    notes: Collection[str] = ()
+    """What loading notes of such a row, but that it is cut."""
 
 
 class Lens:
@@ -77,7 +84,9 @@ class Lens:
             marked = [encoded.flat["learnt"]]
         else:
             marked = _differing(tokens, whole) if ranks else [np.zeros(len(ids), np.bool_) for ids in tokens]
-        return Seen(place, [Sequence(*parts) for parts in zip(tokens, marked, whole, strict=True)], list(ranks))
+        sequences = [Sequence(*parts) for parts in zip(tokens, marked, whole, strict=True)]
+        notes = [note for note in encoded.notes if note != CUT]
+        return Seen(place, sequences, list(ranks), self._cut.unread(row), notes)
 
 
 def _differing(rows: list[np.ndarray], whole: list[np.ndarray]) -> list[np.ndarray]:
@@ -96,10 +105,10 @@ def _shared(rows: list[np.ndarray]) -> int:
 
 def kind_of(row: Row) -> KindName:
     """What a row is for, by its columns."""
-    has = {column for column in TEXTS if row.get(column) is not None}
-    if has & {"chosen", "rejected", "completions"}:
+    has = {column for column in row if row[column] is not None}
+    if has & COMPARED:
         return "reward"
-    return "prompts" if has == {"prompt"} else "sft"
+    return "prompts" if has & PROMPTS and not has & ANSWERED else "sft"
 
 
 def first_row(rows: Iterable[Placed]) -> tuple[Row, Iterator[Placed]]:
@@ -132,6 +141,11 @@ class Tally:
     kind: KindName
     odd: dict[str, Count] = field(init=False)
     bad: dict[str, Count] = field(default_factory=dict)
+    left_out: dict[str, Count] = field(default_factory=dict)
+    """Good rows that are not for the stage, by reason."""
+    noted: dict[str, Count] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
+    """Rows that have a column, or a message field, that nothing reads; by its name."""
     error: str = ""
     """The first bad row: where it stands, and what is wrong with it."""
     rows: int = 0
@@ -154,6 +168,9 @@ class Tally:
         self.odd = {name: Count() for name in (CUT, *ends, REPEATED, SAME_PROMPT, UNKNOWN, PADDED, CONTROL)}
 
     def refuse(self, place: str, error: BadRow) -> None:
+        if isinstance(error, LeftOut):
+            self.left_out.setdefault(error.reason, Count()).add(place)
+            return
         self.error = self.error or f"{place}: {error}"
         self.bad.setdefault(error.reason, Count()).add(place)
 
@@ -164,6 +181,10 @@ class Tally:
             self.learnt += int(marked.sum()) if self.kind == "sft" else 0
             self.cut += len(whole) - len(ids)
         self._compare(seen)
+        for note in seen.notes:
+            self.noted.setdefault(note, Count()).add(seen.place)
+        for name in seen.unread:
+            self.unread[name] = self.unread.get(name, 0) + 1
         for name, holds in self._oddities(seen, row):
             if holds:
                 self.odd[name].add(seen.place)
@@ -173,7 +194,7 @@ class Tally:
         yield CUT, any(len(s.whole) > len(s.tokens) for s in seen.sequences)
         yield UNKNOWN, bool(np.isin(ids, [-1 if (i := self.tokenizer.unk_token_id) is None else i]).any())
         yield PADDED, bool((ids == self.tokenizer.pad_token_id).any())
-        yield CONTROL, any(self._special.search(text) for text in texts_of(row))
+        yield CONTROL, any(self._special.search(text) for text in texts_of(row, seen.unread))
         parts = [part for s in seen.sequences for part in (s.tokens.tobytes(), b"|")]
         yield REPEATED, _met(self._tokens_seen, b"".join([*parts, repr(seen.ranks).encode()]))
         try:
@@ -195,17 +216,19 @@ class Tally:
                 self.longer_wins += 0.5 if difference == 0 else float(difference > 0)
 
 
-def texts_of(value: Any) -> Iterator[str]:
-    """Every string a stage reads of a row."""
+def texts_of(row: Row, unread: Collection[str]) -> Iterator[str]:
+    """Every string of a row that a stage reads, but who speaks."""
+    return chain.from_iterable(_strings(value) for column, value in row.items() if column not in unread)
+
+
+def _strings(value: Any) -> Iterator[str]:
     match value:
         case str():
             yield value
         case list():
-            yield from chain.from_iterable(map(texts_of, value))
-        case {"role": _, "content": content}:
-            yield from texts_of(content)
+            yield from chain.from_iterable(map(_strings, value))
         case dict():
-            yield from chain.from_iterable(texts_of(value[column]) for column in TEXTS if column in value)
+            yield from chain.from_iterable(_strings(inner) for key, inner in value.items() if key not in SPEAKERS)
 
 
 def _met(known: set[bytes], what: bytes) -> bool:

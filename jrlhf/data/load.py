@@ -1,64 +1,36 @@
 """Sources and a config to rows: parse, tokenise, cut, and account for every row that cannot be used."""
 
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from jrlhf.config import DataConfig, Sources
 from jrlhf.data.cache import cache_folder, cache_key, cached
-from jrlhf.data.columns import Encoded, Schema, Table, Writer, in_memory, joined
-from jrlhf.data.encode import Encoder
+from jrlhf.data.columns import Encoded, Table, Writer, in_memory, joined
 from jrlhf.data.errors import BadRow, Row, Skips
-from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft
+from jrlhf.data.kinds import CUT, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind, texts_kind
 from jrlhf.data.order import Part
 from jrlhf.data.ragged import Objects, Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.sources import Source, open_source
+from jrlhf.data.stamps import SourceRows, stamps
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.data.unread import unread_of
 from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
+from jrlhf.models import STOP_TOKEN, Reading
 from jrlhf.parallel import same_everywhere
 
 log = logging.getLogger("jrlhf.data")
 
-TrainOn = Literal["completion", "assistant", "all"]
-
 NOT_OF_ROWS = ("train", "eval", "buckets", "cache")
 """The settings that change no row of a source; every other one has a part in the cache's key."""
 
-CUT = "cut to max_length"
-"""The note of rows that lost tokens, which are counted in ``rows.cut``."""
-
 PATIENCE = 10.0
 """Seconds between lines that say how far a long source is."""
-
-
-def sft_kind(config: DataConfig, tokenizer: Tokenizer, *, train_on: TrainOn) -> "Kind":
-    """How ``load_sft`` makes its rows."""
-    encoder = Encoder(tokenizer)
-
-    def encode(row: Row) -> Encoded:
-        segments = encoder.segments(parse_sft(row), every_turn=train_on == "assistant")
-        tokens = np.asarray([token for segment in segments for token in segment.ids], np.int32)
-        learnt = np.repeat([s.answer or train_on == "all" for s in segments], [len(s.ids) for s in segments])
-        # Nothing predicts a row's first token.
-        learnt[0] = False
-        if not learnt[: config.max_length].any():
-            reason = f"the first token to learn is beyond max_length ({config.max_length}), so nothing would be learnt"
-            raise BadRow("completion", reason)
-        encoded = {"tokens": [tokens[: config.max_length]]}, {"learnt": learnt[: config.max_length]}
-        return Encoded(*encoded, cut_note([len(tokens)], config.max_length))
-
-    schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
-    return Kind("sft", {"train_on": train_on}, schema, encode, unread_of("sft", tokenizer))
 
 
 def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
@@ -70,25 +42,6 @@ def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, trai
     # The mask's rows end where the tokens' do.
     masks = [table.ragged["tokens"]._replace(flat=table.flat["learnt"]) for table in loaded.tables]
     return SFTRows(tokens, Ragged(masks), _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
-
-
-def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> "Kind":
-    """How ``load_rankings`` makes its rows."""
-    encoder = Encoder(tokenizer)
-
-    def encode(row: Row) -> Encoded:
-        prompt, completions, ranks, margin = parse_ranking(row)
-        pairs = [encoder.answered(Answered(prompt, completion)) for completion in completions]
-        tokens = [encoder.fitted(before, after, config.max_length) for before, after in pairs]
-        texts = [ids.tobytes() for ids in tokens]
-        if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
-            reason = f"two answers of unequal rank have the same tokens, of which max_length allows {config.max_length}"
-            raise BadRow("completions" if "completions" in row else "chosen", reason)
-        longest = {"margin": [margin], "longest": [max(map(len, tokens))]}
-        return Encoded({"tokens": tokens, "ranks": [ranks]}, longest, cut_note(map(_total, pairs), config.max_length))
-
-    schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
-    return Kind("rankings", {}, schema, encode, unread_of("rankings", tokenizer))
 
 
 def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
@@ -106,38 +59,6 @@ def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) ->
     )
 
 
-class Columns(NamedTuple):
-    """The columns of a prompt's row, besides the prompt, that are kept in ``shown``."""
-
-    needed: tuple[str, ...] = ()
-    """A row without one of them is bad."""
-    optional: tuple[str, ...] = ()
-    """Kept where a row has them."""
-    every: bool = False
-    """Keep all that a row has."""
-
-
-def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> "Kind":
-    """How ``load_prompts`` makes its rows."""
-    encoder = Encoder(tokenizer)
-
-    def encode(row: Row) -> Encoded:
-        prompt = parse_prompt(row)
-        for name in columns.needed:
-            if row.get(name) is None:
-                raise BadRow(name, "no such column, but a rule of ppo.rewards reads it")
-        kept = row if columns.every else (*columns.needed, *columns.optional)
-        others = {name: row[name] for name in kept if name in row}
-        whole = encoder.prompt(prompt)
-        tokens = encoder.fitted(whole, [], config.max_length)
-        encoded = {"tokens": [tokens], "shown": [_json(others | {"prompt": prompt})]}
-        return Encoded(encoded, {}, cut_note([len(whole)], config.max_length))
-
-    settings = columns._asdict() if any(columns) else {}
-    unread = unread_of("prompts", tokenizer, (*columns.needed, *columns.optional))
-    return Kind("prompts", settings, SHOWN, encode, (lambda row: []) if columns.every else unread)
-
-
 def load_prompts(
     config: DataConfig, sources: Sources, tokenizer: Tokenizer, columns: Columns | None = None
 ) -> PromptRows:
@@ -148,54 +69,19 @@ def load_prompts(
     return PromptRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
 
-def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> TextRows:
-    """Every answer in the rows, one after the other, to be scored."""
-    encoder = Encoder(tokenizer)
-
-    def encode(row: Row) -> Encoded:
-        tokens, texts, totals = [], [], []
-        for answer in parse_answers(row):
-            before, after = encoder.answered(answer)
-            given = {"completion": answer.completion}
-            texts.append(_json(given if answer.prompt is None else {"prompt": answer.prompt} | given))
-            tokens.append(encoder.fitted(before, after, config.max_length))
-            totals.append(len(before) + len(after))
-        return Encoded({"tokens": tokens, "shown": texts}, {}, cut_note(totals, config.max_length))
-
-    loaded = _load(config, sources, tokenizer, Kind("texts", {}, SHOWN, encode, unread_of("texts", tokenizer)))
+def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer, reading: Reading = STOP_TOKEN) -> TextRows:
+    """Every answer in the rows, one after the other, to be scored by a reward model of that ``reading``."""
+    loaded = _load(config, sources, tokenizer, texts_kind(config, tokenizer, reading))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
     return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
 
 
-def cut_note(lengths: Iterable[int], max_length: int) -> list[str]:
-    """What is noted of a row whose sequences have so many tokens before they are cut."""
-    return [CUT] if any(length > max_length for length in lengths) else []
-
-
-def _total(pair: tuple[list[int], list[int]]) -> int:
-    return len(pair[0]) + len(pair[1])
-
-
-SHOWN = Schema(ragged={"tokens": np.int32, "shown": np.uint8}, flat={})
-"""Rows that are shown beside their answers or scores: as JSON, so that none is an object in memory."""
-
-
-class Kind(NamedTuple):
-    """How a stage wants its rows: the name and settings go into the cache's key."""
-
-    name: str
-    settings: Mapping[str, Any]
-    schema: Schema
-    encode: Callable[[Row], Encoded]
-    unread: Callable[[Row], list[str]]
-    """The names in a row that nothing reads."""
-
-
 class Loaded(NamedTuple):
-    """A table a source, and the weights they are mixed by."""
+    """A table a source, the weights they are mixed by, and what their rows are known by."""
 
     tables: list[Table]
     weights: list[float]
+    sources: list[SourceRows]
 
     def ragged(self, name: str) -> Ragged:
         return Ragged([table.ragged[name] for table in self.tables])
@@ -211,7 +97,7 @@ class Loaded(NamedTuple):
         for table in self.tables:
             skipped.update(table.skipped)
         cut = sum(table.notes.get(CUT, 0) for table in self.tables)
-        return Account(skipped=dict(skipped), parts=parts, cut=cut)
+        return Account(skipped=dict(skipped), parts=parts, cut=cut, sources=self.sources)
 
 
 class Account(TypedDict):
@@ -220,28 +106,24 @@ class Account(TypedDict):
     skipped: dict[str, int]
     parts: list[Part]
     cut: int
+    sources: list[SourceRows]
 
 
 def _load(config: DataConfig, sources: Sources, tokenizer: Tokenizer, kind: Kind) -> Loaded:
     weighted = {sources: 1.0} if isinstance(sources, str) else sources
-    tables = [_table(config, source, tokenizer, kind) for source in weighted]
+    opened = [open_source(source) for source in weighted]
+    # Taken before a row is read: a file that changes meanwhile is then another one.
+    files = [stamps(source.files) for source in opened]
+    tables = [_table(config, source, tokenizer, kind) for source in opened]
     # Hosts with files of their own would put together batches of rows that are not the same ones.
-    same_everywhere(f"rows of {', '.join(weighted)}", lambda: _digest(tables))
-    return Loaded(tables, list(weighted.values()))
+    same_everywhere(f"rows of {', '.join(weighted)}", lambda: " ".join(table.digest for table in tables))
+    known = zip(weighted, tables, files, opened, strict=True)
+    sources_of = [SourceRows(name, table.digest, at, source.local) for name, table, at, source in known]
+    return Loaded(tables, list(weighted.values()), sources_of)
 
 
-def _digest(tables: Sequence[Table]) -> str:
-    """Of how many rows there are and how long each is."""
-    digest = sha256()
-    for table in tables:
-        for name in sorted(table.ragged):
-            digest.update(np.ascontiguousarray(table.ragged[name].lengths).tobytes())
-    return digest.hexdigest()
-
-
-def _table(config: DataConfig, source: str, tokenizer: Tokenizer, kind: Kind) -> Table:
+def _table(config: DataConfig, opened: Source, tokenizer: Tokenizer, kind: Kind) -> Table:
     """The rows of one source, from the cache or into it where the config asks for one."""
-    opened = open_source(source)
     folder = cache_folder(config.cache, opened.files)
     if folder is None:
         return in_memory(kind.schema, lambda writer: _each(config, opened, kind, writer))
@@ -273,11 +155,6 @@ def _each(config: DataConfig, source: Source, kind: Kind, writer: Writer) -> Ski
             said = now
             log.info("%s: %d rows tokenised, %d a second", source.name, writer.rows, writer.rows / (now - start))
     return skips
-
-
-def _json(value: Mapping[str, Any]) -> np.ndarray:
-    """As bytes of a JSON text; what JSON does not know, such as the date in a Parquet cell, as a string."""
-    return np.frombuffer(json.dumps(value, default=str).encode(), np.uint8)
 
 
 def _pad(tokenizer: Tokenizer) -> int:

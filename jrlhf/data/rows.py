@@ -1,8 +1,8 @@
 """Tokenised rows, and the padded NumPy batches made of them.
 
 Every kind of rows has ``buckets``, the padded lengths of its batches; ``pad``, the token that fills them up;
-``skipped``, rows left out by reason; ``cut``, how many rows of the sources lost tokens to ``max_length``; and
-``parts``, the sources it holds one after the other, for ``Order``.
+``skipped``, rows left out by reason; ``cut``, how many rows of the sources lost tokens to ``max_length``;
+``parts``, the sources it holds one after the other, for ``Order``; and ``sources``, what each of them is known by.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from jrlhf.data.order import Part
 from jrlhf.data.ragged import Ragged
+from jrlhf.data.stamps import SourceRows
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.types import RankingBatch, SFTBatch
 
@@ -39,6 +40,7 @@ class SFTRows:
     skipped: dict[str, int]
     parts: Sequence[Part]
     cut: int = 0
+    sources: Sequence[SourceRows] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -80,6 +82,7 @@ class RankingRows:
     skipped: dict[str, int]
     parts: Sequence[Part]
     cut: int = 0
+    sources: Sequence[SourceRows] = ()
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -119,6 +122,7 @@ class _Shown:
     skipped: dict[str, int]
     parts: Sequence[Part]
     cut: int = 0
+    sources: Sequence[SourceRows] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)

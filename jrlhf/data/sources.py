@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jrlhf import assets
-from jrlhf.data.arrow_files import arrow_rows, is_saved, parquet_rows, saved_files, saved_rows
+from jrlhf.data.arrow_files import arrow_rows, dataset_rows, is_saved, parquet_rows, saved_files, saved_rows
 from jrlhf.data.errors import DataError, Placed
 from jrlhf.data.text_files import BOM, csv_rows, json_rows
 from jrlhf.paths import expanded
@@ -37,6 +37,8 @@ class Source(NamedTuple):
     rows: Iterable[Placed]
     files: tuple[Path, ...] = ()
     """What they are read from, where it can be read again; nothing is read before the first row is asked for."""
+    local: bool = True
+    """Whether they are not a data set of the hub's."""
 
 
 def open_source(source: str) -> Source:
@@ -144,5 +146,6 @@ def _open_hub(source: str) -> Source:
     except Exception as error:  # the network's, the hub's, or the loader's own
         reason = str(error).partition("\n")[0]
         raise DataError(f"{source}: neither a file nor a data set on the hub: {reason}") from error
-    placed = ((f"{source}: row {i}", dict(row)) for i, row in enumerate(rows, 1))
-    return Source(source, placed, tuple(Path(file["filename"]) for file in rows.cache_files))
+    return Source(
+        source, dataset_rows(source, rows), tuple(Path(file["filename"]) for file in rows.cache_files), local=False
+    )

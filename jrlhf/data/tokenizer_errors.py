@@ -29,7 +29,7 @@ def unreadable_sentencepiece(folder: Path) -> str | None:
 def _installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):
         return False
 
 

@@ -3,48 +3,84 @@
 The tables say what ``formats`` and ``chat`` read. What a row has besides is counted while rows are made, named once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import jinja2
 
 from jrlhf.data.chat import template_of
+from jrlhf.data.foreign import INPUTS, OUTPUTS
+from jrlhf.data.messages import FIELDS
 from jrlhf.data.tokenizer import Tokenizer
 
 Shapes = Mapping[tuple[str, ...], frozenset[str]]
 """The columns that are read of a row, by the columns that decide its shape: the first of these that it has all of."""
 
+_SHAREGPT = frozenset({"conversations", "system", "tools"})
+_ALPACA = frozenset({"instruction", *INPUTS, "system", "tools"})
 _ANSWERS: Shapes = {
-    ("messages",): frozenset({"messages"}),
-    ("completion",): frozenset({"prompt", "completion"}),
+    ("messages",): frozenset({"messages", "tools"}),
+    ("completion",): frozenset({"prompt", "completion", "tools"}),
+    ("conversations",): _SHAREGPT,
+    ("instruction", "output"): _ALPACA | set(OUTPUTS),
+    ("instruction", "response"): _ALPACA | set(OUTPUTS),
     ("text",): frozenset({"text"}),
 }
-_PAIR = frozenset({"prompt", "chosen", "rejected"})
+_LEARNT: Shapes = {shape: columns if shape == ("text",) else columns | {"label"} for shape, columns in _ANSWERS.items()}
+_PAIR = frozenset({"chosen", "rejected"})
+
+
+def _asked(*columns: str, reads: Set[str] = frozenset()) -> Shapes:
+    """Shapes that need these columns, by where their prompt stands; ``reads``: what is read besides."""
+    own = frozenset(columns) | reads
+    return {
+        (*columns, "conversations"): own | _SHAREGPT,
+        (*columns, "prompt"): own | {"prompt", "tools"},
+        (*columns, "instruction"): own | _ALPACA,
+        columns: own | {"tools"},
+    }
+
+
 READ_COLUMNS: Mapping[str, Shapes] = {
-    "sft": {**_ANSWERS, ("chosen",): _PAIR},
+    "sft": {
+        ("messages",): _LEARNT[("messages",)],
+        ("completion",): _LEARNT[("completion",)],
+        ("conversations", "chosen"): _SHAREGPT | _PAIR,
+        **_LEARNT,
+        ("chosen", "prompt"): _PAIR | {"prompt", "tools"},
+        ("chosen", "instruction"): _PAIR | _ALPACA,
+        ("chosen",): _PAIR | {"tools"},
+    },
     "rankings": {
-        ("chosen",): _PAIR | {"margin"},
-        ("completions",): frozenset({"prompt", "completions", "ranks", "margin"}),
+        **_asked("chosen", reads=_PAIR | {"margin"}),
+        **_asked("completions", reads=frozenset({"ranks", "margin"})),
     },
     "prompts": {
-        ("messages",): frozenset({"messages"}),
-        ("chosen", "rejected"): _PAIR,
-        ("prompt",): frozenset({"prompt"}),
+        ("messages",): _ANSWERS[("messages",)],
+        **_asked("chosen", "rejected"),
+        ("conversations",): _SHAREGPT,
+        ("prompt",): frozenset({"prompt", "tools"}),
+        ("instruction",): _ALPACA,
     },
     "texts": {
-        ("completions",): frozenset({"prompt", "completions"}),
-        ("chosen", "rejected"): _PAIR,
+        **_asked("completions"),
+        **_asked("chosen", "rejected"),
         **_ANSWERS,
     },
 }
 """What each kind of rows reads, in the order in which its parser looks for a row's shape."""
 
-MESSAGE_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected", "completions")
-MESSAGE_FIELDS: Mapping[str, frozenset[str]] = dict.fromkeys(READ_COLUMNS, frozenset({"role", "content"}))
+MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "completions")
+MESSAGE_FIELDS: Mapping[str, frozenset[str]] = {
+    kind: FIELDS | {"from", "value"} | ({"weight"} if kind == "sft" else set()) for kind in READ_COLUMNS
+}
 """What each kind of rows reads of a message itself. A chat template reads others, see ``template_fields``."""
 
 EMPTY = (None, "", [], {})
 """Values in which nothing can be lost. A field that only some rows have comes as None in the others."""
+
+MOST_SHAPES = 1000
+"""Sets of columns of which it is remembered what is read."""
 
 
 def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Mapping[str, Any]], list[str]]:
@@ -53,17 +89,42 @@ def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Call
     ``also``: columns that are read besides those of ``READ_COLUMNS[kind]``.
     """
     shapes = {shape: columns | frozenset(also) for shape, columns in READ_COLUMNS[kind].items()}
-    fields = MESSAGE_FIELDS[kind] | template_fields(template_of(tokenizer))
+    templates = (template_of(tokenizer), template_of(tokenizer, tools=True))
+    fields = MESSAGE_FIELDS[kind].union(*map(template_fields, templates))
+
+    known: dict[tuple[str, ...], _Shape] = {}
 
     def unread(row: Mapping[str, Any]) -> list[str]:
-        columns = _columns(row, shapes)
-        names = [column for column in row if column not in columns and row[column] not in EMPTY]
-        for column in MESSAGE_COLUMNS:
-            if column in columns and isinstance(value := row.get(column), list):
-                names.extend(dict.fromkeys(_fields(f"{column}[]", value, fields)))
+        present = tuple([column for column, value in row.items() if value is not None])
+        if (shape := known.get(present)) is None:
+            shape = _shape(present, _columns(row, shapes))
+            if len(known) < MOST_SHAPES:
+                known[present] = shape
+        names = [column for column in shape.others if row[column] not in EMPTY]
+        if shape.labelled and not isinstance(row["label"], bool):
+            names.append("label")
+        for column in shape.messages:
+            if isinstance(value := row[column], list | dict):
+                messages = value if isinstance(value, list) else [value]
+                names.extend(dict.fromkeys(_fields(f"{column}[]", messages, fields)))
         return names
 
     return unread
+
+
+class _Shape(NamedTuple):
+    """Of rows that have the same columns: which are not read, which may hold messages."""
+
+    others: list[str]
+    messages: list[str]
+    labelled: bool
+    """A label beside a conversation, which may be a class: then nothing reads it."""
+
+
+def _shape(present: Sequence[str], read: Set[str]) -> _Shape:
+    others = [column for column in present if column not in read]
+    messages = [column for column in MESSAGE_COLUMNS if column in read and column in present]
+    return _Shape(others, messages, "label" in present and "label" in read and "completion" not in read)
 
 
 def _columns(row: Mapping[str, Any], shapes: Shapes) -> frozenset[str]:

@@ -1,10 +1,20 @@
 """Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
 
 from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
-from jrlhf.models.adapter_folder import find_tokenizer, model_folder, model_kind, require_kind
+from jrlhf.models.adapter_folder import (
+    ModelKind,
+    base_folder,
+    base_of,
+    find_tokenizer,
+    is_adapter_folder,
+    model_folder,
+    model_kind,
+    require_kind,
+)
 from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache, int8_cache
+from jrlhf.models.digests import file_digest, model_file_digest, model_files
 from jrlhf.models.families import arch_from_hf
 from jrlhf.models.flops import decode_bytes, forward_flops
 from jrlhf.models.functions import (
@@ -16,6 +26,7 @@ from jrlhf.models.functions import (
     reward_params,
 )
 from jrlhf.models.generation import generation_eos
+from jrlhf.models.hf import find_folder
 from jrlhf.models.hf_write import WeightDtype
 from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.names import RULES
@@ -23,6 +34,7 @@ from jrlhf.models.peft import save_adapter
 from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
 from jrlhf.models.quantised import CacheKind
+from jrlhf.models.reading import STOP_TOKEN, Reading, reading_of
 from jrlhf.models.reward import (
     RewardModel,
     load_reward_model,
@@ -35,12 +47,15 @@ from jrlhf.models.rounding import round_to_stored
 
 __all__ = [
     "RULES",
+    "STOP_TOKEN",
     "ArchConfig",
     "CacheKind",
     "Decoder",
     "DecoderFns",
     "KVCache",
+    "ModelKind",
     "Pretrained",
+    "Reading",
     "RewardModel",
     "Rope",
     "WeightDtype",
@@ -50,8 +65,12 @@ __all__ = [
     "abstract_reward_params",
     "add_adapters",
     "arch_from_hf",
+    "base_folder",
+    "base_of",
     "decode_bytes",
     "decoder_fns",
+    "file_digest",
+    "find_folder",
     "find_tokenizer",
     "forward_flops",
     "from_equinox",
@@ -61,15 +80,19 @@ __all__ = [
     "init_params",
     "insert_adapter",
     "int8_cache",
+    "is_adapter_folder",
     "is_trained",
     "load_pretrained",
     "load_reward_model",
     "load_reward_start",
     "merge_adapters",
+    "model_file_digest",
+    "model_files",
     "model_folder",
     "model_kind",
     "normalise_reward",
     "placed",
+    "reading_of",
     "require_kind",
     "reward_from_pretrained",
     "reward_params",

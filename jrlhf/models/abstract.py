@@ -6,13 +6,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.models.adapter_folder import model_folder
+from jrlhf.models.adapter_folder import ModelKind, model_folder, require_kind
 from jrlhf.models.attention import AttentionKernel
-from jrlhf.models.families import arch_from_hf
+from jrlhf.models.families import arch_from_hf, is_sequence_classification
 from jrlhf.models.functions import abstract_head, abstract_params, decoder_fns
 from jrlhf.models.hf import read_config
 from jrlhf.models.names import RULES
 from jrlhf.models.pretrained import Pretrained
+from jrlhf.models.reading import STOP_TOKEN, reading_of
 from jrlhf.models.reward import RewardModel
 from jrlhf.parallel import tree_shardings
 from jrlhf.types import Params
@@ -24,13 +25,24 @@ def placed(shapes: Any, shardings: Any) -> Any:
 
 
 def abstract_pretrained(
-    path: str | Path, *, dtype: Any, mesh: Mesh, remat: bool = False, attention: AttentionKernel = "xla"
+    path: str | Path,
+    *,
+    dtype: Any,
+    mesh: Mesh,
+    remat: bool = False,
+    attention: AttentionKernel = "xla",
+    kind: ModelKind | None = None,
+    option: str = "",
 ) -> Pretrained:
     """As ``load_pretrained``, of a folder or hub id of which only config.json is read; a PEFT folder is its base model.
 
-    A reward model's folder gives the language model of the same sizes.
+    A reward model's folder gives the language model of the same sizes. ValueError, as where the model is loaded, for
+    one that is not of ``kind``; None: either may be.
     """
-    folder = model_folder(path, weights=False).base
+    source = model_folder(path, weights=False)
+    if kind is not None:
+        require_kind(source, kind, option=option)
+    folder = source.base
     config = read_config(folder)
     arch = arch_from_hf(config)
     shapes = abstract_params(arch)
@@ -51,15 +63,18 @@ def abstract_pretrained(
 
 
 def abstract_reward(pretrained: Pretrained, mesh: Mesh) -> RewardModel:
-    """As ``reward_from_pretrained``: it holds the very shapes of the decoder."""
+    """As ``reward_from_pretrained``: it holds the very shapes of the decoder. A reward model's own config says how it
+    reads."""
     head: Params = {"head": abstract_head(pretrained.arch)}
     decoder = {name: leaf for name, leaf in pretrained.params.items() if name != "lm_head"}
+    config, arch = pretrained.config, pretrained.arch
     return RewardModel(
         params={"decoder": decoder} | placed(head, tree_shardings(head, mesh, RULES)),
         score_fn=pretrained.score_fn,
-        config=pretrained.config,
-        arch=pretrained.arch,
+        config=config,
+        arch=arch,
         source=pretrained.source,
         rules=pretrained.rules,
         stored={},
+        reading=reading_of(config, arch.family) if is_sequence_classification(config, arch) else STOP_TOKEN,
     )

@@ -99,12 +99,12 @@ def model_kind(source: ModelFolder) -> ModelKind:
     return "reward" if is_sequence_classification(config, arch_from_hf(config)) else "language"
 
 
-def require_kind(source: ModelFolder, kind: ModelKind, *, key: str) -> None:
-    """ValueError for a model of the other kind; ``key`` is the option that names its path, or "" for none."""
+def require_kind(source: ModelFolder, kind: ModelKind, *, option: str) -> None:
+    """ValueError for a model of the other kind; ``option`` is what names its path in a config, or ""."""
     actual = model_kind(source)
     if actual == kind:
         return
-    needs = f"{key} needs a {kind} model" if key else f"a {kind} model is needed"
+    needs = f"{option} needs a {kind} model" if option else f"a {kind} model is needed"
     if source.adapters:
         hint = ": a reward model's adapter needs score in modules_to_save, or a reward model as its base"
         raise ValueError(f"{source.path}: the adapter of a {actual} model; {needs}{hint if kind == 'reward' else ''}")

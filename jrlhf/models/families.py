@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jrlhf.models.arch import ArchConfig, Family, Rope
 from jrlhf.models.hf_fields import activation, number, number_or_none, require, size, size_or, switch
-from jrlhf.models.rope import rope_field, rope_from_hf
+from jrlhf.models.rope import layer_rope, rope_field, rope_from_hf
 
 
 class Classes(NamedTuple):
@@ -85,12 +85,13 @@ def _mistral(config: Mapping[str, Any]) -> ArchConfig:
 
 
 def _qwen2(config: Mapping[str, Any]) -> ArchConfig:
+    config = {"num_key_value_heads": 32} | dict(config)
     window, local = _qwen_windows(config)
     return _gated(config, "qwen2", max_positions=32768, qkv_bias=True, window=window, local_layers=local)
 
 
 def _qwen3(config: Mapping[str, Any]) -> ArchConfig:
-    config = {"head_dim": 128} | dict(config)
+    config = {"head_dim": 128, "num_key_value_heads": 32} | dict(config)
     bias, (window, local) = switch(config, "attention_bias"), _qwen_windows(config)
     return _gated(
         config,
@@ -125,35 +126,29 @@ def _gemma2(config: Mapping[str, Any]) -> ArchConfig:
 
 
 def _gemma3(config: Mapping[str, Any]) -> ArchConfig:
-    """Local layers have rotary positions of their own, without scaling."""
-    pattern = size_or(config, "sliding_window_pattern", size_or(config, "_sliding_window_pattern", 6))
+    """Local layers have rotary positions of their own, without scaling.
+
+    transformers' config has attn_logit_softcapping, its attention does without: so does ours.
+    """
+    config = {"head_dim": 256} | dict(config) | {"attn_logit_softcapping": None}
+    pattern = size_or(config, "sliding_window_pattern", 6)
     layers = size(config, "num_hidden_layers")
     local = _local_layers(config, [bool((layer + 1) % pattern) for layer in range(layers)])
-    given = config.get("rope_parameters")
-    given = given if isinstance(given, Mapping) else {}
-    head_dim = size_or(config, "head_dim", 256)
-
-    def rope(kind: str, theta_key: str, theta: float, old: Any) -> Rope:
-        theta = number(config, theta_key, default=theta)
-        new = given.get(kind)
-        field = "rope_scaling" if new is None else f"rope_parameters.{kind}"
-        return rope_from_hf(config, old if new is None else new, field=field, theta=theta, head_dim=head_dim)
-
     return _gemma(
         config,
         "gemma3_text",
         max_positions=131072,
         local_layers=local,
         qk_norm=True,
-        rope=rope("full_attention", "rope_theta", 1e6, config.get("rope_scaling")),
-        local_rope=rope("sliding_attention", "rope_local_base_freq", 1e4, None),
+        rope=layer_rope(config, "full_attention", "rope_theta", 1e6, scaling=config.get("rope_scaling")),
+        local_rope=layer_rope(config, "sliding_attention", "rope_local_base_freq", 1e4, scaling=None),
     )
 
 
 def _gemma(config: Mapping[str, Any], family: Family, **switches: Any) -> ArchConfig:
     """What Gemma 2 and 3 share. Team Gemma 2024, arXiv 2408.00118; 2025, arXiv 2503.19786."""
-    optional = {"head_dim": 256, "sliding_window": 4096, "query_pre_attn_scalar": 256, "tie_word_embeddings": True}
-    config = optional | dict(config)
+    optional: dict[str, Any] = {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096}
+    config = optional | {"query_pre_attn_scalar": 256, "tie_word_embeddings": True} | dict(config)
     require(config, "use_bidirectional_attention", value=False)
     bias = switch(config, "attention_bias")
     return _gated(

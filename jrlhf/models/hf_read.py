@@ -176,7 +176,7 @@ def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Call
             case "transposed":
                 return tensors.read(name, index[::-1]).T
             case "row":
-                return tensors.read(name, (slice(0, 1), *index))[0]
+                return np.asarray(tensors.read(name, (slice(0, 1), *index))[0])
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not entry.stacked:

@@ -33,6 +33,7 @@ pair needs one sum over devices. Shoeybi et al. 2019, section 3.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
 """Tensors of old checkpoints that repeat what the config says: rotary frequencies, causal masks."""
 
+HEAD_KERNEL = "score.weight"
 HEAD_BIAS = "score.bias"
 """The tensor of a scalar head's bias, in the checkpoints of those whose class has one."""
 
@@ -103,7 +104,7 @@ def reward_model_table(arch: ArchConfig, *, head_bias: bool = False) -> tuple[En
     have one as a tensor, ``head_bias``."""
     decoder = tuple(replace(entry, path=("decoder", *entry.path)) for entry in decoder_table(arch))
     bias = (Entry(("head", "bias"), HEAD_BIAS, form="row"),) if head_bias else ()
-    return (*decoder, Entry(("head", "kernel"), "score.weight", form="row"), *bias)
+    return (*decoder, Entry(("head", "kernel"), HEAD_KERNEL, form="row"), *bias)
 
 
 def _gated(arch: ArchConfig) -> Iterator[Entry]:

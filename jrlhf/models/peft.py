@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jrlhf.models.arch import ArchConfig
@@ -20,6 +21,15 @@ _PREFIX = "base_model.model."
 _HEAD = _PREFIX + "score.weight"
 _HEAD_BIAS = "jrlhf.head_bias"
 """In the metadata of the weights' file: PEFT's head has no place for a bias, and a normalised reward model has one."""
+
+
+def is_own_adapter(folder: Path) -> bool:
+    """Whether jrlhf wrote a reward model's adapter: its weights' file then holds the head's bias."""
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
+            return _HEAD_BIAS in (file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: not a readable safetensors file: {error}") from error
 
 
 def save_adapter(params: Params, arch: ArchConfig, folder: Path, *, base: str, alpha: float) -> None:

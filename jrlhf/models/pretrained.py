@@ -53,19 +53,19 @@ def load_pretrained(
     mesh: Mesh | None = None,
     remat: bool = False,
     attention: AttentionKernel = "xla",
-    key: str = "",
+    option: str = "",
 ) -> Pretrained:
     """Read a folder or hub id. With ``mesh`` the parameters are born sharded by the family's rules.
 
     A PEFT folder gives its base model with the adapters merged in.
 
     ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: whole
-    layers are computed again in the backward pass. ``attention``: as in ``decoder_fns``. ``key``: the option that names
-    the path, for errors. ValueError where config or tensors do not fit, and for a reward model; FileNotFoundError where
-    they are missing.
+    layers are computed again in the backward pass. ``attention``: as in ``decoder_fns``. ``option``: what names the
+    path in a config, for errors. ValueError where config or tensors do not fit, and for a reward model;
+    FileNotFoundError where they are missing.
     """
     source = model_folder(path)
-    require_kind(source, "language", key=key)
+    require_kind(source, "language", option=option)
     folder = source.base
     config = read_config(folder)
     arch = arch_from_hf(config)

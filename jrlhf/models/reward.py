@@ -21,15 +21,14 @@ from jrlhf.models.hf import TOKENIZER_FILES, Stored, read_config
 from jrlhf.models.hf_read import open_tensors, read_tree
 from jrlhf.models.hf_write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
-from jrlhf.models.names import HEAD_BIAS, RULES, reward_model_table
+from jrlhf.models.names import HEAD_BIAS, HEAD_KERNEL, RULES, reward_model_table
+from jrlhf.models.peft import is_own_adapter
 from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained
+from jrlhf.models.reading import FIELD, NOTE, STOP_TOKEN, Reading, reading_of
 from jrlhf.parallel import Rules, tree_shardings
 from jrlhf.paths import expanded
 from jrlhf.types import Key, Params, ScoreFn
-
-_OURS = "jrlhf"
-"""The key of config.json under which stands what their form has no place for."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,13 @@ class RewardModel:
     gain: float = 1.0
     """What the head was multiplied by to normalise it, and then shifted by: a record, already applied."""
     bias: float = 0.0
+    reading: Reading = STOP_TOKEN
+    """Which tokens of a text it is given, and where its score is read: as jrlhf trains it, or as transformers does."""
 
     def score(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """The scalar at each row's last real token; 0 for a row that has none."""
-        return at_last_token(self.score_fn(params, tokens, mask), mask)
+        """The scalar where ``reading`` has it, at a row's last real token or before padding that ends the text; 0 for a
+        row without tokens."""
+        return at_last_token(self.score_fn(params, tokens, mask), self.reading.last(tokens, mask))
 
 
 def reward_from_pretrained(pretrained: Pretrained, key: Key) -> RewardModel:
@@ -86,7 +88,7 @@ def load_reward_model(
     mesh: Mesh | None = None,
     remat: bool = False,
     attention: AttentionKernel = "xla",
-    key: str = "",
+    option: str = "",
 ) -> RewardModel:
     """Read a sequence-classification folder or hub id with one label; the rest is as in ``load_pretrained``.
 
@@ -94,21 +96,23 @@ def load_reward_model(
     a head.
     """
     source = model_folder(path)
-    require_kind(source, "reward", key=key)
+    require_kind(source, "reward", option=option)
     computed: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
     has_head = model_kind(source._replace(adapters=())) == "reward"
     if has_head:
         model = _read_reward(source.base, **computed)
     else:
         model = reward_from_pretrained(load_pretrained(source.base, **computed), jax.random.key(0))
+        model = replace(model, reading=reading_of(model.config, model.arch.family))
     for number, adapter in enumerate(source.adapters, 1):
         # The outermost is the last that could bring a head.
         needs_head = not has_head and number == len(source.adapters)
         params = merge_adapters(insert_adapter(model.params, model.arch, adapter, needs_head=needs_head))
-        if params["head"] is not model.params["head"]:
+        if params["head"]["kernel"] is not model.params["head"]["kernel"]:
             # Another head: what the base's was normalised by says nothing of it.
             has_head, model = True, replace(model, gain=1.0, bias=0.0)
-        model = replace(model, params=params)
+        reading = STOP_TOKEN if is_own_adapter(adapter) else model.reading
+        model = replace(model, params=params, reading=reading)
     return model
 
 
@@ -120,16 +124,20 @@ def load_reward_start(
     mesh: Mesh | None = None,
     remat: bool = False,
     attention: AttentionKernel = "xla",
+    option: str = "",
 ) -> RewardModel:
     """The model that a reward stage begins with: a reward model as it is, or a language model with a fresh head.
 
     ``key`` draws that head. A reward model's scores are taken as they are, normalised or not, and its record of a
-    normalisation begins anew.
+    normalisation begins anew. Its head is exported as a fresh one: in float32, the bias in config.json.
     """
     computed: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
-    if model_kind(model_folder(path)) == "reward":
-        return replace(load_reward_model(path, **computed), gain=1.0, bias=0.0)
-    return reward_from_pretrained(load_pretrained(path, **computed), key)
+    if model_kind(model_folder(path)) == "language":
+        return reward_from_pretrained(load_pretrained(path, option=option, **computed), key)
+    model = load_reward_model(path, option=option, **computed)
+    stored = {name: how for name, how in model.stored.items() if name not in (HEAD_KERNEL, HEAD_BIAS)}
+    # Whatever it was read by before: from here on it learns what jrlhf gives it.
+    return replace(model, stored=stored, gain=1.0, bias=0.0, reading=STOP_TOKEN)
 
 
 def _read_reward(
@@ -159,6 +167,7 @@ def _read_reward(
         stored=tensors.stored,
         gain=gain,
         bias=bias,
+        reading=reading_of(config, arch.family),
     )
 
 
@@ -167,10 +176,10 @@ def _check_head(folder: Path, config: Mapping[str, Any]) -> tuple[float, float, 
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
         raise ValueError(f"{folder}: num_labels: a reward model has 1 label, this one has {labels}")
-    ours = config.get(_OURS, {})
+    ours = config.get(NOTE, {})
     values = [ours.get(name, default) for name, default in (("gain", 1.0), ("bias", 0.0), ("head_bias", 0.0))]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(f"{folder}: {_OURS}: gain, bias and head_bias must be finite numbers, found {ours}")
+        raise ValueError(f"{folder}: {NOTE}: gain, bias and head_bias must be finite numbers, found {ours}")
     gain, bias, head_bias = (float(value) for value in values)
     return gain, bias, head_bias
 
@@ -184,21 +193,21 @@ def save_reward_model(
 ) -> None:
     """Write the family's sequence-classification form with one label: transformers' score is ours less the head's bias.
 
-    That bias, and the record of the normalisation, stand in config.json under "jrlhf" and are read back; where the
-    source's head had a bias of its own, as a tensor, the bias stays there. ``dtype`` and ``files`` are as in
-    ``save_pretrained``.
+    That bias, the record of the normalisation, and where the score is read stand in config.json under "jrlhf" and are
+    read back; where the source's head had a bias of its own, as a tensor, the bias stays there. ``dtype`` and ``files``
+    are as in ``save_pretrained``.
     """
     in_tensor = HEAD_BIAS in model.stored
-    ours = {"gain": model.gain, "bias": model.bias}
+    ours: dict[str, Any] = {"gain": model.gain, "bias": model.bias, FIELD: model.reading.score_at}
     ours["head_bias"] = 0.0 if in_tensor else float(model.params["head"]["bias"])
     config = model.config | {
         "architectures": [CLASSES[model.arch.family].sequence_classification],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
-    # A folder that never held a bias keeps its config as it was.
-    if _OURS in config or ours != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0}:
-        config[_OURS] = ours
+    # Another's folder that nothing was changed of keeps its config as it was.
+    if NOTE in config or ours != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0, FIELD: "whole_chat"}:
+        config[NOTE] = ours
     write_folder(
         Path(expanded(str(path))),
         config,

@@ -96,6 +96,27 @@ def rope_from_hf(config: Mapping[str, Any], given: Any, *, field: str, theta: fl
             raise ValueError(f"{field}.rope_type: {kind!r} is not supported; supported: {supported}")
 
 
+def layer_rope(config: Mapping[str, Any], kind: str, theta_key: str, theta: float, *, scaling: Any) -> Rope:
+    """Rotary positions of one of ``layer_types``: what ``rope_parameters`` has for it, and over that ``scaling``."""
+    new = config.get("rope_parameters")
+    new = {} if new is None else new
+    for key in new if isinstance(new, Mapping) else ():
+        if key not in ("full_attention", "sliding_attention") and new[key] is not None:
+            raise ValueError(f"rope_parameters.{key}: not supported; this family has them by layer_types")
+    given = new.get(kind) if isinstance(new, Mapping) else new
+    field = f"rope_parameters.{kind}" if given else "rope_scaling"
+    parts = [part for part in (given, scaling) if part is not None]
+    if any(not isinstance(part, Mapping) for part in parts):
+        raise ValueError(f"{field}: expected a mapping, found {next(p for p in parts if not isinstance(p, Mapping))!r}")
+    rope: dict[str, Any] = {key: value for part in parts for key, value in part.items()}
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise ValueError(f"{field}.partial_rotary_factor: {rope['partial_rotary_factor']!r} is not supported; only 1.0")
+    # With one mapping a kind of layer, transformers looks for the original positions in it alone.
+    sizes = {key: value for key, value in config.items() if key != "original_max_position_embeddings"}
+    theta = number(config, theta_key, default=theta)
+    return rope_from_hf(sizes, rope, field=field, theta=theta, head_dim=size(config, "head_dim"))
+
+
 def _original_positions(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
     """In transformers' order: beside the rope mapping, in it, else the model's own maximum."""
     key = "original_max_position_embeddings"

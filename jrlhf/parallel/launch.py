@@ -4,16 +4,19 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import glob
 from typing import NamedTuple
 
 import jax
-from jax._src.distributed import global_state
 
-from jrlhf.parallel.peers import watching
+from jrlhf.parallel.coordination import client_through, coordinator_address, runs_service
+from jrlhf.parallel.peers import FAILURE, GRACE, watching
+from jrlhf.parallel.relay import Relay
 
+LEAVING = 10.0
+"""Seconds that a process may take to leave once the coordinator has left."""
 USAGE = 2
 """The exit code of a run that cannot start as it is asked to."""
 
@@ -123,28 +126,63 @@ def joined(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It takes SIGTERM for itself, which must end a run that is not in its loop; and the loop has its own way to agree.
     jax.config.update("jax_enable_preemption_service", False)
-    _initialize(launch, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
-    with watching(heartbeat=heartbeat_timeout, stall=stall_timeout):
+    relays: list[Relay] = []
+    with _ending_if_lost(relays, "starting", after=GRACE):
+        _initialize(launch, relays, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
+    with watching(heartbeat=heartbeat_timeout, stall=stall_timeout, relay=relays[0] if relays else None):
         yield
-    jax.distributed.shutdown()
+    # The coordinator leaves when all are about to: its connection breaks then too, and the others go on to leave.
+    with _ending_if_lost(relays, "leaving", after=LEAVING):
+        jax.distributed.shutdown()
+    for relay in relays:
+        relay.close()
 
 
-def _initialize(launch: Launch, *, start_timeout: int, heartbeat_timeout: int) -> None:
-    """``jax.distributed.initialize``, which past its timeout aborts with a stack trace: a line comes before that."""
+@contextmanager
+def _ending_if_lost(relays: Sequence[Relay], phase: str, *, after: float) -> Iterator[None]:
+    """End the process where the coordinator has been gone for so many seconds while the block still runs."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            if any(relay.lost_for() >= after for relay in relays):
+                at = coordinator_address() or "its address"
+                said = f"process 0, the coordinator at {at}, is dead: its connection broke while all were {phase}"
+                print(f"jrlhf: {said}", file=sys.stderr, flush=True)
+                os._exit(FAILURE)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _initialize(launch: Launch, relays: list[Relay], *, start_timeout: int, heartbeat_timeout: int) -> None:
+    """``jax.distributed.initialize``, which past its timeout aborts with a stack trace: a line comes before that.
+
+    The relay through which the coordinator is reached is added to ``relays``.
+    """
+
+    def relayed(address: str) -> str:
+        relays.append(Relay(address))
+        return relays[-1].address
+
     late = threading.Timer(start_timeout, _give_up, (launch, start_timeout))
     late.daemon = True
     late.start()
     try:
-        jax.distributed.initialize(
-            launch.coordinator,
-            launch.processes,
-            launch.process,
-            cluster_detection_method="deactivate" if launch.engine == FLAGS else None,
-            initialization_timeout=start_timeout + 60,
-            # The runtime's own check aborts the process and may leave out who is dead: ours comes first.
-            heartbeat_timeout_seconds=2 * heartbeat_timeout,
-            shutdown_timeout_seconds=heartbeat_timeout,
-        )
+        with client_through(relayed):
+            jax.distributed.initialize(
+                launch.coordinator,
+                launch.processes,
+                launch.process,
+                cluster_detection_method="deactivate" if launch.engine == FLAGS else None,
+                initialization_timeout=start_timeout + 60,
+                # The runtime's own check aborts the process and may leave out who is dead: ours comes first.
+                heartbeat_timeout_seconds=2 * heartbeat_timeout,
+                shutdown_timeout_seconds=heartbeat_timeout,
+            )
         # They tell each other of their devices: left for later, it could be while one waits for another.
         jax.devices()
     except Exception as error:
@@ -154,8 +192,8 @@ def _initialize(launch: Launch, *, start_timeout: int, heartbeat_timeout: int) -
 
 
 def _give_up(launch: Launch, seconds: int) -> None:
-    at = global_state.coordinator_address or launch.coordinator or f"the address that {launch.engine} names"
-    is_first = global_state.service is not None
+    at = coordinator_address() or launch.coordinator or f"the address that {launch.engine} names"
+    is_first = runs_service()
     waited = "the other processes to reach process 0, this one," if is_first else "process 0, the coordinator,"
     print(f"jrlhf: distributed.start_timeout: waited {seconds} s for {waited} at {at}", file=sys.stderr, flush=True)
     os._exit(USAGE)

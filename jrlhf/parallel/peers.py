@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jax._src.distributed import global_state
+from jrlhf.interrupts import bid_farewell
+from jrlhf.parallel.coordination import client, coordinator_address, process_count, process_number
+from jrlhf.parallel.relay import Relay
 
 GRACE = 2.0
 """Seconds that a process gets to find out by itself what another one has failed of."""
@@ -101,8 +103,18 @@ def standing(table: Mapping[int, Seen], *, now: float, stall: float) -> str:
 class Peers:
     """This process's side of the table. Threads write and read it, whatever the main thread waits for."""
 
-    def __init__(self, client: Any, *, process: int, processes: int, heartbeat: float, stall: float) -> None:
+    def __init__(
+        self,
+        client: Any,
+        *,
+        process: int,
+        processes: int,
+        heartbeat: float,
+        stall: float,
+        relay: Relay | None = None,
+    ) -> None:
         self.client, self.process, self.heartbeat, self.stall = client, process, heartbeat, stall
+        self._relay = relay
         self.interval = min(heartbeat / 5, BEAT)
         self._row = Row(f"{platform.node()}, pid {os.getpid()}", 0, 0, None)
         now = time.monotonic()
@@ -142,7 +154,7 @@ class Peers:
         which: so all that are alive must be heard of once more. Bounded by the heartbeat's timeout.
         """
         start = time.monotonic()
-        while not self._end(ended):
+        while not self.end(ended):
             # The other thread has said why, and ends the process.
             time.sleep(1)
         heard: dict[int, int] | None = None
@@ -172,7 +184,7 @@ class Peers:
     def _others(self) -> dict[int, Seen]:
         return {number: peer for number, peer in self._table.items() if number != self.process}
 
-    def _end(self, why: str) -> bool:
+    def end(self, why: str) -> bool:
         """Whether this was said first: by the main thread or by the one that judges."""
         with self._lock:
             if self._row.ended is not None:
@@ -182,11 +194,12 @@ class Peers:
         return True
 
     def _silent(self, now: float) -> str:
+        coordinator = f"{self.name_of(0)}, the coordinator at {coordinator_address()}, is dead"
+        # One that says why it ends closes the connection too.
+        if self._relay is not None and self._relay.lost_for() >= GRACE and self._table[0].row.ended is None:
+            return f"{coordinator}: its connection broke"
         if self.process != 0 and now - self._answered >= self.heartbeat:
-            return (
-                f"{self.name_of(0)}, the coordinator at {global_state.coordinator_address}, is dead or stopped: "
-                f"no answer for {self.heartbeat:g} s (distributed.heartbeat_timeout)"
-            )
+            return f"{coordinator} or stopped: no answer for {self.heartbeat:g} s (distributed.heartbeat_timeout)"
         return silent(dict(self._table), me=self.process, now=now, heartbeat=self.heartbeat)
 
     def _talk(self) -> None:
@@ -220,7 +233,7 @@ class Peers:
                 or failed(table, me=self.process, before=now - GRACE, own=None)
                 or standing(table, now=now, stall=self.stall)
             )
-            if fault and self._end(fault):
+            if fault and self.end(fault):
                 print(f"jrlhf: {fault}", file=sys.stderr, flush=True)
                 self.stay_for_the_others()
                 os._exit(FAILURE)
@@ -235,18 +248,23 @@ def current() -> Peers | None:
 
 
 @contextmanager
-def watching(*, heartbeat: float, stall: float) -> Iterator[None]:
-    """Take part in the table while the block runs. PeerLost where an error in it is another process's doing."""
+def watching(*, heartbeat: float, stall: float, relay: Relay | None) -> Iterator[None]:
+    """Take part in the table while the block runs. PeerLost where an error in it is another process's doing.
+
+    ``relay``: through which this process reaches the coordinator; None for the coordinator itself.
+    """
     global _current
     me = _current = Peers(
-        global_state.client,
-        process=global_state.process_id,
-        processes=global_state.num_processes,
+        client(),
+        process=process_number(),
+        processes=process_count(),
         heartbeat=heartbeat,
         stall=stall,
+        relay=relay,
     )
     me.start()
     me.guard()
+    bid_farewell(lambda: _interrupted(me))
     try:
         yield
     except (PeerLost, PeerRefused) as error:
@@ -256,8 +274,16 @@ def watching(*, heartbeat: float, stall: float) -> Iterator[None]:
         if fault := me.leave(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"):
             raise PeerLost(fault) from error
         raise
+    finally:
+        bid_farewell(None)
     me.leave("")
     me.stop()
+
+
+def _interrupted(me: Peers) -> None:
+    """A signal ends this process: the others need not wait until it has been silent for long."""
+    if me.end("interrupted"):
+        me.stay_for_the_others()
 
 
 def leave_at_once(code: int) -> None:

@@ -41,6 +41,7 @@ def ranking_row(task: Task, made: Placed) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"id": task.id} | ({} if task.prompt is None else {"prompt": task.prompt})
     row |= {"completions": list(task.completions), "ranks": list(made.ranks)}
+    row |= {} if task.tools is None else {"tools": task.tools}
     about = {"margin": made.margin, "rater": made.rater, "seconds": made.seconds, "note": made.note or None}
     return row | {name: value for name, value in about.items() if value is not None}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jrlhf.rank.store import Decision
-from jrlhf.rank.tasks import LONGEST_NAME, Content, Task, is_name, is_rank
+from jrlhf.rank.tasks import LONGEST_NAME, Content, Task, is_name, is_rank, turn_text
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def as_text(content: Content | None) -> str:
     """Chat messages as one text, for tools that show no chats."""
     if content is None or isinstance(content, str):
         return content or ""
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in content)
+    return "\n\n".join(f"{message['role']}: {turn_text(message)}" for message in content)
 
 
 def _number(value: Any) -> float | None:

@@ -6,7 +6,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from jrlhf.rank.tasks import Content
+from jrlhf.rank.tasks import Content, turn_text
 
 
 @cache
@@ -40,4 +40,5 @@ def shown(content: Content | None) -> list[dict[str, Any]]:
     if content is None:
         return []
     turns = [{"role": "", "content": content}] if isinstance(content, str) else content
-    return [{"role": turn["role"], "text": turn["content"], "html": to_html(turn["content"])} for turn in turns]
+    texts = [(turn["role"], turn_text(turn)) for turn in turns]
+    return [{"role": role, "text": text, "html": to_html(text)} for role, text in texts]

@@ -13,10 +13,12 @@ from jrlhf.lines import write_output
 from jrlhf.rank.exchange import exported, take_in
 from jrlhf.rank.store import Store
 from jrlhf.rank.tasks import Task, is_name, read_tasks
+from jrlhf.terminal import show_all_characters
 
 
 def run_rank(args: RankConfig) -> None:
     """Serve the page until ctrl-C, or export, import or report."""
+    show_all_characters()
     path = Path(args.tasks)
     file = read_tasks(path)
     for note in file.notes():

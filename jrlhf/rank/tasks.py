@@ -35,6 +35,8 @@ class Task:
     completions: tuple[Content, ...]
     gold: tuple[int, ...] | None = None
     model: str = ""
+    tools: list[Any] | None = None
+    """The functions that the answers may call, which a ranking takes along into reward data."""
 
     def shown(self, rater: str) -> list[int]:
         """The answers' numbers in this rater's order: mixed, so that no place is anyone's favourite, and always so."""
@@ -61,6 +63,12 @@ class TaskFile:
             "lines left out: the same as one before": self.repeated,
         }
         return [f"{count} {text}" for text, count in counts.items() if count]
+
+
+def turn_text(message: Mapping[str, Any]) -> str:
+    """What a message says, and what it calls as JSON."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or []]
+    return "\n".join([message["content"], *calls]) if message.get("content") else "\n".join(calls)
 
 
 def task_key(prompt: Content | None, completions: Sequence[Content]) -> str:
@@ -141,9 +149,11 @@ def parse_task(row: Mapping[str, Any]) -> tuple[Task | None, int]:
     if identity is not None and not (isinstance(identity, str | int) and str(identity).strip()):
         raise TaskError("id: expected text")
     gold = _gold(row.get("gold"), given, completions)
-    task = Task(
-        key, key if identity is None else str(identity), prompt, tuple(completions), gold, str(row.get("model") or "")
-    )
+    tools = row.get("tools") or None
+    if tools is not None and not isinstance(tools, list):
+        raise TaskError("tools: expected a list of functions")
+    name = key if identity is None else str(identity)
+    task = Task(key, name, prompt, tuple(completions), gold, str(row.get("model") or ""), tools)
     return task, len(given) - len(completions)
 
 
@@ -173,9 +183,11 @@ def _check_content(value: Any, column: str) -> None:
     if not isinstance(value, list) or not value:
         raise TaskError(f"{column}: expected text or chat messages")
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise TaskError(f'{column}[{i}]: expected a message {{"role", "content"}}')
-        _check_text(message["content"], f"{column}[{i}].content")
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise TaskError(f'{column}[{i}]: expected a message {{"role", "content"}}')
+        _check_text(turn_text(message), f"{column}[{i}].content")
 
 
 def _check_text(value: str, column: str) -> None:

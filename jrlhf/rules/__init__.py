@@ -3,7 +3,7 @@
 from jrlhf.rules.answers import number_in, same_number, same_text, text_in
 from jrlhf.rules.episode import Episode
 from jrlhf.rules.formats import markdown, valid_json
-from jrlhf.rules.outside import EndpointError, by_endpoint, by_function, load_function
+from jrlhf.rules.outside import EndpointError, by_endpoint, by_function, function_file, load_function
 from jrlhf.rules.texts import REFUSALS, length_band, refusal, refuses, repetition, share_found, words, yes_or_no
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Episode",
     "by_endpoint",
     "by_function",
+    "function_file",
     "length_band",
     "load_function",
     "markdown",

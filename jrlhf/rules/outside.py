@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -34,6 +36,18 @@ def load_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{path}: is no function but {type(function).__name__}")
     return function
+
+
+def function_file(path: str) -> Path | None:
+    """The source file of the module that ``load_function`` would import; None for one that cannot be found."""
+    module, _, _ = path.partition(":")
+    try:
+        with _current_folder_first():
+            spec = find_spec(module)
+    except Exception:
+        # Whatever a user's package does wrong when it is imported: load_function says it.
+        return None
+    return None if spec is None or not spec.has_location or spec.origin is None else Path(spec.origin)
 
 
 @contextmanager

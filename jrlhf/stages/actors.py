@@ -7,12 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jrlhf.config import Config
+from jrlhf.config import Config, PPOConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.core import combine, partition
 from jrlhf.data import load_tokenizer
-from jrlhf.models import ArchConfig, Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
+from jrlhf.models import (
+    STOP_TOKEN,
+    ArchConfig,
+    Pretrained,
+    RewardModel,
+    load_pretrained,
+    load_reward_model,
+    reward_from_pretrained,
+)
 from jrlhf.stages.adapters import trainable
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import model_source
 from jrlhf.stages.start import computed
 from jrlhf.types import Params, PPOParams, TrainState
@@ -23,7 +32,7 @@ class Judge(NamedTuple):
 
     model: RewardModel
     tokenizer: Any | None
-    """Its own, where its tokens are not the policy's."""
+    """Its own, where it reads texts and not the policy's tokens: see ``own_tokenizer``."""
 
 
 class Actors(NamedTuple):
@@ -37,7 +46,7 @@ class Actors(NamedTuple):
     """What the value network starts from: the reward model itself, or the policy with a head of zeros."""
     tokenizer: Any
     reward_tokenizer: Any | None
-    """The reward model's own, where its tokens are not the policy's."""
+    """The reward model's own, where it reads texts and not the policy's tokens: see ``own_tokenizer``."""
     others: tuple[Judge, ...] = ()
     shared: bool = False
     """The value network is a head on the policy: ``value`` has no more parameters than that."""
@@ -57,6 +66,19 @@ class Actors(NamedTuple):
         """Whether all of them can read several sequences in a row."""
         models = (self.policy, self.value, *(() if self.reward is None else (self.reward,)))
         return all(model.arch.packable for model in models)
+
+    def positions(self, ppo: PPOConfig) -> list[Positions]:
+        """Of all models that read the policy's tokens, the policy first; who reads texts has cuts of its own."""
+        readers = {"ppo.model": self.policy.arch, "the value network": self.value.arch}
+        if self.reward is not None and self.reward_tokenizer is None:
+            readers["ppo.reward"] = self.reward.arch
+        for path, judge in zip(ppo.rewards.models, self.others, strict=True):
+            if judge.tokenizer is None:
+                readers[f"ppo.rewards.models: {path}"] = judge.model.arch
+        key = "ppo.prompts.max_length"
+        return [
+            Positions(arch, key, model=model).answering(ppo.sampling, "ppo.sampling") for model, arch in readers.items()
+        ]
 
 
 def load_actors(config: Config, mesh: Mesh) -> Actors:
@@ -78,18 +100,37 @@ def load_actors(config: Config, mesh: Mesh) -> Actors:
         )
     policy = load_pretrained(source, mesh=mesh, **computed(ppo.model, mesh, key="ppo.model"))
     reward = load_reward_model(reward_source, mesh=mesh, **computed(ppo.reward, mesh, key="ppo.reward"))
+    same = same and reward.arch.vocab_size >= policy.arch.vocab_size
+    if ppo.value_from == "reward" and not same:
+        raise ConfigError(
+            f"ppo.value_from: the value network reads the policy's tokens, of which {source} has "
+            f"{policy.arch.vocab_size} and {reward_source} {reward.arch.vocab_size}; take policy"
+        )
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
     value = reward if from_reward else blank_value(policy, shared=shared)
-    others = tuple(_judge(config, path, tokenizer, mesh) for path in ppo.rewards.models)
-    return Actors(policy, reward, value, tokenizer, None if same else reward_tokenizer, others, shared)
+    others = tuple(_judge(config, path, policy, tokenizer, mesh) for path in ppo.rewards.models)
+    own = own_tokenizer(reward, reward_tokenizer, policy, tokenizer)
+    return Actors(policy, reward, value, tokenizer, own, others, shared)
 
 
-def _judge(config: Config, path: str, tokenizer: Any, mesh: Mesh) -> Judge:
+def own_tokenizer(reward: RewardModel, own: Any, policy: Pretrained, tokenizer: Any) -> Any | None:
+    """``own`` where a reward model is to read texts, None where it reads the policy's very tokens.
+
+    It reads texts where its tokens are others, where the policy may sample one that it has no embedding for, and where
+    it is read by a recipe of its own: that is another's model, whose template goes over the whole chat.
+    """
+    same = own.get_vocab() == tokenizer.get_vocab() and reward.arch.vocab_size >= policy.arch.vocab_size
+    return None if same and reward.reading == STOP_TOKEN else own
+
+
+def _judge(config: Config, path: str, policy: Pretrained, tokenizer: Any, mesh: Mesh) -> Judge:
     """One of ``ppo.rewards.models``, computed with as ``ppo.reward`` is."""
     source = model_source(config, path, key="ppo.rewards.models", stage=None)
     own = load_tokenizer(source)
-    model = load_reward_model(source, mesh=mesh, **computed(config.ppo.reward, mesh, key="ppo.reward"))
-    return Judge(model, None if own.get_vocab() == tokenizer.get_vocab() else own)
+    how = computed(config.ppo.reward, mesh, key="ppo.reward")
+    how["option"] = "ppo.rewards.models"
+    model = load_reward_model(source, mesh=mesh, **how)
+    return Judge(model, own_tokenizer(model, own, policy, tokenizer))
 
 
 def blank_value(policy: Pretrained, *, shared: bool) -> RewardModel:

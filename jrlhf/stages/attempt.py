@@ -196,7 +196,7 @@ class Attempt:
             if left_out:
                 self._writer.event(number, "skipped", in_a_row=self._skipped_in_row)
                 logger.warning("step %d skipped: its loss or gradient is not finite", number)
-            if self._skipped_in_row == self._loop.max_skipped:
+            if self._skipped_in_row >= self._loop.max_skipped:
                 dump = self._folder / f"skipped-{number}.npz"
                 # None of them has moved the state: a rollout is made again as it was, where no later step has.
                 batch = self._loop.batch_of(self.state, number - 1)

@@ -25,6 +25,8 @@ from jrlhf.models.folder_files import copy_files
 from jrlhf.parallel import make_mesh
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.exports import RUN_CONFIG, companions, from_metadata, write_export
+from jrlhf.stages.inputs import stage_inputs
+from jrlhf.stages.origin_check import check_base
 from jrlhf.stages.run import StageName, model_source
 from jrlhf.stages.state import abstract
 from jrlhf.types import Params
@@ -95,6 +97,8 @@ def _export_step(
     start, where = _start(config, stage, mesh), checkpoints.folder / str(step)
     beside = from_metadata(checkpoints.metadata(step), stop=_stop(config, stage), where=where)
     lora, part = _trained_part(config, stage)
+    if lora.rank:
+        check_base(stage_inputs(config, stage), checkpoints.metadata(step))
     like, frozen = trainable(start, lora, jax.random.key(0), mesh=mesh, path=f"{stage}.lora")
     params: Params = combine(checkpoints.restore(step, abstract(like), part=part), frozen)
     write_export(start, params, out, beside=beside, dtype=_dtype(config, stage, args))
@@ -110,8 +114,8 @@ def _start(config: Config, stage: StageName, mesh: Mesh) -> Pretrained | RewardM
         case "ppo":
             source = model_source(config, config.ppo.model.path, key="ppo.model.path", stage="sft")
     if stage == "reward":
-        return load_reward_start(source, jax.random.key(0), dtype="float32", mesh=mesh)
-    return load_pretrained(source, dtype="float32", mesh=mesh)
+        return load_reward_start(source, jax.random.key(0), dtype="float32", mesh=mesh, option="reward.model.path")
+    return load_pretrained(source, dtype="float32", mesh=mesh, option=f"{stage}.model.path")
 
 
 def _trained_part(config: Config, stage: StageName) -> tuple[LoRAConfig, str]:

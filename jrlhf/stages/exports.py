@@ -12,6 +12,7 @@ from jrlhf.config import LoRAConfig
 from jrlhf.core import combine, partition
 from jrlhf.data import load_tokenizer, stop_token_ids, tokenizer_files
 from jrlhf.models import (
+    STOP_TOKEN,
     Pretrained,
     RewardModel,
     WeightDtype,
@@ -109,7 +110,8 @@ def write_export(
     merged = merge_adapters(params)
     match model:
         case RewardModel():
-            model = replace(model, params=merged, config=config, stored=_stored(model))
+            # Whatever it began as, a run trains it to be read at the token that ends an answer.
+            model = replace(model, params=merged, config=config, stored=_stored(model), reading=STOP_TOKEN)
             save_reward_model(model, folder, dtype=dtype, files=files)
         case Pretrained():
             files |= _generation(model, beside)

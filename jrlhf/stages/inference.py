@@ -1,6 +1,7 @@
 """A trained model on files: prompts in, answers out; texts in, scores out."""
 
 import sys
+from typing import Any
 
 from jrlhf import assets
 from jrlhf.config import DataConfig
@@ -9,17 +10,17 @@ from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
 from jrlhf.lines import json_line, write_output
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
-from jrlhf.rank.tasks import FEWEST, Content, TaskFile, distinct, task_line
+from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import exported_folder
 from jrlhf.stages.sampling import answers, drawn_together, jit_generate
 from jrlhf.stages.scoring import score_texts
-from jrlhf.stages.start import check_length
 
 
 def run_generate(args: GenerateConfig) -> None:
-    """One JSON line a prompt, in the order of the prompts: ``{"prompt", "completions": [...]}``."""
+    """One JSON line a prompt, in the order of the prompts: ``{"prompt", "tools"?, "completions": [...]}``."""
     drawn = _draw(args)
-    rows = ({"prompt": prompt, "completions": completions} for prompt, completions in drawn)
+    rows = (row | {"completions": completions} for row, completions in drawn)
     write_output(args.out, "".join(map(json_line, rows)))
 
 
@@ -29,13 +30,14 @@ def run_sample(args: SampleConfig) -> None:
     merged = left_out = 0
     drawn = _draw(args)
     about = {"model": args.model, "seed": args.seed, "temperature": args.sampling.temperature}
-    for prompt, completions in drawn:
+    for row, completions in drawn:
         different = distinct(completions)
         merged += len(completions) - len(different)
         if len(different) < FEWEST:
             left_out += 1
         else:
-            lines.append(task_line(prompt, different, **about))
+            tools = {name: row[name] for name in ("tools",) if name in row}
+            lines.append(task_line(row["prompt"], different, **tools, **about))
     unique = list(dict.fromkeys(lines))
     repeated = len(lines) - len(unique)
     for note in TaskFile((), merged, left_out, repeated).notes():
@@ -45,15 +47,15 @@ def run_sample(args: SampleConfig) -> None:
     write_output(args.out, "".join(unique))
 
 
-def _draw(args: GenerateConfig) -> list[tuple[Content, list[str]]]:
-    """Each prompt with its answers."""
+def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
+    """Each prompt, with the tools it may call, and its answers."""
     source = exported_folder(assets.resolve(args.model), stages=("ppo", "sft"))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.prompts, max_length=args.max_length)
     prompts = load_prompts(data, args.prompts, tokenizer)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_pretrained(source, dtype=args.dtype, mesh=mesh)
-    check_length(model.arch, int(prompts.lengths.max()) + args.sampling.max_new_tokens, key="sampling.max_new_tokens")
+    model = load_pretrained(source, dtype=args.dtype, mesh=mesh, option="model")
+    Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
     together = drawn_together(args.samples, batch_size=args.batch_size, devices=mesh.size)
     generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, samples=together)
     drawn = answers(
@@ -68,18 +70,18 @@ def _draw(args: GenerateConfig) -> list[tuple[Content, list[str]]]:
         together=together,
         show_progress=len(prompts) * args.samples > args.batch_size,
     )
-    return [(row["prompt"], completions) for row, completions in zip(prompts.shown, drawn, strict=True)]
+    return list(zip(prompts.shown, drawn, strict=True))
 
 
 def run_score(args: ScoreConfig) -> None:
-    """One JSON line an answer, in the order of the rows: ``{"prompt"?, "completion", "score"}``."""
+    """One JSON line an answer, in the order of the rows: ``{"prompt"?, "tools"?, "completion", "score"}``."""
     source = exported_folder(assets.resolve(args.model), stages=("reward",))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.data, max_length=args.max_length)
-    texts = load_texts(data, args.data, tokenizer)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_reward_model(source, dtype=args.dtype, mesh=mesh)
-    check_length(model.arch, int(texts.lengths.max()), key="max_length")
+    model = load_reward_model(source, dtype=args.dtype, mesh=mesh, option="model")
+    texts = load_texts(data, args.data, tokenizer, model.reading)
+    Positions(model.arch, "max_length", model="the reward model").check({args.data: texts})
     shown = len(texts) > args.batch_size
     scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size, show_progress=shown)
     rows = (row | {"score": float(score)} for row, score in zip(texts.shown, scores, strict=True))

@@ -6,21 +6,23 @@ import optax
 
 from jrlhf.config import Config, PPOConfig
 from jrlhf.config_io import to_yaml
-from jrlhf.data import load_prompts, load_sft
 from jrlhf.parallel import device_peaks
 from jrlhf.stages.actors import Actors, learnt_policy, load_actors, trainable_actors
 from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.stages.inputs import PPOInputs
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer
+from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.performance import phase_rates, rates
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo_eval import judged, make_evaluator
 from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
 from jrlhf.stages.rewards import make_rewards
-from jrlhf.stages.rules import columns_read, make_rules
-from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.rules import make_rules
+from jrlhf.stages.run import open_stage, pass_gates, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import jit_generate
-from jrlhf.stages.start import JittedStep, check_length, mesh_of, start_training
+from jrlhf.stages.start import JittedStep, mesh_of, start_training
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_ppo_step
 
@@ -35,19 +37,19 @@ def run_ppo(config: Config) -> dict[str, Any]:
     """
     ppo = config.ppo
     with open_stage(config, "ppo") as folder:
-        if summary := read_summary(folder):
+        inputs = PPOInputs(config)
+        if summary := finished_summary(inputs, folder):
             return summary
         make_rules(ppo.rewards)  # before any weight is read: what they miss is said at once
         mesh = mesh_of(config)
         slices = episode_slices(ppo, ppo.episodes, mesh, key="ppo.episodes")
         update_slices = episode_slices(ppo, ppo.episodes // ppo.minibatches, mesh, key="ppo.episodes / ppo.minibatches")
+        prompts, heldout, ptx = inputs.prompts, inputs.heldout, inputs.ptx
+        origin = check_origin(inputs, folder)
         actors = load_actors(config, mesh)
-        read, data = columns_read(ppo.rewards), ppo.prompts
-        prompts = load_prompts(data, data.train, actors.tokenizer, read)
-        heldout = load_prompts(data, data.eval, actors.tokenizer, read) if data.eval else None
-        ptx = load_sft(ppo.ptx, ppo.ptx.train, actors.tokenizer, train_on="completion") if ppo.ptx_coef else None
-        longest = int(prompts.lengths.max()) + ppo.sampling.max_new_tokens
-        check_length(actors.policy.arch, longest, key="ppo.sampling.max_new_tokens")
+        Positions(actors.policy.arch, "ppo.ptx.max_length").check({"ppo.ptx.train": ptx})
+        for positions in actors.positions(ppo):
+            positions.check({"ppo.prompts.train": prompts, "ppo.prompts.eval": heldout})
 
         tx, schedule = make_actor_critic_optimizer(
             ppo.optim, value_lr=ppo.value_lr, updates=ppo.iterations * ppo.epochs * ppo.minibatches
@@ -69,7 +71,16 @@ def run_ppo(config: Config) -> dict[str, Any]:
         score = make_rewards(config, actors, mesh, slices=slices)
         iterate, batch_of = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
         heldout_figures = make_evaluator(config, actors, generate, heldout, folder, mesh)
-        safety = make_safety(config, ppo.prompts, generate, actors.tokenizer, folder, mesh, batch_size=ppo.episodes)
+        safety = make_safety(
+            config,
+            inputs.safety_prompts,
+            generate,
+            actors.tokenizer,
+            folder,
+            mesh,
+            batch_size=ppo.episodes,
+            positions=actors.positions(ppo)[0],
+        )
         beside = companions(actors.tokenizer, to_yaml(config), stop=ppo.sampling.stop)
         exported = exported_form(actors.policy, ppo.export_dtype)
         peaks = device_peaks(ppo.model.dtype)
@@ -97,13 +108,12 @@ def run_ppo(config: Config) -> dict[str, Any]:
             folder=folder,
             log=ppo.log,
             checkpoint=ppo.checkpoint,
-            metadata=as_metadata(beside),
+            metadata=as_metadata(beside) | {"origin": origin.as_json()},
         )
         pass_gates("ppo", ppo.gates, outcome.last, folder)
         learnt = learnt_policy(outcome.state.train)
         # Not the policy's own folder: where that is an adapter's, the frozen weights are its base with it merged in.
-        base = model_source(config, ppo.model.path, key="ppo.model.path", stage="sft")
-        write_adapter(actors.policy, learnt, ppo.lora, folder / "peft", base=base, beside=beside)
+        write_adapter(actors.policy, learnt, ppo.lora, folder / "peft", base=inputs.source, beside=beside)
         write_export(actors.policy, learnt, folder / "hf", beside=beside, dtype=ppo.export_dtype)
         summary = {
             "before": outcome.first,
@@ -114,6 +124,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             "kl_coef": float(outcome.state.kl_coef),
             "cut": prompts.cut,
             "seconds": outcome.seconds,
+            **changed_inputs(origin),
         }
         write_json(folder / "summary.json", summary)
         return summary

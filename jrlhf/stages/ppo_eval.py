@@ -17,15 +17,16 @@ from jrlhf.data import PromptRows, load_tokenizer
 from jrlhf.lines import json_line, read_json_lines, write_text
 from jrlhf.models import load_reward_model
 from jrlhf.parallel import fetch, from_first, is_first
-from jrlhf.stages.actors import Actors, learnt_policy
+from jrlhf.stages.actors import Actors, learnt_policy, own_tokenizer
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
 from jrlhf.stages.exports import exported_form
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fn
 from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.run import model_source
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
-from jrlhf.stages.scoring import make_scorer
+from jrlhf.stages.scoring import Scorer, make_scorer, reward_of
 from jrlhf.stages.start import computed
 from jrlhf.stages.state import RunState
 from jrlhf.types import Generation, Params
@@ -51,7 +52,7 @@ def make_evaluator(
     slices = episode_slices(ppo, batch_size, mesh, key="ppo.prompts.eval")
     score = make_rewards(config, actors, mesh, slices=slices)
     logprob_fn = reading_fn(actors, actors.policy.logprob_fn, slices=slices)
-    judge = make_scorer(judging(config, actors, mesh), mesh, slices=slices) if judged(ppo.canary) else None
+    judge = _judge_scorer(config, actors, prompts, mesh, slices=slices) if judged(ppo.canary) else None
     key = jax.random.key(config.seed)
     exported = exported_form(actors.policy, ppo.export_dtype)
 
@@ -110,8 +111,17 @@ def judging(config: Config, actors: Actors, mesh: Mesh) -> Actors:
     source = model_source(config, wanted.path, key="ppo.canary.judge.path", stage="reward")
     tokenizer = load_tokenizer(source)
     model = load_reward_model(source, mesh=mesh, **computed(wanted, mesh, key="ppo.canary.judge"))
-    same = tokenizer.get_vocab() == actors.tokenizer.get_vocab()
-    return actors._replace(reward=model, reward_tokenizer=None if same else tokenizer)
+    own = own_tokenizer(model, tokenizer, actors.policy, actors.tokenizer)
+    return actors._replace(reward=model, reward_tokenizer=own)
+
+
+def _judge_scorer(config: Config, actors: Actors, heldout: PromptRows, mesh: Mesh, *, slices: int) -> Scorer:
+    """The judge's scores; ConfigError where it has too few positions for the held-out prompts and their answers."""
+    judge = judging(config, actors, mesh)
+    if judge.reward_tokenizer is None:
+        positions = Positions(reward_of(judge).arch, "ppo.prompts.max_length", model="ppo.canary.judge")
+        positions.answering(config.ppo.sampling, "ppo.sampling").check({"ppo.prompts.eval": heldout})
+    return make_scorer(judge, mesh, slices=slices)
 
 
 def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from jrlhf.stages.evaluation import (
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.report import print_summary, write_report
 from jrlhf.stages.run import write_json
+from jrlhf.terminal import show_all_characters
 
 BAG_OF_WORDS_L2 = 3e-4
 """The baseline's best over 60,000 random pairs of the held-out sentences: a choice in its favour."""
@@ -33,6 +34,7 @@ BAG_OF_WORDS_L2 = 3e-4
 
 def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> dict[str, Any]:
     """``jrlhf pipeline`` on configs/quickstart/<preset>.yaml, then the judge; writes summary.json and report.html."""
+    show_all_characters()
     config = replace(load_config(config_path(f"quickstart/{preset}.yaml")), run=str(out), seed=seed)
     out = Path(config.run)
     summary = judge(config, run_pipeline(config))

@@ -19,16 +19,13 @@ from jrlhf.data import (
     PackedRankingRows,
     RankingRows,
     TextRows,
-    load_rankings,
-    load_texts,
-    load_tokenizer,
     pack_rankings,
 )
 from jrlhf.models import (
+    STOP_TOKEN,
     RewardModel,
-    load_pretrained,
+    load_reward_start,
     normalise_reward,
-    reward_from_pretrained,
 )
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import trainable
@@ -41,12 +38,15 @@ from jrlhf.stages.evaluation import (
     reliability_curve,
 )
 from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.stages.inputs import RewardInputs
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, stage_folder, write_json
+from jrlhf.stages.positions import Positions
+from jrlhf.stages.run import open_stage, pass_gates, write_json
 from jrlhf.stages.scoring import score_texts
-from jrlhf.stages.start import check_length, computed, mesh_of, start_training
+from jrlhf.stages.start import computed, mesh_of, start_training
 from jrlhf.stages.state import RunState
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_reward_step, score_completions
@@ -60,18 +60,19 @@ def run_reward(config: Config) -> dict[str, Any]:
     """
     reward = config.reward
     with open_stage(config, "reward") as folder:
-        if summary := read_summary(folder):
+        inputs = RewardInputs(config)
+        if summary := finished_summary(inputs, folder):
             return summary
         mesh = mesh_of(config)
         share = device_share(reward.batch_size, mesh, key="reward.batch_size")
-        source = model_source(config, reward.model.path, key="reward.model.path", stage="sft")
-        tokenizer = load_tokenizer(source)
-        rows = load_rankings(reward.data, reward.data.train, tokenizer)
-        heldout = load_rankings(reward.data, reward.data.eval, tokenizer) if reward.data.eval else None
-        texts_source, texts = _normalising_texts(config, tokenizer)
-        base = load_pretrained(source, mesh=mesh, **computed(reward.model, mesh, key="reward.model"))
-        model = reward_from_pretrained(base, jax.random.key(config.seed))
-        check_length(model.arch, int(rows.lengths.max()), key="reward.data.max_length")
+        source, tokenizer, rows, heldout = inputs.source, inputs.tokenizer, inputs.train, inputs.heldout
+        texts_source, texts = inputs.texts_source, inputs.texts
+        origin = check_origin(inputs, folder)
+        how = computed(reward.model, mesh, key="reward.model")
+        model = load_reward_start(source, jax.random.key(config.seed), mesh=mesh, **how)
+        positions = Positions(model.arch, "reward.data.max_length")
+        normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {texts_source})"
+        positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})
 
         batches = _packed(rows, reward) if reward.pack_length else rows
         order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
@@ -119,7 +120,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             folder=folder,
             log=reward.log,
             checkpoint=reward.checkpoint,
-            metadata=as_metadata(beside),
+            metadata=as_metadata(beside) | {"origin": origin.as_json()},
         )
         pass_gates("reward", reward.gates, outcome.last, folder)
         learnt = combine(outcome.state.train.params, frozen)
@@ -141,6 +142,7 @@ def run_reward(config: Config) -> dict[str, Any]:
             "skipped": rows.skipped,
             "cut": rows.cut,
             "seconds": outcome.seconds,
+            **changed_inputs(origin),
         }
         write_json(folder / "summary.json", summary)
         return summary
@@ -213,19 +215,10 @@ def calibration_bins(margins: np.ndarray) -> list[dict[str, float]]:
     ]
 
 
-def _normalising_texts(config: Config, tokenizer: Any) -> tuple[str, TextRows | None]:
-    """The SFT policy's own answers, or what the config names, and where they are from; read before any step is made."""
-    candidates = stage_folder(config, "sft") / "candidates.jsonl"
-    source = config.reward.normalise or (str(candidates) if candidates.exists() else config.reward.data.eval)
-    if not source:
-        return "", None
-    # A sampler may answer with nothing, or with a byte that is no text: such answers are counted and left out.
-    return source, load_texts(replace(config.reward.data, on_bad_row="skip"), source, tokenizer)
-
-
 def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source: str, mesh: Mesh) -> RewardModel:
     """Mean 0 and standard deviation 1 on those texts, so that beta means the same in every run."""
     batch_size, show_progress = reward.batch_size, reward.log.progress
+    model = replace(model, reading=STOP_TOKEN)
     scores = score_texts(model, texts, mesh=mesh, batch_size=batch_size, show_progress=show_progress)
     spread = float(scores.std())
     if not spread > 0:

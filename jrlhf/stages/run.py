@@ -4,23 +4,29 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from jrlhf import assets
 from jrlhf.config import (
-    CheckpointConfig,
     Config,
     DataConfig,
     DistributedConfig,
-    LogConfig,
     MeshConfig,
+    ModelConfig,
     PPOConfig,
     RewardConfig,
     SFTConfig,
 )
 from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
+from jrlhf.config_rewards import (
+    BannedRuleConfig,
+    EndpointRuleConfig,
+    RefusalRuleConfig,
+    RequiredRuleConfig,
+    RewardsConfig,
+)
 from jrlhf.config_watch import SafetyConfig
 from jrlhf.gates import failure, judge
 from jrlhf.lines import json_text, write_text
@@ -79,21 +85,39 @@ def exported_folder(path: str, *, stages: tuple[StageName, ...] = ()) -> str:
     return path
 
 
+FREE: dict[type, tuple[str, ...]] = {
+    ModelConfig: ("remat", "attention"),
+    DataConfig: ("buckets", "cache"),
+    SFTConfig: ("log", "checkpoint", "gates", "microbatch", "max_skipped"),
+    RewardConfig: ("log", "checkpoint", "gates", "microbatch", "max_skipped"),
+    PPOConfig: ("log", "checkpoint", "gates", "microbatch", "max_skipped"),
+    RewardsConfig: ("timeout",),
+    BannedRuleConfig: ("match_timeout",),
+    RequiredRuleConfig: ("match_timeout",),
+    RefusalRuleConfig: ("match_timeout",),
+    EndpointRuleConfig: ("timeout", "retries", "batch_size"),
+}
+"""The fields of a section that may change on the way, as they decide no result: how much is done at a time, by which
+kernel, how long something may take, what is logged, saved, cached, and asked of the model in the end."""
+
+
+def without_free(section: Any) -> Any:
+    """A section of a config, and those in it, with the default of every field in ``FREE``."""
+    sections = {name: without_free(value) for name, value in vars(section).items() if is_dataclass(value)}
+    defaults = vars(type(section)())
+    return replace(section, **sections | {name: defaults[name] for name in FREE.get(type(section), ())})
+
+
 def comparable(config: Config, stage: StageName) -> Config:
-    """Only what decides the result of ``stage``: not where it runs, what it logs, caches, how often it saves or what is
-    asked of its model."""
-
-    def neutral(part: Any) -> Any:
-        data = {name: replace(value, cache="") for name, value in vars(part).items() if isinstance(value, DataConfig)}
-        return replace(part, log=LogConfig(), checkpoint=CheckpointConfig(), gates=(), **data)
-
+    """Only what decides the result of ``stage``: not where and how it runs, see ``FREE``."""
     parts: dict[StageName, Any] = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
     blank: dict[StageName, Any] = {"sft": SFTConfig(), "reward": RewardConfig(), "ppo": PPOConfig()}
-    chosen = {name: neutral(parts[name] if name == stage else blank[name]) for name in parts}
-    return replace(config, run="", mesh=MeshConfig(), distributed=DistributedConfig(), safety=SafetyConfig(), **chosen)
+    chosen = {name: without_free(parts[name] if name == stage else blank[name]) for name in parts}
+    outside = {"mesh": MeshConfig(), "distributed": DistributedConfig(), "safety": SafetyConfig()}
+    return replace(config, run="", accept_changes=False, **outside, **chosen)
 
 
-def _has_begun(folder: Path) -> bool:
+def has_begun(folder: Path) -> bool:
     """Whether there is anything to go on from: a run that failed before its first checkpoint may start anew."""
     checkpoints = folder / "checkpoints"
     return (folder / "summary.json").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
@@ -137,7 +161,7 @@ def _opened(config: Config, stage: StageName, folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
         saved = folder / "config.yaml"
-        if saved.exists() and _has_begun(folder):
+        if saved.exists() and has_begun(folder):
             differences = diff_configs(comparable(load_config(saved), stage), comparable(config, stage))
             if differences:
                 listed = "\n  ".join(differences)

@@ -8,35 +8,43 @@ import regex
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, DataConfig
-from jrlhf.data import Columns, DataError, load_prompts
+from jrlhf.data import Columns, DataError, PromptRows, load_prompts
 from jrlhf.lines import json_line, write_text
 from jrlhf.parallel import is_first
 from jrlhf.rules import REFUSALS, refuses, yes_or_no
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.sampling import GenerateFn, answers
 from jrlhf.types import Params
 
 Rates = dict[str, float]
 
 
+def load_safety_prompts(config: Config, data: DataConfig, tokenizer: Any) -> PromptRows | None:
+    """The rows of ``config.safety.prompts``, or None where it names none; ``data`` says how prompts are read."""
+    safety = config.safety
+    return load_prompts(data, safety.prompts, tokenizer, Columns((), (safety.column,))) if safety.prompts else None
+
+
 def make_safety(
     config: Config,
-    data: DataConfig,
+    prompts: PromptRows | None,
     generate: GenerateFn,
     tokenizer: Any,
     folder: Path,
     mesh: Mesh,
     *,
     batch_size: int,
+    positions: Positions,
 ) -> Callable[[Params, int], Rates]:
     """Answers to ``config.safety.prompts``, the same draws every time, written to ``safety/<step>.jsonl``.
 
-    ``data`` says how prompts are read. Nothing is asked where there are none. DataError for a column that is not true
-    or false in some row, before anything is answered.
+    ``prompts`` are their rows, ``positions`` what they and their answers must fit in. Nothing is asked where there are
+    none. DataError for a column that is not true or false in some row, before anything is answered.
     """
     safety = config.safety
-    if not safety.prompts:
+    if prompts is None:
         return lambda params, number: {}
-    prompts = load_prompts(data, safety.prompts, tokenizer, Columns((), (safety.column,)))
+    positions.check({"safety.prompts": prompts})
     wanted = [_wanted(row, safety.column) for row in prompts.shown]
     patterns = [regex.compile(pattern) for pattern in safety.patterns or REFUSALS]
 

@@ -1,5 +1,6 @@
 """Scores: of texts in files, and of what a policy has sampled, in its tokens or in the reward model's own."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from jrlhf.core import at_last_token
-from jrlhf.data import BadRow, DataError, Encoder, PromptRows, TextRows
+from jrlhf.data import BadRow, DataError, PromptRows, TextRows, encoder_for
 from jrlhf.data.ragged import Ragged
 from jrlhf.metrics import progress
 from jrlhf.models import RewardModel
@@ -19,6 +20,8 @@ from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.stages.sampling import texts_of
 from jrlhf.steps import without_padding
 from jrlhf.types import Generation
+
+log = logging.getLogger("jrlhf.rewards")
 
 Scorer = Callable[[Generation, PromptRows, Int[np.ndarray, "B"]], jax.Array]
 """``(what was sampled, all prompts, which of them were answered) -> scores [B]``."""
@@ -47,26 +50,35 @@ def jit_score(actors: Actors, mesh: Mesh, *, slices: int) -> Any:
     reward = reward_of(actors)
     score_fn = without_padding(reward.score_fn, slices=slices) if actors.packable else reward.score_fn
     return jax.jit(
-        lambda params, tokens, mask: at_last_token(score_fn(params, tokens, mask), mask),
+        lambda params, tokens, mask: at_last_token(score_fn(params, tokens, mask), reward.reading.last(tokens, mask)),
         out_shardings=batch_sharding(mesh),
     )
 
 
 def _by_text(reward: RewardModel, tokenizer: Any, reward_tokenizer: Any, mesh: Mesh) -> Scorer:
-    """Prompt and answer as text, in the reward model's own tokens and chat template. Only scores come of these."""
-    encoder, pad = Encoder(reward_tokenizer), int(reward_tokenizer.pad_token_id)
+    """Prompt and answer as text, in the reward model's own tokens and chat template. Only scores come of these.
+
+    What is longer than its positions loses the start of the prompt, and that is said the first time.
+    """
+    encoder, pad = encoder_for(reward_tokenizer, reward.reading), int(reward_tokenizer.pad_token_id)
     limit = reward.arch.max_positions
     score = jax.jit(reward.score, out_shardings=batch_sharding(mesh))
+    warned = False
 
-    def ids(prompt: Any, answer: str, stopped: bool) -> np.ndarray:
+    def ids(row: dict[str, Any], answer: str, stopped: bool) -> np.ndarray:
+        nonlocal warned
         try:
-            return encoder.fitted(*encoder.continued(prompt, answer, stopped=stopped), limit)
-        except BadRow as error:
+            before, after = encoder.continued(row["prompt"], answer, stopped=stopped, tools=row.get("tools"))
+        except (BadRow, DataError) as error:
             raise DataError(f"ppo.reward: its tokenizer cannot read a prompt of ppo.prompts: {error}") from error
+        if len(before) + len(after) > limit and not warned:
+            warned = True
+            log.warning("%s: texts of more than its %d tokens are cut at the prompt's start", reward.source, limit)
+        return encoder.fitted(before, after, limit)
 
     def score_texts(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> jax.Array:
         answers, stopped = texts_of(tokenizer, generation), fetch(generation.stopped).tolist()
-        shown = [prompts.shown[int(row)]["prompt"] for row in rows]
+        shown = [prompts.shown[int(row)] for row in rows]
         texts = Ragged.of([ids(*row) for row in zip(shown, (a for _, a in answers), stopped, strict=True)])
         width = padded_width(int(texts.lengths.max()), limit)
         return score(reward.params, *shard_batch(texts.padded(range(len(rows)), width, fill=pad), mesh))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, SFTConfig
 from jrlhf.config_io import to_yaml
 from jrlhf.core import combine
-from jrlhf.data import Order, SFTRows, load_prompts, load_sft, load_tokenizer, pack_sft
+from jrlhf.data import Order, PromptRows, SFTRows, pack_sft
 from jrlhf.lines import json_line, write_text
 from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
@@ -19,13 +19,16 @@ from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.stages.inputs import SFTInputs
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
+from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.run import model_source, open_stage, pass_gates, read_summary, write_json
+from jrlhf.stages.positions import Positions
+from jrlhf.stages.run import open_stage, pass_gates, write_json
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
-from jrlhf.stages.start import check_length, computed, mesh_of, start_training
+from jrlhf.stages.start import computed, mesh_of, start_training
 from jrlhf.stages.state import RunState
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_sft_eval, make_sft_step
@@ -40,16 +43,20 @@ def run_sft(config: Config) -> dict[str, Any]:
     """
     sft = config.sft
     with open_stage(config, "sft") as folder:
-        if summary := read_summary(folder):
+        inputs = SFTInputs(config)
+        if summary := finished_summary(inputs, folder):
             return summary
         mesh = mesh_of(config)
         share = device_share(sft.batch_size, mesh, key="sft.batch_size")
-        source = model_source(config, sft.model.path, key="sft.model.path", stage=None)
-        tokenizer = load_tokenizer(source)
-        rows = load_sft(sft.data, sft.data.train, tokenizer, train_on=sft.train_on)
-        heldout = load_sft(sft.data, sft.data.eval, tokenizer, train_on=sft.train_on) if sft.data.eval else None
+        source, tokenizer, rows, heldout = inputs.source, inputs.tokenizer, inputs.train, inputs.heldout
+        candidates = inputs.candidate_prompts
+        origin = check_origin(inputs, folder)
+        shown = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer) if heldout and sft.log.samples else None
         model = load_pretrained(source, mesh=mesh, **computed(sft.model, mesh, key="sft.model"))
-        check_length(model.arch, int(rows.lengths.max()), key="sft.data.max_length")
+        positions = Positions(model.arch, "sft.data.max_length")
+        positions.check({"sft.data.train": rows, "sft.data.eval": heldout})
+        answering = positions.answering(sft.sampling, "sft.sampling")
+        answering.check({"sft.candidate_prompts": candidates, "sft.log.samples (of sft.data.eval)": shown})
 
         batches = pack_sft(rows, sft.pack_length) if sft.pack_length else rows
         order = Order(config.seed, batch_size=sft.batch_size, lengths=batches.lengths, parts=batches.parts)
@@ -73,9 +80,18 @@ def run_sft(config: Config) -> dict[str, Any]:
             return state._replace(train=train, cursor=state.cursor + 1), metrics
 
         generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
-        samples = _sample_writer(sft, generate, tokenizer, heldout, folder, mesh=mesh, seed=config.seed)
+        samples = _sample_writer(sft, generate, tokenizer, shown, folder, mesh=mesh, seed=config.seed)
         score = _evaluator(sft, model, heldout, mesh)
-        safety = make_safety(config, sft.data, generate, tokenizer, folder, mesh, batch_size=sft.batch_size)
+        safety = make_safety(
+            config,
+            inputs.safety_prompts,
+            generate,
+            tokenizer,
+            folder,
+            mesh,
+            batch_size=sft.batch_size,
+            positions=answering,
+        )
         beside = companions(tokenizer, to_yaml(config), stop=sft.sampling.stop)
         exported = exported_form(model, sft.export_dtype)
 
@@ -106,15 +122,15 @@ def run_sft(config: Config) -> dict[str, Any]:
             folder=folder,
             log=sft.log,
             checkpoint=sft.checkpoint,
-            metadata=as_metadata(beside),
+            metadata=as_metadata(beside) | {"origin": origin.as_json()},
         )
         pass_gates("sft", sft.gates, outcome.last, folder)
         learnt = combine(outcome.state.train.params, frozen)
         write_adapter(model, learnt, sft.lora, folder / "peft", base=source, beside=beside)
         params = merge_adapters(exported(learnt))
         write_export(model, params, folder / "hf", beside=beside, dtype=sft.export_dtype)
-        if sft.candidate_prompts:
-            _write_candidates(config, generate, params, tokenizer, folder, mesh)
+        if candidates is not None:
+            _write_candidates(config, candidates, generate, params, tokenizer, folder, mesh)
         summary = {
             "base_nll": outcome.first.get("eval/nll"),
             "heldout_nll": outcome.last.get("eval/nll"),
@@ -125,6 +141,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             "skipped": rows.skipped,
             "cut": rows.cut,
             "seconds": outcome.seconds,
+            **changed_inputs(origin),
         }
         write_json(folder / "summary.json", summary)
         return summary
@@ -155,7 +172,7 @@ def _sample_writer(
     sft: SFTConfig,
     generate: GenerateFn,
     tokenizer: Any,
-    heldout: SFTRows | None,
+    prompts: PromptRows | None,
     folder: Path,
     *,
     mesh: Mesh,
@@ -163,9 +180,8 @@ def _sample_writer(
 ) -> Callable[[Params, int], None]:
     """Appends answers to the prompts of the first held-out rows (plain text has only a BOS) to samples.jsonl, once a
     step however often a run is broken off."""
-    if heldout is None or sft.log.samples == 0:
+    if prompts is None:
         return lambda params, number: None
-    prompts = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer)
 
     def write(params: Params, number: int) -> None:
         drawn = answers(
@@ -189,11 +205,16 @@ def _sample_writer(
 
 
 def _write_candidates(
-    config: Config, generate: GenerateFn, params: Params, tokenizer: Any, folder: Path, mesh: Mesh
+    config: Config,
+    prompts: PromptRows,
+    generate: GenerateFn,
+    params: Params,
+    tokenizer: Any,
+    folder: Path,
+    mesh: Mesh,
 ) -> None:
     """Several answers to each prompt, for people to rank: add ``"ranks"`` to a row and it is a row of reward data."""
     sft = config.sft
-    prompts = load_prompts(sft.data, sft.candidate_prompts, tokenizer)
     drawn = answers(
         generate,
         params,

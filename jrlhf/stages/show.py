@@ -11,10 +11,12 @@ from jrlhf.config import DataConfig
 from jrlhf.config_tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
+from jrlhf.data.errors import names_with_rows
 from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, look
 from jrlhf.data.sources import open_source
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.stages.run import exported_folder
+from jrlhf.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"
 BAD, ODD = "red", "yellow"
@@ -25,6 +27,7 @@ USES = {"sft": "SFT", "reward": "a reward model", "prompts": "PPO's prompts"}
 
 def run_show(args: ShowConfig) -> None:
     """``DataError``, once all is counted, where a row is bad and training would end there."""
+    show_all_characters()
     tokenizer = load_tokenizer(exported_folder(assets.resolve(args.model), stages=("ppo", "sft", "reward")))
     source = open_source(args.data)
     first, rows = first_row(source.rows)
@@ -54,7 +57,8 @@ def run_show(args: ShowConfig) -> None:
         others = sum(count.rows for count in tally.bad.values()) - 1
         raise DataError(tally.error + (f"; bad rows besides: {others}" if others else ""))
     if not tally.rows:
-        raise DataError(f"{source.name}: no rows")
+        reasons = "; all were left out: " + ", ".join(tally.left_out) if tally.left_out else ""
+        raise DataError(f"{source.name}: no rows{reasons}")
 
 
 class Spelling:
@@ -173,9 +177,13 @@ def summary_lines(tally: Tally) -> list[Text]:
     if tally.pairs:
         share = tally.longer_wins / tally.pairs
         lines.append(Text(f"pairs {tally.pairs:,}; the longer answer is the better one in {share:.1%} (no bias: 50 %)"))
-    for name, count in tally.odd.items():
+    for name, count in (tally.odd | tally.noted).items():
         first = f" (first: {count.first})" if count.rows else ""
         lines.append(Text(f"{count.rows:>9,}  {name}{first}", ODD if count.rows else GAP))
+    for reason, count in tally.left_out.items():
+        lines.append(Text(f"{count.rows:>9,}  left out: {reason} (first: {count.first})", ODD))
+    if tally.unread:
+        lines.append(Text(f"columns that nothing reads: {names_with_rows(tally.unread)}", ODD))
     for reason, count in sorted(tally.bad.items(), key=lambda item: -item[1].rows):
         lines.append(Text(f"{count.rows:>9,}  cannot be trained on: {reason} (first: {count.first})", BAD))
     return lines

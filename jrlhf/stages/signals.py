@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
-SHOW_CURSOR = b"\x1b[?25h"
+from jrlhf.interrupts import SHOW_CURSOR, STOPPING, Interrupted
+
+__all__ = ["STOPPING", "Interrupted", "StopRequest", "stop_request"]
 
 
 class StopRequest:
@@ -19,14 +20,6 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.number != 0
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop by signal ``number``, and has saved its state."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 @contextmanager

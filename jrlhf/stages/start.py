@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, ModelConfig
 from jrlhf.config_io import ConfigError
 from jrlhf.data import tokenizer_files
-from jrlhf.models import ArchConfig
 from jrlhf.models.folder_files import write_files
 from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.stages.batches import tree_copy
@@ -29,7 +28,7 @@ def mesh_of(config: Config) -> Mesh:
 
 
 def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
-    """How a model is computed with: keywords of ``load_pretrained`` and ``load_reward_model``.
+    """How a model is computed with, and what names it: keywords of ``load_pretrained`` and ``load_reward_model``.
 
     ConfigError, which names ``key``, where this machine cannot.
     """
@@ -40,7 +39,7 @@ def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
             raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {platform} and {model.dtype}")
         case "splash" if platform != "tpu" or kind in ("TPU v2", "TPU v3"):
             raise ConfigError(f"{key}.attention: splash needs a TPU, v4 or newer, not {kind}")
-    return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention}
+    return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention, "option": f"{key}.path"}
 
 
 def start_training(
@@ -79,12 +78,6 @@ def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | 
         return TrainState(params, tx.init(params), jnp.int32(0), ema)
 
     return init
-
-
-def check_length(arch: ArchConfig, tokens: int, *, key: str) -> None:
-    """Positions beyond what the model was trained for give garbage without an error; so this is one."""
-    if tokens > arch.max_positions:
-        raise ConfigError(f"{key}: sequences of {tokens} tokens, but the model has {arch.max_positions} positions")
 
 
 def export_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -18,9 +18,11 @@ from jrlhf.core import gae, kwise_ranking_loss, masked_whiten, positions_from_ma
 from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import exported_folder
 from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
+from jrlhf.terminal import show_all_characters
 from jrlhf.types import Generation, PPOParams, Rollout, TrainState
 
 EXACT = 0.0
@@ -53,6 +55,7 @@ class Subject(NamedTuple):
 
 def run_verify(args: VerifyConfig) -> bool:
     """Print every invariant with its figure and bound; True where all hold."""
+    show_all_characters()
     subject = _prepare(args)
     table = Table("invariant", "figure", "bound", "", title=f"jrlhf verify {args.model}")
     findings = list(_findings(subject))
@@ -69,10 +72,12 @@ def run_verify(args: VerifyConfig) -> bool:
 def _prepare(args: VerifyConfig) -> Subject:
     source = exported_folder(assets.resolve(args.model), stages=("ppo", "sft"))
     tokenizer = load_tokenizer(source)
-    model = load_pretrained(source, dtype=args.dtype)
+    model = load_pretrained(source, dtype=args.dtype, option="model")
     critic = reward_from_pretrained(model, jax.random.key(args.seed))
     prompt_source = args.prompts or "asset:prompts_heldout"
     prompts = load_prompts(DataConfig(max_length=args.max_length), prompt_source, tokenizer)
+    positions = Positions(model.arch, "max_length", args.max_new_tokens, "max_new_tokens")
+    positions.check({prompt_source: prompts})
     # An even number of rows, so that they can be read in two slices.
     rows = max(2, min(args.batch_size, len(prompts)) // 2 * 2)
     tokens, mask = prompts.batch(np.resize(np.arange(len(prompts)), rows))

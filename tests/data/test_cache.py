@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,6 +21,8 @@ import pytest
 
 from jrlhf.config import DataConfig
 from jrlhf.data import DataError, Order, cache, load, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data.columns import Encoded, Schema, Writer
+from jrlhf.data.sources import open_source
 from jrlhf.data.tokenizer import load_tokenizer
 
 USER = {"role": "user", "content": "hi"}
@@ -156,6 +159,35 @@ def test_several_sources_are_one_after_the_other(chat, cached, write):
         assert everything(mixed) == everything(same_parts)
 
 
+def test_equal_rows_have_equal_digests_however_they_come(chat, cached, write):
+    """From a file or the cache, under any name, in blocks of any size; other rows or another order have others."""
+    for kind, (loader, rows) in LOADERS.items():
+        path, copy = write(rows, f"{kind}.jsonl"), write([*BAD, *rows], f"{kind}-copy.jsonl")
+        sources = [loader(config, path, chat).sources for config in (cached, cached, replace(cached, cache=""))]
+        [digest] = {source.digest for [source] in [*sources, loader(cached, copy, chat).sources]}
+        assert [source.source for [source] in sources] == [path] * 3
+        for others in (rows[::-1], rows[:-1], [*rows, rows[0]]):
+            [other] = loader(cached, write(others, "other.jsonl"), chat).sources
+            assert other.digest != digest
+        [first, second] = loader(cached, {path: 1.0, copy: 2.0}, chat).sources
+        assert (first.digest, first.source, second.source) == (digest, path, copy)
+
+
+def test_a_digest_knows_nothing_of_blocks():
+    schema = Schema(ragged={"tokens": np.int32}, flat={"learnt": np.bool_})
+    rows = [Encoded({"tokens": [np.arange(n)]}, {"learnt": np.arange(n) % 2 == 0}) for n in range(1, 40)]
+    digests = set()
+    for size in (1, 7, 100):
+        writer = Writer(schema, lambda name, values: None)
+        for number, row in enumerate(rows, 1):
+            writer.add(row)
+            if number % size == 0:
+                writer.flush()
+        writer.flush()
+        digests.add(writer.digest())
+    assert len(digests) == 1
+
+
 def test_files_of_a_pattern_are_one_source(chat, cached, tmp_path):
     for i in range(3):
         lines = "".join(json.dumps(row) + "\n" for row in [*SFT[i * 10 : (i + 1) * 10], *BAD])
@@ -166,7 +198,7 @@ def test_files_of_a_pattern_are_one_source(chat, cached, tmp_path):
     assert rows.skipped == {"prompt: is empty": 6, "prompt: expected a string or a list of messages, found int": 3}
     [folder] = folders(cached)
     files = json.loads((folder / "rows.json").read_text())["key"]["files"]
-    assert [path for path, _, _ in files] == [str((tmp_path / f"part-{i}.jsonl").resolve()) for i in range(3)]
+    assert [path for path, *_ in files] == [str((tmp_path / f"part-{i}.jsonl").resolve()) for i in range(3)]
     (tmp_path / "part-3.jsonl").write_text(json.dumps(SFT[30]) + "\n")
     assert len(load_prompts(cached, pattern, chat)) == 31
 
@@ -214,6 +246,40 @@ def test_every_part_of_the_key_counts(chat, make_tokenizer, cached, write, monke
     Path(source).write_text(Path(source).read_text() + json.dumps(SFT[0]) + "\n")
     os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert again()
+
+
+def replaced(path: Path, rows: list[dict[str, str]]) -> None:
+    """Rows of one length in place of others, in a file of the same size and time of change."""
+    import datasets
+
+    new = path.with_name(f"new-{path.name}")
+    if path.suffix == "":
+        datasets.Dataset.from_list(rows).save_to_disk(new)
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(new))
+    elif path.suffix == ".csv":
+        new.write_text("text\n" + "".join(row["text"] + "\n" for row in rows))
+    else:
+        new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if path.is_dir():
+        shutil.rmtree(path)
+    for file in (new, *new.glob("*")):
+        os.utime(file, ns=(10**18, 10**18))
+    new.rename(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows"])
+def test_a_file_replaced_by_one_of_its_size_and_time_is_seen(name, chat, cached, tmp_path):
+    path = tmp_path / name
+    seen = []
+    for text in ("hello one", "hello two"):
+        replaced(path, [{"text": text}])
+        rows = load_sft(cached, str(path), chat, train_on="all")
+        seen.append([(file, *rest[:2]) for file, *rest in cache.file_stamps(open_source(str(path)).files)])
+        assert chat.decode(rows.tokens[0], skip_special_tokens=True) == text
+    if path.is_file():
+        assert seen[0] == seen[1]
+    assert len(folders(cached)) == 2
 
 
 def test_one_tokenizer_has_one_digest_whoever_loads_it(chat, tmp_path):

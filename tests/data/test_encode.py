@@ -1,14 +1,18 @@
 """Ids of prompts and answers: prefixes, stop tokens and masks, against templates rendered and searched by hand."""
 
+from datetime import datetime
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from jrlhf.data import BadRow
 from jrlhf.data.encode import Encoder
 from jrlhf.data.formats import Answered
+from tests.data.chat_templates import SPECIALS as SPECIAL_TOKENS
+from tests.data.chat_templates import WAYS, made
 
 WORDS = [
     "Hello",
@@ -233,6 +237,43 @@ def test_so_it_has_in_a_chat(chat, completion):
     # The text of another model's answer may spell a stop token out: it would have ended there.
     assert encoder.continued(prompt, completion + "<|im_end|> more", stopped=False) == (before, after)
     assert encoder.continued(prompt, "", stopped=True) == (before, after[-1:])
+
+
+def stripping(make_tokenizer: Any, name: str, *, left: bool, right: bool) -> Any:
+    """The tokenizer of a known template, whose special tokens take the white space beside them."""
+    template, kind, _ = WAYS[name]
+    tokenizer = made(make_tokenizer, template, kind)
+    special = [AddedToken(t, lstrip=left, rstrip=right, normalized=False, special=True) for t in SPECIAL_TOKENS[kind]]
+    tokenizer.add_tokens(special, special_tokens=True)
+    kinds = {(token.lstrip, token.rstrip) for token in tokenizer.added_tokens_decoder.values()}
+    assert kinds == {(left, right)}
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("left", "right"), [(True, False), (False, True), (True, True)])
+def test_tokens_that_take_white_space_take_what_a_server_s_take(make_tokenizer, name, left, right):
+    """The pieces of a conversation are together the ids of its whole text, as a server tokenises it."""
+    tokenizer = stripping(make_tokenizer, name, left=left, right=right)
+    encoder = Encoder(tokenizer)
+    for messages in (
+        turns("hi", "hello world", "what?", "The answer"),
+        turns("hi ", "well\n", " so?", "\n42 ", "a", "b"),
+    ):
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        whole = ids(tokenizer, text.replace(datetime.now().strftime("%d %b %Y"), "26 Jul 2024"))
+        tokens, mask = flat(encoder.segments(Answered(None, messages), every_turn=False))
+        assert tokens == whole[: len(tokens)]
+        assert (
+            sum(here and not after for here, after in zip(mask, [*mask[1:], False], strict=True)) == len(messages) // 2
+        )
+        assert tokenizer.decode(whole[len(tokens) :]).strip() == ""
+        asked, answer = messages[:-1], messages[-1]["content"]
+        before, after = encoder.answered(Answered(asked, answer))
+        assert before + after == tokens
+        assert before == encoder.prompt(asked)
+        # In pieces or in one: the answer of another model, which no template trims.
+        assert encoder.continued(asked, answer.strip(), stopped=True) == (before, after)
 
 
 def test_what_is_too_long_loses_the_start_of_its_prompt(chat, metaspace):

@@ -3,7 +3,9 @@
 import pytest
 
 from jrlhf.data import BadRow
+from jrlhf.data.errors import LeftOut
 from jrlhf.data.formats import Answered, Ranking, parse_answers, parse_prompt, parse_ranking, parse_sft
+from jrlhf.data.repeats import LEFT_ON, TAKEN_OFF
 
 
 def user(text):
@@ -14,8 +16,23 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def parts(*texts):
+    return {"role": "user", "content": [{"type": "text", "text": text} for text in texts]}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+S, CALL = {"role": "system", "content": "S"}, {"type": "function", "function": {"name": "f", "arguments": {}}}
 U, A, B, U2, A2 = user("Q"), assistant("A"), assistant("B"), user("Q2"), assistant("A2")
 HH = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: Q2\n\nAssistant:"
+
+ASKED = "Question: what is it?\nAnswer:"
 
 SFT = [
     ({"text": "T"}, Answered(None, "T")),
@@ -28,6 +45,49 @@ SFT = [
     ({"chosen": HH + " yes", "rejected": HH + " no"}, Answered(HH, " yes")),
     ({"chosen": "A", "rejected": "B"}, Answered(None, "A")),
     ({"chosen": [U, A], "rejected": [U, B]}, Answered([U], [A])),
+    ({"prompt": "Q", "completion": "A", "label": True}, Answered("Q", "A")),
+    ({"prompt": "Q", "completion": "A", "label": "TRUE"}, Answered("Q", "A")),
+    ({"prompt": "Q", "completion": "A", "label": 1}, Answered("Q", "A")),
+    # A label of a text is a class.
+    ({"text": "T", "label": False}, Answered(None, "T")),
+    ({"messages": [U, A], "label": 0}, Answered(None, [U, A])),
+    # One answer may well begin as its prompt does.
+    (
+        {"prompt": "Once upon a time", "completion": "Once upon a time there"},
+        Answered("Once upon a time", "Once upon a time there"),
+    ),
+    ({"prompt": [S, U], "completion": [U, A]}, Answered([S, U], [A])),
+    ({"prompt": [U], "completion": [U, A]}, Answered([U], [A])),
+    ({"messages": [parts("Q"), assistant("A")]}, Answered(None, [U, A])),
+    (
+        {"messages": [U, {**A, "weight": 0}, U2, {**A2, "weight": 1}]},
+        Answered(None, [U, {**A, "weight": 0}, U2, {**A2, "weight": 1}]),
+    ),
+    # ShareGPT
+    ({"conversations": [human("Q"), gpt("A")]}, Answered(None, [U, A])),
+    ({"conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]}, Answered(None, [U, A])),
+    ({"conversations": [U, A], "system": "S"}, Answered(None, [S, U, A])),
+    (
+        {"conversations": [{"from": "system", "value": "S"}, human("Q"), gpt("A")], "system": "S"},
+        Answered(None, [S, U, A]),
+    ),
+    ({"conversations": [human("Q"), {**gpt("A"), "weight": 0}]}, Answered(None, [U, {**A, "weight": 0}])),
+    (
+        {"conversations": [human("Q"), {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]},
+        Answered(None, [U, {**assistant(""), "tool_calls": [CALL]}]),
+    ),
+    (
+        {"conversations": [human("Q"), gpt("A"), {"from": "observation", "value": "r"}, gpt("A2")]},
+        Answered(None, [U, A, {"role": "tool", "content": "r"}, A2]),
+    ),
+    ({"conversations": [human("Q")], "chosen": gpt("A"), "rejected": gpt("B")}, Answered([U], [A])),
+    # Alpaca
+    ({"instruction": "Q", "output": "A"}, Answered([U], "A")),
+    ({"instruction": "Q", "input": "", "output": "A"}, Answered([U], "A")),
+    ({"instruction": "Q", "input": "here", "output": "A", "text": "T"}, Answered([user("Q\n\nhere")], "A")),
+    ({"instruction": "Q", "context": "here", "response": "A"}, Answered([user("Q\n\nhere")], "A")),
+    ({"instruction": "Q", "system": "S", "output": "A"}, Answered([S, U], "A")),
+    ({"instruction": "Q", "chosen": "A", "rejected": "B"}, Answered([U], "A")),
     # Columns that only other rows have.
     ({"text": "T", "prompt": None, "completion": None, "chosen": None}, Answered(None, "T")),
     ({"messages": [{**U, "name": None}, A]}, Answered(None, [U, A])),
@@ -59,6 +119,42 @@ RANKINGS = [
         {"prompt": "P", "completions": ["A", "B", "C"], "ranks": [1, 0, 1], "margin": 0.25},
         Ranking("P", ["A", "B", "C"], [1, 0, 1], 0.25),
     ),
+    # Prompts that stand in the answers too.
+    ({"prompt": ASKED, "chosen": ASKED + " A", "rejected": ASKED + " B"}, Ranking(ASKED, [" A", " B"], [0, 1], 0.0)),
+    (
+        {"prompt": ASKED + " ", "chosen": ASKED + " A", "rejected": ASKED + " B"},
+        Ranking(ASKED + " ", ["A", "B"], [0, 1], 0),
+    ),
+    (
+        {"prompt": "\n" + ASKED, "chosen": ASKED + " A", "rejected": ASKED + " B"},
+        Ranking("\n" + ASKED, [" A", " B"], [0, 1], 0),
+    ),
+    ({"prompt": HH, "chosen": HH + " yes", "rejected": HH + " no"}, Ranking(HH, [" yes", " no"], [0, 1], 0.0)),
+    ({"prompt": "Q2", "chosen": HH + " yes", "rejected": HH + " no"}, Ranking(HH, [" yes", " no"], [0, 1], 0.0)),
+    (
+        {"prompt": ASKED, "completions": [ASKED + " A", ASKED + " B", ASKED + " C"], "ranks": [0, 1, 2]},
+        Ranking(ASKED, [" A", " B", " C"], [0, 1, 2], 0.0),
+    ),
+    ({"prompt": [S, U], "chosen": [U, A], "rejected": [U, B]}, Ranking([S, U], [[A], [B]], [0, 1], 0.0)),
+    ({"prompt": [U], "chosen": [S, U, A], "rejected": [S, U, B]}, Ranking([S, U], [[A], [B]], [0, 1], 0.0)),
+    (
+        {"prompt": [S, U, A, U2], "chosen": [U2, A2], "rejected": [U2, B]},
+        Ranking([S, U, A, U2], [[A2], [B]], [0, 1], 0.0),
+    ),
+    ({"prompt": "Q", "chosen": [S, U, A], "rejected": [S, U, B]}, Ranking([S, U], [[A], [B]], [0, 1], 0.0)),
+    ({"prompt": [S, U], "completions": [[U, A], [U, B]], "ranks": [0, 1]}, Ranking([S, U], [[A], [B]], [0, 1], 0.0)),
+    ({"prompt": "Q", "completions": [[U, A], [U, B]], "ranks": [0, 1]}, Ranking([U], [[A], [B]], [0, 1], 0.0)),
+    # Not of all answers, or too short to tell.
+    ({"prompt": ASKED, "chosen": ASKED + " A", "rejected": "B"}, Ranking(ASKED, [ASKED + " A", "B"], [0, 1], 0.0)),
+    ({"prompt": "Hi", "chosen": "Hi, you", "rejected": "Hi!"}, Ranking("Hi", ["Hi, you", "Hi!"], [0, 1], 0.0)),
+    # ShareGPT and Alpaca
+    ({"conversations": [human("Q")], "chosen": gpt("A"), "rejected": gpt("B")}, Ranking([U], [[A], [B]], [0, 1], 0.0)),
+    (
+        {"conversations": [human("Q")], "system": "S", "chosen": [gpt("A")], "rejected": [gpt("B")]},
+        Ranking([S, U], [[A], [B]], [0, 1], 0),
+    ),
+    ({"instruction": "Q", "chosen": "A", "rejected": "B"}, Ranking([U], ["A", "B"], [0, 1], 0.0)),
+    ({"instruction": "Q", "completions": ["A", "B"], "ranks": [1, 0]}, Ranking([U], ["A", "B"], [1, 0], 0.0)),
     ({"completions": [[U, A], [U, B]], "ranks": [3, 1]}, Ranking(None, [[U, A], [U, B]], [3, 1], 0.0)),
     (
         {"prompt": "P", "completions": ["A", "A", "B"], "ranks": [0, 0, 1]},
@@ -81,6 +177,16 @@ PROMPTS = [
     ({"messages": [U, A, U2]}, [U]),
     ({"messages": [U]}, [U]),
     ({"prompt": "Q", "messages": [U, A]}, [U]),
+    ({"prompt": [parts("Q")]}, [U]),
+    ({"prompt": [parts("Q", "2")]}, [U2]),
+    ({"prompt": "Q", "completion": "A", "label": False}, "Q"),
+    ({"conversations": [human("Q"), gpt("A")]}, [U]),
+    ({"conversations": [human("Q")], "system": "S"}, [S, U]),
+    ({"conversations": [human("Q")], "chosen": gpt("A"), "rejected": gpt("B")}, [U]),
+    ({"instruction": "Q"}, [U]),
+    ({"instruction": "Q", "input": "here", "output": "A"}, [user("Q\n\nhere")]),
+    ({"prompt": [S, U], "chosen": [U, A], "rejected": [U, B]}, [S, U]),
+    ({"prompt": ASKED, "chosen": ASKED + " A", "rejected": ASKED + " B"}, ASKED),
     ({"chosen": HH + " yes", "rejected": HH + " no"}, HH),
     ({"prompt": "Q", "chosen": [U, A], "rejected": [U, B]}, [U]),
 ]
@@ -95,6 +201,14 @@ def test_what_is_scored():
     assert parse_answers({"prompt": "P", "completions": ["A", "B"]}) == [Answered("P", "A"), Answered("P", "B")]
     assert parse_answers({"prompt": "P", "chosen": "A", "rejected": "A"}) == [Answered("P", "A"), Answered("P", "A")]
     assert parse_answers({"text": "T"}) == [Answered(None, "T")]
+    assert parse_answers({"prompt": "P", "completion": "A", "label": False}) == [Answered("P", "A")]
+    assert parse_answers({"messages": [U, A], "label": False}) == [Answered(None, [U, A])]
+    assert parse_answers({"conversations": [human("Q"), gpt("A")]}) == [Answered(None, [U, A])]
+    assert parse_answers({"instruction": "Q", "output": "A"}) == [Answered([U], "A")]
+    assert parse_answers({"instruction": "Q", "completions": ["A", ""]}) == [Answered([U], "A"), Answered([U], "")]
+    row = {"prompt": ASKED, "completions": [ASKED + " A", ASKED + " B"]}
+    assert parse_answers(row) == [Answered(ASKED, " A"), Answered(ASKED, " B")]
+    assert parse_answers({"prompt": ASKED, "completions": [ASKED]}) == [Answered(ASKED, ASKED)]
     # What a policy answered is scored even where it is nothing; only data to learn from must say something.
     assert parse_answers({"prompt": "P", "completions": ["", "A"]}) == [Answered("P", ""), Answered("P", "A")]
     with pytest.raises(BadRow, match="is empty"):
@@ -135,7 +249,7 @@ BAD_MESSAGES = [
     (["hi"], 'messages[0]: expected a message {"role", "content"}'),
     ([{"from": "human", "value": "hi"}], 'messages[0]: expected a message {"role", "content"}'),
     ([{"role": "user"}], "messages[0].content: expected a string"),
-    ([U, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}], "messages[1].content: expected a string"),
+    ([U, {"role": "assistant", "content": 5}], "messages[1].content: expected a string"),
     ([U, assistant("")], "messages[1].content: is empty"),
     ([user("\ud800"), A], "messages[0].content: holds half of a surrogate pair, which is no text"),
     ("a string", "messages: expected a list of messages, found a string"),
@@ -150,6 +264,116 @@ def test_bad_messages(messages, message):
         assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("row", "label"),
+    [
+        ({"prompt": "P", "completion": "A"}, False),
+        ({"prompt": "P", "completion": "A"}, 0),
+        ({"prompt": "P", "completion": "A"}, "false"),
+        ({"prompt": "P", "completion": "A"}, "0"),
+        ({"prompt": [U], "completion": [A]}, False),
+        ({"messages": [U, A]}, False),
+        ({"conversations": [human("Q"), gpt("A")]}, False),
+        ({"instruction": "Q", "output": "A"}, False),
+    ],
+)
+def test_a_bad_answer_is_left_out(row, label):
+    with pytest.raises(LeftOut, match=r"^label: false, so the answer is not learnt$"):
+        parse_sft(row | {"label": label})
+
+
+@pytest.mark.parametrize("label", ["good", "", 2, 0.5, [], {}])
+def test_any_other_label_is_bad(label):
+    with pytest.raises(BadRow, match=r"^label: expected true or false, found ") as error:
+        parse_sft({"prompt": "P", "completion": "A", "label": label})
+    assert not isinstance(error.value, LeftOut)
+
+
+def test_unpaired_answers_are_no_rankings():
+    with pytest.raises(BadRow, match=r"^label: an answer by itself makes no pair; a reward model needs chosen and rej"):
+        parse_ranking({"prompt": "P", "completion": "A", "label": True})
+
+
+def test_what_was_done_to_a_row_is_noted():
+    notes = []
+    parse_ranking({"prompt": "P", "chosen": "A", "rejected": "B"}, note=notes.append)
+    parse_ranking({"prompt": [U], "chosen": [U, A], "rejected": [U, B]}, note=notes.append)
+    assert notes == []
+    row = {"prompt": ASKED, "chosen": ASKED + " A", "rejected": ASKED + " B"}
+    for parse in (parse_ranking, parse_sft, parse_answers):
+        parse(row, note=notes.append)
+    parse_ranking({"prompt": [S, U], "chosen": [U, A], "rejected": [U, B]}, note=notes.append)
+    assert notes == [TAKEN_OFF] * 4
+    parse_ranking({"prompt": "Hi", "chosen": "Hi, you", "rejected": "Hi!"}, note=notes.append)
+    assert notes[4:] == [LEFT_ON]
+
+
+def test_alpaca_without_a_chat_template_is_asked_as_alpaca_was():
+    head = "Below is an instruction that describes a task"
+    ask = "Write a response that appropriately completes the request."
+    plain = f"{head}. {ask}\n\n### Instruction:\nQ\n\n### Response:\n"
+    row = {"instruction": "Q", "output": "A"}
+    assert parse_sft(row, chat=False) == Answered(plain, "A")
+    assert parse_prompt(row, chat=False) == plain
+    assert parse_answers(row, chat=False) == [Answered(plain, "A")]
+    row = {"instruction": "{Q}", "input": "here", "chosen": "A", "rejected": "B"}
+    context = f"{head}, paired with an input that provides further context. {ask}"
+    prompt = f"{context}\n\n### Instruction:\n{{Q}}\n\n### Input:\nhere\n\n### Response:\n"
+    assert parse_ranking(row, chat=False) == Ranking(prompt, ["A", "B"], [0, 1], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"conversations": [{"from": "nobody", "value": "Q"}]},
+            "conversations[0].from: nobody we know: 'nobody'; expected ",
+        ),
+        ({"conversations": [{"from": ["human"], "value": "Q"}]}, "conversations[0].from: nobody we know: ['human']"),
+        ({"conversations": [{"from": "human", "value": 5}]}, "conversations[0].value: expected a string"),
+        ({"conversations": [human("")]}, "conversations[0].content: is empty"),
+        ({"conversations": "hi"}, "conversations: expected a list of turns, found str"),
+        ({"conversations": []}, "conversations: is empty"),
+        ({"conversations": ["hi"]}, 'conversations[0]: expected a message {"role", "content"}'),
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            "conversations[0].value: function_call without ",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "S"}, human("Q")], "system": "other"},
+            "system: another one stands in the conversation",
+        ),
+        ({"instruction": " ", "output": "A"}, "instruction: is empty"),
+        ({"instruction": "Q", "output": ""}, "output: is empty"),
+        ({"instruction": "Q", "input": 5, "output": "A"}, "input: expected a string, found int"),
+        ({"messages": [{**U, "weight": 0}, A]}, "messages[0].weight: only an assistant's turn is learnt"),
+        ({"messages": [U, {**A, "weight": 0.5}]}, "messages[1].weight: expected 0 or 1, found 0.5"),
+        ({"messages": [U, {**A, "weight": True}]}, "messages[1].weight: expected 0 or 1, found True"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A]},
+            "messages[0].content: a part of type 'image_url'; only text can be read",
+        ),
+        (
+            {"messages": [{"role": "user", "content": ["Q"]}, A]},
+            "messages[0].content: expected a string, or a list of parts",
+        ),
+        ({"messages": [parts("", " "), A]}, "messages[0].content: is empty"),
+        (
+            {"prompt": [S, U], "chosen": [user("?"), U, A], "rejected": [user("?"), U, B]},
+            "prompt: its last turn stands in the answers too, but other turns before it",
+        ),
+        (
+            {"prompt": ASKED, "chosen": ASKED + " A", "rejected": ASKED},
+            "rejected: repeats the prompt and says nothing else",
+        ),
+    ],
+)
+def test_bad_rows_of_other_forms(row, message):
+    with pytest.raises(BadRow) as error:
+        parse_sft(row)
+    assert str(error.value).startswith(message)
+
+
 def test_an_empty_system_turn_is_let_be():
     system = {"role": "system", "content": ""}
     assert parse_prompt({"prompt": [system, U]}) == [system, U]
@@ -162,6 +386,10 @@ BAD_RANKINGS = [
     ({"rejected": "A"}, "chosen: no such column; the row has rejected"),
     ({"x": 1, "y": None}, "chosen: no such column, nor completions; the row has x"),
     ({}, "chosen: no such column, nor completions; the row has no columns"),
+    (PREFERENCE | {"rejected": None}, "rejected: is empty (null); the row has prompt, chosen"),
+    (PREFERENCE | {"chosen": None, "rejected": None}, "chosen: is empty (null), and so is rejected"),
+    (RANKING | {"completions": None}, "completions: is empty (null)"),
+    ({"prompt": "P", "ranks": [0, 1]}, "chosen: no such column, nor completions; the row has prompt, ranks"),
     (PREFERENCE | {"chosen": "B"}, "chosen: the same as rejected"),
     ({"chosen": HH + " yes", "rejected": HH + " yes"}, "chosen: the same as rejected"),
     ({"chosen": [U, A], "rejected": [U, A]}, "chosen: the same as rejected"),
@@ -195,7 +423,7 @@ BAD_RANKINGS = [
     (RANKING | {"completions": ["A", "A", "B"]}, "completions: two of them are the same and of unequal rank"),
     (RANKING | {"ranks": [1, 1, 1]}, "ranks: all tied, so there is no pair"),
     (RANKING | {"ranks": [0, 1]}, "ranks: expected 3 ranks, one a completion"),
-    (RANKING | {"ranks": None}, "ranks: no such column; give each completion its rank, 0 for the best"),
+    (RANKING | {"ranks": None}, "ranks: is empty (null); give each completion its rank, 0 for the best"),
     (RANKING | {"ranks": [0, 1, True]}, "ranks: expected whole numbers, 0 for the best, found [0, 1, True]"),
     (RANKING | {"ranks": [0, 1, 0.5]}, "ranks: expected whole numbers, 0 for the best, found [0, 1, 0.5]"),
     (RANKING | {"ranks": [0, -1, 2]}, "ranks: expected whole numbers, 0 for the best, found [0, -1, 2]"),
@@ -216,11 +444,34 @@ def test_bad_rankings(row, message):
         (
             parse_sft,
             {"instruction": "I"},
-            "text: no such column, nor messages, completion or chosen; the row has instruction",
+            "text: no such column, nor messages, conversations, prompt and completion, instruction and output, "
+            "or chosen and rejected; the row has instruction",
         ),
+        (parse_sft, {"prompt": "P", "completion": None}, "completion: is empty (null)"),
+        (parse_sft, {"prompt": None, "completion": "C"}, "prompt: is empty (null); the row has completion"),
+        (parse_sft, {"instruction": "I", "input": None, "output": None}, "output: is empty (null)"),
+        (
+            parse_sft,
+            dict.fromkeys(("text", "id", "messages", "chosen")),
+            "text: is empty (null), and so are messages, chosen",
+        ),
+        (parse_prompt, {"prompt": None}, "prompt: is empty (null)"),
+        (parse_prompt, {"prompt": "", "id": 1}, "prompt: is empty"),
+        (parse_prompt, {"chosen": "A", "rejected": None}, "rejected: is empty (null)"),
+        (
+            parse_prompt,
+            {"prompt": None, "chosen": "A", "rejected": "B"},
+            "prompt: is empty (null), and chosen and rejected do not imply one",
+        ),
+        (parse_answers, {"prompt": "P", "completions": None}, "completions: is empty (null)"),
         (parse_sft, {"completion": "C"}, "prompt: no such column; the row has completion"),
         (parse_sft, {"text": [U]}, "text: expected a string, found messages"),
-        (parse_prompt, {"text": "T"}, "prompt: no such column, nor messages or chosen and rejected; the row has text"),
+        (
+            parse_prompt,
+            {"text": "T"},
+            "prompt: no such column, nor messages, conversations, instruction, or chosen and rejected; "
+            "the row has text",
+        ),
         (
             parse_prompt,
             {"chosen": "A", "rejected": "B"},

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from jrlhf.config import DataConfig
@@ -159,10 +158,51 @@ def test_unknown_tokens_are_counted(make_tokenizer, write):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "reward"),
         ({"completions": []}, "reward"),
         ({}, "sft"),
+        ({"conversations": [{"from": "human", "value": "hi"}]}, "sft"),
+        ({"conversations": [{"from": "human", "value": "hi"}], "chosen": {}, "rejected": {}}, "reward"),
+        ({"instruction": "a", "input": "", "output": "b"}, "sft"),
+        ({"instruction": "a", "context": "c", "response": "b"}, "sft"),
+        ({"instruction": "a", "input": "c"}, "prompts"),
+        ({"prompt": "a", "completion": "b", "label": False}, "sft"),
     ],
 )
 def test_the_kind_of_rows_is_told_by_their_columns(row, kind):
     assert kind_of(row) == kind
+
+
+FORMS = {
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi", "id": 1}, {"from": "gpt", "value": "hello"}]},
+    "alpaca": {"instruction": "hi", "input": "", "output": "hello"},
+    "dolly": {"instruction": "hi", "context": "", "response": "hello"},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, turns("hi", "hello")[1]]},
+    "weight": {"messages": [turns("hi")[0], {**turns("hi", "hello")[1], "weight": 1}]},
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_conversations_in_other_forms_are_seen_as_messages_are(name, chat, write):
+    [expected], _ = looked_at(write([{"messages": turns("hi", "hello")}]), chat, "sft")
+    [seen], tally = looked_at(write([FORMS[name]], "other.jsonl"), chat, kind_of(FORMS[name]))
+    for one, other in zip(seen.sequences[0], expected.sequences[0], strict=True):
+        assert one.tolist() == other.tolist()
+    assert tally.unread == ({"conversations[].id": 1} if name == "sharegpt" else {})
+
+
+def test_answers_labelled_bad_are_left_out(chat, write):
+    row = {"prompt": "Say hi", "completion": " hi", "label": False}
+    source = write([{**row, "label": True}, row])
+    seen, tally = looked_at(source, chat, kind_of(row))
+    assert [row.place for row in seen] == [f"{source}:1"]
+    assert (tally.bad, tally.error) == ({}, "")
+    assert [(count.rows, count.first) for count in tally.left_out.values()] == [(1, f"{source}:2")]
+
+
+def test_what_loading_notes_is_counted_but_for_cuts(chat, write):
+    doubled = {"prompt": "Say hi", "chosen": "Say hi there", "rejected": "Say hi hello " + "x" * 50}
+    source = write([doubled])
+    _, tally = looked_at(source, chat, "reward", max_length=20)
+    assert [(count.rows, count.first) for count in tally.noted.values()] == [(1, f"{source}:1")]
+    assert tally.odd[looking.CUT].rows == 1
 
 
 def test_the_first_row_is_found_behind_bad_ones_and_none_is_lost():
@@ -177,5 +217,15 @@ def test_the_first_row_is_found_behind_bad_ones_and_none_is_lost():
 
 def test_the_texts_of_a_row_are_those_a_stage_reads():
     row = {"prompt": turns("a"), "completions": ["b", turns("x", "c")[1:]], "id": "d", "source": {"text": "e"}}
-    assert list(texts_of(row)) == ["a", "b", "c"]
-    assert np.unique(list(texts_of({"text": "a", "messages": None}))).tolist() == ["a"]
+    assert list(texts_of(row, {"id", "source"})) == ["a", "b", "c"]
+    assert list(texts_of({"text": "a", "messages": None}, ())) == ["a"]
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert list(texts_of({"messages": messages}, ())) == ["a", "function", "weather", "Oslo"]
+
+
+def test_special_tokens_in_columns_that_nothing_reads_are_not_odd(chat, write):
+    source = write([{"text": "hi", "source": "<|im_end|>"}, {"text": "hi <|im_end|>"}])
+    _, tally = looked_at(source, chat, "sft")
+    assert tally.odd[looking.CONTROL].rows == 1
+    assert tally.unread == {"source": 1}

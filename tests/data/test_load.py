@@ -191,6 +191,110 @@ def test_cut_until_nothing_is_left(metaspace, config, write):
     assert str(error.value) == f"{source}:1: {reason}"
 
 
+WEIGHED = [MESSAGES[0], {**MESSAGES[1], "weight": 0}, MESSAGES[2], {**MESSAGES[3], "weight": 1}]
+
+
+@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
+def test_a_turn_of_weight_0_is_context(chat, config, write, train_on):
+    """Wherever the turn stands; all other tokens are as without weights."""
+    shapes = [lambda m: {"messages": m}, lambda m: {"prompt": m[:3], "completion": m[3:]}]
+    for shape in (*shapes, lambda m: {"prompt": m[:1], "completion": m[1:]}):
+        with_weights = load_sft(config(), write([shape(WEIGHED)]), chat, train_on=train_on)
+        without = load_sft(config(), write([shape(MESSAGES)]), chat, train_on=train_on)
+        tokens, mask = row_of(without, 0)
+        barred = ids(chat, "hello<|im_end|>")
+        start = next(i for i in range(len(tokens)) if tokens[i : i + len(barred)] == barred)
+        expected = [inside and not start <= i < start + len(barred) for i, inside in enumerate(mask)]
+        assert row_of(with_weights, 0) == (tokens, expected)
+        assert load_prompts(config(), write([shape(WEIGHED)]), chat).tokens[0].tolist() == ids(
+            chat,
+            chat.apply_chat_template(
+                MESSAGES[: 1 if shape(WEIGHED).get("prompt") == MESSAGES[:1] else 3],
+                tokenize=False,
+                add_generation_prompt=True,
+            ),
+        )
+
+
+@pytest.mark.parametrize("train_on", ["completion", "assistant", "all"])
+def test_a_row_of_weight_0_alone_is_bad(chat, config, write, train_on):
+    none = [MESSAGES[0], WEIGHED[1]]
+    for row in ({"messages": none}, {"prompt": none[:1], "completion": none[1:]}):
+        source = write([row])
+        with pytest.raises(DataError) as error:
+            load_sft(config(), source, chat, train_on=train_on)
+        reason = "weight: 0 for every turn of the assistant, so nothing would be learnt"
+        assert str(error.value) == f"{source}:1: {reason}"
+        assert load_sft(config(on_bad_row="skip"), write([row, {"text": "a"}]), chat, train_on=train_on).skipped == {
+            reason: 1
+        }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_answers_are_left_out_and_counted_whatever_bad_rows_do(chat, config, tmp_path, caplog, kind):
+    labels: list[Any] = ["true", "FALSE", "0", "1"] if kind == "csv" else [True, False, False, True]
+    rows = [{"prompt": "Say hi", "completion": f" hi {i}", "label": label} for i, label in enumerate(labels)]
+    source = written(rows, kind, tmp_path)
+    for on_bad_row in ("error", "skip"):
+        caplog.clear()
+        loaded = load_sft(config(on_bad_row=on_bad_row), source, chat, train_on="completion")
+        texts = [chat.decode(loaded.tokens[i], skip_special_tokens=True) for i in range(len(loaded))]
+        assert texts == ["Say hi hi 0", "Say hi hi 3"]
+        assert loaded.skipped == {"label: false, so the answer is not learnt": 2}
+        [line] = caplog.messages
+        assert line.startswith(f"{source}: skipped 2 rows: label: false, so the answer is not learnt (first: {source}")
+    assert len(load_texts(config(), source, chat)) == len(load_prompts(config(), source, chat)) == 4
+    with pytest.raises(DataError, match="label: an answer by itself makes no pair; a reward model needs chosen"):
+        load_rankings(config(), source, chat)
+
+
+def test_bad_answers_alone_are_no_rows(chat, config, write):
+    source = write([{"prompt": "Q", "completion": "A", "label": False}])
+    with pytest.raises(DataError, match="no rows; all 1 were skipped, most for: label: false"):
+        load_sft(config(), source, chat, train_on="completion")
+
+
+def test_a_prompt_that_all_answers_repeat_stands_once(tokenizer, config, write, caplog):
+    prompt = "Question: what colour is the sky?\nAnswer:"
+    doubled = {"prompt": prompt, "chosen": f"{prompt} blue", "rejected": f"{prompt} green"}
+    once = {"prompt": prompt, "chosen": " blue", "rejected": " green"}
+    several = {"prompt": prompt, "completions": [doubled["chosen"], doubled["rejected"]], "ranks": [0, 1]}
+    for row in (doubled, several):
+        for load in (load_rankings, load_texts, sft):
+            if load is sft and row is several:
+                continue
+            caplog.clear()
+            source = write([row, once], "doubled.jsonl")
+            loaded, expected = load(config(), source, tokenizer), load(config(), write([once]), tokenizer)
+            half = len(expected.tokens)
+            for i in range(half):
+                assert loaded.tokens[i].tolist() == loaded.tokens[half + i].tolist() == expected.tokens[i].tolist()
+            note = "the prompt, which the answers repeat, was taken off them"
+            assert caplog.messages[0] == f"{source}: 1 of 2 rows (50 %): {note} (first: {source}:1)"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_sharegpt_from_every_kind_that_has_lists(chat, config, tmp_path, kind):
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    source = written([{"conversations": turns}], kind, tmp_path)
+    text = chat.apply_chat_template(MESSAGES[:2], tokenize=False).removesuffix("\n")
+    for rows in (sft(config(), source, chat), load_texts(config(), source, chat)):
+        assert chat.decode(rows.tokens[0]) == text
+    assert load_prompts(config(), source, chat).shown[0] == {"prompt": MESSAGES[:1]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpaca_from_every_kind_of_file(tokenizer, config, tmp_path, kind):
+    source = written([{"instruction": "hi", "input": "", "output": "hello"}], kind, tmp_path)
+    [prompts, rows] = load_prompts(config(), source, tokenizer), sft(config(), source, tokenizer)
+    said = tokenizer.decode(rows.tokens[0])
+    if tokenizer.chat_template:
+        assert said == tokenizer.apply_chat_template(MESSAGES[:2], tokenize=False).removesuffix("\n")
+    else:
+        assert "### Instruction:\nhi\n\n### Response:\nhello" in said
+    assert said.startswith(tokenizer.decode(prompts.tokens[0]))
+
+
 def sft(*given: Any) -> Any:
     return load_sft(*given, train_on="completion")
 

@@ -128,6 +128,27 @@ def test_lists_of_unlike_objects_come_back_from_what_datasets_writes(tmp_path):
     assert rows_of(str(tmp_path / "saved")) == rows
 
 
+@pytest.mark.parametrize("name", ["rows.parquet", "stream.arrow", "saved", "org/name"])
+def test_tool_calls_have_the_arguments_that_were_written(tmp_path, name, monkeypatch):
+    """Arrow gives every struct the fields of all, as null; null that stands in a JSON text was written by somebody."""
+    import datasets
+
+    def row(arguments: dict[str, Any]) -> dict[str, Any]:
+        call = {"function": {"name": "weather", "arguments": arguments}}
+        return {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [call]}
+
+    rows = [row({"city": "Oslo"}), row({"days": 3})]
+    if name == "org/name":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: datasets.Dataset.from_list(rows))
+        assert rows_of(name) == rows
+    elif name == "saved":
+        kept = [{"tool_calls": [{"n": None}, {"c": 1}]}]
+        datasets.Dataset.from_list(kept, on_mixed_types="use_json").save_to_disk(tmp_path / name)
+        assert rows_of(str(tmp_path / name)) == kept
+    else:
+        assert rows_of(write_table(tmp_path / name, rows)) == rows
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_without_rows_and_one_that_is_cut_off(tmp_path, name):
     table = pa.Table.from_pylist(ROWS)

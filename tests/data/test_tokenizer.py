@@ -1,6 +1,8 @@
 """A pad token that is no EOS, and the tokens that end an answer."""
 
+import json
 import logging
+import sys
 
 import pytest
 
@@ -89,3 +91,50 @@ def test_the_shipped_tokenizer():
     tokenizer = load_tokenizer(assets.resolve("asset:stories260k"))
     assert tokenizer("Once")["input_ids"][0] == tokenizer.bos_token_id
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+SENTENCEPIECE = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"config.json": b"{}", "model.safetensors": b""},
+            r"holds config\.json, model\.safetensors: no tok",
+        ),
+        ({}, r"holds nothing: no tokenizer\.json, nor vocab\.json and merges\.txt, nor tokenizer\.model; copy"),
+        ({"config.json": b"{}", "vocab.json": b"{}"}, r"has vocab\.json without merges\.txt, and no tokenizer\.json$"),
+        ({"tokenizer.json": b"{}"}, r"tokenizer\.json cannot be read: KeyError"),
+        ({"tokenizer.json": b"{"}, r"tokenizer\.json: not valid JSON: "),
+        ({"tokenizer.json": b"{}", "tokenizer_config.json": b"["}, r"tokenizer_config\.json: not valid JSON: "),
+    ],
+)
+def test_a_folder_without_a_tokenizer_says_what_it_lacks(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        load_tokenizer(str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path}: no tokenizer: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_sentencepiece_file_alone_names_what_reads_it(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(SENTENCEPIECE)
+    # As where it is not installed, whether it is here or not.
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    message = r"pip install sentencepiece protobuf; or convert it once .*: python -c \"from transformers import"
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_an_adapter_without_a_tokenizer_has_its_base_s(saved, tmp_path):
+    base = saved([EOS, "<mine>"], eos_token=EOS, pad_token="<mine>")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in (base, ".."):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+        assert load_tokenizer(str(adapter)).pad_token == "<mine>"
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "./gone"}))
+    with pytest.raises(DataError, match=r"base_model_name_or_path in adapter_config\.json: \./gone: no such folder$"):
+        load_tokenizer(str(adapter))

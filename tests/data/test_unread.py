@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from jrlhf.data import Columns, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data import BadRow, Columns, load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.errors import NAMES_COUNTED, NAMES_SHOWN, Skips
-from jrlhf.data.formats import parse_answers, parse_prompt, parse_ranking, parse_sft
+from jrlhf.data.formats import parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.unread import READ_COLUMNS, template_fields, unread_of
 from tests.data.conftest import CHATML
 
@@ -16,6 +16,7 @@ ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content"
 TEXT, PAIR = {"prompt": "Q", "completion": " a"}, {"prompt": "Q", "chosen": " yes", "rejected": " no"}
 RANKED = {"prompt": "Q", "completions": [" a", " b"], "ranks": [0, 1]}
 CHAT = {"messages": [ASK, ANSWER]}
+SAID = {"from": "gpt", "value": "a"}
 NOTES = {"id": 7, "source": "web"}
 
 LOADERS: dict[str, Any] = {
@@ -24,7 +25,12 @@ LOADERS: dict[str, Any] = {
     "prompts": load_prompts,
     "texts": load_texts,
 }
-PARSERS = {"sft": parse_sft, "rankings": parse_ranking, "prompts": parse_prompt, "texts": parse_answers}
+PARSERS: dict[str, Any] = {
+    "sft": parse_sft,
+    "rankings": parse_ranking,
+    "prompts": lambda row: parse_tools(row, parse_prompt(row)),
+    "texts": parse_answers,
+}
 SHAPES = [
     ("sft", TEXT),
     ("sft", CHAT),
@@ -39,6 +45,12 @@ SHAPES = [
     ("texts", PAIR),
     ("texts", TEXT),
     ("texts", CHAT),
+    ("sft", {"conversations": [{**SAID, "from": "human"}, SAID], "system": "Be brief."}),
+    ("sft", {"instruction": "Add", "input": "1 and 1", "output": "2", "system": "Be brief."}),
+    ("sft", {**TEXT, "label": True}),
+    ("sft", {"messages": [ASK, {**ANSWER, "weight": 1}], "label": True}),
+    ("prompts", {"instruction": "Add", "input": "1 and 1"}),
+    ("rankings", {"conversations": [{**SAID, "from": "human"}], "chosen": SAID, "rejected": {**SAID, "value": "b"}}),
 ]
 
 
@@ -73,20 +85,50 @@ class Recorder(dict[str, Any]):
         return super().get(column, default)
 
 
-EVERYTHING = {**TEXT, **PAIR, **RANKED, **CHAT, "text": "a", "margin": 1}
+SHARED = {"system": "Be brief.", "tools": [{"name": "weather"}], "label": True}
+HUMAN = {"conversations": [{"from": "human", "value": "hi"}]}
+ALPACA = {"instruction": "I", "input": "i", "output": "o", "response": "r", "context": "c"}
+EVERYTHING = {**TEXT, **PAIR, **RANKED, **CHAT, **HUMAN, **ALPACA, **SHARED, "text": "a", "margin": 1}
+ALIKE = {"input": "context", "output": "response"}
+"""Columns of which a row has one or the other."""
 
 
-@pytest.mark.parametrize("kind", READ_COLUMNS)
-def test_the_table_is_what_the_parsers_read(kind, chat):
-    """Rows that hold every column, then all but those that decide the first shape, and so on."""
+def first_of(kind: str, number: int) -> dict[str, Any]:
+    """A row that holds every column but those that would give it a shape before the one of this number."""
+    shapes = list(READ_COLUMNS[kind])
     row = dict(EVERYTHING)
-    for shape in READ_COLUMNS[kind]:
-        recorder = Recorder(row)
+    for column, other in ALIKE.items():
+        del row[column if other in shapes[number] else other]
+    for earlier in shapes[:number]:
+        if row.keys() >= set(earlier):
+            del row[next((column for column in earlier if column not in shapes[number]), "rejected")]
+    if "chosen" not in row:
+        row.pop("rejected", None)
+    return row
+
+
+@pytest.mark.parametrize(("kind", "number"), [(k, i) for k, shapes in READ_COLUMNS.items() for i in range(len(shapes))])
+def test_the_table_is_what_the_parsers_read(kind, number, chat):
+    recorder, found = Recorder(first_of(kind, number)), set[str]()
+    try:
         PARSERS[kind](recorder)
-        assert set(row) - set(unread_of(kind, chat)(row)) == recorder.read, shape
-        del row[shape[0]]
-        if shape[0] == "chosen":
-            del row["rejected"]
+    except BadRow:  # the tools are looked at last, where a plain text has none
+        found = {"tools"}
+    assert set(recorder) - set(unread_of(kind, chat)(recorder.copy())) == recorder.read | found
+
+
+def test_a_class_beside_a_conversation_is_no_label(chat):
+    unread = unread_of("sft", chat)
+    assert unread({**CHAT, "label": 3}) == unread({"text": "a", "label": True}) == ["label"]
+    assert unread({**CHAT, "label": True}) == unread({**TEXT, "label": 1}) == []
+
+
+def test_what_is_read_depends_on_the_shape_of_each_row(chat, config, write, caplog):
+    """Not on that of the first one."""
+    rows = [TEXT, {**TEXT, **CHAT}, {"text": "a", "prompt": "Q"}, TEXT, {**TEXT, "messages": None}]
+    source = write(rows)
+    load_sft(config(), source, chat, train_on="completion")
+    assert said(caplog) == [f"{source}: columns that nothing reads: prompt (2 rows), completion (1 row)"]
 
 
 def test_columns_of_rules_are_read(chat, config, write, caplog):
@@ -122,6 +164,12 @@ def test_fields_of_messages_wherever_messages_stand(chat, config, write, caplog)
     source = write([row])
     load_rankings(config(), source, chat)
     names = "prompt[].id (1 row), completions[][].model (1 row)"
+    assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
+    caplog.clear()
+    row = {"conversations": [{**SAID, "from": "human", "id": 1}], "chosen": {**SAID, "model": "x"}, "rejected": SAID}
+    source = write([{**row, "rejected": {**SAID, "value": "b"}}])
+    load_rankings(config(), source, chat)
+    names = "conversations[].id (1 row), chosen[].model (1 row)"
     assert said(caplog) == [f"{source}: columns that nothing reads: {names}"]
 
 

@@ -1,6 +1,7 @@
 """Folders in and out without torch: shardings, shards, and files that are not as they should be."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from jrlhf.data import DataError, load_tokenizer
 from jrlhf.models import (
     init_params,
     load_pretrained,
     load_reward_model,
+    load_reward_start,
+    model_folder,
     normalise_reward,
     reward_from_pretrained,
     save_pretrained,
@@ -216,3 +220,119 @@ def test_the_two_kinds_of_folder_are_not_mistaken_for_each_other(folder, tmp_pat
     (tmp_path / "reward" / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
     with pytest.raises(ValueError, match="num_labels: a reward model has 1 label, this one has 2"):
         load_reward_model(tmp_path / "reward", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nothere", r"no such folder$"),
+        ("/abs/nothere", r"no such folder$"),
+        ("~/nothere", r"no such folder$"),
+        ("folder/that/isnt", r"no such folder$"),
+        (
+            "models/lama",
+            r"no such folder; did you mean models/llama\?; and no model of that name on the hub: it is not in",
+        ),
+        ("./model/llama", r"no such folder; did you mean models\?$"),
+        ("~/models/llamma", r"no such folder; did you mean .*/models/llama\?$"),
+        ("someone/model", r"no such folder; and no model of that name on the hub: it is not in the local cache, and"),
+        ("models/readme.txt", r"a file; name the Hugging Face folder that holds it$"),
+    ],
+)
+def test_every_door_says_what_is_wrong_with_a_path(tmp_path, monkeypatch, name, message):
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    (tmp_path / "models" / "readme.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for door in (load_pretrained, load_reward_model):
+        with pytest.raises(FileNotFoundError, match=f"^{re.escape(name)}: {message}"):
+            door(name, dtype="float32")
+    with pytest.raises(DataError, match=f"^{re.escape(name)}: no tokenizer: {message}"):
+        load_tokenizer(name)
+    with pytest.raises(FileNotFoundError, match="the path of a model is empty"):
+        load_pretrained("", dtype="float32")
+
+
+def test_a_folder_of_models_names_them(folder):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: missing: .*; there is one in source$"):
+        load_pretrained(folder.parent, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        (
+            {"tie_word_embeddings": True},
+            r"unexpected tensors: lm_head\.weight; config\.json says tie_word_embeddings, but lm_head\.weight is not "
+            r"model\.embed_tokens\.weight: .* set tie_word_embeddings to false",
+        ),
+        ({"architectures": None}, r"unexpected tensors: score\.weight; score\.weight is a reward model's head"),
+    ],
+)
+def test_tensors_that_people_are_known_to_have_come_with_what_to_do(folder, change, hint):
+    if "architectures" in change:
+        edit(folder, lambda tensors: tensors.update({"score.weight": np.zeros((1, 32), np.float32)}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(ValueError, match=hint):
+        load_pretrained(folder, dtype="float32")
+
+
+def test_a_missing_head_may_be_the_embedding(folder):
+    edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ValueError, match=r"missing tensors: lm_head\.weight; a model whose .* has tie_word"):
+        load_pretrained(folder, dtype="float32")
+
+
+def test_a_head_may_have_a_bias_of_its_own(folder, tmp_path):
+    model = reward_from_pretrained(load_pretrained(folder, dtype="float32"), jax.random.key(1))
+    save_reward_model(model, tmp_path / "theirs")
+    edit(tmp_path / "theirs", lambda tensors: tensors.update({"score.bias": np.asarray([-1.5], np.float32)}))
+    mesh, (tokens, mask) = make_mesh(data=2, fsdp=4, tensor=1), map(jnp.asarray, batch())
+    expected = model.score(model.params, tokens, mask) - 1.5
+    read = load_reward_model(tmp_path / "theirs", dtype="float32", mesh=mesh)
+    assert read.params["head"]["bias"].shape == ()
+    np.testing.assert_allclose(read.score(read.params, tokens, mask), expected, atol=1e-5)
+
+    save_reward_model(read, tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    save_reward_model(normalise_reward(read, gain=2.0, bias=0.5), tmp_path / "normal")
+    again = load_reward_model(tmp_path / "normal", dtype="float32")
+    np.testing.assert_allclose(again.score(again.params, tokens, mask), 2.0 * expected + 0.5, atol=1e-5)
+    # A stage that starts from it exports a head as every stage does: its bias in config.json.
+    start = load_reward_start(tmp_path / "normal", jax.random.key(0), dtype="float32")
+    assert (start.gain, start.bias) == (1.0, 0.0)
+    save_reward_model(start, tmp_path / "stage")
+    assert "score.bias" not in load_file(tmp_path / "stage" / "model.safetensors")
+    last = load_reward_model(tmp_path / "stage", dtype="float32")
+    np.testing.assert_allclose(last.score(last.params, tokens, mask), 2.0 * expected + 0.5, atol=1e-5)
+    edit(tmp_path / "theirs", lambda tensors: tensors.update({"score.bias": np.zeros(2, np.float32)}))
+    with pytest.raises(ValueError, match=r"score\.bias has shape \[2\], the config asks for \[1\]"):
+        load_reward_model(tmp_path / "theirs", dtype="float32")
+
+
+def test_a_reward_start_is_a_reward_model_or_a_fresh_head(folder, tmp_path):
+    base = load_pretrained(folder, dtype="float32")
+    fresh = load_reward_start(folder, jax.random.key(1), dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, fresh.params, reward_from_pretrained(base, jax.random.key(1)).params)
+    save_reward_model(fresh, tmp_path / "reward")
+    again = load_reward_start(tmp_path / "reward", jax.random.key(2), dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, again.params, fresh.params)
+    with pytest.raises(ValueError, match=r"reward: a reward model \(LlamaForSeq.*\); sft\.model\.path needs a"):
+        load_pretrained(tmp_path / "reward", dtype="float32", option="sft.model.path")
+    with pytest.raises(ValueError, match=r"source: a language model \(LlamaForCausalLM\); model needs a reward model"):
+        load_reward_model(folder, dtype="float32", option="model")
+
+
+def test_a_base_on_the_hub_is_of_the_adapter_s_revision(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns, revision="main"):
+        asked.append((name, revision))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    config = {"base_model_name_or_path": "someone/model", "revision": "v2"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert model_folder(tmp_path).base == folder
+    assert asked == [("someone/model", "v2")]

@@ -17,7 +17,8 @@ from jrlhf.models import (
     save_reward_model,
 )
 
-from .checkpoints import VARIANTS, write_named
+from .checkpoints import CONFIGS, VARIANTS, write_named
+from .checkpoints import write_checkpoint as checkpoint_of
 
 torch = pytest.importorskip("torch")
 
@@ -151,3 +152,74 @@ def test_reward_of_a_language_model_reads_the_hidden_state_of_the_last_real_toke
     np.testing.assert_allclose(np.asarray(scores)[mask], (hidden @ kernel)[mask], atol=1e-4)
     expected = [(hidden @ kernel)[row, mask[row].sum() - 1] for row in range(3)]
     np.testing.assert_allclose(at_last_token(scores, jnp.asarray(mask)), expected, atol=1e-4)
+
+
+def without(variant, *keys, **fields):
+    """A variant's config without some fields, and with others."""
+    return {key: value for key, value in CONFIGS[variant].items() if key not in keys} | fields
+
+
+ODD = {
+    # Fields that a family's config has and its modeling does not read, and the other way round.
+    "gemma3, attention without its cap": without("gemma3", attn_logit_softcapping=0.5),
+    "gemma3, logits with theirs": without("gemma3", final_logit_softcapping=0.5),
+    "gemma3, a pattern": without("gemma3", "layer_types", sliding_window_pattern=2),
+    "gemma3, a pattern by its private name": without("gemma3", "layer_types", _sliding_window_pattern=2),
+    "gemma3, scaling over rope_parameters": without("gemma3", rope_scaling={"rope_type": "linear", "factor": 3.0}),
+    "gemma3, hidden_act beside hidden_activation": without("gemma3", hidden_act="silu", hidden_activation="gelu"),
+    "gemma2, no caps": without("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma2, hidden_act alone": without("gemma2", hidden_act="silu"),
+    "gemma2, biases": without("gemma2", attention_bias=True),
+    "mistral, attention_bias": without("mistral", attention_bias=True),
+    "mistral, no window": without("mistral", sliding_window=None),
+    "qwen2, a window that is not used": without("qwen2", sliding_window=2),
+    "qwen2, attention_bias": without("qwen2", attention_bias=False),
+    "qwen2, head_dim": without("qwen2", head_dim=12),
+    "qwen3, biases and windows": without(
+        "qwen3", attention_bias=True, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
+    "llama, a window and a pretraining_tp": without(
+        "llama2", sliding_window=2, pretraining_tp=2, use_bidirectional=True
+    ),
+    "gpt2, upcast attention": without("gpt2", reorder_and_upcast_attn=True, n_ctx=5),
+    "gpt_neox, the old names": without("gpt_neox", "rope_parameters", rotary_pct=0.5, rotary_emb_base=77),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_field_is_read_where_transformers_reads_it(name, tmp_path, padded):
+    transformers = pytest.importorskip("transformers")
+    folder = checkpoint_of(tmp_path, ODD[name])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = load_pretrained(folder, dtype="float32")
+    tokens, mask = padded["left"]
+    found = ours.apply_fn(ours.params, jnp.asarray(tokens), jnp.asarray(mask))
+    np.testing.assert_allclose(np.asarray(found)[mask], torch_logits(theirs, tokens, mask)[mask], atol=1e-4, rtol=0)
+
+
+KNOWN_FIELDS = {
+    # Read, or refused but for one value.
+    "activation_function", "add_cross_attention", "attention_bias", "attn_logit_softcapping", "final_logit_softcapping",
+    "head_dim", "hidden_act", "hidden_activation", "hidden_size", "intermediate_size", "layer_norm_eps",
+    "layer_norm_epsilon", "layer_types", "max_position_embeddings", "max_window_layers", "mlp_bias", "n_embd", "n_head",
+    "n_inner", "n_layer", "n_positions", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "query_pre_attn_scalar", "rms_norm_eps", "rope_parameters", "scale_attn_by_inverse_layer_idx", "scale_attn_weights",
+    "sliding_window", "tie_word_embeddings", "use_bidirectional_attention", "use_parallel_residual",
+    "use_sliding_window", "vocab_size",
+    # Of training: dropout and how weights are drawn. Of generation: ids of tokens, caches.
+    "attention_dropout", "attn_pdrop", "bos_token_id", "classifier_dropout", "embd_pdrop", "eos_token_id",
+    "hidden_dropout", "initializer_range", "pad_token_id", "resid_pdrop", "use_cache",
+    # Of heads that are not read, of the order of sums, and what no modeling of a language model reads.
+    "is_decoder", "pretraining_tp", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", sorted({config["model_type"] for config in CONFIGS.values()}))
+def test_every_field_of_a_family_s_config_is_known(model_type):
+    """A new version of transformers may add one that changes what a model computes."""
+    transformers = pytest.importorskip("transformers")
+    fields = vars(type(transformers.AutoConfig.for_model(model_type))).get("__annotations__")
+    if fields is None:
+        pytest.skip("configs of this version declare no fields")
+    assert set(fields) - KNOWN_FIELDS == set()

@@ -9,12 +9,15 @@ from jrlhf import assets
 from jrlhf.cli import main
 from jrlhf.config import DataConfig
 from jrlhf.data import load_rankings, load_tokenizer
+from jrlhf.data.formats import Ranking, parse_ranking
 from jrlhf.rank import TaskError, read_tasks
 from jrlhf.rank.argilla import user_id
 from jrlhf.rank.exchange import exported, take_in
 from jrlhf.rank.label_studio import INTERFACE
 from jrlhf.rank.places import read_order
+from jrlhf.rank.render import shown
 from jrlhf.rank.store import Decision, Store
+from jrlhf.rank.tasks import task_line
 
 CHAT = [{"role": "user", "content": "Write a line."}]
 
@@ -73,6 +76,23 @@ def test_the_export_is_reward_data(tasks, store, tmp_path):
     assert [loaded.ranks[i].tolist() for i in range(4)] == [[1, 0, 1], [2, 0, 1], [1, 0], [1, 0, 0, 1]]
     np.testing.assert_allclose(loaded.margin, [1, 0, 0, 1 / 3], rtol=1e-6)
     assert loaded.skipped == {}
+
+
+def test_tools_and_calls_go_along_into_reward_data(tmp_path, store):
+    """What ``jrlhf sample`` has written of a prompt with tools is ranked and comes out as a row that has them."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    turns = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "rain"}]
+    tools = [{"name": "weather", "parameters": {}}]
+    path = tmp_path / "tools.jsonl"
+    path.write_text(task_line(turns, ["Yes.", "No."], tools=tools))
+    [task] = read_tasks(path).tasks
+    store.add(Decision("ann", task.key, "rank", (1, 0)))
+    rows, _ = exported([task], store.standing(), "ranking")
+    [row] = map(json.loads, rows.splitlines())
+    assert parse_ranking(row) == Ranking(turns, ["Yes.", "No."], [1, 0], 0.0, tools)
+    assert shown(turns)[1]["text"] == json.dumps(call)
+    records, _ = exported([task], store.standing(), "argilla")
+    assert "assistant: {" in json.loads(records)[0]["fields"]["prompt"]
 
 
 def test_what_is_left_out_is_said(tasks, store, tmp_path, capsys):

@@ -89,6 +89,15 @@ def test_two_processes_under_slurm_train_as_one_and_write_once(tmp_path):
     assert "sft done" in started.output(0)
     assert "sft done" not in started.output(1)
 
+    # Rows that are others now are read by both, and both hear from the first that the stage is not what it was.
+    train = Path(str(config.sft.data.train))
+    train.write_text("\n".join(train.read_text(encoding="utf-8").splitlines()[1:]) + "\n", encoding="utf-8")
+    with running(
+        command(config, "sft", tmp_path), processes=2, devices=4, engine=by_slurm, folder=tmp_path / "again"
+    ) as started:
+        assert [started.code(process, within=200) for process in (0, 1)] == [2, 2]
+        assert all("sft.data.train: " in started.output(process) for process in (0, 1))
+
 
 def recipe_variables(port: int, processes: int, process: int) -> dict[str, str]:
     """What a pod of configs/launch/jobset.yaml has in its environment, on this machine."""

@@ -274,6 +274,12 @@ def test_the_reference_comes_with_the_prompt_s_row(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"math\.jsonl:4: solution: no such column, but a rule of ppo\.rewards reads"):
         run_ppo(replace(config, run=str(tmp_path / "third")))
+    rows[3]["solution"] = None
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        DataError, match=r"math\.jsonl:4: solution: is empty \(null\), but a rule of ppo\.rewards reads"
+    ):
+        run_ppo(replace(config, run=str(tmp_path / "fourth")))
 
 
 @pytest.mark.parametrize(

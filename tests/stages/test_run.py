@@ -17,7 +17,7 @@ from jrlhf.config_io import ConfigError, apply_flags
 from jrlhf.config_tools import ExportConfig
 from jrlhf.manifest import write_manifest
 from jrlhf.stages.export import run_export
-from jrlhf.stages.run import model_source, open_stage
+from jrlhf.stages.run import StageName, model_source, open_stage
 from jrlhf.stages.sft import run_sft
 
 
@@ -58,6 +58,36 @@ def test_what_decides_the_result_may_not_change_on_the_way(name: str, tmp_path: 
     assert (folder / "config.yaml").read_text() == before
 
 
+FREE = {
+    "sft": ("sft.microbatch", "sft.max_skipped", "sft.data.buckets", "sft.model.remat", "sft.model.attention"),
+    "reward": ("reward.microbatch", "reward.max_skipped", "reward.data.buckets", "reward.model.remat"),
+    "ppo": (
+        "ppo.microbatch", "ppo.max_skipped", "ppo.prompts.buckets", "ppo.ptx.buckets", "ppo.model.remat",
+        "ppo.reward.remat", "ppo.reward.attention", "ppo.canary.judge.remat", "ppo.rewards.timeout",
+        "ppo.rewards.required.match_timeout", "ppo.rewards.endpoint.retries",
+    ),
+}  # fmt: skip
+VALUES = {"remat": "true", "attention": "cudnn"}
+
+
+@pytest.mark.parametrize("stage", FREE)
+def test_what_a_run_takes_at_a_time_and_how_it_computes_may_change_on_the_way(stage: StageName, tmp_path: Path) -> None:
+    """As people do who ran out of memory, or of patience."""
+    config = Config(run=str(tmp_path))
+    with open_stage(config, stage) as folder:
+        (folder / "checkpoints" / "1").mkdir(parents=True)
+    flags = {name: [VALUES.get(name.rpartition(".")[2], "2")] for name in FREE[stage]}
+    with open_stage(apply_flags(config, flags | {"accept_changes": ["true"]}), stage):
+        pass
+    for other in ("sampling.kv_cache", "rollout_parts") if stage == "ppo" else ("pack_length",):
+        value = "int8" if other.endswith("kv_cache") else "3"
+        changed = apply_flags(config, flags | {f"{stage}.{other}": [value]})
+        with pytest.raises(ConfigError) as refused, open_stage(changed, stage):
+            pass
+        assert len(str(refused.value).splitlines()) == 3
+        assert f"{stage}.{other}: " in str(refused.value)
+
+
 def fewer_layers(model: Path) -> None:
     edit(model, lambda name, tensor: None if name.startswith("model.layers.4.") else tensor, num_hidden_layers=4)
 
@@ -95,8 +125,10 @@ def test_another_model_under_the_same_name_is_refused_and_a_checkpoint_names_no_
         shutil.rmtree(model)
         shutil.copytree(whole, model)
         change(model)
-        with pytest.raises(CheckpointError, match=rf"does not fit this run's state: .*{named}"):
+        with pytest.raises(ConfigError, match=r"model with other weights \(model\.safetensors\)"):
             run_sft(config)
+        with pytest.raises(CheckpointError, match=rf"does not fit this run's state: .*{named}"):
+            run_sft(replace(config, accept_changes=True))
     shutil.rmtree(model)
     shutil.copytree(whole, model)
 

@@ -47,7 +47,7 @@ def other_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random reward model of another vocabulary and another family than the policy."""
+    """A random reward model of another vocabulary and another family than the policy, read as jrlhf reads its own."""
     folder = tmp_path_factory.mktemp("reward")
     config = SIZES | {
         "model_type": "qwen2",
@@ -57,6 +57,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_labels": 1,
         "id2label": {"0": "LABEL_0"},
         "tie_word_embeddings": True,
+        "jrlhf": {"score_at": "stop_token"},
     }
     write_checkpoint(folder, config)
     other_tokenizer(TEMPLATE).save_pretrained(folder)

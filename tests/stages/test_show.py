@@ -3,6 +3,8 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.text import Text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -109,6 +111,77 @@ pairs 2; the longer answer is the better one in 50.0% (no bias: 50 %)
         1  cannot be trained on: not a JSON object a line (first: {data}:4)
 """
     )
+
+
+def test_columns_that_nothing_reads_are_named_behind_the_counts(rows, capsys):
+    text = {"prompt": "Once", "completion": " a"}
+    data = rows({**text, "id": 1, "note": None}, {**text, "id": 2, "source": "web", "input": "x"}, text)
+    code, out, err = shown(capsys, MODEL, data, "--rows", "0")
+    assert (code, err) == (0, "")
+    assert out.endswith(
+        f"""\
+        2  the very tokens of an earlier row (first: {data}:2)
+        2  the prompt of an earlier row (first: {data}:2)
+        0  unknown tokens
+        0  the pad token in the text
+        0  special tokens written in the text
+columns that nothing reads: id (2 rows), source (1 row), input (1 row)
+"""
+    )
+    _, out, _ = shown(capsys, MODEL, data, "--rows", "0", "--kind", "prompts")
+    assert out.endswith("columns that nothing reads: completion (3 rows), id (2 rows), source (1 row), input (1 row)\n")
+
+
+def test_answers_labelled_bad_are_left_out_and_no_error(rows, capsys):
+    answer = {"prompt": "Say hi", "completion": " hi"}
+    data = rows({**answer, "label": True}, {**answer, "completion": " no", "label": False})
+    code, out, err = shown(capsys, MODEL, data)
+    assert (code, err) == (0, "")
+    assert "rows 1, tokens" in out
+    assert f"        1  left out: label: false, so the answer is not learnt (first: {data}:2)\n" in out
+    assert "nothing reads" not in out
+    data = rows({**answer, "label": False})
+    code, _, err = shown(capsys, MODEL, data)
+    reason = "label: false, so the answer is not learnt"
+    assert (code, err) == (2, f"jrlhf: {data}: no rows; all were left out: {reason}\n")
+
+
+def test_tables_and_folders_are_shown_as_lines_are(rows, capsys, tmp_path):
+    import datasets
+
+    texts = [{"prompt": "Once", "completion": f" {word}"} for word in ("a", "dog")]
+    table = datasets.Dataset.from_list(texts)
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "saved")
+    lines = rows(*texts)
+    capsys.readouterr()
+    code, expected, _ = shown(capsys, MODEL, lines)
+    assert code == 0
+    saved = tmp_path / "saved"
+    for data in (tmp_path / "rows.parquet", saved, f"{saved}:test", saved / "test" / "data-00000-of-00001.arrow"):
+        code, out, err = shown(capsys, MODEL, str(data))
+        assert (code, err) == (0, "")
+        assert out == expected.replace(f"{lines}:", f"{data}: row ").replace(lines, str(data))
+    code, _, err = shown(capsys, MODEL, f"{saved}:dev")
+    assert (code, err) == (2, f"jrlhf: {saved}: no split dev; the splits are {saved}:train, {saved}:test\n")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_an_empty_table_and_one_that_is_none_are_named_in_a_line(suffix, capsys, tmp_path):
+    path = tmp_path / f"rows.{suffix}"
+    empty = pa.table({"text": pa.array([], pa.string())})
+    if suffix == "parquet":
+        pq.write_table(empty, path)
+    else:
+        with pa.ipc.new_stream(path, empty.schema):
+            pass
+    code, _, err = shown(capsys, MODEL, str(path))
+    assert (code, err) == (2, f"jrlhf: {path}: no rows\n")
+    path.write_bytes(b"no table")
+    code, _, err = shown(capsys, MODEL, str(path))
+    assert code == 2
+    assert err.startswith(f"jrlhf: {path}: cannot be read: ArrowInvalid: ")
+    assert err.count("\n") == 1
 
 
 def test_bad_rows_may_be_skipped_but_not_all_of_them(rows, capsys):

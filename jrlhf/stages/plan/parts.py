@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import LoRAConfig, ModelConfig, PlanConfig, SamplingConfig
 from jrlhf.core import partition
-from jrlhf.models import ArchConfig, Pretrained, abstract_pretrained, is_trained, placed
+from jrlhf.models import ArchConfig, ModelKind, Pretrained, abstract_pretrained, is_trained, placed
 from jrlhf.parallel import Rules, Topology, batch_sharding, jit_moving, replicated, tree_shardings
 from jrlhf.stages.adapters import with_adapters
 from jrlhf.stages.plan.programs import Program
@@ -71,17 +71,20 @@ class Sized(NamedTuple):
     """The stage by such rows; of slices it has as many as the config asks for."""
 
 
-def planned_model(site: Site, config: PlanConfig, model: ModelConfig, *before: ModelConfig, key: str) -> Pretrained:
+def planned_model(
+    site: Site, config: PlanConfig, model: ModelConfig, *before: ModelConfig, key: str, kind: ModelKind | None = None
+) -> Pretrained:
     """The model of a stage; without a path it has the sizes of a stage before, the first of ``before`` with one.
 
+    ``kind``: what a model that the config names must be; a stage that goes before gives the right one. None: either.
     What only a GPU or a TPU can compute attention with is planned with XLA's on simulated devices.
     """
     path = next((one.path for one in (model, *before) if one.path), "")
     source = model_source(config, path, key=f"{key}.path", stage=None)
-    how = {"dtype": model.dtype, "remat": model.remat}
+    how: dict[str, Any] = {"dtype": model.dtype, "remat": model.remat, "option": f"{key}.path"}
     if site.topology.real:
         how = computed(model, site.mesh, key=key)
-    return abstract_pretrained(source, mesh=site.mesh, **how)
+    return abstract_pretrained(source, mesh=site.mesh, kind=kind if model.path else None, **how)
 
 
 def abstract_trainable(

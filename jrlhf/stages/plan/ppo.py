@@ -10,7 +10,7 @@ import numpy as np
 
 from jrlhf.config import PlanConfig
 from jrlhf.core import combine, partition
-from jrlhf.models import ArchConfig, abstract_reward, decode_bytes, forward_flops
+from jrlhf.models import STOP_TOKEN, ArchConfig, Pretrained, RewardModel, abstract_reward, decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
 from jrlhf.stages.actors import Actors, Judge
 from jrlhf.stages.batches import device_multiple
@@ -28,10 +28,10 @@ from jrlhf.stages.plan.parts import (
     sampling_program,
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
+from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo import make_step
 from jrlhf.stages.ppo_iteration import episode_slices, jit_readings, jit_targets
 from jrlhf.stages.scoring import jit_score, padded_width, reward_of
-from jrlhf.stages.start import check_length
 from jrlhf.types import Generation, PPOParams, SFTBatch
 
 
@@ -39,8 +39,6 @@ class Planned(NamedTuple):
     """The models of a run, and how their state is trained."""
 
     actors: Actors
-    same_tokens: bool
-    """The reward model reads the policy's: taken to be so where their vocabularies are as large."""
     training: Training
     params: PPOParams
     """All of policy and value network, frozen parts too."""
@@ -58,7 +56,7 @@ def ppo_stage(config: PlanConfig, site: Site) -> Sized:
     planned = planned_run(config, site, slices=slices)
     policy, training = planned.actors.policy, planned.training
     total = ppo.prompts.max_length + ppo.sampling.max_new_tokens
-    check_length(policy.arch, total, key="ppo.sampling.max_new_tokens")
+    check_planned_lengths(config, planned.actors)
     of_row = row_work(config, planned.actors)
     moved = 2 * device_bytes(training.state.params, training.state.opt_state) * ppo.epochs * ppo.minibatches
 
@@ -91,13 +89,24 @@ def ppo_stage(config: PlanConfig, site: Site) -> Sized:
     return Sized(minibatch // site.groups // slices, ppo.model.dtype, build)
 
 
+def check_planned_lengths(config: PlanConfig, actors: Actors) -> None:
+    """ConfigError where a prompt and an answer at their longest, or a text of ppo.ptx, are too long for a model."""
+    ppo = config.ppo
+    for positions in actors.positions(ppo):
+        positions.check_length(ppo.prompts.max_length, key=positions.length_key)
+    if ppo.ptx_coef:
+        key = "ppo.ptx.max_length"
+        Positions(actors.policy.arch, key).check_length(ppo.ptx.max_length, key=key)
+
+
 def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
     """As ``load_actors``, ``trainable_actors`` and ``start_training``."""
     ppo = config.ppo
-    policy = planned_model(site, config, ppo.model, config.sft.model, key="ppo.model")
+    policy = planned_model(site, config, ppo.model, config.sft.model, key="ppo.model", kind="language")
     reward, same = None, True
     if ppo.rewards.uses_model:
-        of_reward = planned_model(site, config, ppo.reward, config.reward.model, config.sft.model, key="ppo.reward")
+        before = config.reward.model, config.sft.model
+        of_reward = planned_model(site, config, ppo.reward, *before, key="ppo.reward", kind="reward")
         reward = abstract_reward(of_reward, site.mesh)
         same = reward.arch.vocab_size == policy.arch.vocab_size
     from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
@@ -107,12 +116,14 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
         value = replace(value, params={"head": value.params["head"]})
     others = (
         abstract_reward(
-            planned_model(site, config, replace(ppo.reward, path=path), key="ppo.rewards.models"), site.mesh
+            planned_model(site, config, replace(ppo.reward, path=path), key="ppo.rewards.models", kind="reward"),
+            site.mesh,
         )
         for path in ppo.rewards.models
     )
-    judges = tuple(Judge(model, None) for model in others)
-    actors = Actors(policy, reward, value, tokenizer=None, reward_tokenizer=None, others=judges, shared=shared)
+    judges = tuple(Judge(model, _own_tokenizer(model, policy)) for model in others)
+    own = None if reward is None else _own_tokenizer(reward, policy)
+    actors = Actors(policy, reward, value, tokenizer=None, reward_tokenizer=own, others=judges, shared=shared)
     (p, p_base), (v, v_base) = (
         partition(model.params, lambda path: True)
         if shared and model is value
@@ -127,7 +138,14 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
         p if ppo.ema_decay else None,
     )
     training = planned_training(step, tx, trained, frozen, site, policy.rules, loaded=loaded, ema=ema)
-    return Planned(actors, same, training, combine(training.state.params, frozen))
+    return Planned(actors, training, combine(training.state.params, frozen))
+
+
+def _own_tokenizer(reward: RewardModel, policy: Pretrained) -> Any | None:
+    """What stands for the reward model's own tokenizer, which is not read; None where it reads the policy's tokens, as
+    is taken of vocabularies of one size, or would if it were not another's: see ``own_tokenizer``."""
+    same = reward.arch.vocab_size == policy.arch.vocab_size
+    return None if same and reward.reading == STOP_TOKEN else "its own"
 
 
 def sampled(site: Site, rows: int, length: int) -> Generation:
@@ -140,7 +158,7 @@ def sampled(site: Site, rows: int, length: int) -> Generation:
 def score_program(planned: Planned, site: Site, generation: Generation, *, slices: int) -> Program:
     """The reward model on what was sampled, in the policy's tokens or, at about as many, in its own."""
     reward = reward_of(planned.actors)
-    if planned.same_tokens:
+    if planned.actors.reward_tokenizer is None:
         score, texts = jit_score(planned.actors, site.mesh, slices=slices), (generation.tokens, generation.mask)
     else:
         score = jax.jit(reward.score, out_shardings=batch_sharding(site.mesh))

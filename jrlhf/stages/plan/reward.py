@@ -19,7 +19,7 @@ from jrlhf.stages.plan.parts import (
     planned_training,
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
-from jrlhf.stages.start import check_length
+from jrlhf.stages.positions import Positions
 from jrlhf.steps import make_reward_step, score_completions
 from jrlhf.types import PackedRankingBatch, RankingBatch
 
@@ -31,13 +31,13 @@ def reward_stage(config: PlanConfig, site: Site) -> Sized:
     share = device_share(reward.batch_size, site.mesh, key="reward.batch_size")
     tokens, platform = float(packed or completions * longest), site.topology.platform()
     slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
-    base = planned_model(site, config, reward.model, config.sft.model, key="reward.model")
-    check_length(base.arch, longest, key="reward.data.max_length")
+    base = planned_model(site, config, reward.model, config.sft.model, key="reward.model", kind=None)
+    Positions(base.arch, key := "reward.data.max_length").check_length(longest, key=key)
     model = abstract_reward(base, site.mesh)
     tx, _ = make_optimizer(reward.optim, updates=UPDATES)
     trained, frozen = abstract_trainable(model.params, model.arch, reward.lora, site, model.rules, path="reward.lora")
     step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
-    run = planned_training(step, tx, trained, frozen, site, model.rules, loaded=(base.params, model.params))
+    run = planned_training(step, tx, trained, frozen, site, model.rules, loaded=model.params)
     moved = 2 * device_bytes(run.state.params, run.state.opt_state)
     row = jnp.ones((1, packed) if packed else (1, completions, longest), jnp.bool_)
     row_flops = training_flops(model.arch, frozen=frozen is not None)(row, jnp.float32(0.0))

@@ -17,6 +17,7 @@ from jrlhf.stages.plan.report import print_plan
 from jrlhf.stages.plan.reward import reward_stage
 from jrlhf.stages.plan.sft import sft_stage
 from jrlhf.stages.run import write_json
+from jrlhf.terminal import show_all_characters
 
 KEPT_BACK = 0.1
 """Of a device's memory: for the runtime, for programs, for what lies between arrays."""
@@ -53,6 +54,7 @@ class StageFigures:
 
 def run_plan(config: PlanConfig) -> list[StageFigures]:
     """Plan the stages that have training data; print their figures, and write them where the config says."""
+    show_all_characters()
     site = planned_site(config)
     stages: dict[str, tuple[Any, Callable[[PlanConfig, Site], Sized]]] = {
         "sft": (config.sft.data.train, sft_stage),

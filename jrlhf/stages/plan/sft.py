@@ -21,7 +21,7 @@ from jrlhf.stages.plan.parts import (
     sampling_program,
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
-from jrlhf.stages.start import check_length
+from jrlhf.stages.positions import Positions
 from jrlhf.steps import make_sft_eval, make_sft_step
 
 
@@ -31,8 +31,8 @@ def sft_stage(config: PlanConfig, site: Site) -> Sized:
     length = sft.pack_length or sft.data.max_length
     share = device_share(sft.batch_size, site.mesh, key="sft.batch_size")
     slices = reading_slices(share, microbatch=sft.microbatch, tokens=float(length), platform=site.topology.platform())
-    model = planned_model(site, config, sft.model, key="sft.model")
-    check_length(model.arch, sft.data.max_length, key="sft.data.max_length")
+    model = planned_model(site, config, sft.model, key="sft.model", kind="language")
+    Positions(model.arch, key := "sft.data.max_length").check_length(sft.data.max_length, key=key)
     tx, _ = make_optimizer(sft.optim, updates=UPDATES)
     trained, frozen = abstract_trainable(model.params, model.arch, sft.lora, site, model.rules, path="sft.lora")
     step = make_sft_step(model.logprob_fn, tx, accumulation=slices, selective=True)

@@ -100,6 +100,7 @@ def _body(runs: Sequence[Record], differences: Sequence[str], charts: list[Any])
     if differences:
         yield "<h2>What differs in the configs</h2>" + _table(("field: (1) -> (2)",), [(line,) for line in differences])
     for run, mark in marked:
+        yield _changed(run, mark)
         yield _gates(run, mark)
         yield _events(run, mark)
     for stage in CHARTS:
@@ -139,6 +140,11 @@ def _figures(run: Record, mark: str) -> str:
     rows = [(STAGES[r.stage], r.label, show(r.before), show(r.after), r.change) for r in figures(run.summary)]
     name = f"<h3>{escape(run.name + mark)}</h3>" if mark else ""
     return name + _table(("stage", "figure", "before", "after", "change"), rows, "figures") if rows else name
+
+
+def _changed(run: Record, mark: str) -> str:
+    rows = [(STAGES[stage], line) for stage, lines in run.changed.items() for line in lines]
+    return f"<h2>Made from changed inputs{mark}</h2>" + _table(("stage", "accepted"), rows) if rows else ""
 
 
 def _gates(run: Record, mark: str) -> str:

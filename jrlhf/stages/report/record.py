@@ -23,6 +23,8 @@ class Record(NamedTuple):
     """Stage, metric, and its value by step: as logged, and what the summary has under ``curves``."""
     gates: dict[str, list[dict[str, Any]]]
     events: dict[str, list[dict[str, Any]]]
+    changed: dict[str, list[str]]
+    """What each stage went on with, or was kept with, that was not what it began with."""
     configs: dict[str, str]
     """Each stage's config.yaml."""
     calibration: list[dict[str, float]]
@@ -56,6 +58,7 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Record:
         metrics,
         {stage: (_json(folder / stage / "gates.json") or {}).get("gates", []) for stage in stages},
         {stage: _lines(folder / stage / "events.jsonl") for stage in stages},
+        {stage: (_json(folder / stage / "origin.json") or {}).get("changed", []) for stage in stages},
         {s: (folder / s / "config.yaml").read_text("utf-8") for s in stages if (folder / s / "config.yaml").exists()},
         (_json(calibrations[-1]) or {}).get("calibration", []) if calibrations else [],
         _lines(files[0]) if files else [],
