@@ -28,13 +28,13 @@ def greedy_answers(folder: Path) -> list[tuple[list[int], list[int]]]:
     sampling = SamplingConfig(max_new_tokens=LONGEST, temperature=0.0)
     mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
     generate = jit_generate(model.decode_fns, sampling, tokenizer, mesh)
-    answers = []
-    for question in questions():
-        prompt = Encoder(tokenizer).prompt(question)
-        tokens = jnp.asarray([prompt], jnp.int32)
-        drawn = generate(model.params, tokens, jnp.ones_like(tokens, jnp.bool_), jax.random.key(0))
-        answers.append((prompt, np.asarray(drawn.tokens)[np.asarray(drawn.response_mask)].tolist()))
-    return answers
+    prompts = [Encoder(tokenizer).prompt(question) for question in questions()]
+    width = max(map(len, prompts))
+    tokens = np.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts], np.int32)
+    mask = np.arange(width)[None] >= width - np.asarray([[len(prompt)] for prompt in prompts])
+    drawn = generate(model.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0))
+    rows = zip(prompts, np.asarray(drawn.tokens), np.asarray(drawn.response_mask), strict=True)
+    return [(prompt, answer[response].tolist()) for prompt, answer, response in rows]
 
 
 def score_rows(run: Config) -> list[list[int]]:
