@@ -31,6 +31,8 @@ class _State:
 
     last_words = "interrupted"
     farewell: Callable[[], None] | None = None
+    signals = 0
+    """So many the main thread has seen."""
     ender = 0
     """The thread that ends the process; 0: none yet."""
 
@@ -104,9 +106,10 @@ def held() -> Iterator[None]:
 def _end_unless_farewell(number: int, frame: object) -> None:
     """The main thread ends the process where it can; what takes time is the listener's, which Python has woken.
 
-    It takes the farewell out: a second signal ends the process at once.
+    A second signal does not wait for that.
     """
-    if _State.farewell is None:
+    _State.signals += 1
+    if _State.farewell is None or _State.signals > 1:
         _end(number, frame)
 
 
@@ -117,9 +120,8 @@ def _raise(number: int, _frame: object) -> None:
 def _listen(reading: int) -> None:
     while number := os.read(reading, 1):
         if number[0] in STOPPING:
-            farewell, _State.farewell = _State.farewell, None
-            if farewell is not None:
-                farewell()
+            if _State.farewell is not None:
+                _State.farewell()
             _end(number[0], None)
 
 

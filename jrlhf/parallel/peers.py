@@ -157,8 +157,12 @@ class Peers:
         while not self.end(ended):
             # The other thread has said why, and ends the process.
             time.sleep(1)
+        return self.fault_of_others(ended, start) if ended else ""
+
+    def fault_of_others(self, ended: str, start: float) -> str:
+        """Whose fault it is, if not its own, that this process ends since ``start``; once all others know of it."""
         heard: dict[int, int] | None = None
-        while ended:
+        while True:
             if fault := self._silent(time.monotonic()):
                 return fault
             others = self._others()
@@ -168,7 +172,6 @@ class Peers:
             elif heard is not None and all(p.row.ended is not None or p.row.beat > heard[n] for n, p in others.items()):
                 return failed(others, me=self.process, before=start, own=ended)
             time.sleep(0.05)
-        return ""
 
     def stay_for_the_others(self) -> None:
         """The table is in process 0, which leaves last: the others must have read it, or be gone."""
@@ -283,6 +286,7 @@ def watching(*, heartbeat: float, stall: float, relay: Relay | None) -> Iterator
 def _interrupted(me: Peers) -> None:
     """A signal ends this process: the others need not wait until it has been silent for long."""
     if me.end("interrupted"):
+        me.fault_of_others("interrupted", time.monotonic())
         me.stay_for_the_others()
 
 

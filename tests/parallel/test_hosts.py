@@ -211,11 +211,44 @@ def test_a_peer_that_is_gone_ends_the_others_and_is_named(tmp_path, fault, victi
             assert time.monotonic() - start < HEARTBEAT + 10
 
 
-def test_a_coordinator_that_is_killed_ends_the_others_at_once(tmp_path):
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_coordinator_that_is_killed_is_named_by_the_others(tmp_path, processes):
     command = [*WORKER, "train", str(tmp_path)]
-    with running(command, processes=2, devices=1, engine=by_variables, folder=tmp_path) as started:
-        started.wait_for(lambda: all((tmp_path / f"up-{n}").exists() for n in (0, 1)), within=60)
+    with running(command, processes=processes, devices=1, engine=by_variables, folder=tmp_path) as started:
+        started.wait_for(lambda: all((tmp_path / f"up-{n}").exists() for n in range(processes)), within=100)
         started.send(0, signal.SIGKILL)
-        assert started.code(1, within=HEARTBEAT + 10) != 0
-        # The runtime itself ends the process, which has no time to speak.
-        assert "task 0" in started.output(1)
+        for process in range(1, processes):
+            assert started.code(process, within=HEARTBEAT + 10) == 1
+            said = started.output(process)
+            assert "process 0 (" in said
+            assert "is dead: its connection broke" in said
+            assert "stack trace" not in said
+
+
+def test_a_coordinator_that_is_killed_while_others_start_is_named(tmp_path):
+    """Of three processes the third never comes: the second one waits for it when the first one dies."""
+    command = [*WORKER, "train", str(tmp_path)]
+
+    def engine(port, processes, process):
+        return by_variables(port, 3, process)
+
+    with running(command, processes=2, devices=1, engine=engine, folder=tmp_path) as started:
+        # Long enough for the second to have found the first; where it has not, it says so at its start's timeout.
+        time.sleep(12.0)
+        started.send(0, signal.SIGKILL)
+        code, said = started.code(1, within=80), started.output(1)
+    assert "stack trace" not in said
+    assert (code == 1 and "its connection broke while all were starting" in said) or (
+        code == 2 and "distributed.start_timeout: waited 60 s for process 0" in said
+    )
+
+
+def test_an_interrupted_process_says_so_to_the_others(tmp_path):
+    """Where no loop is there to save anything."""
+    command = [*WORKER, "train", str(tmp_path), "answer signals"]
+    with running(command, processes=2, devices=1, engine=by_variables, folder=tmp_path) as started:
+        started.wait_for(lambda: all((tmp_path / f"up-{n}").exists() for n in (0, 1)), within=100)
+        started.send(1, signal.SIGTERM)
+        assert started.code(1, within=20) == 143
+        assert started.code(0, within=HEARTBEAT + 10) == 1
+        assert "failed: interrupted" in started.output(0)

@@ -16,6 +16,7 @@ from jrlhf.cli import complain, ended
 from jrlhf.config import DistributedConfig, OptimConfig
 from jrlhf.data import Order
 from jrlhf.data.order import Part
+from jrlhf.interrupts import end_at_once
 from jrlhf.models import load_pretrained
 from jrlhf.parallel import (
     AnyProcess,
@@ -130,6 +131,8 @@ def main(task: str, folder: str, *arguments: str) -> int:
     timeouts = DistributedConfig(start_timeout=60, heartbeat_timeout=5, stall_timeout=100)
     if arguments == ("hang",):
         timeouts = replace(timeouts, stall_timeout=10)
+    if arguments == ("answer signals",):
+        end_at_once()
     try:
         with joined(**vars(timeouts)):
             {"rows": read_rows, "agree": agree, "train": train, "reload": reload}[task](Path(folder), *arguments)
