@@ -5,6 +5,7 @@ Imports no JAX.
 
 import os
 import sys
+from contextlib import suppress
 
 from jrlhf.interrupts import held
 
@@ -47,7 +48,7 @@ def usable_cache() -> "tuple[Path | None, str]":
     except ValueError as error:
         return None, str(error)
     trouble = _trouble(folder)
-    return (None, f"{trouble}; set JRLHF_CACHE") if trouble else (folder, "")
+    return (None, f"{trouble}; JRLHF_CACHE names another folder") if trouble else (folder, "")
 
 
 def keep_compiled_programs() -> str:
@@ -85,7 +86,8 @@ def keep_hub_files() -> str:
     os.environ.setdefault("HF_DATASETS_CACHE", os.path.join(folder, "datasets"))
     if "HF_HOME" not in os.environ and (home is None or not home.is_dir()):
         os.environ["HF_HOME"] = folder
-    return f"what comes from the hub is kept in {folder} until the end: {trouble}; set HF_HOME"
+    where = "" if home is None else "; HF_HOME names another folder"
+    return f"what comes from the hub is kept in {folder} until the end: {trouble}{where}"
 
 
 def _below_home(variable: str, name: str) -> "Path":
@@ -99,7 +101,7 @@ def _below_home(variable: str, name: str) -> "Path":
         folder = os.environ.get(variable) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", name)
         return Path(expanded(folder))
     except ValueError as error:
-        raise ValueError(f"there is no home folder for {name}'s cache ({error}); set {variable}") from error
+        raise ValueError(f"there is no home folder; set HOME or {variable}") from error
 
 
 def _trouble(folder: "Path") -> str:
@@ -155,6 +157,7 @@ def restart_with_huge_pages() -> None:
 
 
 def _restart() -> None:
-    # A signal on the way finds the handlers of the process that follows, not an interpreter that has none yet.
-    with held():
+    # A signal on the way finds the handlers of the process that follows, not an interpreter that has none yet. Where
+    # the interpreter may not be started a second time all goes on as it is.
+    with held(), suppress(OSError):
         os.execv(sys.executable, sys.orig_argv)

@@ -1,13 +1,16 @@
 """What is set before JAX starts: each only where the user has not set it, and a second start compiles nothing again."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from jrlhf import environment
+from jrlhf.data.cache import SMALL, cache_folder
 from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages, set_compiler_flags
 
 START = """
@@ -117,3 +120,115 @@ def test_the_compiler_knows_every_flag() -> None:
     known = started(" ".join(f"{name}={value}" for name, value in environment.GPU_FLAGS.items()))
     assert known.returncode == 0, known.stderr
     assert started("--xla_gpu_is_no_flag=true").returncode != 0
+
+
+PARQUET = """
+import sys, pyarrow, pyarrow.parquet
+pyarrow.parquet.write_table(pyarrow.table({"prompt": ["Once upon"]}), sys.argv[1])
+"""
+
+
+def command(folder: Path, *arguments: str, user: int | None = None, **variables: str) -> subprocess.CompletedProcess:
+    """A command in an environment of its own, as in a container."""
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
+    source = str(Path(environment.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (source, kept.pop("PYTHONPATH", ""))))
+    return subprocess.run(
+        [sys.executable, "-m", "jrlhf", *arguments],
+        cwd=folder,
+        env=kept | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | variables,
+        user=user,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=300,
+    )
+
+
+HOMES: dict[str, dict[str, str]] = {
+    "no home": {},
+    "an empty one": {"HOME": ""},
+    "one that is not there": {"HOME": "/proc/nowhere"},
+    "a file": {"HOME": "/etc/hostname"},
+}
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_a_home_that_is_missing_costs_caches_and_not_the_command(name: str) -> None:
+    """One line says what is not kept and what to set; a local file is read all the same."""
+    user = None if HOMES[name] else 54321
+    # pytest's own folders are closed to other users.
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        folder.chmod(0o777)
+        subprocess.run([sys.executable, "-c", PARQUET, str(folder / "rows.parquet")], check=True)
+        if user is not None and (os.geteuid() != 0 or command(folder, "--version", user=user).returncode):
+            pytest.skip("no other user can be had here, or none that reads this checkout")
+        few = ["--sampling.max_new_tokens", "2"]
+        done = command(folder, "generate", "asset:stories260k", "rows.parquet", *few, user=user, **HOMES[name])
+        said = done.stderr.decode()
+        assert done.returncode == 0, said
+        assert done.stdout.startswith(b'{"prompt": "Once upon"')
+        [line] = [line for line in said.split("\n") if line.startswith("jrlhf: ")]
+        assert "compiled programs are not kept" in line
+        assert "JRLHF_CACHE" in line
+        assert "HF_HOME" in line
+        assert [path.name for path in folder.iterdir()] == ["rows.parquet"]
+
+
+def test_caches_that_are_named_are_used_without_a_home(tmp_path: Path) -> None:
+    named = {"JRLHF_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub"), "HOME": "/proc/nowhere"}
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Once"}\n')
+    few = ["--sampling.max_new_tokens", "2"]
+    done = command(tmp_path, "generate", "asset:stories260k", "p.jsonl", *few, **named)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert any((tmp_path / "cache" / "compiled").iterdir())
+
+
+def test_a_cache_of_rows_without_a_place_is_gone_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no folder is named; one that is named and cannot be used is an error."""
+    big = tmp_path / "rows.jsonl"
+    big.write_bytes(b" " * (SMALL + 1))
+    monkeypatch.setenv("JRLHF_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    for home in ("", "/proc/nowhere"):
+        monkeypatch.setenv("HOME", home)
+        caplog.clear()
+        assert cache_folder("auto", [big]) is None
+        [record] = caplog.records
+        assert "tokenised rows are kept in memory: " in record.message
+        assert "JRLHF_CACHE" in record.message
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(ValueError, match="no home folder; set HOME or JRLHF_CACHE"):
+        environment.cache_home()
+    monkeypatch.setenv("JRLHF_CACHE", str(tmp_path / "kept"))
+    assert cache_folder("auto", [big]) == tmp_path / "kept"
+
+
+LOCALES: dict[str, dict[str, str]] = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "latin-1 output": {"PYTHONIOENCODING": "latin-1"},
+}
+
+
+@pytest.mark.parametrize("name", LOCALES)
+def test_files_are_utf8_and_results_are_printed_in_any_locale(name: str, tmp_path: Path) -> None:
+    rows = [{"prompt": "Once é 語 🙂", "completion": " a\u2028dög"}] * 4
+    (tmp_path / "é").mkdir()
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "é" / "rows.jsonl").write_text(lines, encoding="utf-8")
+    own = LOCALES[name] | {"JRLHF_CACHE": os.environ["JRLHF_CACHE"], "HOME": str(tmp_path)}
+    few = ["--sampling.max_new_tokens", "2"]
+    answered = command(tmp_path, "generate", "asset:stories260k", "é/rows.jsonl", *few, **own)
+    assert answered.returncode == 0, answered.stderr
+    for encoding in ("utf-8", "latin-1"):
+        printed = [json.loads(line)["prompt"] for line in answered.stdout.decode(encoding).splitlines()]
+        assert printed == [rows[0]["prompt"]] * 4
+    shown = command(tmp_path, "data", "show", "asset:stories260k", "é/rows.jsonl", "--rows", "1", **own)
+    assert shown.returncode == 0, shown.stderr
+    assert b"rows 4" in shown.stdout
+    missing = command(tmp_path, "data", "show", "asset:stories260k", "é/gone.jsonl", **own)
+    assert missing.returncode == 2
+    assert b"no such file; did you mean rows.jsonl?" in missing.stderr
