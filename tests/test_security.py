@@ -251,10 +251,7 @@ def test_a_template_stays_in_its_sandbox(
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_json_that_is_nested_too_deeply_is_named(file: str, model: Path, prompts: Path, refused: Refused) -> None:
     (model / file).write_text("[" * 200_000)
-    if file == "generation_config.json":  # is copied with the model, and never read
-        assert main(["generate", str(model), str(prompts), "--out", os.devnull, "--sampling.max_new_tokens", "1"]) == 0
-    else:
-        assert str(model) in refused("generate", str(model), str(prompts))
+    assert str(model) in refused("generate", str(model), str(prompts))
 
 
 NAMES = ["../run", "a/../../run", "..", "%2e%2e/run", "a/%2E%2e/run", "%2e%2e%2frun", ".%2e/run", "file:///etc/run"]
