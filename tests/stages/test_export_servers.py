@@ -1,9 +1,10 @@
 """Exports in environments of their own, as others have them: transformers 4, and vLLM on a CPU."""
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ Environment = Callable[..., Callable[[str, dict[str, Any]], dict[str, Any]]]
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> Environment:
+def environment(tmp_path: Path) -> Iterator[Environment]:
     """``(*steps of pip) -> (script, task) -> result``: a virtual environment; skips where pip cannot fill it."""
 
     def make(*steps: list[str]) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
@@ -110,7 +111,9 @@ def environment(tmp_path: Path) -> Environment:
 
         return run
 
-    return make
+    yield make
+    # Gigabytes, which pytest would keep for its next three sessions.
+    shutil.rmtree(tmp_path / "venv", ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
