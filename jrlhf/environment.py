@@ -74,7 +74,8 @@ def keep_hub_files() -> str:
         home, trouble = _below_home("HF_HOME", "huggingface"), ""
     except ValueError as error:
         home, trouble = None, str(error)
-    trouble = trouble or _trouble(home)
+    if home is not None:
+        trouble = _trouble(home)
     if not trouble:
         return ""
     import atexit

@@ -26,15 +26,20 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-class _State:
-    """What the next signal makes the process say and do; there is one process, and so one of these."""
+class _Ending:
+    """What the next signal makes the process say and do."""
 
-    last_words = "interrupted"
-    farewell: Callable[[], None] | None = None
-    signals = 0
-    """So many the main thread has seen."""
-    ender = 0
-    """The thread that ends the process; 0: none yet."""
+    def __init__(self) -> None:
+        self.last_words = "interrupted"
+        self.farewell: Callable[[], None] | None = None
+        self.signals = 0
+        """So many the main thread has seen."""
+        self.ender = 0
+        """The thread that ends the process; 0: none yet."""
+
+
+_ENDING = _Ending()
+"""There is one process, and so one of these."""
 
 
 def end_at_once() -> None:
@@ -59,7 +64,7 @@ def end_at_once() -> None:
 
 def say_at_the_end(last_words: str) -> None:
     """What a signal makes the process say from now on, in one line."""
-    _State.last_words = last_words
+    _ENDING.last_words = last_words
 
 
 def bid_farewell(farewell: Callable[[], None] | None) -> None:
@@ -67,7 +72,7 @@ def bid_farewell(farewell: Callable[[], None] | None) -> None:
 
     It runs in a thread, whatever the main thread is at.
     """
-    _State.farewell = farewell
+    _ENDING.farewell = farewell
 
 
 def no_longer() -> None:
@@ -108,8 +113,8 @@ def _end_unless_farewell(number: int, frame: object) -> None:
 
     A second signal does not wait for that.
     """
-    _State.signals += 1
-    if _State.farewell is None or _State.signals > 1:
+    _ENDING.signals += 1
+    if _ENDING.farewell is None or _ENDING.signals > 1:
         _end(number, frame)
 
 
@@ -120,8 +125,8 @@ def _raise(number: int, _frame: object) -> None:
 def _listen(reading: int) -> None:
     while number := os.read(reading, 1):
         if number[0] in STOPPING:
-            if _State.farewell is not None:
-                _State.farewell()
+            if _ENDING.farewell is not None:
+                _ENDING.farewell()
             _end(number[0], None)
 
 
@@ -129,13 +134,13 @@ def _end(number: int, _frame: object) -> None:
     """End the process: the thread that comes first does, and any other goes no further."""
     me = get_ident()
     with _ONE:
-        first, _State.ender = _State.ender == 0, _State.ender or me
+        first, _ENDING.ender = _ENDING.ender == 0, _ENDING.ender or me
     if not first:
         # A second signal in the midst of this very function, or another thread that must not start a new program.
-        while _State.ender != me:
+        while _ENDING.ender != me:
             sleep(1.0)
         return
     if any(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr)):
         os.write(2, SHOW_CURSOR)
-    os.write(2, f"jrlhf: {_State.last_words}\n".encode(errors="replace"))
+    os.write(2, f"jrlhf: {_ENDING.last_words}\n".encode(errors="replace"))
     os._exit(128 + number)

@@ -69,7 +69,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         "of two processes one is killed or asleep: the other ends in time and names it",
         (
             "tests/parallel/test_hosts.py::test_a_peer_that_is_gone_ends_the_others_and_is_named",
-            "tests/parallel/test_hosts.py::test_a_coordinator_that_is_killed_ends_the_others_at_once",
+            "tests/parallel/test_hosts.py::test_a_coordinator_that_is_killed_is_named_by_the_others",
         ),
     ),
     12: (
