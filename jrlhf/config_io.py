@@ -27,7 +27,7 @@ SOURCES = get_args(Sources)[0]
 """The type itself, without the mark that its texts are paths."""
 EXPECTED: dict[Any, str] = {str: "a string", bool: "true or false", int: "a whole number", float: "a finite number"}
 ANCHORS = (".", "x-")
-"""What a top-level key begins with that is there for its anchor alone: ``.common: &common {lr: 1e-4}``."""
+"""Prefixes of top-level keys that only hold an anchor: ``.common: &common {lr: 1e-4}``."""
 LONGEST_SHOWN = 200
 """Characters of a wrong value that an error repeats, and digits of a whole number."""
 KINDS = {"str": "a string", "bool": "a boolean", "int": "a whole number", "float": "a number", "timestamp": "a date"}

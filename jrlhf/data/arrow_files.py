@@ -21,10 +21,10 @@ ROWS = 256
 BUFFER = 2**20
 """Bytes of a column that are read at a time: a file may be one group of rows."""
 ARROW_FILE = b"ARROW1"
-"""How the file format begins; the stream format, of which the caches of ``datasets`` are, has no mark."""
+"""First bytes of the file format. The stream format, in which ``datasets`` keeps its caches, has no mark."""
 
 SPLITS, STATE = "dataset_dict.json", "state.json"
-"""What ``save_to_disk`` writes into a folder of splits, and into one of rows."""
+"""Files that ``save_to_disk`` writes into a folder of splits, and into one of rows."""
 
 
 def parquet_rows(path: Path) -> Iterator[Placed]:

@@ -86,7 +86,7 @@ def _reason(error: Exception) -> str:
             return "its owner grants access one by one: ask for it there, then log in with `hf auth login`"
         case "RepositoryNotFoundError":
             return "it has no such model (or a private one: log in with `hf auth login`)"
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line for line in str(error).split("\n") if line.strip()), type(error).__name__)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

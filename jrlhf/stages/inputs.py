@@ -1,6 +1,9 @@
-"""What each stage is made from: its models, its rows, and the files that its rules read; each is read when it is first
-asked for, and once."""
+"""The inputs of each stage: its models, its rows, and the files that its rules read.
 
+Each is read once, when it is first needed.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -36,7 +39,7 @@ class RowsInput(NamedTuple):
     load: Callable[[], Rows | None]
 
 
-class StageInputs:
+class StageInputs(ABC):
     """The inputs of a stage by the config path that names them. ``model`` is the one whose tokenizer reads the rows."""
 
     def __init__(self, config: Config, stage: StageName) -> None:
@@ -44,9 +47,9 @@ class StageInputs:
         self.model = f"{stage}.model"
 
     @cached_property
+    @abstractmethod
     def source(self) -> str:
         """The folder or hub id of the model that is trained."""
-        raise NotImplementedError
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -57,9 +60,9 @@ class StageInputs:
         """Where each model is read from."""
         return {self.model: lambda: self.source}
 
+    @abstractmethod
     def rows(self) -> Mapping[str, RowsInput]:
         """All rows that are read."""
-        raise NotImplementedError
 
     def files(self) -> Mapping[str, Callable[[], Path | None]]:
         """The other files; None for one that cannot be sources."""
