@@ -149,6 +149,8 @@ def saved_files(folder: Path, split: str) -> tuple[Path, ...]:
     """The file that lists the Arrow files of a split, and those. ``split`` may be empty: the train split of several."""
     if (folder / SPLITS).is_file():
         splits = _described(folder / SPLITS, "splits")
+        if not (isinstance(splits, list) and all(isinstance(name, str) for name in splits)):
+            raise DataError(f"{folder / SPLITS}: lists no splits")
         if (split or "train") not in splits:
             names = ", ".join(f"{folder}:{name}" for name in splits) or "none"
             raise DataError(f"{folder}: no split {split or 'train'}; the splits are {names}")
@@ -160,9 +162,12 @@ def saved_files(folder: Path, split: str) -> tuple[Path, ...]:
             f"{folder}: old versions of datasets kept indices beside the rows, as here; load and save it anew"
         )
     files = _described(folder / STATE, "_data_files")
-    if not isinstance(files, list):
+    if not (isinstance(files, list) and all(isinstance(f, dict) and isinstance(f.get("filename"), str) for f in files)):
         raise DataError(f"{folder / STATE}: lists no _data_files")
-    return (folder / STATE, *(folder / file["filename"] for file in files))
+    paths = [folder / file["filename"] for file in files]
+    if absent := [path.name for path in paths if not path.is_file()]:
+        raise DataError(f"{folder}: {absent[0]}: no such file, but {STATE} lists it")
+    return (folder / STATE, *paths)
 
 
 def _described(path: Path, name: str) -> Any:

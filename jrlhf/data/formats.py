@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from jrlhf.data.errors import BadRow, LeftOut, absent
 from jrlhf.data.foreign import instruction, is_instruction, output_column, sharegpt, turns_of
-from jrlhf.data.labels import label_of, margin_of, ranks_of
+from jrlhf.data.labels import is_verdict, label_of, margin_of, ranks_of
 from jrlhf.data.messages import Content, Message, Tools, checked_content, tools_of
 from jrlhf.data.repeats import Note, apart, prompt_in_transcripts, without_turns
 
@@ -161,7 +161,7 @@ def _chosen(row: Mapping[str, Any], chat: bool, note: Note) -> Answered:
 
 def _heed_label(row: Mapping[str, Any], learnt: bool) -> None:
     """Beside a conversation or an instruction only true and false are labels of that kind: numbers may be classes."""
-    if learnt and row.get("label") is False:
+    if learnt and is_verdict(row.get("label")) and not label_of(row["label"]):
         raise LeftOut("label", BAD_ANSWER)
 
 

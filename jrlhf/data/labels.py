@@ -18,6 +18,11 @@ def label_of(value: Any) -> bool:
     return good
 
 
+def is_verdict(value: Any) -> bool:
+    """Whether a label is the word true or false, also as CSV has it, and no number: that may be a class."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
 def margin_of(value: Any) -> float:
     """A number, also as CSV has it; 0 where there is none."""
     if value is None or value == "":

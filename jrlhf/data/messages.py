@@ -59,8 +59,8 @@ def has_weights(content: Content | None) -> bool:
 def tools_of(row: Mapping[str, Any]) -> Tools | None:
     """The functions that a row's conversation may call: a list of their JSON schemas, or such a list as JSON text."""
     value = row.get("tools")
-    if isinstance(value, str) and value.strip():
-        value = _decoded(value, "tools")
+    if isinstance(value, str):
+        value = _decoded(value, "tools") if value.strip() else None
     # Where rows have no tools, Arrow has an empty list and CSV an empty cell.
     if value in (None, "", []):
         return None
@@ -115,12 +115,10 @@ def _message(message: Any, place: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadRow(place, 'expected a message {"role", "content"}')
     fields = {key: field for key, field in message.items() if field is not None}
-    if fields.get("tool_calls") in ("", []):
-        del fields["tool_calls"]
-    if "tool_calls" in fields:
+    if calls := _calls(fields.pop("tool_calls", None), f"{place}.tool_calls"):
         if message["role"] != "assistant":
             raise BadRow(f"{place}.tool_calls", f"only an assistant calls tools, not {message['role']}")
-        fields["tool_calls"] = _calls(fields["tool_calls"], f"{place}.tool_calls")
+        fields["tool_calls"] = calls
     if "function_call" in fields:
         raise BadRow(f"{place}.function_call", 'is the old form of "tool_calls"; give those')
     _check_weight(fields, place)
@@ -162,7 +160,10 @@ def _check_weight(fields: Message, place: str) -> None:
 
 
 def _calls(value: Any, place: str) -> list[dict[str, Any]]:
-    value = _decoded(value, place) if isinstance(value, str) else value
+    """The calls of a message, maybe as JSON text; none where there is nothing, which each format writes its own way."""
+    value = _decoded(value, place) if isinstance(value, str) and value.strip() else value
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return []
     if not isinstance(value, list):
         raise BadRow(place, f"expected a list of calls, found {type(value).__name__}")
     return [checked_call(call, f"{place}[{i}]") for i, call in enumerate(value)]

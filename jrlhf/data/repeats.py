@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jrlhf.data.errors import BadRow
-from jrlhf.data.messages import Content, Message
+from jrlhf.data.messages import Content, Message, said
 
 Note = Callable[[str], None]
 """Hears what was done to a row."""
@@ -25,6 +25,8 @@ def apart(
     chats = [answer for answer in answers if isinstance(answer, list)]
     if isinstance(prompt, str) and not chats:
         return prompt, [*without_prompt(prompt, texts, note)]
+    if isinstance(prompt, list) and not chats and said(prompt[-1]).strip():
+        return prompt, [*without_prompt(said(prompt[-1]), texts, note)]
     if not texts and (implied or prompt is not None):
         prompt, split = split_turns(prompt, chats, note)
         return prompt, [*split]
@@ -60,8 +62,10 @@ def without_prompt(prompt: str, answers: Sequence[str], note: Note) -> list[str]
     One answer alone never tells: "Once upon a time" may well follow "Once". Neither do several where the prompt is as
     short as a greeting, which answers return ("Hi" - "Hi, there!"): they stay, and that is noted. A prompt of three
     words, of sixteen characters, of two lines or with a colon at its end is one that nobody says again by chance.
+    An answer of nothing tells nothing.
     """
-    if len(answers) < 2 or not all(_rest(prompt, answer) is not None for answer in answers):
+    telling = [answer for answer in answers if answer.strip()]
+    if len(telling) < 2 or not all(_rest(prompt, answer) is not None for answer in telling):
         return list(answers)
     asked = prompt.strip()
     unmistakable = (
@@ -71,7 +75,7 @@ def without_prompt(prompt: str, answers: Sequence[str], note: Note) -> list[str]
         note(LEFT_ON)
         return list(answers)
     note(TAKEN_OFF)
-    return [_rest(prompt, answer) or "" for answer in answers]
+    return [_rest(prompt, answer) or "" if answer.strip() else answer for answer in answers]
 
 
 def _transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -135,7 +139,7 @@ def without_turns(prompt: list[Message], answers: Sequence[list[Message]], note:
             note(TAKEN_OFF)
             return [answer[count:] for answer in answers]
     first = [answer[: _until_assistant(answer)] for answer in answers]
-    if all(any(_same(prompt[-1], message) for message in turns) for turns in first):
+    if any(_same(prompt[-1], message) for turns in first for message in turns):
         raise BadRow("prompt", "its last turn stands in the answers too, but other turns before it")
     return list(answers)
 

@@ -94,7 +94,10 @@ def csv_rows(path: Path) -> Iterator[Placed]:
     """
     csv.field_size_limit(WIDEST_CELL)
     with _opened(path) as file:
-        lines = _Lines(_text_lines(path, file), "\t" if ".tsv" in path.name.lower() else ",")
+        try:
+            lines = _Lines(_text_lines(path, file), "\t" if ".tsv" in path.name.lower() else ",")
+        except csv.Error as error:
+            raise DataError(f"{path}:1: not CSV: {error}") from error
         reader = csv.reader(lines, delimiter=lines.separator, strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]

@@ -10,6 +10,7 @@ import jinja2
 
 from jrlhf.data.chat import template_of
 from jrlhf.data.foreign import INPUTS, OUTPUTS
+from jrlhf.data.labels import is_verdict
 from jrlhf.data.messages import FIELDS
 from jrlhf.data.tokenizer import Tokenizer
 
@@ -101,7 +102,7 @@ def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Call
             if len(known) < MOST_SHAPES:
                 known[present] = shape
         names = [column for column in shape.others if row[column] not in EMPTY]
-        if shape.labelled and not isinstance(row["label"], bool):
+        if shape.labelled and not is_verdict(row["label"]):
             names.append("label")
         for column in shape.messages:
             if isinstance(value := row[column], list | dict):

@@ -144,6 +144,15 @@ RANKINGS = [
     ({"prompt": "Q", "chosen": [S, U, A], "rejected": [S, U, B]}, Ranking([S, U], [[A], [B]], [0, 1], 0.0)),
     ({"prompt": [S, U], "completions": [[U, A], [U, B]], "ranks": [0, 1]}, Ranking([S, U], [[A], [B]], [0, 1], 0.0)),
     ({"prompt": "Q", "completions": [[U, A], [U, B]], "ranks": [0, 1]}, Ranking([U], [[A], [B]], [0, 1], 0.0)),
+    # Answers that are text beside a chat.
+    (
+        {"prompt": [S, user(ASKED)], "chosen": ASKED + " A", "rejected": ASKED + " B"},
+        Ranking([S, user(ASKED)], [" A", " B"], [0, 1], 0.0),
+    ),
+    (
+        {"instruction": ASKED, "completions": [ASKED + " A", ASKED + " B"], "ranks": [0, 1]},
+        Ranking([user(ASKED)], [" A", " B"], [0, 1], 0.0),
+    ),
     # Not of all answers, or too short to tell.
     ({"prompt": ASKED, "chosen": ASKED + " A", "rejected": "B"}, Ranking(ASKED, [ASKED + " A", "B"], [0, 1], 0.0)),
     ({"prompt": "Hi", "chosen": "Hi, you", "rejected": "Hi!"}, Ranking("Hi", ["Hi, you", "Hi!"], [0, 1], 0.0)),
@@ -275,6 +284,9 @@ def test_bad_messages(messages, message):
         ({"messages": [U, A]}, False),
         ({"conversations": [human("Q"), gpt("A")]}, False),
         ({"instruction": "Q", "output": "A"}, False),
+        # Of a CSV file.
+        ({"instruction": "Q", "output": "A"}, "False"),
+        ({"messages": [U, A]}, " false"),
     ],
 )
 def test_a_bad_answer_is_left_out(row, label):
@@ -306,6 +318,16 @@ def test_what_was_done_to_a_row_is_noted():
     assert notes == [TAKEN_OFF] * 4
     parse_ranking({"prompt": "Hi", "chosen": "Hi, you", "rejected": "Hi!"}, note=notes.append)
     assert notes[4:] == [LEFT_ON]
+
+
+def test_an_empty_answer_does_not_hide_that_others_repeat_the_prompt():
+    row = {"prompt": ASKED, "completions": [ASKED + " A", "", ASKED + " B"]}
+    assert parse_answers(row) == [Answered(ASKED, " A"), Answered(ASKED, ""), Answered(ASKED, " B")]
+
+
+def test_a_turn_that_one_answer_repeats_is_refused():
+    with pytest.raises(BadRow, match=r"^prompt: its last turn stands in the answers too"):
+        parse_ranking({"prompt": [U], "chosen": [U, A], "rejected": [B]})
 
 
 def test_alpaca_without_a_chat_template_is_asked_as_alpaca_was():

@@ -289,6 +289,7 @@ BAD = [
     ),
     ({"messages": [ASK, CALLS | {"tool_calls": "{"}]}, "messages[1].tool_calls: a text that is no JSON"),
     ({"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": []}]}, "messages[1].content: is empty"),
+    ({"messages": [ASK, CALLS | {"content": None, "tool_calls": "[]"}]}, "messages[1].content: expected a string"),
     (
         {"messages": [ASK, YES | {"function_call": {"name": "weather", "arguments": "{}"}}]},
         'messages[1].function_call: is the old form of "tool_calls"; give those',
@@ -297,6 +298,12 @@ BAD = [
     ({"messages": [ASK, YES], "tools": 3}, "tools: expected a list of functions, found int"),
     ({"messages": [ASK, YES], "tools": [{"type": "web_search"}]}, "tools[0]: expected a function"),
 ]
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", "[]", "null", []])
+def test_no_tools_and_no_calls_however_they_are_spelt(nothing):
+    row = {"messages": [ASK | {"tool_calls": nothing}, YES | {"tool_calls": nothing}], "tools": nothing}
+    assert parse_sft(row) == Answered(None, [ASK, YES])
 
 
 @pytest.mark.parametrize(("row", "message"), BAD)
