@@ -19,8 +19,8 @@ class MergeError(ValueError):
 def merged_pairs(node: yaml.MappingNode) -> list[Pair]:
     """The keys and values of a mapping, with what its merge key takes in behind its own.
 
-    A mapping's own key wins over a merged one, and of several mappings the one that is listed first. A key that the
-    mapping itself has twice stays there twice. MergeError for what is no mapping, and for one that merges itself.
+    A mapping's own key wins over a merged one, and of several mappings the one that is listed first. A key that one
+    of them has twice stays there twice. MergeError for what is no mapping, and for one that merges itself.
     """
     return _pairs(node, {}, ())
 
@@ -40,10 +40,8 @@ def _pairs(node: yaml.MappingNode, known: dict[int, list[Pair]], above: tuple[in
         for part in _parts(value, line):
             if id(part) in (*above, id(node)):
                 raise MergeError("<<: merges itself", line)
-            for pair in _pairs(part, known, (*above, id(node))):
-                if (name := _name(pair[0])) not in names:
-                    names.add(name)
-                    own.append(pair)
+            own += [pair for pair in _pairs(part, known, (*above, id(node))) if _name(pair[0]) not in names]
+            names = {_name(key) for key, _ in own}
     known[id(node)] = own
     return own
 

@@ -418,6 +418,8 @@ def test_mistakes_in_merged_keys_name_the_line_where_they_stand(tmp_path):
     assert refused(tmp_path, ".o: &o {lr: 1}\nsft: {optim: {<<: *o, lr: 2, lr: 3}}\n") == [
         "FILE:2: sft.optim.lr: set twice, first on line 2"
     ]
+    [said] = refused(tmp_path, ".o: &o {lr: 1, lr: 2}\nsft: {optim: {<<: [*o]}}\n")
+    assert said == "FILE:1: sft.optim.lr: set twice, first on line 1"
     assert refused(tmp_path, "sft: {optim: {'<<': {lr: 1}}}\n")[0].startswith("FILE:1: sft.optim.<<: unknown key")
     assert refused(tmp_path, "sft: {.x: 1}\n")[0].startswith("FILE:1: sft..x: unknown key")
     [said] = refused(tmp_path, "sft: {data: {train: {<<: a}}}\n")

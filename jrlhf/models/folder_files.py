@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jrlhf.models.hf import GENERATION_CONFIG, read_json
+from jrlhf.models.hf import CONFIG, GENERATION_CONFIG, read_json
 
 
 def appear(file: Path, write: Callable[[Path], Any]) -> None:
@@ -44,8 +44,12 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Every file below ``source``, however large, to the same name below ``folder``."""
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+    """Every file below ``source``, however large, to the same name below ``folder``.
+
+    ``config.json`` comes last: a copy that is broken off cannot be loaded.
+    """
+    files = [path for path in source.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.name == CONFIG, path)):
         target = folder / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         appear(target, lambda partial, path=path: shutil.copyfile(path, partial))

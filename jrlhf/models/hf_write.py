@@ -82,6 +82,9 @@ def write_folder(
     writes = jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
+        if source.resolve() != folder.resolve():
+            # What an earlier export left must not be loaded with some of the files that come now.
+            (folder / CONFIG).unlink(missing_ok=True)
         if files is not None:
             write_files(folder, files)
         elif source.resolve() != folder.resolve():

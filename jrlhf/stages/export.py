@@ -1,6 +1,5 @@
 """A checkpoint as a Hugging Face folder."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from jrlhf.stages.adapters import trainable
 from jrlhf.stages.exports import RUN_CONFIG, companions, from_metadata, write_export
 from jrlhf.stages.inputs import stage_inputs
 from jrlhf.stages.origin_check import check_base
-from jrlhf.stages.run import StageName, model_source
+from jrlhf.stages.run import StageName, model_source, read_summary
 from jrlhf.stages.state import abstract
 from jrlhf.types import Params
 
@@ -70,9 +69,9 @@ def _stage_of(args: ExportConfig) -> tuple[Path, StageName]:
 
 def _export_finished(config: Config, stage: StageName, folder: Path, out: Path, args: ExportConfig) -> None:
     """What the stage exported, file by file; with other dtypes, its weights as they stand there, written anew."""
-    summary = folder / "summary.json"
+    summary = read_summary(folder)
     # Before it could be chosen, a stage exported what its source was in.
-    own = json.loads(summary.read_text(encoding="utf-8")).get("export_dtype", "source") if summary.exists() else None
+    own = None if summary is None else summary.get("export_dtype", "source")
     dtype = _dtype(config, stage, args)
     if args.dtype == "stage" or dtype == own:
         copy_files(folder / "hf", out)

@@ -104,14 +104,11 @@ def _read_origin(stage: str, folder: Path) -> Origin | None:
 
     def read() -> dict[str, Any] | None:
         path = folder / ORIGIN
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-        else:
+        if not path.exists():
             steps = [int(at.name) for at in folder.glob("checkpoints/*") if at.name.isdecimal()]
             path = folder / "checkpoints" / str(max(steps, default=0)) / NOTES
-            text = path.read_text(encoding="utf-8") if path.exists() else "{}"
         try:
-            content = json.loads(text)
+            content = json.loads(path.read_text(encoding="utf-8") if path.exists() else "{}")
             content = content if path.name == ORIGIN else content.get("metadata", {}).get("origin")
             return None if content is None else Origin.from_json(content).as_json()
         except (ValueError, TypeError, KeyError, AttributeError) as error:

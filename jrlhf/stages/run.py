@@ -41,9 +41,19 @@ def stage_folder(config: Config, stage: StageName) -> Path:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What a finished stage found, or None for one that is not finished; all processes see what the first one sees."""
+    """What a finished stage found, or None for one that is not finished; all processes see what the first one sees.
+
+    ConfigError where it cannot be read.
+    """
     path = folder / "summary.json"
-    return from_first("look for a summary", lambda: json.loads(path.read_text("utf-8")) if path.exists() else None)
+
+    def read() -> dict[str, Any] | None:
+        try:
+            return {**json.loads(path.read_text("utf-8"))} if path.exists() else None
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: damaged ({error!r}); remove it to go on from the newest checkpoint") from error
+
+    return from_first("look for a summary", read)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

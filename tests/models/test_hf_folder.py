@@ -22,6 +22,7 @@ from jrlhf.models import (
     save_pretrained,
     save_reward_model,
 )
+from jrlhf.models.folder_files import copy_files
 from jrlhf.models.hf_write import write_folder
 from jrlhf.models.names import language_model_table
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
@@ -336,3 +337,27 @@ def test_a_base_on_the_hub_is_of_the_adapter_s_revision(folder, tmp_path, monkey
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     assert model_folder(tmp_path).base == folder
     assert asked == [("someone/model", "v2")]
+
+
+def test_an_export_over_another_that_is_broken_off_cannot_be_loaded(folder, tmp_path):
+    """Some of its files would be the new model's, and some the old one's."""
+    model = load_pretrained(folder, dtype="float32", mesh=make_mesh(data=-1, fsdp=1, tensor=1))
+    save_pretrained(model, tmp_path / "out")
+    narrow = {name: tensor._replace(dtype="F16") for name, tensor in model.stored.items()}
+    large = jax.tree.map(lambda leaf: leaf + 1e6, model.params)
+    with pytest.raises(ValueError, match="65504"):
+        save_pretrained(replace(model, params=large, stored=narrow), tmp_path / "out")
+    assert not (tmp_path / "out/config.json").exists()
+    save_pretrained(model, tmp_path / "out")
+    assert (tmp_path / "out/config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_a_copy_that_is_broken_off_cannot_be_loaded(folder, tmp_path):
+    out = tmp_path / "out"
+    (out / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        copy_files(folder, out)
+    assert not (out / "config.json").exists()
+    (out / "model.safetensors").rmdir()
+    copy_files(folder, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in folder.iterdir())

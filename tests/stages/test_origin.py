@@ -377,8 +377,8 @@ def test_what_is_gone_is_not_missed_by_a_stage_that_is_done(
 
 def test_a_damaged_record_is_named(made: Config, tmp_path: Path) -> None:
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
-    for text in ("{", '{"inputs": [{}], "changed": []}', "[]"):
-        (run / "sft" / "origin.json").write_text(text)
+    for text in (b"{", b'{"inputs": [{}], "changed": []}', b"[]", b"\xff"):
+        (run / "sft" / "origin.json").write_bytes(text)
         with pytest.raises(ConfigError, match=r"origin\.json: damaged"):
             run_sft(replace(made, run=str(run)))
 

@@ -17,7 +17,7 @@ from jrlhf.config_io import ConfigError, apply_flags
 from jrlhf.config_tools import ExportConfig
 from jrlhf.manifest import write_manifest
 from jrlhf.stages.export import run_export
-from jrlhf.stages.run import StageName, model_source, open_stage
+from jrlhf.stages.run import StageName, model_source, open_stage, read_summary
 from jrlhf.stages.sft import run_sft
 
 
@@ -150,3 +150,10 @@ def test_a_model_is_named_by_its_stage_or_by_the_run_it_came_from(tmp_path):
     for path in (tmp_path, tmp_path / "sft", tmp_path / "sft" / "hf"):
         assert model_source(Config(), str(path), key="ppo.model.path", stage="sft") == str(tmp_path / "sft" / "hf")
     assert model_source(Config(), str(tmp_path), key="k", stage="reward") == str(tmp_path / "reward" / "hf")
+
+
+@pytest.mark.parametrize("content", [b'{"steps": 3', b"\xff", b"[]"])
+def test_a_damaged_summary_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"summary\.json: damaged"):
+        read_summary(tmp_path)
