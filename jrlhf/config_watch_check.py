@@ -20,6 +20,9 @@ def guards_rules(path: str, guards: GuardsConfig) -> Iterator[Rule]:
 def canary_rules(path: str, ppo: PPOConfig) -> Iterator[Rule]:
     canary = ppo.canary
     yield canary.errors >= 0, f"{path}.canary.errors", canary.errors, "0 or more"
+    unread = bool(canary.judge.path) and canary.action == "off"
+    off = f"empty, as {path}.canary.action is off and so nobody would ask it"
+    yield not unread, f"{path}.canary.judge.path", canary.judge.path, off
     if canary.action != "off":
         why = f"as {path}.canary.action is {canary.action}"
         yield bool(ppo.prompts.eval), f"{path}.prompts.eval", ppo.prompts.eval, f"set, {why}"

@@ -319,6 +319,12 @@ def test_a_value_out_of_range_is_named(name, text):
     assert f"{name}: must be " in str(caught.value)
 
 
+def test_a_judge_that_nobody_would_ask_is_an_error(tmp_path):
+    judge = "ppo: {canary: {judge: {path: judge}}}"
+    message = "ppo.canary.judge.path: must be empty, as ppo.canary.action is off and so nobody would ask it"
+    assert [line for line in problems(tmp_path, judge) if "judge" in line] == [f"{message}, got 'judge'"]
+
+
 def test_rules_between_fields_name_both():
     ppo = PPOConfig(episodes=64, minibatches=3, ptx_coef=1.0)
     with pytest.raises(ConfigError) as caught:

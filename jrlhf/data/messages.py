@@ -122,6 +122,8 @@ def _message(message: Any, place: str) -> Message:
     if "function_call" in fields:
         raise BadRow(f"{place}.function_call", 'is the old form of "tool_calls"; give those')
     _check_weight(fields, place)
+    if odd := next((key for key in REASONING if not isinstance(fields.get(key, ""), str)), None):
+        raise BadRow(f"{place}.{odd}", "expected a string")
     fields["content"] = _content(message.get("content"), fields, f"{place}.content")
     return fields
 

@@ -104,6 +104,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{folder}: {key}: expected a positive number, found {config.get(key)!r}")
     for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
         _check_patterns(folder, key, config.get(key))
+    _check_layers(folder, config.get("layers_to_transform"))
     _check_init(folder, config.get("init_lora_weights"))
     saved = config.get("modules_to_save")
     for name in saved if isinstance(saved, list) else [] if saved is None else [saved]:
@@ -121,6 +122,8 @@ def _checked_config(folder: Path) -> dict[str, Any]:
 
 def _check_patterns(folder: Path, key: str, value: Any) -> None:
     """ValueError for a field whose patterns are none, or whose numbers are not positive."""
+    if key in ("rank_pattern", "alpha_pattern") and value and not isinstance(value, dict):
+        raise ValueError(f"{folder}: {key}: expected a number a pattern, found {value!r}")
     patterns = value if isinstance(value, dict | list) else [] if value is None else [value]
     for pattern in patterns:
         try:
@@ -130,6 +133,13 @@ def _check_patterns(folder: Path, key: str, value: Any) -> None:
     for number in value.values() if isinstance(value, dict) else ():
         if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
             raise ValueError(f"{folder}: {key}: expected positive numbers, found {number!r}")
+
+
+def _check_layers(folder: Path, value: Any) -> None:
+    """ValueError for ``layers_to_transform`` that are no numbers of layers."""
+    layers = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise ValueError(f"{folder}: layers_to_transform: expected whole numbers, found {value!r}")
 
 
 def _check_init(folder: Path, init: Any) -> None:

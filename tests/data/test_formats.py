@@ -260,6 +260,7 @@ BAD_MESSAGES = [
     ([{"role": "user"}], "messages[0].content: expected a string"),
     ([U, {"role": "assistant", "content": 5}], "messages[1].content: expected a string"),
     ([U, assistant("")], "messages[1].content: is empty"),
+    ([U, A | {"reasoning_content": ["R"]}], "messages[1].reasoning_content: expected a string"),
     ([user("\ud800"), A], "messages[0].content: holds half of a surrogate pair, which is no text"),
     ("a string", "messages: expected a list of messages, found a string"),
 ]

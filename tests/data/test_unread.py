@@ -120,7 +120,7 @@ def test_the_table_is_what_the_parsers_read(kind, number, chat):
 def test_a_class_beside_a_conversation_is_no_label(chat):
     unread = unread_of("sft", chat)
     assert unread({**CHAT, "label": 3}) == unread({"text": "a", "label": True}) == ["label"]
-    assert unread({**CHAT, "label": True}) == unread({**TEXT, "label": 1}) == []
+    assert unread({**CHAT, "label": "True"}) == unread({**CHAT, "label": True}) == unread({**TEXT, "label": 1}) == []
 
 
 def test_what_is_read_depends_on_the_shape_of_each_row(chat, config, write, caplog):

@@ -68,6 +68,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern: expected positive numbers, found 0"),
     ({"rank_pattern": {"q_proj": 3}}, r"lora_B have shapes \[2, 32\] and \[32, 2\]; .* their rank is 3"),
     ({"r": 4}, "their rank is 4"),
+    ({"rank_pattern": ["q_proj"]}, r"rank_pattern: expected a number a pattern, found \['q_proj'\]"),
+    ({"layers_to_transform": "0,2"}, "layers_to_transform: expected whole numbers, found '0,2'"),
     ({"target_modules": "q_proj)"}, r"target_modules: 'q_proj\)' is no pattern"),
     ({"target_modules": ["q_proj", "v_proj"]}, r"missing tensor: .*\.layers\.0\.self_attn\.v_proj"),
 ]  # fmt: skip
