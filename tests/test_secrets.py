@@ -32,10 +32,10 @@ import sys
 import jrlhf.stages.sft
 from jrlhf.cli import main
 
-def crash(*given):
+def crash(*given, **named):
     raise RuntimeError("no more")
 
-jrlhf.stages.sft.save_pretrained = crash
+jrlhf.stages.sft.write_export = crash
 sys.argv[1:] = ["sft", "--config", "recipe.yaml", "--run", "crashed"]
 sys.exit(main())
 """
