@@ -188,7 +188,7 @@ def require(value: Sources, path: str) -> None:
 
 
 def is_usage_error(error: Exception) -> bool:
-    """What the user can put right: a ValueError that jrlhf itself raises, a missing file, a run in use.
+    """Whether the user can put it right: a ValueError that jrlhf itself raises, a missing file, a run in use.
 
     A ValueError from inside a library, or from an array operation, is a failure of the program instead.
     """

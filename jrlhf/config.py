@@ -200,8 +200,8 @@ class SFTConfig(WithPaths):
     """What the held-out figures must keep, as accuracy >= 0.6 (names of eval/*). A model that does not is not passed
     on, and the exit code is 3. Of the checkpoints that do, the best one is exported."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
-    """What is learnt: the answer, also assistant turns inside a chat prompt, or all. Plain text is learnt whole, an
-    assistant's turn of weight 0 never."""
+    """Tokens that are learnt. completion: the answer; assistant: also assistant turns inside a chat prompt; all: the
+    prompt too. Plain text is learnt whole, an assistant's turn of weight 0 never."""
     export_dtype: Literal["float32", "source"] = "float32"
     """Dtype of the exported weights. float32 keeps all that was learnt, twice as large as a bfloat16 base. source takes
     the dtypes of the files that the model was read from, and then every evaluation, gate and sample is of the weights
@@ -217,7 +217,7 @@ class RewardConfig(WithPaths):
     """The reward model."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """What training starts from: a language model, which gets a fresh head, or a reward model with its own."""
+    """The model that training starts from: a language model, which gets a fresh head, or a reward model."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -117,7 +117,7 @@ def _row_objects(batch: "pa.RecordBatch", decoders: dict[str, Callable[[Any], An
 
 
 def _decoders(schema: "pa.Schema") -> dict[str, Callable[[Any], Any]]:
-    """How the columns that hold JSON somewhere are read: ``datasets`` writes lists of unlike objects so."""
+    """A decoder for each column that holds JSON texts, as ``datasets`` writes lists of unlike objects."""
     decoders = {field.name: _decoder(field.type) for field in schema}
     return {name: decode for name, decode in decoders.items() if decode is not None}
 

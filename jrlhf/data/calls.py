@@ -24,7 +24,7 @@ class CallForms(NamedTuple):
     as_object: bool
     """Arguments are given as an object, else as JSON text."""
     contents: tuple[str | None, ...]
-    """What may stand as content beside calls where nothing is said: null, "", or either."""
+    """The content that stands beside calls in a message without text: null, "", or either."""
 
     def message(self, message: Message) -> Message:
         """The message as the template takes it."""

@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
     ragged: Mapping[str, list[Any]]
     flat: Mapping[str, Any]
     notes: Sequence[str] = ()
-    """What is counted of the row, as in ``Notes``."""
+    """Notes on the row, which ``Notes`` counts."""
     unread: Sequence[str] = ()
 
 

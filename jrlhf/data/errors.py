@@ -46,7 +46,7 @@ class LeftOut(BadRow):
 
 
 class Notes:
-    """What is counted of the rows that stay, such as those cut to max_length: said once a source, with the share."""
+    """Counts of rows that stay but are noted, such as those cut to max_length; said once a source, with the share."""
 
     def __init__(self, name: str) -> None:
         self._name = name
