@@ -150,7 +150,12 @@ def can_run_as(user: int, folder: Path) -> bool:
     """Whether a process of that user can be had, and may read the interpreter, its libraries and the package."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return False
-    return command(folder, "--version", user=user, HOME=str(folder)).returncode == 0
+    # A virtual environment's libraries may be closed to them though its interpreter is not.
+    libraries = "import jrlhf.commands, jax, flax, transformers, orbax.checkpoint"
+    program = ["setpriv", "--reuid", str(user), "--clear-groups", sys.executable, "-c", libraries]
+    with tempfile.TemporaryDirectory() as home:
+        kept = {"PATH": os.environ["PATH"], "HOME": home, "PYTHONPATH": str(Path(environment.__file__).parents[1])}
+        return subprocess.run(program, cwd=folder, env=kept, capture_output=True, check=False).returncode == 0
 
 
 HOMES: dict[str, dict[str, str]] = {

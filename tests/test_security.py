@@ -6,6 +6,8 @@ import logging
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,9 +121,6 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-AUDIT = "Exception ignored in audit hook"
-
-
 @pytest.fixture
 def refused(
     tmp_path: Path, canary: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -138,8 +137,7 @@ def refused(
         assert main(argv) == 2
         written, said = capfd.readouterr()
         assert written == ""
-        # The audit hook of filelock finds no room either, where a template's recursion has none left; Python says so.
-        [line] = said.replace(AUDIT, "").splitlines()
+        [line] = said.splitlines()
         assert line.startswith("jrlhf: ")
         assert not canary.exists()
         assert snapshot(tmp_path) == before
@@ -231,7 +229,6 @@ ESCAPES = {
 WITHOUT_BOUND = {
     "loop": "{% for i in range(1000000000000) %}x{% endfor %}",
     "string": "{{ 'a' * 1000000000000000000 }}",
-    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 }
 """Loops in loops are not stopped: a template is a program that may take its time, but has nothing to take hold of."""
 
@@ -250,6 +247,21 @@ def test_a_template_stays_in_its_sandbox(
     line = refused("data", "show", str(model), str(data))
     assert line.startswith(refuses)
     assert len(line) > len(refuses)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_template_that_calls_itself_is_refused(place: str, model: Path, data: Path) -> None:
+    """In a process of its own: without stack, other libraries' hooks fail too, and pytest would count that."""
+    template = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+    if place == "tokenizer_config.json":
+        edit_json(model / place, chat_template=template)
+    else:
+        (model / place).write_text(template)
+    command = [sys.executable, "-m", "jrlhf", "data", "show", str(model), str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("jrlhf: ")]
+    assert (done.returncode, done.stdout, len(lines)) == (2, "", 1), done.stderr
+    assert lines[0].startswith("jrlhf: the tokenizer's chat template refuses a question and its answer: ")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
