@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
 from jrlhf.config import Config, PlanConfig, Sources
 from jrlhf.config_io import ConfigError, apply_flags, check, flag_types, load_config
-from jrlhf.suggest import did_you_mean
+from jrlhf.system.suggest import did_you_mean
 
 T = TypeVar("T")
 

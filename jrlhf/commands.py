@@ -22,9 +22,9 @@ from jrlhf.config_tools import (
     VerifyConfig,
 )
 from jrlhf.gates import GatesFailed
-from jrlhf.interrupts import Interrupted, raised
 from jrlhf.lock import RunLocked
-from jrlhf.terminal import complain
+from jrlhf.system.interrupts import Interrupted, raised
+from jrlhf.system.terminal import complain
 
 OK, FAILURE, USAGE, GATE, INTERRUPTED = 0, 1, 2, 3, 130
 

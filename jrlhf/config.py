@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from jrlhf.config_rewards import RewardsConfig
 from jrlhf.config_watch import GuardsConfig, SafetyConfig
-from jrlhf.paths import PATH, PathText, WithPaths
+from jrlhf.system.paths import PATH, PathText, WithPaths
 
 Sources = Annotated[str | dict[str, float], PATH]
 """Rows of one source, or of several with the weights they are mixed by."""

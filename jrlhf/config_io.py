@@ -15,8 +15,8 @@ import yaml
 
 from jrlhf.config import Config, Sources
 from jrlhf.config_check import ConfigError, check, leaves
-from jrlhf.paths import expanded, expanded_value
-from jrlhf.suggest import did_you_mean, either
+from jrlhf.system.paths import expanded, expanded_value
+from jrlhf.system.suggest import did_you_mean, either
 from jrlhf.yaml_merge import MergeError, merged_pairs
 
 __all__ = ["ConfigError", "apply_flags", "check", "config_path", "diff_configs", "flag_types", "load_config", "to_yaml"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jrlhf.config import SamplingConfig
-from jrlhf.paths import PathText, WithPaths
+from jrlhf.system.paths import PathText, WithPaths
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, SupportsFloat
 
-from jrlhf.lines import json_line, read_whole_json_lines, whole_lines, write_bytes
+from jrlhf.system.lines import json_line, read_whole_json_lines, whole_lines, write_bytes
 from jrlhf.trackers import TrackerThread
 
 LINES_WITHOUT_TERMINAL = 20

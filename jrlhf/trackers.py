@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jrlhf.config import LogConfig
 from jrlhf.config_check import ConfigError
-from jrlhf.lines import write_text
+from jrlhf.system.lines import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from jrlhf.config_tools import (
 from jrlhf.data import DataError, load_tokenizer
 from jrlhf.data.sources import open_source
 from jrlhf.models import load_pretrained
-from jrlhf.paths import expanded, is_path, path_fields
+from jrlhf.system.paths import expanded, is_path, path_fields
 
 CONFIGS = (
     *(PlanConfig, GenerateConfig, SampleConfig, RankConfig, ScoreConfig, ShowConfig),

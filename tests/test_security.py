@@ -23,7 +23,7 @@ from jrlhf.models import load_pretrained
 from jrlhf.stages.run import open_stage
 
 ROOT = Path(jrlhf.__file__).parent.parent
-FILES = sorted(path for part in ("jrlhf", "benchmarks") for path in (ROOT / part).rglob("*.py"))
+FILES = sorted(path for part in ("jrlhf", "benchmarks", "scripts") for path in (ROOT / part).rglob("*.py"))
 
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.models.names import Entry
-from jrlhf.paths import expanded
-from jrlhf.suggest import near_folder
+from jrlhf.system.paths import expanded
+from jrlhf.system.suggest import near_folder
 from jrlhf.types import Params
 
 CONFIG = "config.json"

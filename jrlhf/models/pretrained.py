@@ -19,7 +19,7 @@ from jrlhf.models.lora import merge_adapters
 from jrlhf.models.names import RULES, language_model_table
 from jrlhf.models.peft_read import insert_adapter
 from jrlhf.parallel import Rules, tree_shardings
-from jrlhf.paths import expanded
+from jrlhf.system.paths import expanded
 from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
 
 

@@ -27,7 +27,7 @@ from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.models.reading import FIELD, NOTE, STOP_TOKEN, Reading, reading_of
 from jrlhf.parallel import Rules, tree_shardings
-from jrlhf.paths import expanded
+from jrlhf.system.paths import expanded
 from jrlhf.types import Key, Params, ScoreFn
 
 

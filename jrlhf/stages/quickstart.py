@@ -12,7 +12,6 @@ from rich.console import Console
 from jrlhf import assets
 from jrlhf.config import Config, Sources
 from jrlhf.config_io import config_path, load_config
-from jrlhf.lines import read_json_lines
 from jrlhf.metrics import read_metrics
 from jrlhf.stages.evaluation import (
     Ranking,
@@ -26,7 +25,8 @@ from jrlhf.stages.evaluation import (
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.report import print_summary, write_report
 from jrlhf.stages.run import write_json
-from jrlhf.terminal import show_all_characters
+from jrlhf.system.lines import read_json_lines
+from jrlhf.system.terminal import show_all_characters
 
 BAG_OF_WORDS_L2 = 3e-4
 """The baseline's best over 60,000 random pairs of the held-out sentences: a choice in its favour."""

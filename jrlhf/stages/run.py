@@ -29,9 +29,9 @@ from jrlhf.config_rewards import (
 )
 from jrlhf.config_watch import SafetyConfig
 from jrlhf.gates import failure, judge
-from jrlhf.lines import json_text, write_text
 from jrlhf.lock import run_lock
 from jrlhf.parallel import first_goes_ahead, from_first, is_first, same_everywhere
+from jrlhf.system.lines import json_text, write_text
 
 StageName = Literal["sft", "reward", "ppo"]
 

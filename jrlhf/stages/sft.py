@@ -12,7 +12,6 @@ from jrlhf.config import Config, SFTConfig
 from jrlhf.config_io import to_yaml
 from jrlhf.core import combine
 from jrlhf.data import Order, PromptRows, SFTRows, pack_sft
-from jrlhf.lines import json_line, write_text
 from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
@@ -32,6 +31,7 @@ from jrlhf.stages.start import computed, mesh_of, start_training
 from jrlhf.stages.state import RunState
 from jrlhf.stages.window import Rate
 from jrlhf.steps import make_sft_eval, make_sft_step
+from jrlhf.system.lines import json_line, write_text
 from jrlhf.types import Params, SFTBatch
 
 

@@ -16,7 +16,7 @@ from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, 
 from jrlhf.data.sources import open_source
 from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.stages.run import exported_folder
-from jrlhf.terminal import show_all_characters
+from jrlhf.system.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"
 BAD, ODD = "red", "yellow"

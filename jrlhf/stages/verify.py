@@ -22,7 +22,7 @@ from jrlhf.stages.positions import Positions
 from jrlhf.stages.run import exported_folder
 from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
-from jrlhf.terminal import show_all_characters
+from jrlhf.system.terminal import show_all_characters
 from jrlhf.types import Generation, PPOParams, Rollout, TrainState
 
 EXACT = 0.0

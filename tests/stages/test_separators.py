@@ -10,9 +10,9 @@ from jrlhf.cli import main
 from jrlhf.config import Config
 from jrlhf.config_io import to_yaml
 from jrlhf.config_watch import SafetyConfig
-from jrlhf.lines import read_json_lines
 from jrlhf.rank import read_tasks
 from jrlhf.rank.store import Decision, Store
+from jrlhf.system.lines import read_json_lines
 
 from .conftest import small_config
 

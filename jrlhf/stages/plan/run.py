@@ -17,7 +17,7 @@ from jrlhf.stages.plan.report import print_plan
 from jrlhf.stages.plan.reward import reward_stage
 from jrlhf.stages.plan.sft import sft_stage
 from jrlhf.stages.run import write_json
-from jrlhf.terminal import show_all_characters
+from jrlhf.system.terminal import show_all_characters
 
 KEPT_BACK = 0.1
 """Of a device's memory: for the runtime, for programs, for what lies between arrays."""

@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
-from jrlhf.interrupts import held
+from jrlhf.system.interrupts import held
 
 # As in typing, whose import takes longer than all of this file.
 TYPE_CHECKING = False
@@ -96,7 +96,7 @@ def _below_home(variable: str, name: str) -> "Path":
     # Not at the top: the command line is ready for signals before it is there.
     from pathlib import Path
 
-    from jrlhf.paths import expanded
+    from jrlhf.system.paths import expanded
 
     try:
         folder = os.environ.get(variable) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", name)

@@ -1,4 +1,4 @@
-"""Makes the shipped assets from their sources, once: ``python -m jrlhf.assets.build --help``. Deterministic.
+"""Makes the shipped assets from their sources, once: ``python -m scripts.build_assets --help``. Deterministic.
 
 ``asset:stories260k`` is A. Karpathy's stories260K, read from the llama2.c files and written as a Hugging Face folder.
 The review sentences are split into parts that share no sentence: the same text, in SFT and in rankings, is training
@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from jrlhf.lines import json_line, write_text
+from jrlhf.system.lines import json_line, write_text
 
 SEED = 20020501
 HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT = 1000, 1490, 512
