@@ -28,8 +28,8 @@ from jrlhf.config import (
     PPOConfig,
     RewardConfig,
     SFTConfig,
+    to_yaml,
 )
-from jrlhf.config_io import to_yaml
 from jrlhf.metrics import read_metrics
 
 STAGES = ("sft", "reward", "ppo")

@@ -27,8 +27,7 @@ from typing import Any
 
 from reliability import command, same, small_run, tell
 
-from jrlhf.config import Config
-from jrlhf.config_io import to_yaml
+from jrlhf.config import Config, to_yaml
 
 PHASES = ("compile", "rollout", "scoring", "update", "evaluation", "save")
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}

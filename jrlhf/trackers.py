@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from jrlhf.config import LogConfig
-from jrlhf.config_check import ConfigError
+from jrlhf.config import ConfigError, LogConfig
 from jrlhf.system.lines import write_text
 
 logger = logging.getLogger(__name__)

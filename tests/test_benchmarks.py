@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jrlhf.config_io import load_config
+from jrlhf.config import load_config
 from jrlhf.models.families import arch_from_hf
 from jrlhf.models.names import language_model_table
 

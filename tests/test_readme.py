@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from jrlhf.cli import COMMANDS
-from jrlhf.config_io import load_config
+from jrlhf.config import load_config
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -17,8 +17,7 @@ import pytest
 import jrlhf
 from jrlhf import assets
 from jrlhf.cli import main
-from jrlhf.config import Config
-from jrlhf.config_io import check
+from jrlhf.config import Config, check
 from jrlhf.models import load_pretrained
 from jrlhf.stages.run import open_stage
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from jrlhf import trackers
-from jrlhf.config import LogConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError, LogConfig
 from jrlhf.metrics import MetricsLog
 from jrlhf.trackers import TrackerThread, make_trackers
 

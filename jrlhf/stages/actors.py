@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, PPOConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import Config, ConfigError, PPOConfig
 from jrlhf.core import combine, partition
 from jrlhf.data import load_tokenizer
 from jrlhf.models import (

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jrlhf.checkpoint import BestMode, Checkpoints
-from jrlhf.config import CanaryConfig
-from jrlhf.config_io import ConfigError
-from jrlhf.config_watch import GuardsConfig
-from jrlhf.gates import all_pass, unknown_metrics
+from jrlhf.config import CanaryConfig, ConfigError
+from jrlhf.config.gates import all_pass, unknown_metrics
+from jrlhf.config.watch import GuardsConfig
 from jrlhf.metrics import MetricsLog
 from jrlhf.parallel import Compilations, from_first, is_first
 from jrlhf.stages.canary import Canary

@@ -7,9 +7,8 @@ import jax
 from jax.sharding import Mesh
 
 from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, LoRAConfig
-from jrlhf.config_io import ConfigError, load_config, to_yaml
-from jrlhf.config_tools import ExportConfig
+from jrlhf.config import Config, ConfigError, LoRAConfig, load_config, to_yaml
+from jrlhf.config.tools import ExportConfig
 from jrlhf.core import combine
 from jrlhf.data import load_tokenizer
 from jrlhf.models import (

@@ -5,7 +5,7 @@ from typing import Any
 
 from jrlhf import assets
 from jrlhf.config import DataConfig
-from jrlhf.config_tools import GenerateConfig, SampleConfig, ScoreConfig
+from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh

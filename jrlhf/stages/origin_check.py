@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.checkpoint import NOTES
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError
 from jrlhf.data import DataError, open_source, stamp, stamps
 from jrlhf.metrics import RowLog
 from jrlhf.parallel import from_first, is_first

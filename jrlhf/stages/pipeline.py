@@ -10,9 +10,8 @@ from typing import Any
 import jax
 
 from jrlhf import __version__
-from jrlhf.config import Config
-from jrlhf.config_io import ConfigError
-from jrlhf.gates import GatesFailed
+from jrlhf.config import Config, ConfigError
+from jrlhf.config.gates import GatesFailed
 from jrlhf.parallel import first_goes_ahead, is_first
 from jrlhf.stages.guards import GuardStop
 from jrlhf.stages.ppo import run_ppo

@@ -4,8 +4,7 @@ from typing import Any
 
 import optax
 
-from jrlhf.config import Config, PPOConfig
-from jrlhf.config_io import to_yaml
+from jrlhf.config import Config, PPOConfig, to_yaml
 from jrlhf.parallel import device_peaks
 from jrlhf.stages.actors import Actors, learnt_policy, load_actors, trainable_actors
 from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from rich.console import Console
 
 from jrlhf import assets
-from jrlhf.config import Config, Sources
-from jrlhf.config_io import config_path, load_config
+from jrlhf.config import Config, Sources, load_config
+from jrlhf.config.files import config_path
 from jrlhf.metrics import read_metrics
 from jrlhf.stages.evaluation import (
     Ranking,

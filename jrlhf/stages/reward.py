@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
 
-from jrlhf.config import Config, RewardConfig
-from jrlhf.config_io import ConfigError, to_yaml
+from jrlhf.config import Config, ConfigError, RewardConfig, to_yaml
 from jrlhf.core import combine
 from jrlhf.data import (
     Order,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jrlhf import assets
 from jrlhf.config import (
     Config,
+    ConfigError,
     DataConfig,
     DistributedConfig,
     MeshConfig,
@@ -18,17 +19,19 @@ from jrlhf.config import (
     PPOConfig,
     RewardConfig,
     SFTConfig,
+    load_config,
+    to_yaml,
 )
-from jrlhf.config_io import ConfigError, diff_configs, load_config, to_yaml
-from jrlhf.config_rewards import (
+from jrlhf.config.files import diff_configs
+from jrlhf.config.gates import failure, judge
+from jrlhf.config.rewards import (
     BannedRuleConfig,
     EndpointRuleConfig,
     RefusalRuleConfig,
     RequiredRuleConfig,
     RewardsConfig,
 )
-from jrlhf.config_watch import SafetyConfig
-from jrlhf.gates import failure, judge
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.lock import run_lock
 from jrlhf.parallel import first_goes_ahead, from_first, is_first, same_everywhere
 from jrlhf.system.lines import json_text, write_text

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, SFTConfig
-from jrlhf.config_io import to_yaml
+from jrlhf.config import Config, SFTConfig, to_yaml
 from jrlhf.core import combine
 from jrlhf.data import Order, PromptRows, SFTRows, pack_sft
 from jrlhf.metrics import drop_after

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from jrlhf import assets
 from jrlhf.config import DataConfig
-from jrlhf.config_tools import ShowConfig
+from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
 from jrlhf.data.errors import names_with_rows

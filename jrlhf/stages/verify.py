@@ -13,7 +13,7 @@ from rich.table import Table
 
 from jrlhf import assets
 from jrlhf.config import DataConfig, PPOConfig
-from jrlhf.config_tools import VerifyConfig
+from jrlhf.config.tools import VerifyConfig
 from jrlhf.core import gae, kwise_ranking_loss, masked_whiten, positions_from_mask, ranking_loss
 from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from jrlhf.checkpoint import FORMAT, Checkpoints
 from jrlhf.config import Config, SamplingConfig
-from jrlhf.config_tools import ExportConfig, GenerateConfig, ScoreConfig
+from jrlhf.config.tools import ExportConfig, GenerateConfig, ScoreConfig
 from jrlhf.data import load_sft, load_tokenizer, stop_token_ids
 from jrlhf.manifest import write_manifest
 from jrlhf.models import (

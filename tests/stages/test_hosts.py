@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
-from jrlhf.config import Config
-from jrlhf.config_io import to_yaml
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.config_watch import SafetyConfig
+from jrlhf.config import Config, to_yaml
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.metrics import read_metrics
 from jrlhf.parallel import shard_batch
 from jrlhf.stages.pipeline import run_pipeline

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, LoRAConfig
-from jrlhf.config_io import ConfigError
-from jrlhf.config_tools import ExportConfig
+from jrlhf.config import Config, ConfigError, LoRAConfig
+from jrlhf.config.tools import ExportConfig
 from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.stages import ppo, sft

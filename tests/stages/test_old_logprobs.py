@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from jrlhf.config import Config, ModelConfig, PPOConfig, SamplingConfig
-from jrlhf.config_check import ConfigError, check
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.config import Config, ConfigError, ModelConfig, PPOConfig, SamplingConfig, check
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
 

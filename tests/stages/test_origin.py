@@ -16,11 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
 from jrlhf.cli import main
-from jrlhf.config import CanaryConfig, Config, LoRAConfig, ModelConfig
-from jrlhf.config_io import ConfigError, to_yaml
-from jrlhf.config_rewards import FunctionRuleConfig, RewardsConfig
-from jrlhf.config_tools import ExportConfig, ReportConfig
-from jrlhf.config_watch import SafetyConfig
+from jrlhf.config import CanaryConfig, Config, ConfigError, LoRAConfig, ModelConfig, to_yaml
+from jrlhf.config.rewards import FunctionRuleConfig, RewardsConfig
+from jrlhf.config.tools import ExportConfig, ReportConfig
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.stages.export import run_export
 from jrlhf.stages.inputs import PPOInputs, stage_inputs
 from jrlhf.stages.origin import file_input

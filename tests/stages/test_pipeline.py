@@ -15,9 +15,8 @@ import pytest
 
 from jrlhf import assets
 from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, DataConfig, SamplingConfig
-from jrlhf.config_io import ConfigError, to_yaml
-from jrlhf.config_tools import ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
+from jrlhf.config import Config, ConfigError, DataConfig, SamplingConfig, to_yaml
+from jrlhf.config.tools import ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_tokenizer
 from jrlhf.lock import run_lock
 from jrlhf.metrics import read_metrics

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from jrlhf import assets
-from jrlhf.config import Config, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
-from jrlhf.config_check import ConfigError, check
-from jrlhf.config_rewards import (
+from jrlhf.config import Config, ConfigError, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig, check
+from jrlhf.config.rewards import (
     AnswerRuleConfig,
     BannedRuleConfig,
     EndpointRuleConfig,

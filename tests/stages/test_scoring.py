@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jrlhf import assets
-from jrlhf.config import Config, DataConfig, LoRAConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import Config, ConfigError, DataConfig, LoRAConfig
 from jrlhf.data import DataError, Encoder, load_prompts
 from jrlhf.metrics import read_metrics
 from jrlhf.models import RewardModel, load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model

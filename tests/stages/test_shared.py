@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from jrlhf.config import Config, DataConfig, LoRAConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.metrics import read_metrics
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.programs import device_bytes

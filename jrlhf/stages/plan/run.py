@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jrlhf.config import PlanConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError, PlanConfig
 from jrlhf.parallel import make_mesh, parse_topology
 from jrlhf.stages.plan.parts import Site, Sized, StagePlan
 from jrlhf.stages.plan.ppo import ppo_stage

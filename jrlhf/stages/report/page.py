@@ -10,8 +10,9 @@ from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.resources import Resources
 
-from jrlhf.config_io import ConfigError, diff_configs, load_config
-from jrlhf.config_tools import ReportConfig
+from jrlhf.config import ConfigError, load_config
+from jrlhf.config.files import diff_configs
+from jrlhf.config.tools import ReportConfig
 from jrlhf.stages.report.charts import (
     CHARTS,
     calibration_chart,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError
 from jrlhf.metrics import read_metrics
 from jrlhf.system.lines import read_whole_json_lines
 

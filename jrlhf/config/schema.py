@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from jrlhf.config_rewards import RewardsConfig
-from jrlhf.config_watch import GuardsConfig, SafetyConfig
+from jrlhf.config.rewards import RewardsConfig
+from jrlhf.config.watch import GuardsConfig, SafetyConfig
 from jrlhf.system.paths import PATH, PathText, WithPaths
 
 Sources = Annotated[str | dict[str, float], PATH]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jrlhf.config import SamplingConfig
+from jrlhf.config.schema import SamplingConfig
 from jrlhf.system.paths import PathText, WithPaths
 
 

@@ -7,7 +7,9 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import unquote
 
-from jrlhf.config import (
+from jrlhf.config.gates import FORM, is_gate
+from jrlhf.config.rewards_check import rewards_rules
+from jrlhf.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
@@ -22,8 +24,7 @@ from jrlhf.config import (
     SamplingConfig,
     SFTConfig,
 )
-from jrlhf.config_rewards_check import rewards_rules
-from jrlhf.config_tools import (
+from jrlhf.config.tools import (
     GenerateConfig,
     QuickstartConfig,
     RankConfig,
@@ -32,8 +33,7 @@ from jrlhf.config_tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.config_watch_check import canary_rules, guards_rules, safety_rules
-from jrlhf.gates import FORM, is_gate
+from jrlhf.config.watch_check import canary_rules, guards_rules, safety_rules
 
 Rule = tuple[bool, str, Any, str]
 """Whether it holds, the field's name, its value, and what the value must be."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from jrlhf.config import PPOConfig
-from jrlhf.config_rewards_check import Rule, pattern_rules
-from jrlhf.config_watch import GuardConfig, GuardsConfig, SafetyConfig
+from jrlhf.config.rewards_check import Rule, pattern_rules
+from jrlhf.config.schema import PPOConfig
+from jrlhf.config.watch import GuardConfig, GuardsConfig, SafetyConfig
 
 
 def guards_rules(path: str, guards: GuardsConfig) -> Iterator[Rule]:

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import yaml
 
-from jrlhf.config import Config, Sources
-from jrlhf.config_check import ConfigError, check, leaves
+from jrlhf.config.check import ConfigError, check, leaves
+from jrlhf.config.schema import Config, Sources
+from jrlhf.config.yaml_merge import MergeError, merged_pairs
 from jrlhf.system.paths import expanded, expanded_value
 from jrlhf.system.suggest import did_you_mean, either
-from jrlhf.yaml_merge import MergeError, merged_pairs
 
 __all__ = ["ConfigError", "apply_flags", "check", "config_path", "diff_configs", "flag_types", "load_config", "to_yaml"]
 
@@ -79,11 +79,11 @@ def diff_configs(old: T, new: T) -> list[str]:
 
 def config_path(name: str) -> Path:
     """A recipe that comes with jrlhf, such as `quickstart/full.yaml`, in a checkout or an installed package."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "configs", package.parent / "configs"):
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise ConfigError(f"{name}: no such recipe in {package / 'configs'} or {package.parent / 'configs'}")
+    raise ConfigError(f"{name}: no such recipe in {package / 'recipes'} or {package.parent / 'configs'}")
 
 
 def schema(cls: type, prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import regex
 
-from jrlhf.config_rewards import (
+from jrlhf.config.rewards import (
     BannedRuleConfig,
     LengthRuleConfig,
     RefusalRuleConfig,
