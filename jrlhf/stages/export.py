@@ -19,7 +19,7 @@ from jrlhf.models import (
     load_reward_model,
     load_reward_start,
 )
-from jrlhf.models.folder_files import copy_files
+from jrlhf.models.hf.folder_files import copy_files
 from jrlhf.parallel import make_mesh
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.exports import RUN_CONFIG, companions, from_metadata, write_export

@@ -23,8 +23,8 @@ from jrlhf.models import (
     save_pretrained,
     save_reward_model,
 )
-from jrlhf.models.folder_files import generation_config, stays_inside, write_files
-from jrlhf.models.hf import GENERATION_CONFIG
+from jrlhf.models.hf.folder import GENERATION_CONFIG
+from jrlhf.models.hf.folder_files import generation_config, stays_inside, write_files
 from jrlhf.parallel import fetch, is_first
 from jrlhf.types import Params
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jrlhf.models.families import CLASSES, arch_from_hf, is_sequence_classification
-from jrlhf.models.hf import ADAPTER_CONFIG, find_folder, read_config, read_json
+from jrlhf.models.hf.families import CLASSES, arch_from_hf, is_sequence_classification
+from jrlhf.models.hf.folder import ADAPTER_CONFIG, find_folder, read_config, read_json
 
 VOCABULARIES = (
     "tokenizer.json",

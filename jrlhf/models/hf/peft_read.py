@@ -10,11 +10,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.hf import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, leaf_at, read_json
-from jrlhf.models.hf_read import unfused
+from jrlhf.models.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPES, leaf_at, read_json
+from jrlhf.models.hf.names import Entry
+from jrlhf.models.hf.peft import _HEAD, _HEAD_BIAS, _PREFIX, _by_tensor
+from jrlhf.models.hf.read import unfused
 from jrlhf.models.lora import at_kernels
-from jrlhf.models.names import Entry
-from jrlhf.models.peft import _HEAD, _HEAD_BIAS, _PREFIX, _by_tensor
 from jrlhf.types import Params
 
 _HEAD_BIAS_TENSOR = _PREFIX + "score.bias"

@@ -10,9 +10,9 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.folder_files import appear, json_bytes, read_files, write_files
-from jrlhf.models.hf import CONFIG, DTYPES, INDEX, WEIGHTS, Stored, leaf_at, names_of, read_json
-from jrlhf.models.names import Entry, lm_head_name
+from jrlhf.models.hf.folder import CONFIG, DTYPES, INDEX, WEIGHTS, Stored, leaf_at, names_of, read_json
+from jrlhf.models.hf.folder_files import appear, json_bytes, read_files, write_files
+from jrlhf.models.hf.names import Entry, lm_head_name
 from jrlhf.types import Params
 
 Source = tuple[Entry, int | None]

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.hf import DTYPES, INDEX, PICKLED, WEIGHTS, Stored, leaf_at, names_of, read_json
-from jrlhf.models.names import IGNORED, Entry, Fused, base_prefix, decoder_table, lm_head_name
+from jrlhf.models.hf.folder import DTYPES, INDEX, PICKLED, WEIGHTS, Stored, leaf_at, names_of, read_json
+from jrlhf.models.hf.names import IGNORED, Entry, Fused, base_prefix, decoder_table, lm_head_name
 from jrlhf.types import Params
 
 

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 import xxhash
 
-from jrlhf.models.hf import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, read_json
+from jrlhf.models.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, read_json
 
 ModelFileKind = Literal["weights", "config", "tokenizer"]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jrlhf.models.names import Entry
+from jrlhf.models.hf.names import Entry
 from jrlhf.system.paths import expanded
 from jrlhf.system.suggest import near_folder
 from jrlhf.types import Params

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jrlhf.models.hf import CONFIG, GENERATION_CONFIG, read_json
+from jrlhf.models.hf.folder import CONFIG, GENERATION_CONFIG, read_json
 
 
 def appear(file: Path, write: Callable[[Path], Any]) -> None:

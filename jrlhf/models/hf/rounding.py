@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.hf import DTYPES, Stored, leaf_at, names_of
-from jrlhf.models.names import Entry, decoder_table, language_model_table
+from jrlhf.models.hf.folder import DTYPES, Stored, leaf_at, names_of
+from jrlhf.models.hf.names import Entry, decoder_table, language_model_table
 from jrlhf.types import Params
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from jrlhf.models.adapter_folder import base_folder, is_adapter_folder
-from jrlhf.models.hf import CONFIG, GENERATION_CONFIG, find_folder, read_config, read_json
-from jrlhf.models.hf_fields import size
+from jrlhf.models.hf.adapter_folder import base_folder, is_adapter_folder
+from jrlhf.models.hf.fields import size
+from jrlhf.models.hf.folder import CONFIG, GENERATION_CONFIG, find_folder, read_config, read_json
 
 
 def generation_eos(path: str | Path) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrlhf.parallel.peaks import KNOWN, Chip, Peaks, device_peaks, known_chip
+from jrlhf.parallel.devices.peaks import KNOWN, Chip, Peaks, device_peaks, known_chip
 
 
 class Topology(NamedTuple):

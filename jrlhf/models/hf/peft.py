@@ -10,11 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.folder_files import appear
-from jrlhf.models.hf import ADAPTER_CONFIG, ADAPTER_WEIGHTS, leaf_at
-from jrlhf.models.hf_write import fused
+from jrlhf.models.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, leaf_at
+from jrlhf.models.hf.folder_files import appear
+from jrlhf.models.hf.names import Entry
+from jrlhf.models.hf.write import fused
 from jrlhf.models.lora import linear_maps, module_name
-from jrlhf.models.names import Entry
 from jrlhf.types import Params
 
 _PREFIX = "base_model.model."

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jrlhf.models.arch import ArchConfig, Family, Rope
-from jrlhf.models.hf_fields import activation, number, number_or_none, require, size, size_or, switch
+from jrlhf.models.hf.fields import activation, number, number_or_none, require, size, size_or, switch
 from jrlhf.models.rope import layer_rope, rope_field, rope_from_hf
 
 
