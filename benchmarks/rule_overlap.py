@@ -23,7 +23,7 @@ from peers.jrlhf_steps import ppo_config
 from jrlhf.config import Config, LogConfig
 from jrlhf.config.rewards import FunctionRuleConfig
 from jrlhf.config.schema import RewardsConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
 
 naps = cycle([0.0])

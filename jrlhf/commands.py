@@ -21,7 +21,7 @@ from jrlhf.config.tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.lock import RunLocked
+from jrlhf.runs.lock import RunLocked
 from jrlhf.system.interrupts import Interrupted, raised
 from jrlhf.system.terminal import complain
 

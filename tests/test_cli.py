@@ -25,7 +25,7 @@ from jrlhf.config.tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.lock import RunLocked
+from jrlhf.runs.lock import RunLocked
 
 TOOLS = {
     "generate": GenerateConfig,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jrlhf
-from jrlhf.metrics import MetricsLog, RowLog, drop_after, read_metrics
+from jrlhf.runs.metrics import MetricsLog, RowLog, drop_after, read_metrics
 from jrlhf.system.lines import (
     ascii_json,
     json_line,

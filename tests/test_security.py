@@ -19,7 +19,7 @@ from jrlhf import assets
 from jrlhf.cli import main
 from jrlhf.config import Config, check
 from jrlhf.models import load_pretrained
-from jrlhf.stages.run import open_stage
+from jrlhf.runs.folder import open_stage
 
 ROOT = Path(jrlhf.__file__).parent.parent
 FILES = sorted(path for part in ("jrlhf", "benchmarks", "scripts") for path in (ROOT / part).rglob("*.py"))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from jrlhf import trackers
 from jrlhf.config import ConfigError, LogConfig
-from jrlhf.metrics import MetricsLog
-from jrlhf.trackers import TrackerThread, make_trackers
+from jrlhf.runs import trackers
+from jrlhf.runs.metrics import MetricsLog
+from jrlhf.runs.trackers import TrackerThread, make_trackers
 
 Calls = list[tuple[Any, ...]]
 

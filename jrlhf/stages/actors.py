@@ -19,9 +19,9 @@ from jrlhf.models import (
     load_reward_model,
     reward_from_pretrained,
 )
+from jrlhf.runs.folder import model_source
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import model_source
 from jrlhf.stages.start import computed
 from jrlhf.types import Params, PPOParams, TrainState
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from jrlhf import assets
 from jrlhf.config import Config, Sources, load_config
 from jrlhf.config.files import config_path
-from jrlhf.metrics import read_metrics
+from jrlhf.runs.folder import write_json
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.evaluation import (
     Ranking,
     bag_of_words_accuracy,
@@ -24,7 +25,6 @@ from jrlhf.stages.evaluation import (
 )
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.report import print_summary, write_report
-from jrlhf.stages.run import write_json
 from jrlhf.system.lines import read_json_lines
 from jrlhf.system.terminal import show_all_characters
 

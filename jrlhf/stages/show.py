@@ -15,7 +15,7 @@ from jrlhf.data.errors import names_with_rows
 from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, look
 from jrlhf.data.sources import open_source
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.stages.run import exported_folder
+from jrlhf.runs.folder import exported_folder
 from jrlhf.system.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"

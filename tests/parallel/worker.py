@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from jrlhf import assets
-from jrlhf.checkpoint import Checkpoints
 from jrlhf.cli import complain, ended
 from jrlhf.config import DistributedConfig, OptimConfig
 from jrlhf.data import Order
@@ -28,6 +27,7 @@ from jrlhf.parallel import (
     same_everywhere,
     shard_batch,
 )
+from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.start import start_training
 from jrlhf.stages.state import RunState, abstract

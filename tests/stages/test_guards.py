@@ -27,8 +27,8 @@ from jrlhf.config import (
 from jrlhf.config.gates import GatesFailed
 from jrlhf.config.watch import GuardConfig, GuardsConfig
 from jrlhf.data import load_tokenizer, stop_token_ids
-from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo, ppo_eval
 from jrlhf.stages.guards import GuardStop
 from jrlhf.stages.ppo import run_ppo

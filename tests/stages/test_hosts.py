@@ -15,8 +15,8 @@ import yaml
 from jrlhf.config import Config, to_yaml
 from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.config.watch import SafetyConfig
-from jrlhf.metrics import read_metrics
 from jrlhf.parallel import shard_batch
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.sft import run_sft
 from jrlhf.types import SFTBatch

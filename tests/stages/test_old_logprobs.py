@@ -8,7 +8,7 @@ import pytest
 
 from jrlhf.config import Config, ConfigError, ModelConfig, PPOConfig, SamplingConfig, check
 from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
 
 from .conftest import small_config

@@ -30,9 +30,9 @@ from jrlhf.config.rewards import (
     StopRuleConfig,
 )
 from jrlhf.data import DataError, load_tokenizer
-from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rules import EndpointError, Episode
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo, ppo_iteration, rewards, rules
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site

@@ -13,7 +13,7 @@ from jrlhf.config.gates import GatesFailed
 from jrlhf.config.rewards import JSONRuleConfig, RewardsConfig
 from jrlhf.config.watch import SafetyConfig
 from jrlhf.data import DataError
-from jrlhf.metrics import read_metrics
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.safety import refusal_rates

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jrlhf.config import ConfigError
-from jrlhf.metrics import read_metrics
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.system.lines import read_whole_json_lines
 
 STAGES = ("sft", "reward", "ppo")

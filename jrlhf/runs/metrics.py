@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, SupportsFloat
 
+from jrlhf.runs.trackers import TrackerThread
 from jrlhf.system.lines import json_line, read_whole_json_lines, whole_lines, write_bytes
-from jrlhf.trackers import TrackerThread
 
 LINES_WITHOUT_TERMINAL = 20
 

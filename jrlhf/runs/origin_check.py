@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jrlhf.checkpoint import NOTES
 from jrlhf.config import ConfigError
 from jrlhf.data import DataError, open_source, stamp, stamps
-from jrlhf.metrics import RowLog
 from jrlhf.parallel import from_first, is_first
-from jrlhf.stages.inputs import RowsInput, StageInputs
-from jrlhf.stages.origin import (
+from jrlhf.runs.checkpoints import NOTES
+from jrlhf.runs.folder import has_begun, read_summary, write_json
+from jrlhf.runs.inputs import RowsInput, StageInputs
+from jrlhf.runs.metrics import RowLog
+from jrlhf.runs.origin import (
     Input,
     Origin,
     differences,
@@ -23,7 +24,6 @@ from jrlhf.stages.origin import (
     tokenizer_differs,
     unchanged,
 )
-from jrlhf.stages.run import has_begun, read_summary, write_json
 
 logger = logging.getLogger("jrlhf.origin")
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
-from jrlhf.leaves import by_path, differences, from_stored, stored_form, to_storable
-from jrlhf.manifest import UnknownFormat, damage, write_manifest
+from jrlhf.runs.leaves import by_path, differences, from_stored, stored_form, to_storable
+from jrlhf.runs.manifest import UnknownFormat, damage, write_manifest
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from jrlhf.models import (
     model_file_digest,
     model_files,
 )
-from jrlhf.stages.inputs import SAFETY, Rows
+from jrlhf.runs.inputs import SAFETY, Rows
 
 Kind = Literal["weights", "config", "tokenizer", "rows", "file"]
 
