@@ -20,9 +20,9 @@ from jrlhf.models import (
     reward_from_pretrained,
 )
 from jrlhf.runs.folder import model_source
-from jrlhf.stages.adapters import trainable
-from jrlhf.stages.positions import Positions
-from jrlhf.stages.start import computed
+from jrlhf.train.lora import trainable
+from jrlhf.train.positions import Positions
+from jrlhf.train.start import computed
 from jrlhf.types import Params, PPOParams, TrainState
 
 

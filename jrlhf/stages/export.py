@@ -24,9 +24,9 @@ from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.exports import RUN_CONFIG, companions, from_metadata, write_export
 from jrlhf.runs.folder import StageName, model_source, read_summary
 from jrlhf.runs.origin_check import check_base
-from jrlhf.stages.adapters import trainable
 from jrlhf.stages.inputs import stage_inputs
-from jrlhf.stages.state import abstract
+from jrlhf.train.lora import trainable
+from jrlhf.train.state import abstract
 from jrlhf.types import Params
 
 FURTHEST: tuple[StageName, ...] = ("ppo", "reward", "sft")

@@ -11,10 +11,10 @@ from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
 from jrlhf.runs.folder import exported_folder
-from jrlhf.stages.positions import Positions
 from jrlhf.stages.sampling import answers, drawn_together, jit_generate
 from jrlhf.stages.scoring import score_texts
 from jrlhf.system.lines import json_line, write_output
+from jrlhf.train.positions import Positions
 
 
 def run_generate(args: GenerateConfig) -> None:

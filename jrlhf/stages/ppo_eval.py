@@ -19,16 +19,16 @@ from jrlhf.parallel import fetch, from_first, is_first
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source
 from jrlhf.stages.actors import Actors, learnt_policy, own_tokenizer
-from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
-from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fn
 from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
 from jrlhf.stages.scoring import Scorer, make_scorer, reward_of
-from jrlhf.stages.start import computed
-from jrlhf.stages.state import RunState
 from jrlhf.system.lines import json_line, read_json_lines, write_text
+from jrlhf.train.batches import device_multiple
+from jrlhf.train.positions import Positions
+from jrlhf.train.start import computed
+from jrlhf.train.state import RunState
 from jrlhf.types import Generation, Params
 
 TEXTS = ("prompt", "completion")

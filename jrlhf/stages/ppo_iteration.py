@@ -13,13 +13,13 @@ from jrlhf.core import combine, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, fetch, shard_batch
 from jrlhf.stages.actors import Actors
-from jrlhf.stages.batches import device_share, gradient_slices
-from jrlhf.stages.performance import PHASES, rollout_work, timed
 from jrlhf.stages.rewards import Rewards, part_metrics
 from jrlhf.stages.sampling import GenerateFn
-from jrlhf.stages.start import JittedStep
-from jrlhf.stages.state import RunState
 from jrlhf.steps import make_readings, make_targets, rollout_metrics, without_padding
+from jrlhf.train.batches import device_share, gradient_slices
+from jrlhf.train.performance import PHASES, rollout_work, timed
+from jrlhf.train.start import JittedStep
+from jrlhf.train.state import RunState
 from jrlhf.types import Generation, Metrics, Readings, Rollout, SFTBatch
 
 Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]

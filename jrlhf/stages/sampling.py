@@ -12,8 +12,8 @@ from jrlhf.data import PromptRows, stop_token_ids
 from jrlhf.models import int8_cache
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
 from jrlhf.runs.metrics import progress
-from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.steps import make_generate
+from jrlhf.train.batches import covering_batches, device_multiple
 from jrlhf.types import DecodeFns, Generation, Key, Params
 
 GenerateFn = Callable[..., Generation]

@@ -16,9 +16,9 @@ from jrlhf.models import RewardModel
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
 from jrlhf.runs.metrics import progress
 from jrlhf.stages.actors import Actors
-from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.stages.sampling import texts_of
 from jrlhf.steps import without_padding
+from jrlhf.train.batches import covering_batches, device_multiple
 from jrlhf.types import Generation
 
 log = logging.getLogger("jrlhf.rewards")

@@ -17,20 +17,20 @@ from jrlhf.runs.exports import as_metadata, companions, exported_form, write_ada
 from jrlhf.runs.folder import open_stage, pass_gates, write_json
 from jrlhf.runs.metrics import drop_after
 from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
-from jrlhf.stages.adapters import trainable
-from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.stages.inputs import SFTInputs
-from jrlhf.stages.loop import Loop, run_loop
-from jrlhf.stages.optim import make_optimizer
-from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.positions import Positions
 from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
-from jrlhf.stages.start import computed, mesh_of, start_training
-from jrlhf.stages.state import RunState
-from jrlhf.stages.window import Rate
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.system.lines import json_line, write_text
+from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.loop import Loop, run_loop
+from jrlhf.train.lora import trainable
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.performance import rates, timed, training_flops
+from jrlhf.train.positions import Positions
+from jrlhf.train.start import computed, mesh_of, start_training
+from jrlhf.train.state import RunState
+from jrlhf.train.window import Rate
 from jrlhf.types import Params, SFTBatch
 
 

@@ -19,10 +19,10 @@ from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.runs.folder import exported_folder
-from jrlhf.stages.positions import Positions
-from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
 from jrlhf.system.terminal import show_all_characters
+from jrlhf.train.positions import Positions
+from jrlhf.train.start import JittedStep
 from jrlhf.types import Generation, PPOParams, Rollout, TrainState
 
 EXACT = 0.0

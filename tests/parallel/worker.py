@@ -28,11 +28,11 @@ from jrlhf.parallel import (
     shard_batch,
 )
 from jrlhf.runs.checkpoints import Checkpoints
-from jrlhf.stages.optim import make_optimizer
-from jrlhf.stages.start import start_training
-from jrlhf.stages.state import RunState, abstract
 from jrlhf.steps import make_sft_step
 from jrlhf.system.interrupts import end_at_once
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.start import start_training
+from jrlhf.train.state import RunState, abstract
 
 STEPS, ROWS, BATCH = 7, 40, 8
 

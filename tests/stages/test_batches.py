@@ -5,7 +5,7 @@ import pytest
 
 from jrlhf.config import ConfigError
 from jrlhf.parallel import make_mesh
-from jrlhf.stages.batches import device_share, gradient_slices, usual_microbatch
+from jrlhf.train.batches import device_share, gradient_slices, usual_microbatch
 
 
 @pytest.mark.parametrize("microbatch", range(1, 14))

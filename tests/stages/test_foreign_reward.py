@@ -22,7 +22,7 @@ from jrlhf.stages.ppo_eval import judging
 from jrlhf.stages.rewards import learned_scorer
 from jrlhf.stages.sampling import jit_generate, texts_of
 from jrlhf.stages.scoring import make_scorer
-from jrlhf.stages.start import mesh_of
+from jrlhf.train.start import mesh_of
 from tests.models.checkpoints import SIZES, write_checkpoint
 
 from .conftest import read_jsonl

@@ -30,10 +30,10 @@ from jrlhf.data import load_tokenizer, stop_token_ids
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo, ppo_eval
-from jrlhf.stages.guards import GuardStop
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.rewards import Rewards, Scored
-from jrlhf.stages.start import export_tokenizer
+from jrlhf.train.guards import GuardStop
+from jrlhf.train.start import export_tokenizer
 from jrlhf.types import Generation
 
 MODEL = "asset:stories260k"

@@ -20,13 +20,13 @@ from jrlhf.config import CanaryConfig, CheckpointConfig, ConfigError, LogConfig,
 from jrlhf.config.watch import GuardConfig, GuardsConfig
 from jrlhf.runs.checkpoints import CheckpointError, Checkpoints
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages.guards import GuardStop, Watch
-from jrlhf.stages.loop import Loop, Outcome, run_loop
-from jrlhf.stages.optim import make_actor_critic_optimizer, rate_factor
-from jrlhf.stages.signals import Interrupted
-from jrlhf.stages.state import RunState
-from jrlhf.stages.window import Rate
 from jrlhf.steps.accumulate import apply_gradients
+from jrlhf.train.guards import GuardStop, Watch
+from jrlhf.train.loop import Loop, Outcome, run_loop
+from jrlhf.train.optim import make_actor_critic_optimizer, rate_factor
+from jrlhf.train.signals import Interrupted
+from jrlhf.train.state import RunState
+from jrlhf.train.window import Rate
 from jrlhf.types import PPOParams, TrainState
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 from jrlhf.config import LoRAConfig, ModelConfig, PPOConfig, SamplingConfig
 from jrlhf.models import ArchConfig, CacheKind, Rope, forward_flops
 from jrlhf.parallel import Peaks
-from jrlhf.stages.performance import phase_rates, rates, rollout_work, training_flops
-from jrlhf.stages.window import Rate, Window
+from jrlhf.train.performance import phase_rates, rates, rollout_work, training_flops
+from jrlhf.train.window import Rate, Window
 from jrlhf.types import Generation, SFTBatch
 
 ARCH = ArchConfig(

@@ -30,7 +30,7 @@ from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
-from jrlhf.stages.signals import Interrupted
+from jrlhf.train.signals import Interrupted
 
 from .conftest import read_jsonl, small_config
 

@@ -25,8 +25,6 @@ from jrlhf.config import (
 )
 from jrlhf.models import CacheKind, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import Topology, parse_topology
-from jrlhf.stages.adapters import trainable
-from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.stages.plan import run as plan_run
 from jrlhf.stages.plan import run_plan
 from jrlhf.stages.plan.parts import Site, Sized, planned_model
@@ -35,7 +33,9 @@ from jrlhf.stages.plan.programs import Figures, cache_bytes, compiled, device_by
 from jrlhf.stages.plan.reward import reward_stage
 from jrlhf.stages.plan.run import KEPT_BACK, StageFigures, fitting_rows, plan_stage, planned_site
 from jrlhf.stages.plan.sft import sft_stage
-from jrlhf.stages.start import start_training
+from jrlhf.train.lora import trainable
+from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
+from jrlhf.train.start import start_training
 from jrlhf.types import PPOParams
 
 CONFIG = PlanConfig(

@@ -13,10 +13,10 @@ from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_para
 from jrlhf.models.hf.names import RULES
 from jrlhf.parallel import make_mesh, tree_shardings
 from jrlhf.stages.actors import Actors
-from jrlhf.stages.batches import device_share, gradient_slices
-from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.stages.ppo import make_step
 from jrlhf.steps import make_reward_step, make_sft_step
+from jrlhf.train.batches import device_share, gradient_slices
+from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

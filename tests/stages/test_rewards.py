@@ -40,7 +40,7 @@ from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.rewards import agreed, weigh
 from jrlhf.stages.rules import Rule, columns_read, make_rules, start_rules
 from jrlhf.stages.sampling import texts_of
-from jrlhf.stages.signals import Interrupted
+from jrlhf.train.signals import Interrupted
 from jrlhf.types import Generation
 
 from .conftest import read_jsonl, small_config

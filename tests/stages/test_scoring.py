@@ -22,7 +22,7 @@ from jrlhf.stages.actors import load_actors
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.sampling import jit_generate, texts_of
 from jrlhf.stages.scoring import make_scorer, padded_width
-from jrlhf.stages.start import mesh_of
+from jrlhf.train.start import mesh_of
 from tests.models.checkpoints import SIZES, write_checkpoint
 
 from .conftest import read_jsonl, small_config

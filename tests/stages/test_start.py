@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import ConfigError, ModelConfig
 from jrlhf.parallel import make_mesh
-from jrlhf.stages.start import computed
+from jrlhf.train.start import computed
 
 
 def mesh_of(platform, kind):

@@ -13,9 +13,6 @@ from jrlhf.core import combine, partition
 from jrlhf.models import STOP_TOKEN, ArchConfig, Pretrained, RewardModel, abstract_reward, decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
 from jrlhf.stages.actors import Actors, Judge
-from jrlhf.stages.batches import device_multiple
-from jrlhf.stages.optim import make_actor_critic_optimizer
-from jrlhf.stages.performance import rollout_work
 from jrlhf.stages.plan.parts import (
     UPDATES,
     Site,
@@ -28,10 +25,13 @@ from jrlhf.stages.plan.parts import (
     sampling_program,
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
-from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo import make_step
 from jrlhf.stages.ppo_iteration import episode_slices, jit_readings, jit_targets
 from jrlhf.stages.scoring import jit_score, padded_width, reward_of
+from jrlhf.train.batches import device_multiple
+from jrlhf.train.optim import make_actor_critic_optimizer
+from jrlhf.train.performance import rollout_work
+from jrlhf.train.positions import Positions
 from jrlhf.types import Generation, PPOParams, SFTBatch
 
 

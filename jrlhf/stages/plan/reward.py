@@ -6,9 +6,6 @@ import jax.numpy as jnp
 from jrlhf.config import PlanConfig
 from jrlhf.core import combine
 from jrlhf.models import abstract_reward
-from jrlhf.stages.batches import device_share, reading_slices
-from jrlhf.stages.optim import make_optimizer
-from jrlhf.stages.performance import training_flops
 from jrlhf.stages.plan.parts import (
     UPDATES,
     Site,
@@ -19,8 +16,11 @@ from jrlhf.stages.plan.parts import (
     planned_training,
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
-from jrlhf.stages.positions import Positions
 from jrlhf.steps import make_reward_step, score_completions
+from jrlhf.train.batches import device_share, reading_slices
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.performance import training_flops
+from jrlhf.train.positions import Positions
 from jrlhf.types import PackedRankingBatch, RankingBatch
 
 

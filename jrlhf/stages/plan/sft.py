@@ -7,9 +7,6 @@ import jax.numpy as jnp
 
 from jrlhf.config import PlanConfig
 from jrlhf.core import combine
-from jrlhf.stages.batches import device_multiple, device_share, reading_slices
-from jrlhf.stages.optim import make_optimizer
-from jrlhf.stages.performance import training_flops
 from jrlhf.stages.plan.parts import (
     UPDATES,
     Site,
@@ -21,8 +18,11 @@ from jrlhf.stages.plan.parts import (
     sampling_program,
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
-from jrlhf.stages.positions import Positions
 from jrlhf.steps import make_sft_eval, make_sft_step
+from jrlhf.train.batches import device_multiple, device_share, reading_slices
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.performance import training_flops
+from jrlhf.train.positions import Positions
 
 
 def sft_stage(config: PlanConfig, site: Site) -> Sized:

@@ -14,8 +14,8 @@ from jrlhf.config import PPOConfig
 from jrlhf.core import positions_from_mask
 from jrlhf.models import ArchConfig, decode_bytes, forward_flops
 from jrlhf.parallel import Peaks
-from jrlhf.stages.window import Rate
 from jrlhf.steps import trained_tokens
+from jrlhf.train.window import Rate
 from jrlhf.types import Generation, SFTBatch
 
 AnyMask = Bool[Array, "*rows T"] | Int[Array, "*rows T"]

@@ -13,8 +13,8 @@ from jrlhf.config import Config, ConfigError, ModelConfig
 from jrlhf.data import tokenizer_files
 from jrlhf.models.hf.folder_files import write_files
 from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
-from jrlhf.stages.batches import tree_copy
-from jrlhf.stages.state import RunState
+from jrlhf.train.batches import tree_copy
+from jrlhf.train.state import RunState
 from jrlhf.types import Key, Metrics, Params, TrainState
 
 JittedStep = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jrlhf.config.watch import GuardConfig, GuardsConfig
-from jrlhf.stages.optim import scale_rate
-from jrlhf.stages.state import RunState
+from jrlhf.train.optim import scale_rate
+from jrlhf.train.state import RunState
 
 BASELINES = ("length/mean", "repetition")
 """What drift is measured from: the first rollout's."""

@@ -14,11 +14,11 @@ from jrlhf.config.watch import GuardsConfig
 from jrlhf.parallel import Compilations, from_first, is_first
 from jrlhf.runs.checkpoints import BestMode, Checkpoints
 from jrlhf.runs.metrics import MetricsLog
-from jrlhf.stages.canary import Canary
-from jrlhf.stages.guards import GuardStop, Watch
-from jrlhf.stages.optim import rate_factor
-from jrlhf.stages.state import RunState, abstract, saved_part
-from jrlhf.stages.window import Rate, Window
+from jrlhf.train.canary import Canary
+from jrlhf.train.guards import GuardStop, Watch
+from jrlhf.train.optim import rate_factor
+from jrlhf.train.state import RunState, abstract, saved_part
+from jrlhf.train.window import Rate, Window
 from jrlhf.types import Metrics
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from jrlhf.parallel import AnyProcess, counted_compilations, first_goes_ahead, f
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.metrics import MetricsLog, progress
 from jrlhf.runs.trackers import Tracker, TrackerThread, make_trackers
-from jrlhf.stages.attempt import Attempt, Loop, Outcome, restored
-from jrlhf.stages.signals import Interrupted, stop_request
-from jrlhf.stages.state import RunState
+from jrlhf.train.attempt import Attempt, Loop, Outcome, restored
+from jrlhf.train.signals import Interrupted, stop_request
+from jrlhf.train.state import RunState
 
 
 def run_loop(
