@@ -126,8 +126,9 @@ def stop_once(config: Config, phase: str, number: int) -> tuple[int, float] | No
 def run_with_signal(config: str, phase: str, number: int, call: int, share: float) -> int:
     """``jrlhf ppo`` with a signal ``share`` of the way through that phase, the ``call``-th time it is entered."""
     from jrlhf.cli import main as jrlhf
+    from jrlhf.rollout import iteration as ppo_iteration
     from jrlhf.runs.checkpoints import Checkpoints
-    from jrlhf.stages import ppo, ppo_iteration
+    from jrlhf.stages import ppo
 
     entered, last, sent = 0, 0.0, False
 

@@ -111,7 +111,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             run_show(shown)
         case "report":
             report = tool_config(command, ReportConfig, argv)
-            from jrlhf.stages.report import run_report
+            from jrlhf.report import run_report
 
             print(run_report(report))
         case "export":

@@ -10,9 +10,9 @@ from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
+from jrlhf.rollout.reward_models import score_texts
+from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
 from jrlhf.runs.folder import exported_folder
-from jrlhf.stages.sampling import answers, drawn_together, jit_generate
-from jrlhf.stages.scoring import score_texts
 from jrlhf.system.lines import json_line, write_output
 from jrlhf.train.positions import Positions
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from jrlhf.config import Config
 from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.rollout.evaluation import judged
+from jrlhf.rollout.rules import columns_read
+from jrlhf.rollout.safety import load_safety_prompts
 from jrlhf.rules import function_file
 from jrlhf.runs.folder import StageName, model_source, stage_folder
 from jrlhf.runs.inputs import SAFETY, RowsInput, StageInputs, with_sources
-from jrlhf.stages.ppo_eval import judged
-from jrlhf.stages.rules import columns_read
-from jrlhf.stages.safety import load_safety_prompts
 
 
 class SFTInputs(StageInputs):

@@ -13,10 +13,10 @@ from jrlhf import __version__
 from jrlhf.config import Config, ConfigError
 from jrlhf.config.gates import GatesFailed
 from jrlhf.parallel import first_goes_ahead, is_first
+from jrlhf.report import write_report
 from jrlhf.runs.folder import refuse_links_out, write_json
 from jrlhf.runs.trackers import make_trackers
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.report import write_report
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
 from jrlhf.train.guards import GuardStop

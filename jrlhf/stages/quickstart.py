@@ -12,21 +12,15 @@ from rich.console import Console
 from jrlhf import assets
 from jrlhf.config import Config, Sources, load_config
 from jrlhf.config.files import config_path
+from jrlhf.report import print_summary, write_report
+from jrlhf.rollout.diversity import distinct_n, words
 from jrlhf.runs.folder import write_json
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages.evaluation import (
-    Ranking,
-    bag_of_words_accuracy,
-    distinct_n,
-    lexicon_scores,
-    load_opinion_lexicon,
-    paired_difference,
-    words,
-)
 from jrlhf.stages.pipeline import run_pipeline
-from jrlhf.stages.report import print_summary, write_report
+from jrlhf.stages.reward_figures import Ranking, bag_of_words_accuracy
 from jrlhf.system.lines import read_json_lines
 from jrlhf.system.terminal import show_all_characters
+from jrlhf.tools.quickstart_judge import lexicon_scores, load_opinion_lexicon, paired_difference
 
 BAG_OF_WORDS_L2 = 3e-4
 """The baseline's best over 60,000 random pairs of the held-out sentences: a choice in its favour."""

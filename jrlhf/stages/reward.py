@@ -27,18 +27,18 @@ from jrlhf.models import (
     normalise_reward,
 )
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
+from jrlhf.rollout.reward_models import score_texts
 from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
 from jrlhf.runs.folder import open_stage, pass_gates, write_json
 from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
-from jrlhf.stages.evaluation import (
+from jrlhf.stages.inputs import RewardInputs
+from jrlhf.stages.reward_figures import (
     accuracy_by_length_difference,
     expected_calibration_error,
     longer_wins_accuracy,
     pair_accuracy,
     reliability_curve,
 )
-from jrlhf.stages.inputs import RewardInputs
-from jrlhf.stages.scoring import score_texts
 from jrlhf.steps import make_reward_step, score_completions
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.train.loop import Loop, run_loop

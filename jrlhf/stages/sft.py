@@ -13,13 +13,13 @@ from jrlhf.core import combine
 from jrlhf.data import Order, PromptRows, SFTRows, pack_sft
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
+from jrlhf.rollout.safety import make_safety
+from jrlhf.rollout.sampling import GenerateFn, answers, jit_generate
 from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
 from jrlhf.runs.folder import open_stage, pass_gates, write_json
 from jrlhf.runs.metrics import drop_after
 from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.inputs import SFTInputs
-from jrlhf.stages.safety import make_safety
-from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.system.lines import json_line, write_text
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices

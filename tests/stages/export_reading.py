@@ -10,7 +10,7 @@ from jrlhf.config import Config, SamplingConfig
 from jrlhf.data import Encoder, load_tokenizer
 from jrlhf.models import load_pretrained
 from jrlhf.parallel import make_mesh
-from jrlhf.stages.sampling import jit_generate
+from jrlhf.rollout.sampling import jit_generate
 
 from .chat_model import STORIES
 from .conftest import read_jsonl

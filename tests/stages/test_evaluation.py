@@ -7,23 +7,19 @@ import numpy as np
 import pytest
 
 from jrlhf import assets
-from jrlhf.stages.evaluation import (
-    Lexicon,
+from jrlhf.report.overoptimisation import overoptimisation_fit
+from jrlhf.rollout.diversity import distinct_n, words
+from jrlhf.stages.reward_figures import (
     Ranking,
     accuracy_by_length_difference,
     bag_of_words_accuracy,
-    distinct_n,
     expected_calibration_error,
-    lexicon_scores,
-    load_opinion_lexicon,
     longer_wins_accuracy,
     ordered_text_pairs,
-    overoptimisation_fit,
     pair_accuracy,
-    paired_difference,
     reliability_curve,
-    words,
 )
+from jrlhf.tools.quickstart_judge import Lexicon, lexicon_scores, load_opinion_lexicon, paired_difference
 
 
 def test_words_by_hand() -> None:

@@ -16,12 +16,12 @@ from jrlhf.config.tools import ScoreConfig
 from jrlhf.data import Encoder, load_prompts
 from jrlhf.data.formats import Answered
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
-from jrlhf.stages.actors import load_actors
+from jrlhf.rollout.actors import load_actors
+from jrlhf.rollout.evaluation import judging
+from jrlhf.rollout.reward_models import make_scorer
+from jrlhf.rollout.sampling import jit_generate, texts_of
+from jrlhf.rollout.scores import learned_scorer
 from jrlhf.stages.inference import run_score
-from jrlhf.stages.ppo_eval import judging
-from jrlhf.stages.rewards import learned_scorer
-from jrlhf.stages.sampling import jit_generate, texts_of
-from jrlhf.stages.scoring import make_scorer
 from jrlhf.train.start import mesh_of
 from tests.models.checkpoints import SIZES, write_checkpoint
 

@@ -28,10 +28,11 @@ from jrlhf.config.gates import GatesFailed
 from jrlhf.config.watch import GuardConfig, GuardsConfig
 from jrlhf.data import load_tokenizer, stop_token_ids
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
+from jrlhf.rollout import evaluation as ppo_eval
+from jrlhf.rollout.scores import Rewards, Scored
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages import ppo, ppo_eval
+from jrlhf.stages import ppo
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.rewards import Rewards, Scored
 from jrlhf.train.guards import GuardStop
 from jrlhf.train.start import export_tokenizer
 from jrlhf.types import Generation

@@ -20,6 +20,7 @@ from jrlhf.config import CanaryConfig, Config, ConfigError, LoRAConfig, ModelCon
 from jrlhf.config.rewards import FunctionRuleConfig, RewardsConfig
 from jrlhf.config.tools import ExportConfig, ReportConfig
 from jrlhf.config.watch import SafetyConfig
+from jrlhf.report import run_report
 from jrlhf.runs.folder import StageName, open_stage
 from jrlhf.runs.origin import file_input
 from jrlhf.runs.origin_check import check_origin
@@ -27,7 +28,6 @@ from jrlhf.stages.export import run_export
 from jrlhf.stages.inputs import PPOInputs, stage_inputs
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.report import run_report
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
 

@@ -19,11 +19,12 @@ from jrlhf.config.tools import ExportConfig, GenerateConfig, SampleConfig, Score
 from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.rank import distinct
+from jrlhf.rollout import iteration as ppo_iteration
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.folder import open_stage
 from jrlhf.runs.lock import run_lock
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages import ppo_iteration, sft
+from jrlhf.stages import sft
 from jrlhf.stages.export import run_export
 from jrlhf.stages.inference import run_generate, run_sample, run_score
 from jrlhf.stages.pipeline import run_pipeline

@@ -12,7 +12,7 @@ from jrlhf.config import Config, load_config
 from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_params, decoder_fns
 from jrlhf.models.hf.names import RULES
 from jrlhf.parallel import make_mesh, tree_shardings
-from jrlhf.stages.actors import Actors
+from jrlhf.rollout.actors import Actors
 from jrlhf.stages.ppo import make_step
 from jrlhf.steps import make_reward_step, make_sft_step
 from jrlhf.train.batches import device_share, gradient_slices

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from bokeh.models import HoverTool
+from jrlhf.report.charts import MOST_POINTS, line_chart, thin
 from rich.console import Console
 
 from jrlhf.config import ConfigError
 from jrlhf.config.tools import ReportConfig
-from jrlhf.stages.report import figures, print_summary, run_report, write_report
-from jrlhf.stages.report.charts import MOST_POINTS, line_chart, thin
+from jrlhf.report import figures, print_summary, run_report, write_report
 
 SUMMARY: dict[str, Any] = {
     "sft": {"base_nll": 4.0, "heldout_nll": 2.2},

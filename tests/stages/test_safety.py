@@ -13,10 +13,10 @@ from jrlhf.config.gates import GatesFailed
 from jrlhf.config.rewards import JSONRuleConfig, RewardsConfig
 from jrlhf.config.watch import SafetyConfig
 from jrlhf.data import DataError
+from jrlhf.rollout.safety import refusal_rates
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.safety import refusal_rates
 from jrlhf.stages.sft import run_sft
 
 from .conftest import read_jsonl, small_config

@@ -15,11 +15,11 @@ from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.config.tools import GenerateConfig
 from jrlhf.models import CacheKind, load_pretrained
 from jrlhf.parallel import make_mesh, shard_batch
+from jrlhf.rollout import sampling
+from jrlhf.rollout.sampling import drawn_together, jit_sampler
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages import sampling
 from jrlhf.stages.inference import run_generate
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.sampling import drawn_together, jit_sampler
 from jrlhf.types import DecodeFns
 
 from .conftest import small_config

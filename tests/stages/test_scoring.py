@@ -17,11 +17,11 @@ from jrlhf import assets
 from jrlhf.config import Config, ConfigError, DataConfig, LoRAConfig
 from jrlhf.data import DataError, Encoder, load_prompts
 from jrlhf.models import RewardModel, load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model
+from jrlhf.rollout.actors import load_actors
+from jrlhf.rollout.reward_models import make_scorer, padded_width
+from jrlhf.rollout.sampling import jit_generate, texts_of
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages.actors import load_actors
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.sampling import jit_generate, texts_of
-from jrlhf.stages.scoring import make_scorer, padded_width
 from jrlhf.train.start import mesh_of
 from tests.models.checkpoints import SIZES, write_checkpoint
 

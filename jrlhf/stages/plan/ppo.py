@@ -12,7 +12,9 @@ from jrlhf.config import PlanConfig
 from jrlhf.core import combine, partition
 from jrlhf.models import STOP_TOKEN, ArchConfig, Pretrained, RewardModel, abstract_reward, decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
-from jrlhf.stages.actors import Actors, Judge
+from jrlhf.rollout.actors import Actors, Judge
+from jrlhf.rollout.iteration import episode_slices, jit_readings, jit_targets
+from jrlhf.rollout.reward_models import jit_score, padded_width, reward_of
 from jrlhf.stages.plan.parts import (
     UPDATES,
     Site,
@@ -26,8 +28,6 @@ from jrlhf.stages.plan.parts import (
 )
 from jrlhf.stages.plan.programs import Program, device_bytes
 from jrlhf.stages.ppo import make_step
-from jrlhf.stages.ppo_iteration import episode_slices, jit_readings, jit_targets
-from jrlhf.stages.scoring import jit_score, padded_width, reward_of
 from jrlhf.train.batches import device_multiple
 from jrlhf.train.optim import make_actor_critic_optimizer
 from jrlhf.train.performance import rollout_work

@@ -8,8 +8,8 @@ import numpy as np
 from bokeh.models import HoverTool
 from bokeh.plotting import figure
 
-from jrlhf.stages.evaluation import overoptimisation_fit
-from jrlhf.stages.report.record import Points, Record
+from jrlhf.report.overoptimisation import overoptimisation_fit
+from jrlhf.report.record import Points, Record
 
 COLOURS = ("#3b82c4", "#d0702f", "#4f9d69", "#a06bb8", "#b3a125")
 """They stand out on white and on black."""

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, DataConfig
 from jrlhf.data import Columns, DataError, PromptRows, load_prompts
 from jrlhf.parallel import is_first
+from jrlhf.rollout.sampling import GenerateFn, answers
 from jrlhf.rules import REFUSALS, refuses, yes_or_no
-from jrlhf.stages.sampling import GenerateFn, answers
 from jrlhf.system.lines import json_line, write_text
 from jrlhf.train.positions import Positions
 from jrlhf.types import Params

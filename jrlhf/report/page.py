@@ -13,16 +13,16 @@ from bokeh.resources import Resources
 from jrlhf.config import ConfigError, load_config
 from jrlhf.config.files import diff_configs
 from jrlhf.config.tools import ReportConfig
-from jrlhf.stages.report.charts import (
+from jrlhf.report.charts import (
     CHARTS,
     calibration_chart,
     overoptimisation_chart,
     score_histogram,
     stage_charts,
 )
-from jrlhf.stages.report.record import Record, read_run
-from jrlhf.stages.report.style import STYLE
-from jrlhf.stages.report.table import STAGES, figures, show
+from jrlhf.report.record import Record, read_run
+from jrlhf.report.style import STYLE
+from jrlhf.report.table import STAGES, figures, show
 from jrlhf.system.lines import write_text
 
 SAMPLES = 20

@@ -1,9 +1,7 @@
-"""What a run is judged by, in plain NumPy: accuracy on people's rankings, calibration, baselines, diversity."""
+"""Figures of a reward model, in plain NumPy: accuracy on people's rankings, calibration, baselines."""
 
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,54 +10,10 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_array
 from scipy.special import expit
 
-from jrlhf import assets
+from jrlhf.rollout.diversity import words
 
 Ranking = tuple[Sequence[str], Sequence[int]]
 """Completions and their ranks: 0 is best, equal ranks are ties."""
-
-_WORD = re.compile(r"[^\W_]+(?:['*-]+[^\W_]+)*\+?")
-
-
-def words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits, with ``'``, ``-`` and ``*`` inside them and a ``+`` after them.
-
-    ``"Well-made, isn't it? A+" -> ["well-made", "isn't", "it", "a+"]``. The opinion lexicon's entries are words too,
-    but for ``anti-``, ``bull----`` and ``bull****``.
-    """
-    return _WORD.findall(text.lower())
-
-
-class Lexicon(NamedTuple):
-    """Words that speak for a text, and words that speak against it."""
-
-    positive: frozenset[str]
-    negative: frozenset[str]
-
-
-def load_opinion_lexicon() -> Lexicon:
-    """The shipped word lists. Hu & Liu 2004, "Mining and summarizing customer reviews"."""
-    folder = Path(assets.resolve("asset:opinion_lexicon"))
-
-    def read(name: str) -> frozenset[str]:
-        lines = (folder / name).read_text(encoding="utf-8").split("\n")
-        return frozenset(line.strip() for line in lines if line.strip() and not line.startswith(";"))
-
-    return Lexicon(read("positive-words.txt"), read("negative-words.txt"))
-
-
-def lexicon_scores(texts: Sequence[str], lexicon: Lexicon) -> Float[np.ndarray, "N"]:
-    """Positive minus negative words of each text; every occurrence counts, a word on both lists counts as 0."""
-    counts = [sum((w in lexicon.positive) - (w in lexicon.negative) for w in words(text)) for text in texts]
-    return np.asarray(counts, np.float64)
-
-
-def distinct_n(sequences: Sequence[Sequence[Hashable]], *, n: int) -> float:
-    """Different n-grams / all n-grams, over all sequences together; 0 where there are none. Li et al. 2016, section 5.
-
-    Sequences are token ids, or ``words`` of texts. It falls as a sample grows: compare samples of one size only.
-    """
-    grams = [tuple(s[i : i + n]) for s in sequences for i in range(len(s) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def pair_accuracy(margins: Float[np.ndarray, "N"]) -> float:
@@ -128,14 +82,6 @@ def longer_wins_accuracy(length_differences: Int[np.ndarray, "N"]) -> float:
     return float(np.mean(0.5 * (1.0 + np.sign(length_differences))))
 
 
-def paired_difference(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) -> tuple[float, float]:
-    """Mean of after - before and its standard error s / √N, s over N - 1; the error of a single pair is NaN."""
-    difference = after.astype(np.float64) - before.astype(np.float64)
-    if difference.size < 2:
-        return float(np.mean(difference)), float("nan")
-    return float(np.mean(difference)), float(np.std(difference, ddof=1) / np.sqrt(difference.size))
-
-
 def ordered_text_pairs(rankings: Sequence[Ranking]) -> tuple[list[str], Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
     """All completions in one list, and the indices (better, worse) of every strictly ordered pair."""
     texts: list[str] = []
@@ -179,33 +125,3 @@ def bag_of_words_accuracy(train: Sequence[Ranking], heldout: Sequence[Ranking], 
     texts, better, worse = ordered_text_pairs(heldout)
     scores = _bag(texts, index) @ fit.x
     return pair_accuracy(scores[better] - scores[worse])
-
-
-class OveroptimisationFit(NamedTuple):
-    """R(d) = start + d · (α - β · log d), d = √KL."""
-
-    start: float
-    alpha: float
-    beta: float
-
-    def at(self, distances: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-        """R at each d; R(0) is the start."""
-        safe = np.where(distances > 0, distances, 1.0)
-        return self.start + np.where(distances > 0, distances * (self.alpha - self.beta * np.log(safe)), 0.0)
-
-
-def overoptimisation_fit(kl: Float[np.ndarray, "N"], rewards: Float[np.ndarray, "N"]) -> OveroptimisationFit | None:
-    """Least squares over α, β and the start. Gao et al. 2022, "Scaling laws for reward model overoptimization", eq. 2.
-
-    ``kl`` in nats a sequence; one below 0 counts as 0. None with fewer than four different distances, as three
-    unknowns go through any three.
-    """
-    d = np.sqrt(np.maximum(kl.astype(np.float64), 0.0))
-    known = np.isfinite(d) & np.isfinite(rewards)
-    d, rewards = d[known], rewards[known]
-    if np.unique(d).size < 4:
-        return None
-    log_d = np.log(np.where(d > 0, d, 1.0))
-    columns = np.stack([np.ones_like(d), d, -d * log_d], axis=-1)
-    start, alpha, beta = np.linalg.lstsq(columns, rewards.astype(np.float64), rcond=None)[0]
-    return OveroptimisationFit(float(start), float(alpha), float(beta))

@@ -14,11 +14,11 @@ from jrlhf.config.rewards import RewardsConfig
 from jrlhf.core import masked_mean
 from jrlhf.data import PromptRows
 from jrlhf.parallel import batch_sharding, fetch, from_first, is_first, shard_batch
+from jrlhf.rollout.actors import Actors
+from jrlhf.rollout.reward_models import Scorer, make_scorer
+from jrlhf.rollout.rules import Scores, make_rules, start_rules
+from jrlhf.rollout.sampling import texts_of
 from jrlhf.rules import Episode
-from jrlhf.stages.actors import Actors
-from jrlhf.stages.rules import Scores, make_rules, start_rules
-from jrlhf.stages.sampling import texts_of
-from jrlhf.stages.scoring import Scorer, make_scorer
 from jrlhf.types import Generation
 
 

@@ -14,9 +14,9 @@ from jrlhf.data import BadRow, DataError, PromptRows, TextRows, encoder_for
 from jrlhf.data.ragged import Ragged
 from jrlhf.models import RewardModel
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
+from jrlhf.rollout.actors import Actors
+from jrlhf.rollout.sampling import texts_of
 from jrlhf.runs.metrics import progress
-from jrlhf.stages.actors import Actors
-from jrlhf.stages.sampling import texts_of
 from jrlhf.steps import without_padding
 from jrlhf.train.batches import covering_batches, device_multiple
 from jrlhf.types import Generation

@@ -16,14 +16,14 @@ from jrlhf.core import kl_penalty
 from jrlhf.data import PromptRows, load_tokenizer
 from jrlhf.models import load_reward_model
 from jrlhf.parallel import fetch, from_first, is_first
+from jrlhf.rollout.actors import Actors, learnt_policy, own_tokenizer
+from jrlhf.rollout.diversity import distinct_n, words
+from jrlhf.rollout.iteration import episode_slices, reading_fn
+from jrlhf.rollout.reward_models import Scorer, make_scorer, reward_of
+from jrlhf.rollout.sampling import GenerateFn, generate_all, texts_of
+from jrlhf.rollout.scores import make_rewards
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source
-from jrlhf.stages.actors import Actors, learnt_policy, own_tokenizer
-from jrlhf.stages.evaluation import distinct_n, words
-from jrlhf.stages.ppo_iteration import episode_slices, reading_fn
-from jrlhf.stages.rewards import make_rewards
-from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
-from jrlhf.stages.scoring import Scorer, make_scorer, reward_of
 from jrlhf.system.lines import json_line, read_json_lines, write_text
 from jrlhf.train.batches import device_multiple
 from jrlhf.train.positions import Positions

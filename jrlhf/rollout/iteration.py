@@ -12,9 +12,9 @@ from jrlhf.config import Config, PPOConfig
 from jrlhf.core import combine, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, fetch, shard_batch
-from jrlhf.stages.actors import Actors
-from jrlhf.stages.rewards import Rewards, part_metrics
-from jrlhf.stages.sampling import GenerateFn
+from jrlhf.rollout.actors import Actors
+from jrlhf.rollout.sampling import GenerateFn
+from jrlhf.rollout.scores import Rewards, part_metrics
 from jrlhf.steps import make_readings, make_targets, rollout_metrics, without_padding
 from jrlhf.train.batches import device_share, gradient_slices
 from jrlhf.train.performance import PHASES, rollout_work, timed
