@@ -28,9 +28,9 @@ from tokenizers import Tokenizer
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import parse_ranking
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages.quickstart import BAG_OF_WORDS_L2
 from jrlhf.stages.reward import pair_metrics
 from jrlhf.stages.reward_figures import Ranking, bag_of_words_accuracy
+from jrlhf.tools.quickstart import BAG_OF_WORDS_L2
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 HELDOUT, NORMALISED = 200, 32

@@ -85,12 +85,12 @@ def run(command: str, argv: Sequence[str]) -> int:
     match command:
         case "generate":
             generate = tool_config(command, GenerateConfig, argv)
-            from jrlhf.stages.inference import run_generate
+            from jrlhf.tools.inference import run_generate
 
             run_generate(generate)
         case "sample":
             sample = tool_config(command, SampleConfig, argv)
-            from jrlhf.stages.inference import run_sample
+            from jrlhf.tools.inference import run_sample
 
             run_sample(sample)
         case "rank":
@@ -101,12 +101,12 @@ def run(command: str, argv: Sequence[str]) -> int:
                 run_rank(rank)
         case "score":
             score = tool_config(command, ScoreConfig, argv)
-            from jrlhf.stages.inference import run_score
+            from jrlhf.tools.inference import run_score
 
             run_score(score)
         case "data show":
             shown = tool_config(command, ShowConfig, argv)
-            from jrlhf.stages.show import run_show
+            from jrlhf.tools.show import run_show
 
             run_show(shown)
         case "report":
@@ -116,22 +116,22 @@ def run(command: str, argv: Sequence[str]) -> int:
             print(run_report(report))
         case "export":
             export = tool_config(command, ExportConfig, argv)
-            from jrlhf.stages.export import run_export
+            from jrlhf.tools.export import run_export
 
             run_export(export)
         case "verify":
             verify = tool_config(command, VerifyConfig, argv)
-            from jrlhf.stages.verify import run_verify
+            from jrlhf.tools.verify import run_verify
 
             return OK if run_verify(verify) else FAILURE
         case "plan":
             plan = plan_config(argv)
-            from jrlhf.stages.plan import run_plan
+            from jrlhf.plan import run_plan
 
             run_plan(plan)
         case "quickstart":
             quickstart = tool_config(command, QuickstartConfig, argv)
-            from jrlhf.stages.quickstart import run_quickstart
+            from jrlhf.tools.quickstart import run_quickstart
 
             run_quickstart(Path(quickstart.out), quickstart.seed, quickstart.preset)
         case _:

@@ -39,11 +39,11 @@ TOOLS = {
     "quickstart": QuickstartConfig,
 }
 PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in COMMANDS} | {
-    "generate": ("jrlhf.stages.inference", "run_generate"),
-    "sample": ("jrlhf.stages.inference", "run_sample"),
+    "generate": ("jrlhf.tools.inference", "run_generate"),
+    "sample": ("jrlhf.tools.inference", "run_sample"),
     "rank": ("jrlhf.rank.run", "run_rank"),
-    "score": ("jrlhf.stages.inference", "run_score"),
-    "data show": ("jrlhf.stages.show", "run_show"),
+    "score": ("jrlhf.tools.inference", "run_score"),
+    "data show": ("jrlhf.tools.show", "run_show"),
 }
 DATA = {"sft": "sft.data.train", "reward": "reward.data.train", "ppo": "ppo.prompts.train"}
 
@@ -341,9 +341,9 @@ def test_jax_is_not_imported_to_read_arguments(argv):
 def test_a_reader_that_leaves_early_causes_no_noise():
     code = (
         "import sys, types, jrlhf.cli",
-        "fake = types.ModuleType('jrlhf.stages.inference')",
+        "fake = types.ModuleType('jrlhf.tools.inference')",
         "fake.run_generate = lambda args: [print('x' * 1000) for _ in range(1000)]",
-        "sys.modules['jrlhf.stages.inference'] = fake",
+        "sys.modules['jrlhf.tools.inference'] = fake",
         "sys.exit(jrlhf.cli.main(['generate', 'm', 'p']))",
     )
     producer = subprocess.Popen(

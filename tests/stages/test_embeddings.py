@@ -11,11 +11,11 @@ from jrlhf.config import Config, DataConfig, LogConfig, ModelConfig, PPOConfig, 
 from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig, VerifyConfig
 from jrlhf.config.watch import SafetyConfig
 from jrlhf.data import DataError
-from jrlhf.stages.inference import run_generate, run_sample, run_score
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
-from jrlhf.stages.verify import run_verify
+from jrlhf.tools.inference import run_generate, run_sample, run_score
+from jrlhf.tools.verify import run_verify
 
 from .folders import byte_tokenizer, gpt2_folder
 

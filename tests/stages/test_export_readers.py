@@ -12,9 +12,9 @@ import pytest
 from jrlhf.config import Config, ModelConfig
 from jrlhf.config.tools import ExportConfig, ScoreConfig
 from jrlhf.models import load_pretrained
-from jrlhf.stages.export import run_export
-from jrlhf.stages.inference import run_score
 from jrlhf.stages.reward import run_reward
+from jrlhf.tools.export import run_export
+from jrlhf.tools.inference import run_score
 
 from .chat_model import IM_END, write_chat_model
 from .conftest import read_jsonl

@@ -29,8 +29,8 @@ from jrlhf.models import (
 )
 from jrlhf.runs.checkpoints import FORMAT, Checkpoints
 from jrlhf.runs.manifest import write_manifest
-from jrlhf.stages.export import run_export
-from jrlhf.stages.inference import run_generate, run_score
+from jrlhf.tools.export import run_export
+from jrlhf.tools.inference import run_generate, run_score
 
 from .chat_model import EOS, IM_END, TOKENIZER_NAMES, copy_run, write_chat_model
 from .conftest import read_jsonl

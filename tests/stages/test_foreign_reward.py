@@ -21,7 +21,7 @@ from jrlhf.rollout.evaluation import judging
 from jrlhf.rollout.reward_models import make_scorer
 from jrlhf.rollout.sampling import jit_generate, texts_of
 from jrlhf.rollout.scores import learned_scorer
-from jrlhf.stages.inference import run_score
+from jrlhf.tools.inference import run_score
 from jrlhf.train.start import mesh_of
 from tests.models.checkpoints import SIZES, write_checkpoint
 

@@ -14,9 +14,9 @@ from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo, sft
-from jrlhf.stages.export import run_export
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.sft import run_sft
+from jrlhf.tools.export import run_export
 
 from .conftest import small_config
 

@@ -24,12 +24,12 @@ from jrlhf.report import run_report
 from jrlhf.runs.folder import StageName, open_stage
 from jrlhf.runs.origin import file_input
 from jrlhf.runs.origin_check import check_origin
-from jrlhf.stages.export import run_export
 from jrlhf.stages.inputs import PPOInputs, stage_inputs
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
+from jrlhf.tools.export import run_export
 
 from .conftest import read_jsonl, small_config
 

@@ -25,12 +25,12 @@ from jrlhf.runs.folder import open_stage
 from jrlhf.runs.lock import run_lock
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import sft
-from jrlhf.stages.export import run_export
-from jrlhf.stages.inference import run_generate, run_sample, run_score
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
+from jrlhf.tools.export import run_export
+from jrlhf.tools.inference import run_generate, run_sample, run_score
 from jrlhf.train.signals import Interrupted
 
 from .conftest import read_jsonl, small_config

@@ -25,14 +25,14 @@ from jrlhf.config import (
 )
 from jrlhf.models import CacheKind, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import Topology, parse_topology
-from jrlhf.stages.plan import run as plan_run
-from jrlhf.stages.plan import run_plan
-from jrlhf.stages.plan.parts import Site, Sized, planned_model
-from jrlhf.stages.plan.ppo import ppo_stage
-from jrlhf.stages.plan.programs import Figures, cache_bytes, compiled, device_bytes, measured
-from jrlhf.stages.plan.reward import reward_stage
-from jrlhf.stages.plan.run import KEPT_BACK, StageFigures, fitting_rows, plan_stage, planned_site
-from jrlhf.stages.plan.sft import sft_stage
+from jrlhf.plan import run as plan_run
+from jrlhf.plan import run_plan
+from jrlhf.plan.parts import Site, Sized, planned_model
+from jrlhf.plan.ppo import ppo_stage
+from jrlhf.plan.programs import Figures, cache_bytes, compiled, device_bytes, measured
+from jrlhf.plan.reward import reward_stage
+from jrlhf.plan.run import KEPT_BACK, StageFigures, fitting_rows, plan_stage, planned_site
+from jrlhf.plan.sft import sft_stage
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.train.start import start_training

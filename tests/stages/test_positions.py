@@ -24,12 +24,12 @@ from jrlhf.config import (
 from jrlhf.config.rewards import RewardsConfig
 from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig, VerifyConfig
 from jrlhf.config.watch import SafetyConfig
-from jrlhf.stages.inference import run_generate, run_sample, run_score
-from jrlhf.stages.plan import run_plan
+from jrlhf.plan import run_plan
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
-from jrlhf.stages.verify import run_verify
+from jrlhf.tools.inference import run_generate, run_sample, run_score
+from jrlhf.tools.verify import run_verify
 
 from .conftest import read_jsonl
 from .folders import gpt2_folder

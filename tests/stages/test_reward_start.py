@@ -21,10 +21,10 @@ from jrlhf.models import (
     reward_from_pretrained,
     save_reward_model,
 )
-from jrlhf.stages.export import run_export
-from jrlhf.stages.plan.reward import reward_stage
-from jrlhf.stages.plan.run import planned_site
+from jrlhf.plan.reward import reward_stage
+from jrlhf.plan.run import planned_site
 from jrlhf.stages.reward import run_reward
+from jrlhf.tools.export import run_export
 
 from .conftest import small_config
 

@@ -31,6 +31,8 @@ from jrlhf.config.rewards import (
 )
 from jrlhf.data import DataError, load_tokenizer
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
+from jrlhf.plan.ppo import ppo_stage
+from jrlhf.plan.run import planned_site
 from jrlhf.rollout import iteration as ppo_iteration
 from jrlhf.rollout import rules
 from jrlhf.rollout import scores as rewards
@@ -40,8 +42,6 @@ from jrlhf.rollout.scores import agreed, weigh
 from jrlhf.rules import EndpointError, Episode
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo
-from jrlhf.stages.plan.ppo import ppo_stage
-from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.train.signals import Interrupted
 from jrlhf.types import Generation

@@ -17,8 +17,8 @@ from jrlhf.config.tools import ExportConfig
 from jrlhf.runs.checkpoints import FORMAT, CheckpointError
 from jrlhf.runs.folder import StageName, model_source, open_stage, read_summary
 from jrlhf.runs.manifest import write_manifest
-from jrlhf.stages.export import run_export
 from jrlhf.stages.sft import run_sft
+from jrlhf.tools.export import run_export
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

@@ -18,8 +18,8 @@ from jrlhf.parallel import make_mesh, shard_batch
 from jrlhf.rollout import sampling
 from jrlhf.rollout.sampling import drawn_together, jit_sampler
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages.inference import run_generate
 from jrlhf.stages.ppo import run_ppo
+from jrlhf.tools.inference import run_generate
 from jrlhf.types import DecodeFns
 
 from .conftest import small_config

@@ -8,10 +8,10 @@ import pytest
 
 from jrlhf.config import Config, DataConfig, LoRAConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
 from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.plan.ppo import ppo_stage
+from jrlhf.plan.programs import device_bytes
+from jrlhf.plan.run import planned_site
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages.plan.ppo import ppo_stage
-from jrlhf.stages.plan.programs import device_bytes
-from jrlhf.stages.plan.run import planned_site
 from jrlhf.stages.ppo import run_ppo
 
 from .conftest import small_config

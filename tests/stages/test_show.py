@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jrlhf.cli import main
 from jrlhf.data.inspect import Sequence
-from jrlhf.stages.show import Spelling, about, spelt, visible
+from jrlhf.tools.show import Spelling, about, spelt, visible
 from tests.data.chat_templates import MARKED, QWEN2
 
 MODEL = "asset:stories260k"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from jrlhf.config.tools import VerifyConfig
-from jrlhf.stages import verify
+from jrlhf.tools import verify
 from jrlhf.types import DecodeFns
 
 ARGS = VerifyConfig(model="asset:stories260k", max_new_tokens=6, batch_size=4)

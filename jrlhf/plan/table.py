@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from jrlhf.stages.plan.parts import Site
-from jrlhf.stages.plan.programs import ACHIEVED
+from jrlhf.plan.parts import Site
+from jrlhf.plan.programs import ACHIEVED
 
 if TYPE_CHECKING:
-    from jrlhf.stages.plan.run import StageFigures
+    from jrlhf.plan.run import StageFigures
 
 GB = 1e9
 HELD = {

@@ -9,13 +9,13 @@ from typing import Any
 
 from jrlhf.config import ConfigError, PlanConfig
 from jrlhf.parallel import make_mesh, parse_topology
+from jrlhf.plan.parts import Site, Sized, StagePlan
+from jrlhf.plan.ppo import ppo_stage
+from jrlhf.plan.programs import Figures, device_bytes, measured
+from jrlhf.plan.reward import reward_stage
+from jrlhf.plan.sft import sft_stage
+from jrlhf.plan.table import print_plan
 from jrlhf.runs.folder import write_json
-from jrlhf.stages.plan.parts import Site, Sized, StagePlan
-from jrlhf.stages.plan.ppo import ppo_stage
-from jrlhf.stages.plan.programs import Figures, device_bytes, measured
-from jrlhf.stages.plan.report import print_plan
-from jrlhf.stages.plan.reward import reward_stage
-from jrlhf.stages.plan.sft import sft_stage
 from jrlhf.system.terminal import show_all_characters
 
 KEPT_BACK = 0.1

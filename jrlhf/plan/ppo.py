@@ -12,10 +12,7 @@ from jrlhf.config import PlanConfig
 from jrlhf.core import combine, partition
 from jrlhf.models import STOP_TOKEN, ArchConfig, Pretrained, RewardModel, abstract_reward, decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
-from jrlhf.rollout.actors import Actors, Judge
-from jrlhf.rollout.iteration import episode_slices, jit_readings, jit_targets
-from jrlhf.rollout.reward_models import jit_score, padded_width, reward_of
-from jrlhf.stages.plan.parts import (
+from jrlhf.plan.parts import (
     UPDATES,
     Site,
     Sized,
@@ -26,7 +23,10 @@ from jrlhf.stages.plan.parts import (
     planned_training,
     sampling_program,
 )
-from jrlhf.stages.plan.programs import Program, device_bytes
+from jrlhf.plan.programs import Program, device_bytes
+from jrlhf.rollout.actors import Actors, Judge
+from jrlhf.rollout.iteration import episode_slices, jit_readings, jit_targets
+from jrlhf.rollout.reward_models import jit_score, padded_width, reward_of
 from jrlhf.stages.ppo import make_step
 from jrlhf.train.batches import device_multiple
 from jrlhf.train.optim import make_actor_critic_optimizer

@@ -6,16 +6,8 @@ import jax.numpy as jnp
 from jrlhf.config import PlanConfig
 from jrlhf.core import combine
 from jrlhf.models import abstract_reward
-from jrlhf.stages.plan.parts import (
-    UPDATES,
-    Site,
-    Sized,
-    StagePlan,
-    abstract_trainable,
-    planned_model,
-    planned_training,
-)
-from jrlhf.stages.plan.programs import Program, device_bytes
+from jrlhf.plan.parts import UPDATES, Site, Sized, StagePlan, abstract_trainable, planned_model, planned_training
+from jrlhf.plan.programs import Program, device_bytes
 from jrlhf.steps import make_reward_step, score_completions
 from jrlhf.train.batches import device_share, reading_slices
 from jrlhf.train.optim import make_optimizer

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jrlhf.config import PlanConfig
 from jrlhf.core import combine
-from jrlhf.stages.plan.parts import (
+from jrlhf.plan.parts import (
     UPDATES,
     Site,
     Sized,
@@ -17,7 +17,7 @@ from jrlhf.stages.plan.parts import (
     planned_training,
     sampling_program,
 )
-from jrlhf.stages.plan.programs import Program, device_bytes
+from jrlhf.plan.programs import Program, device_bytes
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.train.batches import device_multiple, device_share, reading_slices
 from jrlhf.train.optim import make_optimizer
