@@ -122,7 +122,7 @@ def run_once(out: Path, command: str, *arguments: str) -> float:
     done = out / f"{command}.seconds"
     if not done.is_file():
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "jrlhf.cli", command, *arguments], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, "-m", "jrlhf", command, *arguments], check=True, stdout=sys.stderr)
         done.write_text(f"{time.perf_counter() - start:.1f}\n", encoding="utf-8")
     return float(done.read_text(encoding="utf-8"))
 

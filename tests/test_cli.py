@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jrlhf import __version__, cli
-from jrlhf.cli import COMMANDS, main
-from jrlhf.cli_args import PLANNED, STAGES
+from jrlhf import __version__
+from jrlhf.cli import COMMANDS, entry, main
+from jrlhf.cli.flags import PLANNED, STAGES
 from jrlhf.config import Config, ConfigError, PlanConfig, SamplingConfig
 from jrlhf.config.files import flag_types
 from jrlhf.config.tools import (
@@ -361,16 +361,16 @@ def test_a_reader_that_leaves_early_causes_no_noise():
 def test_the_process_is_prepared_for_what_the_command_does(monkeypatch):
     """Only for commands that compute; huge pages for those that train."""
     done = []
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: done.append("programs"))
-    monkeypatch.setattr(cli, "restart_with_huge_pages", lambda: done.append("pages"))
-    monkeypatch.setattr(cli, "quiet_compiler", lambda: done.append("quiet"))
+    monkeypatch.setattr(entry, "keep_compiled_programs", lambda: done.append("programs"))
+    monkeypatch.setattr(entry, "restart_with_huge_pages", lambda: done.append("pages"))
+    monkeypatch.setattr(entry, "quiet_compiler", lambda: done.append("quiet"))
     for command in ([], ["--help"], ["data", "show"], ["export"]):
-        cli.prepare_process(command)
+        entry.prepare_process(command)
     assert done == []
-    cli.prepare_process(["generate", "--model", "x"])
+    entry.prepare_process(["generate", "--model", "x"])
     assert done == ["programs"]
-    cli.prepare_process(["sft"])
+    entry.prepare_process(["sft"])
     assert done == ["programs", "programs", "pages"]
     done.clear()
-    cli.prepare_process(["plan"])
+    entry.prepare_process(["plan"])
     assert done == ["quiet"]

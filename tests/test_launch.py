@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jrlhf.cli_args import stage_config
+from jrlhf.cli.flags import stage_config
 from jrlhf.config import Config
 
 ROOT = Path(__file__).parent.parent

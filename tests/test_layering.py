@@ -34,11 +34,7 @@ FLOORS["plan"] = {"stages", *FLOORS["stages"]}
 FLOORS["tools"] = {"plan", "rank", *FLOORS["plan"]}
 FLOORS["cli"] = {"tools", *FLOORS["tools"]}
 FLOORS["__main__"] = {"cli"}
-# Modules that have not moved to their folder yet.
-MOVING = {path.stem for path in ROOT.glob("*.py")} - {"types", "__init__", "__main__"}
-MOVING |= {"stages"} if (ROOT / "stages" / "show.py").exists() else set()
-ALLOWED = {name: below | MOVING for name, below in FLOORS.items()}
-ALLOWED |= {name: FLOORS.keys() | MOVING for name in MOVING}
+ALLOWED = FLOORS
 
 
 def part(module):

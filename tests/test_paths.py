@@ -12,7 +12,7 @@ import pytest
 
 from jrlhf import assets
 from jrlhf.cli import main
-from jrlhf.cli_args import stage_flags, tool_config
+from jrlhf.cli.flags import stage_flags, tool_config
 from jrlhf.config import Config, ConfigError, DataConfig, ModelConfig, PlanConfig, load_config
 from jrlhf.config.files import apply_flags, flag_types
 from jrlhf.config.rewards import JSONRuleConfig, RewardsConfig

@@ -9,7 +9,7 @@ import sys
 # ``signal`` itself takes longer to import than all that could happen here.
 from _signal import SIG_BLOCK, SIGINT, SIGTERM, pthread_sigmask  # pyright: ignore[reportMissingImports]
 
-IS_PROGRAM = bool(sys.argv) and sys.argv[0].endswith(("/jrlhf", "/jrlhf/__main__.py", "/jrlhf/cli.py"))
+IS_PROGRAM = bool(sys.argv) and sys.argv[0].endswith(("/jrlhf", "/jrlhf/__main__.py"))
 
 if IS_PROGRAM:
     pthread_sigmask(SIG_BLOCK, (SIGINT, SIGTERM))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jrlhf import assets
-from jrlhf.cli import complain, ended
+from jrlhf.cli.entry import ended
 from jrlhf.config import DistributedConfig, OptimConfig
 from jrlhf.data import Order
 from jrlhf.data.order import Part
@@ -30,6 +30,7 @@ from jrlhf.parallel import (
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.steps import make_sft_step
 from jrlhf.system.interrupts import end_at_once
+from jrlhf.system.terminal import complain
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.start import start_training
 from jrlhf.train.state import RunState, abstract

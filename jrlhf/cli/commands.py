@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from jrlhf.cli_args import plan_config, print_help, stage_config, tool_config
+from jrlhf.cli.flags import plan_config, print_help, stage_config, tool_config
 from jrlhf.config import Config, ConfigError, PlanConfig, Sources
 from jrlhf.config.gates import GatesFailed
 from jrlhf.config.tools import (

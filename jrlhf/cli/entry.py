@@ -77,7 +77,7 @@ def run_command(argv: list[str]) -> int:
         resumes = "; the same command resumes it" if command in RESUMABLE else ""
         say_at_the_end(f"{command} interrupted{resumes}")
         # Imported only here, as all that it takes is slow: by now a signal ends the process in good order.
-        from jrlhf.commands import run_reporting
+        from jrlhf.cli.commands import run_reporting
 
         return ended(run_reporting(command, rest, about=COMMANDS[command], resumes=resumes))
     kind = "flag" if command.startswith("-") else "command"
@@ -124,7 +124,3 @@ def ended(code: int) -> int:
     if parallel is not None:
         parallel.leave_at_once(code)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
