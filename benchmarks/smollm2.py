@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import parse_ranking
-from jrlhf.metrics import read_metrics
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.evaluation import Ranking, bag_of_words_accuracy
 from jrlhf.stages.quickstart import BAG_OF_WORDS_L2
 from jrlhf.stages.reward import pair_metrics

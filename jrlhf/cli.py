@@ -6,8 +6,9 @@ Exit codes: 0 done, 1 failure, 2 bad usage or data, 3 a gate failed, 130 or 143 
 import sys
 from collections.abc import Sequence
 
-from jrlhf import __version__, early
-from jrlhf.environment import (
+from jrlhf import __version__
+from jrlhf.system import early
+from jrlhf.system.environment import (
     keep_compiled_programs,
     keep_hub_files,
     quiet_compiler,
@@ -15,8 +16,8 @@ from jrlhf.environment import (
     restart_with_huge_pages,
     set_compiler_flags,
 )
-from jrlhf.interrupts import end_at_once, no_longer, say_at_the_end
-from jrlhf.terminal import complain, show_all_characters
+from jrlhf.system.interrupts import end_at_once, no_longer, say_at_the_end
+from jrlhf.system.terminal import complain, show_all_characters
 
 __all__ = ["COMMANDS", "early", "main"]
 
@@ -80,7 +81,7 @@ def run_command(argv: list[str]) -> int:
 
         return ended(run_reporting(command, rest, about=COMMANDS[command], resumes=resumes))
     kind = "flag" if command.startswith("-") else "command"
-    from jrlhf.suggest import did_you_mean
+    from jrlhf.system.suggest import did_you_mean
 
     complain(f"{command}: unknown {kind}{did_you_mean(command, COMMANDS)}")
     return USAGE

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
-from jrlhf.config import Config, PlanConfig, Sources
-from jrlhf.config_io import ConfigError, apply_flags, check, flag_types, load_config
-from jrlhf.suggest import did_you_mean
+from jrlhf.config import Config, ConfigError, PlanConfig, Sources, check, load_config
+from jrlhf.config.files import apply_flags, flag_types
+from jrlhf.system.suggest import did_you_mean
 
 T = TypeVar("T")
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jrlhf.cli_args import plan_config, print_help, stage_config, tool_config
-from jrlhf.config import Config, PlanConfig, Sources
-from jrlhf.config_io import ConfigError
-from jrlhf.config_tools import (
+from jrlhf.config import Config, ConfigError, PlanConfig, Sources
+from jrlhf.config.gates import GatesFailed
+from jrlhf.config.tools import (
     ExportConfig,
     GenerateConfig,
     QuickstartConfig,
@@ -21,10 +21,9 @@ from jrlhf.config_tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.gates import GatesFailed
-from jrlhf.interrupts import Interrupted, raised
-from jrlhf.lock import RunLocked
-from jrlhf.terminal import complain
+from jrlhf.runs.lock import RunLocked
+from jrlhf.system.interrupts import Interrupted, raised
+from jrlhf.system.terminal import complain
 
 OK, FAILURE, USAGE, GATE, INTERRUPTED = 0, 1, 2, 3, 130
 

@@ -13,7 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from jrlhf import assets
-from jrlhf.assets.build import (
+from jrlhf.models import load_pretrained
+from scripts.build_assets import (
     HELDOUT,
     PROMPTS_HELDOUT,
     Review,
@@ -28,7 +29,6 @@ from jrlhf.assets.build import (
     rope_half_split,
     split_reviews,
 )
-from jrlhf.models import load_pretrained
 
 FOLDER = Path(assets.__file__).parent
 STORY = (

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jrlhf.config_io import load_config
-from jrlhf.models.families import arch_from_hf
-from jrlhf.models.names import language_model_table
+from jrlhf.config import load_config
+from jrlhf.models.hf.families import arch_from_hf
+from jrlhf.models.hf.names import language_model_table
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TINY = ["--shape", "XS", "--layers", "1", "--vocab", "64", "--repeats", "1"]

@@ -19,10 +19,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jrlhf.checkpoint import CheckpointError, Checkpoints
-from jrlhf.lock import RunLocked, run_lock
-from jrlhf.manifest import write_manifest
 from jrlhf.parallel import init_sharded, make_mesh, tree_shardings
+from jrlhf.runs.checkpoints import CheckpointError, Checkpoints
+from jrlhf.runs.lock import RunLocked, run_lock
+from jrlhf.runs.manifest import write_manifest
 from jrlhf.types import PPOParams, TrainState
 
 ROOT = Path(__file__).parents[1]
@@ -270,7 +270,7 @@ def test_a_folder_that_became_read_only_is_an_error_at_once(small_disk: Path) ->
 MANY_SAVES = """
     import gc, os, pathlib, sys, threading
     import jax, jax.numpy as jnp
-    from jrlhf.checkpoint import Checkpoints
+    from jrlhf.runs.checkpoints import Checkpoints
     state = {"w": jax.random.normal(jax.random.key(0), (500_000,)), "key": jax.random.key(1)}
 
     def held():
@@ -300,7 +300,7 @@ def test_two_hundred_saves_leak_nothing(tmp_path: Path) -> None:
 SAVE_AND_DIE = """
     import os, pathlib, signal, sys, threading, time
     import jax, jax.numpy as jnp
-    from jrlhf.checkpoint import Checkpoints
+    from jrlhf.runs.checkpoints import Checkpoints
     folder = pathlib.Path(sys.argv[1])
     checkpoints = Checkpoints(folder, keep=1, keep_best=0, best_metric=None, best_mode="min")
     checkpoints.save(1, {"w": jnp.ones((4,))}, metadata={}, metrics=None)
@@ -430,7 +430,7 @@ def test_a_step_of_another_format_is_left_where_it_is(tmp_path: Path) -> None:
 
 HOLD = """
     import pathlib, sys, time
-    from jrlhf.lock import run_lock
+    from jrlhf.runs.lock import run_lock
     with run_lock(pathlib.Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(120)

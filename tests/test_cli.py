@@ -12,9 +12,9 @@ import pytest
 from jrlhf import __version__, cli
 from jrlhf.cli import COMMANDS, main
 from jrlhf.cli_args import PLANNED, STAGES
-from jrlhf.config import Config, PlanConfig, SamplingConfig
-from jrlhf.config_io import ConfigError, flag_types
-from jrlhf.config_tools import (
+from jrlhf.config import Config, ConfigError, PlanConfig, SamplingConfig
+from jrlhf.config.files import flag_types
+from jrlhf.config.tools import (
     ExportConfig,
     GenerateConfig,
     QuickstartConfig,
@@ -25,7 +25,7 @@ from jrlhf.config_tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.lock import RunLocked
+from jrlhf.runs.lock import RunLocked
 
 TOOLS = {
     "generate": GenerateConfig,

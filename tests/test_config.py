@@ -7,18 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrlhf.config import Config, KLConfig, OptimConfig, PPOConfig, SamplingConfig, SFTConfig
-from jrlhf.config_io import (
+from jrlhf.config import (
+    Config,
     ConfigError,
-    apply_flags,
+    KLConfig,
+    OptimConfig,
+    PPOConfig,
+    SamplingConfig,
+    SFTConfig,
     check,
-    config_path,
-    diff_configs,
-    flag_types,
     load_config,
     to_yaml,
 )
-from jrlhf.config_tools import GenerateConfig, QuickstartConfig, ScoreConfig, VerifyConfig
+from jrlhf.config.files import apply_flags, config_path, diff_configs, flag_types
+from jrlhf.config.tools import GenerateConfig, QuickstartConfig, ScoreConfig, VerifyConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from jrlhf import environment
 from jrlhf.data.cache import SMALL, cache_folder
-from jrlhf.environment import keep_compiled_programs, restart_with_huge_pages, set_compiler_flags
+from jrlhf.system import environment
+from jrlhf.system.environment import keep_compiled_programs, restart_with_huge_pages, set_compiler_flags
 
 START = """
-from jrlhf.environment import keep_compiled_programs
+from jrlhf.system.environment import keep_compiled_programs
 keep_compiled_programs()
 import jax, jax.numpy as jnp
 hits = []

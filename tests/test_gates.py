@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jrlhf.gates import Gate, GatesFailed, all_pass, failure, is_gate, judge, parse_gate, unknown_metrics
+from jrlhf.config.gates import Gate, GatesFailed, all_pass, failure, is_gate, judge, parse_gate, unknown_metrics
 
 
 @pytest.mark.parametrize(

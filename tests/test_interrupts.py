@@ -94,7 +94,7 @@ def program(
     *code: str, cwd: Path, after: float | None = 3.0, number: signal.Signals = signal.SIGINT
 ) -> tuple[int, str]:
     """A program that has made ready for signals, as the command does."""
-    text = "\n".join(["from jrlhf.interrupts import end_at_once, say_at_the_end", "end_at_once()", *code])
+    text = "\n".join(["from jrlhf.system.interrupts import end_at_once, say_at_the_end", "end_at_once()", *code])
     code, errors, _ = interrupted(["-c", text], after=after, number=number, cwd=cwd)
     return code, errors
 
@@ -133,7 +133,7 @@ def test_it_ends_while_no_handler_of_python_s_can_run(number: signal.Signals, tm
 def test_a_farewell_comes_first_and_a_second_signal_cuts_it_short(tmp_path: Path) -> None:
     farewell = [
         "import os, signal, time",
-        "from jrlhf.interrupts import bid_farewell",
+        "from jrlhf.system.interrupts import bid_farewell",
         "def farewell():",
         "    os.write(2, b'farewell\\n')",
         "    if seconds: os.kill(os.getpid(), signal.SIGTERM); time.sleep(seconds)",
@@ -147,8 +147,8 @@ def test_a_signal_between_two_programs_finds_the_second_one(tmp_path: Path) -> N
     """The process replaces itself: one that comes on the way waits for handlers."""
     code, errors = program(
         "import os, signal, sys",
-        "from jrlhf.interrupts import held",
-        "later = 'import time; from jrlhf.interrupts import end_at_once; end_at_once(); time.sleep(60)'",
+        "from jrlhf.system.interrupts import held",
+        "later = 'import time; from jrlhf.system.interrupts import end_at_once; end_at_once(); time.sleep(60)'",
         "with held():",
         "    os.kill(os.getpid(), signal.SIGTERM)",
         "    os.execv(sys.executable, [sys.executable, '-c', later])",
@@ -161,7 +161,7 @@ def test_a_signal_between_two_programs_finds_the_second_one(tmp_path: Path) -> N
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     """As under nohup, or in the background of a script."""
     code = (
-        "import os, signal; from jrlhf.interrupts import end_at_once; end_at_once()\n"
+        "import os, signal; from jrlhf.system.interrupts import end_at_once; end_at_once()\n"
         "os.kill(os.getpid(), signal.SIGINT); print('still here', flush=True)\n"
         "os.kill(os.getpid(), signal.SIGTERM); signal.pause()"
     )

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jrlhf
-from jrlhf.lines import (
+from jrlhf.runs.metrics import MetricsLog, RowLog, drop_after, read_metrics
+from jrlhf.system.lines import (
     ascii_json,
     json_line,
     json_text,
@@ -24,7 +25,6 @@ from jrlhf.lines import (
     write_output,
     write_text,
 )
-from jrlhf.metrics import MetricsLog, RowLog, drop_after, read_metrics
 
 FILES = sorted(Path(jrlhf.__file__).parent.rglob("*.py"))
 SEPARATORS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.metrics import MetricsLog, Speed, format_metrics, progress, read_metrics
+from jrlhf.runs.metrics import MetricsLog, Speed, format_metrics, progress, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +107,7 @@ def test_tensorboard_gets_the_same_names(tmp_path: Path) -> None:
 
 
 def test_the_module_imports_neither_tensorboard_nor_rich_nor_jax() -> None:
-    code = "import sys, jrlhf.metrics; print(sorted({'tensorboardX', 'rich', 'jax'} & set(sys.modules)))"
+    code = "import sys, jrlhf.runs.metrics; print(sorted({'tensorboardX', 'rich', 'jax'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
 
 
@@ -158,7 +158,7 @@ def test_it_says_so_where_it_is_told_to(capsys: pytest.CaptureFixture[str]) -> N
 
 ENDLESS = """
     import time
-    from jrlhf.metrics import progress
+    from jrlhf.runs.metrics import progress
     with progress(1000, "sft [x]", start=0, enabled=True) as bar:
         for step in range(1, 1001):
             bar.update(step, {"loss": 0.125})

@@ -13,10 +13,10 @@ import pytest
 from jrlhf import assets
 from jrlhf.cli import main
 from jrlhf.cli_args import stage_flags, tool_config
-from jrlhf.config import Config, DataConfig, ModelConfig, PlanConfig
-from jrlhf.config_io import ConfigError, apply_flags, flag_types, load_config
-from jrlhf.config_rewards import JSONRuleConfig, RewardsConfig
-from jrlhf.config_tools import (
+from jrlhf.config import Config, ConfigError, DataConfig, ModelConfig, PlanConfig, load_config
+from jrlhf.config.files import apply_flags, flag_types
+from jrlhf.config.rewards import JSONRuleConfig, RewardsConfig
+from jrlhf.config.tools import (
     ExportConfig,
     GenerateConfig,
     QuickstartConfig,
@@ -30,7 +30,7 @@ from jrlhf.config_tools import (
 from jrlhf.data import DataError, load_tokenizer
 from jrlhf.data.sources import open_source
 from jrlhf.models import load_pretrained
-from jrlhf.paths import expanded, is_path, path_fields
+from jrlhf.system.paths import expanded, is_path, path_fields
 
 CONFIGS = (
     *(PlanConfig, GenerateConfig, SampleConfig, RankConfig, ScoreConfig, ShowConfig),

@@ -33,7 +33,7 @@ print(bool(xla_bridge._backends))
     assert run(code) == ["True", "True", "True"]
 
 
-@pytest.mark.parametrize("module", ["jrlhf", "jrlhf.config", "jrlhf.config_io", "jrlhf.cli"])
+@pytest.mark.parametrize("module", ["jrlhf", "jrlhf.config", "jrlhf.config.files", "jrlhf.cli"])
 def test_the_command_line_starts_without_jax(module):
     assert not {"jax", "flax", "orbax", "transformers", "datasets"} & loaded_by(module)
 

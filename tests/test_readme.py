@@ -11,8 +11,8 @@ import pytest
 from jrlhf.cli import COMMANDS
 from jrlhf.cli_args import PLANNED, STAGES, read_flags, stage_flags, tool_config
 from jrlhf.commands import TOOLS
-from jrlhf.config import Config, PlanConfig
-from jrlhf.config_io import ConfigError, apply_flags, check, flag_types, load_config, schema
+from jrlhf.config import Config, ConfigError, PlanConfig, check, load_config
+from jrlhf.config.files import apply_flags, flag_types, schema
 
 ROOT = Path(__file__).parent
 while not (ROOT / "pyproject.toml").is_file():

@@ -9,8 +9,7 @@ import pytest
 
 import jrlhf
 from jrlhf.cli import main
-from jrlhf.config import Config
-from jrlhf.config_io import ConfigError, check
+from jrlhf.config import Config, ConfigError, check
 
 ROOT = Path(jrlhf.__file__).parent.parent
 SECRET = "hf_0123456789secret"

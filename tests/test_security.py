@@ -17,13 +17,12 @@ import pytest
 import jrlhf
 from jrlhf import assets
 from jrlhf.cli import main
-from jrlhf.config import Config
-from jrlhf.config_io import check
+from jrlhf.config import Config, check
 from jrlhf.models import load_pretrained
-from jrlhf.stages.run import open_stage
+from jrlhf.runs.folder import open_stage
 
 ROOT = Path(jrlhf.__file__).parent.parent
-FILES = sorted(path for part in ("jrlhf", "benchmarks") for path in (ROOT / part).rglob("*.py"))
+FILES = sorted(path for part in ("jrlhf", "benchmarks", "scripts") for path in (ROOT / part).rglob("*.py"))
 
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from jrlhf import trackers
-from jrlhf.config import LogConfig
-from jrlhf.config_io import ConfigError
-from jrlhf.metrics import MetricsLog
-from jrlhf.trackers import TrackerThread, make_trackers
+from jrlhf.config import ConfigError, LogConfig
+from jrlhf.runs import trackers
+from jrlhf.runs.metrics import MetricsLog
+from jrlhf.runs.trackers import TrackerThread, make_trackers
 
 Calls = list[tuple[Any, ...]]
 

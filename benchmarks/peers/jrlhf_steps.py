@@ -21,7 +21,6 @@ from peers.tokenizer import EOS, PAD, save_tokenizer, words
 import jrlhf.stages.loop as stage_loop
 from jrlhf.config import Config, DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, SamplingConfig
 from jrlhf.core import partition
-from jrlhf.metrics import MetricsLog
 from jrlhf.models import (
     RULES,
     ArchConfig,
@@ -35,6 +34,7 @@ from jrlhf.models import (
     save_reward_model,
 )
 from jrlhf.parallel import make_mesh, shard_batch
+from jrlhf.runs.metrics import MetricsLog
 from jrlhf.stages.batches import gradient_slices, usual_microbatch
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.ppo import run_ppo

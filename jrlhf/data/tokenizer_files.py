@@ -7,8 +7,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from jrlhf.data.tokenizer import Tokenizer, read_tokenizer, tokenizer_folder
-from jrlhf.models.folder_files import read_files
-from jrlhf.models.hf import TOKENIZER_FILES
+from jrlhf.models.hf.folder import TOKENIZER_FILES
+from jrlhf.models.hf.folder_files import read_files
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"

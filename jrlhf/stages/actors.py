@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, PPOConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import Config, ConfigError, PPOConfig
 from jrlhf.core import combine, partition
 from jrlhf.data import load_tokenizer
 from jrlhf.models import (
@@ -20,9 +19,9 @@ from jrlhf.models import (
     load_reward_model,
     reward_from_pretrained,
 )
+from jrlhf.runs.folder import model_source
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import model_source
 from jrlhf.stages.start import computed
 from jrlhf.types import Params, PPOParams, TrainState
 

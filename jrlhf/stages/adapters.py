@@ -3,8 +3,7 @@
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.config import LoRAConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError, LoRAConfig
 from jrlhf.core import partition
 from jrlhf.models import ArchConfig, Pretrained, RewardModel, add_adapters, is_trained
 from jrlhf.parallel import tree_shardings

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrlhf.checkpoint import BestMode, Checkpoints
-from jrlhf.config import CanaryConfig
-from jrlhf.config_io import ConfigError
-from jrlhf.config_watch import GuardsConfig
-from jrlhf.gates import all_pass, unknown_metrics
-from jrlhf.metrics import MetricsLog
+from jrlhf.config import CanaryConfig, ConfigError
+from jrlhf.config.gates import all_pass, unknown_metrics
+from jrlhf.config.watch import GuardsConfig
 from jrlhf.parallel import Compilations, from_first, is_first
+from jrlhf.runs.checkpoints import BestMode, Checkpoints
+from jrlhf.runs.metrics import MetricsLog
 from jrlhf.stages.canary import Canary
 from jrlhf.stages.guards import GuardStop, Watch
 from jrlhf.stages.optim import rate_factor

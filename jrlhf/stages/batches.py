@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError
 
 CPU_TOKENS = 1024
 """What so many tokens leave for the backward pass stays in a CPU's caches; more at a time are slower, by up to 1.4."""

@@ -6,10 +6,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, LoRAConfig
-from jrlhf.config_io import ConfigError, load_config, to_yaml
-from jrlhf.config_tools import ExportConfig
+from jrlhf.config import Config, ConfigError, LoRAConfig, load_config, to_yaml
+from jrlhf.config.tools import ExportConfig
 from jrlhf.core import combine
 from jrlhf.data import load_tokenizer
 from jrlhf.models import (
@@ -20,13 +18,14 @@ from jrlhf.models import (
     load_reward_model,
     load_reward_start,
 )
-from jrlhf.models.folder_files import copy_files
+from jrlhf.models.hf.folder_files import copy_files
 from jrlhf.parallel import make_mesh
+from jrlhf.runs.checkpoints import Checkpoints
+from jrlhf.runs.exports import RUN_CONFIG, companions, from_metadata, write_export
+from jrlhf.runs.folder import StageName, model_source, read_summary
+from jrlhf.runs.origin_check import check_base
 from jrlhf.stages.adapters import trainable
-from jrlhf.stages.exports import RUN_CONFIG, companions, from_metadata, write_export
 from jrlhf.stages.inputs import stage_inputs
-from jrlhf.stages.origin_check import check_base
-from jrlhf.stages.run import StageName, model_source, read_summary
 from jrlhf.stages.state import abstract
 from jrlhf.types import Params
 

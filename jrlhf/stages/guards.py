@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jrlhf.config_watch import GuardConfig, GuardsConfig
+from jrlhf.config.watch import GuardConfig, GuardsConfig
 from jrlhf.stages.optim import scale_rate
 from jrlhf.stages.state import RunState
 

@@ -5,16 +5,16 @@ from typing import Any
 
 from jrlhf import assets
 from jrlhf.config import DataConfig
-from jrlhf.config_tools import GenerateConfig, SampleConfig, ScoreConfig
+from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
-from jrlhf.lines import json_line, write_output
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
+from jrlhf.runs.folder import exported_folder
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import exported_folder
 from jrlhf.stages.sampling import answers, drawn_together, jit_generate
 from jrlhf.stages.scoring import score_texts
+from jrlhf.system.lines import json_line, write_output
 
 
 def run_generate(args: GenerateConfig) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
-from jrlhf.checkpoint import Checkpoints
 from jrlhf.config import CheckpointConfig, LogConfig
-from jrlhf.metrics import MetricsLog, progress
 from jrlhf.parallel import AnyProcess, counted_compilations, first_goes_ahead, from_first, is_first
+from jrlhf.runs.checkpoints import Checkpoints
+from jrlhf.runs.metrics import MetricsLog, progress
+from jrlhf.runs.trackers import Tracker, TrackerThread, make_trackers
 from jrlhf.stages.attempt import Attempt, Loop, Outcome, restored
 from jrlhf.stages.signals import Interrupted, stop_request
 from jrlhf.stages.state import RunState
-from jrlhf.trackers import Tracker, TrackerThread, make_trackers
 
 
 def run_loop(

@@ -7,8 +7,7 @@ first step, for every file of rows and every model that reads them.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from jrlhf.config import SamplingConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError, SamplingConfig
 from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows
 from jrlhf.models import ArchConfig
 

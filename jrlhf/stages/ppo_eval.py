@@ -14,21 +14,21 @@ from jaxtyping import Float
 from jrlhf.config import CanaryConfig, Config
 from jrlhf.core import kl_penalty
 from jrlhf.data import PromptRows, load_tokenizer
-from jrlhf.lines import json_line, read_json_lines, write_text
 from jrlhf.models import load_reward_model
 from jrlhf.parallel import fetch, from_first, is_first
+from jrlhf.runs.exports import exported_form
+from jrlhf.runs.folder import model_source
 from jrlhf.stages.actors import Actors, learnt_policy, own_tokenizer
 from jrlhf.stages.batches import device_multiple
 from jrlhf.stages.evaluation import distinct_n, words
-from jrlhf.stages.exports import exported_form
 from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo_iteration import episode_slices, reading_fn
 from jrlhf.stages.rewards import make_rewards
-from jrlhf.stages.run import model_source
 from jrlhf.stages.sampling import GenerateFn, generate_all, texts_of
 from jrlhf.stages.scoring import Scorer, make_scorer, reward_of
 from jrlhf.stages.start import computed
 from jrlhf.stages.state import RunState
+from jrlhf.system.lines import json_line, read_json_lines, write_text
 from jrlhf.types import Generation, Params
 
 TEXTS = ("prompt", "completion")

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from rich.console import Console
 
 from jrlhf import assets
-from jrlhf.config import Config, Sources
-from jrlhf.config_io import config_path, load_config
-from jrlhf.lines import read_json_lines
-from jrlhf.metrics import read_metrics
+from jrlhf.config import Config, Sources, load_config
+from jrlhf.config.files import config_path
+from jrlhf.runs.folder import write_json
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.evaluation import (
     Ranking,
     bag_of_words_accuracy,
@@ -25,8 +25,8 @@ from jrlhf.stages.evaluation import (
 )
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.report import print_summary, write_report
-from jrlhf.stages.run import write_json
-from jrlhf.terminal import show_all_characters
+from jrlhf.system.lines import read_json_lines
+from jrlhf.system.terminal import show_all_characters
 
 BAG_OF_WORDS_L2 = 3e-4
 """The baseline's best over 60,000 random pairs of the held-out sentences: a choice in its favour."""

@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
 
-from jrlhf.config import Config, RewardConfig
-from jrlhf.config_io import ConfigError, to_yaml
+from jrlhf.config import Config, ConfigError, RewardConfig, to_yaml
 from jrlhf.core import combine
 from jrlhf.data import (
     Order,
@@ -28,6 +27,9 @@ from jrlhf.models import (
     normalise_reward,
 )
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
+from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.runs.folder import open_stage, pass_gates, write_json
+from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.adapters import trainable
 from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
 from jrlhf.stages.evaluation import (
@@ -37,14 +39,11 @@ from jrlhf.stages.evaluation import (
     pair_accuracy,
     reliability_curve,
 )
-from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
 from jrlhf.stages.inputs import RewardInputs
 from jrlhf.stages.loop import Loop, run_loop
 from jrlhf.stages.optim import make_optimizer
-from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.performance import rates, timed, training_flops
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import open_stage, pass_gates, write_json
 from jrlhf.stages.scoring import score_texts
 from jrlhf.stages.start import computed, mesh_of, start_training
 from jrlhf.stages.state import RunState

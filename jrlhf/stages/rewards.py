@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.config import Config
-from jrlhf.config_rewards import RewardsConfig
+from jrlhf.config.rewards import RewardsConfig
 from jrlhf.core import masked_mean
 from jrlhf.data import PromptRows
 from jrlhf.parallel import batch_sharding, fetch, from_first, is_first, shard_batch

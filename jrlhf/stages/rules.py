@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import regex
 
-from jrlhf.config_check import ConfigError
-from jrlhf.config_rewards import (
+from jrlhf.config import ConfigError
+from jrlhf.config.rewards import (
     AnswerRuleConfig,
     BannedRuleConfig,
     EndpointRuleConfig,

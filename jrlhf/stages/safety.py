@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, DataConfig
 from jrlhf.data import Columns, DataError, PromptRows, load_prompts
-from jrlhf.lines import json_line, write_text
 from jrlhf.parallel import is_first
 from jrlhf.rules import REFUSALS, refuses, yes_or_no
 from jrlhf.stages.positions import Positions
 from jrlhf.stages.sampling import GenerateFn, answers
+from jrlhf.system.lines import json_line, write_text
 from jrlhf.types import Params
 
 Rates = dict[str, float]

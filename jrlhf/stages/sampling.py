@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from jrlhf.config import SamplingConfig
 from jrlhf.data import PromptRows, stop_token_ids
-from jrlhf.metrics import progress
 from jrlhf.models import int8_cache
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
+from jrlhf.runs.metrics import progress
 from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.steps import make_generate
 from jrlhf.types import DecodeFns, Generation, Key, Params

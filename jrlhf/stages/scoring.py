@@ -12,9 +12,9 @@ from jaxtyping import Int
 from jrlhf.core import at_last_token
 from jrlhf.data import BadRow, DataError, PromptRows, TextRows, encoder_for
 from jrlhf.data.ragged import Ragged
-from jrlhf.metrics import progress
 from jrlhf.models import RewardModel
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
+from jrlhf.runs.metrics import progress
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import covering_batches, device_multiple
 from jrlhf.stages.sampling import texts_of

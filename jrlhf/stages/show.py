@@ -8,15 +8,15 @@ from rich.text import Text
 
 from jrlhf import assets
 from jrlhf.config import DataConfig
-from jrlhf.config_tools import ShowConfig
+from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
 from jrlhf.data.errors import names_with_rows
 from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, look
 from jrlhf.data.sources import open_source
 from jrlhf.data.tokenizer import Tokenizer
-from jrlhf.stages.run import exported_folder
-from jrlhf.terminal import show_all_characters
+from jrlhf.runs.folder import exported_folder
+from jrlhf.system.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"
 BAD, ODD = "red", "yellow"

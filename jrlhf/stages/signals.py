@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jrlhf.interrupts import SHOW_CURSOR, STOPPING, Interrupted
+from jrlhf.system.interrupts import SHOW_CURSOR, STOPPING, Interrupted
 
 __all__ = ["STOPPING", "Interrupted", "StopRequest", "stop_request"]
 

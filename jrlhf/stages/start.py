@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, ModelConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import Config, ConfigError, ModelConfig
 from jrlhf.data import tokenizer_files
-from jrlhf.models.folder_files import write_files
+from jrlhf.models.hf.folder_files import write_files
 from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.stages.batches import tree_copy
 from jrlhf.stages.state import RunState

@@ -13,16 +13,16 @@ from rich.table import Table
 
 from jrlhf import assets
 from jrlhf.config import DataConfig, PPOConfig
-from jrlhf.config_tools import VerifyConfig
+from jrlhf.config.tools import VerifyConfig
 from jrlhf.core import gae, kwise_ranking_loss, masked_whiten, positions_from_mask, ranking_loss
 from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
+from jrlhf.runs.folder import exported_folder
 from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import exported_folder
 from jrlhf.stages.start import JittedStep
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
-from jrlhf.terminal import show_all_characters
+from jrlhf.system.terminal import show_all_characters
 from jrlhf.types import Generation, PPOParams, Rollout, TrainState
 
 EXACT = 0.0

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from jrlhf import assets
-from jrlhf.config_tools import ShowConfig
+from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_texts, load_tokenizer, stop_token_ids
 from jrlhf.data.vocabulary import embedding_rows, vocabulary_limit
 from jrlhf.stages.show import run_show

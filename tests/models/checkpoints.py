@@ -9,10 +9,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jrlhf.models import abstract_params, abstract_reward_params, arch_from_hf
-from jrlhf.models.families import is_sequence_classification
-from jrlhf.models.hf import WEIGHTS, leaf_at, names_of
-from jrlhf.models.hf_read import their_shape
-from jrlhf.models.names import language_model_table, reward_model_table
+from jrlhf.models.hf.families import is_sequence_classification
+from jrlhf.models.hf.folder import WEIGHTS, leaf_at, names_of
+from jrlhf.models.hf.names import language_model_table, reward_model_table
+from jrlhf.models.hf.read import their_shape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

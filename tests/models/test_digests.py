@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
 from jrlhf.models import model_file_digest, model_files
-from jrlhf.models.digests import BLOCK, WHOLE, config_digest, weights_digest
+from jrlhf.models.hf.digests import BLOCK, WHOLE, config_digest, weights_digest
 
 MIB = 2**20
 

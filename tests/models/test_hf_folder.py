@@ -22,9 +22,9 @@ from jrlhf.models import (
     save_pretrained,
     save_reward_model,
 )
-from jrlhf.models.folder_files import copy_files
-from jrlhf.models.hf_write import write_folder
-from jrlhf.models.names import language_model_table
+from jrlhf.models.hf.folder_files import copy_files
+from jrlhf.models.hf.names import language_model_table
+from jrlhf.models.hf.write import write_folder
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
 
 CONFIG = {

@@ -21,7 +21,7 @@ from jrlhf.models import (
     save_adapter,
     save_reward_model,
 )
-from jrlhf.models.peft_read import FIELDS_READ, FIELDS_WITHOUT_EFFECT
+from jrlhf.models.hf.peft_read import FIELDS_READ, FIELDS_WITHOUT_EFFECT
 
 from .checkpoints import CONFIGS, write_checkpoint, write_named
 

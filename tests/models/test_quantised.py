@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jrlhf.core import positions_from_mask
 from jrlhf.models import decoder_fns, init_params, int8_cache
 from jrlhf.models.attention import attend, attention_mask
-from jrlhf.models.quantised import Quantised, append, attend_cached, quantise
+from jrlhf.models.cache import Quantised, append, attend_cached, quantise
 from jrlhf.steps import make_generate
 
 from .test_attention import HEADS, KV_HEADS, LENGTH, RIGHT, ROWS, WIDTH, by_hand

@@ -20,10 +20,10 @@ from jrlhf.models import (
     save_pretrained,
     save_reward_model,
 )
-from jrlhf.models.folder_files import appear, generation_config, read_files, write_files
-from jrlhf.models.hf import Stored
-from jrlhf.models.hf_write import write_folder
-from jrlhf.models.names import language_model_table
+from jrlhf.models.hf.folder import Stored
+from jrlhf.models.hf.folder_files import appear, generation_config, read_files, write_files
+from jrlhf.models.hf.names import language_model_table
+from jrlhf.models.hf.write import write_folder
 
 from .test_hf_folder import CONFIG
 

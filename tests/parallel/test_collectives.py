@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jrlhf.parallel import bytes_sent, make_mesh
-from jrlhf.parallel.collectives import array_bytes, replica_group
+from jrlhf.parallel.devices.collectives import array_bytes, replica_group
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

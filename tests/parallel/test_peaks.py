@@ -3,7 +3,7 @@
 import pytest
 
 from jrlhf.parallel import device_peaks
-from jrlhf.parallel.peaks import known_peaks
+from jrlhf.parallel.devices.peaks import known_peaks
 
 
 @pytest.mark.parametrize(

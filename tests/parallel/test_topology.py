@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jrlhf.parallel import parse_topology
-from jrlhf.parallel.peaks import KNOWN
+from jrlhf.parallel.devices.peaks import KNOWN
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,10 @@ import jax
 import numpy as np
 
 from jrlhf import assets
-from jrlhf.checkpoint import Checkpoints
 from jrlhf.cli import complain, ended
 from jrlhf.config import DistributedConfig, OptimConfig
 from jrlhf.data import Order
 from jrlhf.data.order import Part
-from jrlhf.interrupts import end_at_once
 from jrlhf.models import load_pretrained
 from jrlhf.parallel import (
     AnyProcess,
@@ -29,10 +27,12 @@ from jrlhf.parallel import (
     same_everywhere,
     shard_batch,
 )
+from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.stages.optim import make_optimizer
 from jrlhf.stages.start import start_training
 from jrlhf.stages.state import RunState, abstract
 from jrlhf.steps import make_sft_step
+from jrlhf.system.interrupts import end_at_once
 
 STEPS, ROWS, BATCH = 7, 40, 8
 

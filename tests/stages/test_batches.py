@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError
 from jrlhf.parallel import make_mesh
 from jrlhf.stages.batches import device_share, gradient_slices, usual_microbatch
 

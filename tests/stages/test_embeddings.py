@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from jrlhf.config import Config, DataConfig, LogConfig, ModelConfig, PPOConfig, RewardConfig, SamplingConfig, SFTConfig
-from jrlhf.config_tools import GenerateConfig, SampleConfig, ScoreConfig, VerifyConfig
-from jrlhf.config_watch import SafetyConfig
+from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig, VerifyConfig
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.data import DataError
 from jrlhf.stages.inference import run_generate, run_sample, run_score
 from jrlhf.stages.ppo import run_ppo

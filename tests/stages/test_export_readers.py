@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jrlhf.config import Config, ModelConfig
-from jrlhf.config_tools import ExportConfig, ScoreConfig
+from jrlhf.config.tools import ExportConfig, ScoreConfig
 from jrlhf.models import load_pretrained
 from jrlhf.stages.export import run_export
 from jrlhf.stages.inference import run_score

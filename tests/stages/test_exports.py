@@ -15,11 +15,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jrlhf.checkpoint import FORMAT, Checkpoints
 from jrlhf.config import Config, SamplingConfig
-from jrlhf.config_tools import ExportConfig, GenerateConfig, ScoreConfig
+from jrlhf.config.tools import ExportConfig, GenerateConfig, ScoreConfig
 from jrlhf.data import load_sft, load_tokenizer, stop_token_ids
-from jrlhf.manifest import write_manifest
 from jrlhf.models import (
     add_adapters,
     generation_eos,
@@ -29,6 +27,8 @@ from jrlhf.models import (
     save_pretrained,
     save_reward_model,
 )
+from jrlhf.runs.checkpoints import FORMAT, Checkpoints
+from jrlhf.runs.manifest import write_manifest
 from jrlhf.stages.export import run_export
 from jrlhf.stages.inference import run_generate, run_score
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jrlhf.config import CanaryConfig, Config, DataConfig, ModelConfig, PPOConfig, SamplingConfig
-from jrlhf.config_rewards import RewardsConfig
-from jrlhf.config_tools import ScoreConfig
+from jrlhf.config.rewards import RewardsConfig
+from jrlhf.config.tools import ScoreConfig
 from jrlhf.data import Encoder, load_prompts
 from jrlhf.data.formats import Answered
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model

@@ -24,11 +24,11 @@ from jrlhf.config import (
     PPOConfig,
     SamplingConfig,
 )
-from jrlhf.config_watch import GuardConfig, GuardsConfig
+from jrlhf.config.gates import GatesFailed
+from jrlhf.config.watch import GuardConfig, GuardsConfig
 from jrlhf.data import load_tokenizer, stop_token_ids
-from jrlhf.gates import GatesFailed
-from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo, ppo_eval
 from jrlhf.stages.guards import GuardStop
 from jrlhf.stages.ppo import run_ppo

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from jrlhf.config import Config
-from jrlhf.config_io import to_yaml
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.config_watch import SafetyConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.config import Config, to_yaml
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.parallel import shard_batch
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.sft import run_sft
 from jrlhf.types import SFTBatch

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.checkpoint import CheckpointError, Checkpoints
-from jrlhf.config import CanaryConfig, CheckpointConfig, LogConfig, OptimConfig
-from jrlhf.config_io import ConfigError
-from jrlhf.config_watch import GuardConfig, GuardsConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.config import CanaryConfig, CheckpointConfig, ConfigError, LogConfig, OptimConfig
+from jrlhf.config.watch import GuardConfig, GuardsConfig
+from jrlhf.runs.checkpoints import CheckpointError, Checkpoints
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.guards import GuardStop, Watch
 from jrlhf.stages.loop import Loop, Outcome, run_loop
 from jrlhf.stages.optim import make_actor_critic_optimizer, rate_factor

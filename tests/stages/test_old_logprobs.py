@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from jrlhf.config import Config, ModelConfig, PPOConfig, SamplingConfig
-from jrlhf.config_check import ConfigError, check
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.config import Config, ConfigError, ModelConfig, PPOConfig, SamplingConfig, check
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
 
 from .conftest import small_config

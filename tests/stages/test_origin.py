@@ -16,20 +16,19 @@ from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
 from jrlhf.cli import main
-from jrlhf.config import CanaryConfig, Config, LoRAConfig, ModelConfig
-from jrlhf.config_io import ConfigError, to_yaml
-from jrlhf.config_rewards import FunctionRuleConfig, RewardsConfig
-from jrlhf.config_tools import ExportConfig, ReportConfig
-from jrlhf.config_watch import SafetyConfig
+from jrlhf.config import CanaryConfig, Config, ConfigError, LoRAConfig, ModelConfig, to_yaml
+from jrlhf.config.rewards import FunctionRuleConfig, RewardsConfig
+from jrlhf.config.tools import ExportConfig, ReportConfig
+from jrlhf.config.watch import SafetyConfig
+from jrlhf.runs.folder import StageName, open_stage
+from jrlhf.runs.origin import file_input
+from jrlhf.runs.origin_check import check_origin
 from jrlhf.stages.export import run_export
 from jrlhf.stages.inputs import PPOInputs, stage_inputs
-from jrlhf.stages.origin import file_input
-from jrlhf.stages.origin_check import check_origin
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.report import run_report
 from jrlhf.stages.reward import run_reward
-from jrlhf.stages.run import StageName, open_stage
 from jrlhf.stages.sft import run_sft
 
 from .conftest import read_jsonl, small_config

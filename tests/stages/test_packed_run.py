@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from jrlhf.config_io import ConfigError
-from jrlhf.metrics import read_metrics
+from jrlhf.config import ConfigError
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
 

@@ -12,6 +12,7 @@ import pytest
 
 from jrlhf import assets
 from jrlhf.config import (
+    ConfigError,
     DataConfig,
     LoRAConfig,
     MeshConfig,
@@ -22,7 +23,6 @@ from jrlhf.config import (
     SamplingConfig,
     SFTConfig,
 )
-from jrlhf.config_io import ConfigError
 from jrlhf.models import CacheKind, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import Topology, parse_topology
 from jrlhf.stages.adapters import trainable

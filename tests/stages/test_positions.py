@@ -11,6 +11,7 @@ import pytest
 from jrlhf.config import (
     CanaryConfig,
     Config,
+    ConfigError,
     DataConfig,
     LogConfig,
     ModelConfig,
@@ -20,10 +21,9 @@ from jrlhf.config import (
     SamplingConfig,
     SFTConfig,
 )
-from jrlhf.config_io import ConfigError
-from jrlhf.config_rewards import RewardsConfig
-from jrlhf.config_tools import GenerateConfig, SampleConfig, ScoreConfig, VerifyConfig
-from jrlhf.config_watch import SafetyConfig
+from jrlhf.config.rewards import RewardsConfig
+from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig, VerifyConfig
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.stages.inference import run_generate, run_sample, run_score
 from jrlhf.stages.plan import run_plan
 from jrlhf.stages.ppo import run_ppo

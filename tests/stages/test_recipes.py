@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jrlhf.config import Config
-from jrlhf.config_io import load_config
+from jrlhf.config import Config, load_config
 from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_params, decoder_fns
-from jrlhf.models.names import RULES
+from jrlhf.models.hf.names import RULES
 from jrlhf.parallel import make_mesh, tree_shardings
 from jrlhf.stages.actors import Actors
 from jrlhf.stages.batches import device_share, gradient_slices

@@ -11,8 +11,8 @@ import pytest
 from bokeh.models import HoverTool
 from rich.console import Console
 
-from jrlhf.config_io import ConfigError
-from jrlhf.config_tools import ReportConfig
+from jrlhf.config import ConfigError
+from jrlhf.config.tools import ReportConfig
 from jrlhf.stages.report import figures, print_summary, run_report, write_report
 from jrlhf.stages.report.charts import MOST_POINTS, line_chart, thin
 

@@ -11,7 +11,7 @@ import pytest
 from jrlhf import assets
 from jrlhf.cli import main
 from jrlhf.config import Config, LoRAConfig, ModelConfig, PlanConfig
-from jrlhf.config_tools import ExportConfig
+from jrlhf.config.tools import ExportConfig
 from jrlhf.data import load_tokenizer
 from jrlhf.models import (
     RewardModel,

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from jrlhf import assets
-from jrlhf.config import Config, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
-from jrlhf.config_check import ConfigError, check
-from jrlhf.config_rewards import (
+from jrlhf.config import Config, ConfigError, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig, check
+from jrlhf.config.rewards import (
     AnswerRuleConfig,
     BannedRuleConfig,
     EndpointRuleConfig,
@@ -31,9 +30,9 @@ from jrlhf.config_rewards import (
     StopRuleConfig,
 )
 from jrlhf.data import DataError, load_tokenizer
-from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rules import EndpointError, Episode
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo, ppo_iteration, rewards, rules
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.run import planned_site

@@ -23,9 +23,9 @@ from jrlhf.config import (
     PPOConfig,
     SamplingConfig,
     SFTConfig,
+    to_yaml,
 )
-from jrlhf.config_io import to_yaml
-from jrlhf.config_rewards import JSONRuleConfig, RequiredRuleConfig, RewardsConfig
+from jrlhf.config.rewards import JSONRuleConfig, RequiredRuleConfig, RewardsConfig
 from jrlhf.rules import same_number
 
 from .conftest import read_jsonl

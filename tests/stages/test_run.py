@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
-from jrlhf.checkpoint import FORMAT, CheckpointError
-from jrlhf.config import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig, SFTConfig
-from jrlhf.config_io import ConfigError, apply_flags
-from jrlhf.config_tools import ExportConfig
-from jrlhf.manifest import write_manifest
+from jrlhf.config import CheckpointConfig, Config, ConfigError, DataConfig, LogConfig, ModelConfig, SFTConfig
+from jrlhf.config.files import apply_flags
+from jrlhf.config.tools import ExportConfig
+from jrlhf.runs.checkpoints import FORMAT, CheckpointError
+from jrlhf.runs.folder import StageName, model_source, open_stage, read_summary
+from jrlhf.runs.manifest import write_manifest
 from jrlhf.stages.export import run_export
-from jrlhf.stages.run import StageName, model_source, open_stage, read_summary
 from jrlhf.stages.sft import run_sft
 
 

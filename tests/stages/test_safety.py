@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from jrlhf.config import Config, DataConfig
-from jrlhf.config_check import ConfigError, check
-from jrlhf.config_rewards import JSONRuleConfig, RewardsConfig
-from jrlhf.config_watch import SafetyConfig
+from jrlhf.config import Config, ConfigError, DataConfig, check
+from jrlhf.config.gates import GatesFailed
+from jrlhf.config.rewards import JSONRuleConfig, RewardsConfig
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.data import DataError
-from jrlhf.gates import GatesFailed
-from jrlhf.metrics import read_metrics
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.safety import refusal_rates

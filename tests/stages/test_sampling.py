@@ -11,11 +11,11 @@ import pytest
 
 from jrlhf import assets
 from jrlhf.config import ModelConfig, SamplingConfig
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.config_tools import GenerateConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.config.tools import GenerateConfig
 from jrlhf.models import CacheKind, load_pretrained
 from jrlhf.parallel import make_mesh, shard_batch
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import sampling
 from jrlhf.stages.inference import run_generate
 from jrlhf.stages.ppo import run_ppo

@@ -14,11 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jrlhf import assets
-from jrlhf.config import Config, DataConfig, LoRAConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import Config, ConfigError, DataConfig, LoRAConfig
 from jrlhf.data import DataError, Encoder, load_prompts
-from jrlhf.metrics import read_metrics
 from jrlhf.models import RewardModel, load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.actors import load_actors
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.sampling import jit_generate, texts_of

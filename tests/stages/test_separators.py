@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 from jrlhf.cli import main
-from jrlhf.config import Config
-from jrlhf.config_io import to_yaml
-from jrlhf.config_watch import SafetyConfig
-from jrlhf.lines import read_json_lines
+from jrlhf.config import Config, to_yaml
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.rank import read_tasks
 from jrlhf.rank.store import Decision, Store
+from jrlhf.system.lines import read_json_lines
 
 from .conftest import small_config
 

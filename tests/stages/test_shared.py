@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 
 from jrlhf.config import Config, DataConfig, LoRAConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.programs import device_bytes
 from jrlhf.stages.plan.run import planned_site

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jrlhf.config import ModelConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError, ModelConfig
 from jrlhf.parallel import make_mesh
 from jrlhf.stages.start import computed
 

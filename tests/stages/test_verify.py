@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from jrlhf.config_tools import VerifyConfig
+from jrlhf.config.tools import VerifyConfig
 from jrlhf.stages import verify
 from jrlhf.types import DecodeFns
 

@@ -11,9 +11,9 @@ from jrlhf.config import LoRAConfig, ModelConfig, PlanConfig, SamplingConfig
 from jrlhf.core import partition
 from jrlhf.models import ArchConfig, ModelKind, Pretrained, abstract_pretrained, is_trained, placed
 from jrlhf.parallel import Rules, Topology, batch_sharding, jit_moving, replicated, tree_shardings
+from jrlhf.runs.folder import model_source
 from jrlhf.stages.adapters import with_adapters
 from jrlhf.stages.plan.programs import Program
-from jrlhf.stages.run import model_source
 from jrlhf.stages.sampling import jit_sampler
 from jrlhf.stages.start import computed, first_state
 from jrlhf.types import Params, SFTBatch, TrainState

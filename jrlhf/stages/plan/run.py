@@ -7,17 +7,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jrlhf.config import PlanConfig
-from jrlhf.config_io import ConfigError
+from jrlhf.config import ConfigError, PlanConfig
 from jrlhf.parallel import make_mesh, parse_topology
+from jrlhf.runs.folder import write_json
 from jrlhf.stages.plan.parts import Site, Sized, StagePlan
 from jrlhf.stages.plan.ppo import ppo_stage
 from jrlhf.stages.plan.programs import Figures, device_bytes, measured
 from jrlhf.stages.plan.report import print_plan
 from jrlhf.stages.plan.reward import reward_stage
 from jrlhf.stages.plan.sft import sft_stage
-from jrlhf.stages.run import write_json
-from jrlhf.terminal import show_all_characters
+from jrlhf.system.terminal import show_all_characters
 
 KEPT_BACK = 0.1
 """Of a device's memory: for the runtime, for programs, for what lies between arrays."""

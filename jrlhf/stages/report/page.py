@@ -10,9 +10,9 @@ from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.resources import Resources
 
-from jrlhf.config_io import ConfigError, diff_configs, load_config
-from jrlhf.config_tools import ReportConfig
-from jrlhf.lines import write_text
+from jrlhf.config import ConfigError, load_config
+from jrlhf.config.files import diff_configs
+from jrlhf.config.tools import ReportConfig
 from jrlhf.stages.report.charts import (
     CHARTS,
     calibration_chart,
@@ -23,6 +23,7 @@ from jrlhf.stages.report.charts import (
 from jrlhf.stages.report.record import Record, read_run
 from jrlhf.stages.report.style import STYLE
 from jrlhf.stages.report.table import STAGES, figures, show
+from jrlhf.system.lines import write_text
 
 SAMPLES = 20
 TEXTS = ("prompt", "completion")

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jrlhf.config_io import ConfigError
-from jrlhf.lines import read_whole_json_lines
-from jrlhf.metrics import read_metrics
+from jrlhf.config import ConfigError
+from jrlhf.runs.metrics import read_metrics
+from jrlhf.system.lines import read_whole_json_lines
 
 STAGES = ("sft", "reward", "ppo")
 Points = list[tuple[float, float]]
