@@ -37,7 +37,7 @@ def test_every_supported_python_has_its_file() -> None:
 def test_a_line_is_a_name_and_a_version(name: str) -> None:
     lines = (ROOT / "constraints" / name).read_text(encoding="utf-8").splitlines()
     comments = [line for line in lines if line.startswith("#")]
-    assert f"pip install -c constraints/{name} jrlhf" in "\n".join(comments)
+    assert f"pip install -c constraints/{name} -e ." in "\n".join(comments)
     assert not any("://" in line or "--" in line or "@" in line for line in lines)
     rest = lines[len(comments) :]
     assert [line for line in rest if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*==[0-9][0-9a-z.]*", line)] == []
