@@ -1,6 +1,7 @@
 """What the plans of all stages are made of: shapes with shardings where a run has arrays."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jrlhf.config import LoRAConfig, ModelConfig, PlanConfig, SamplingConfig
 from jrlhf.core import partition
 from jrlhf.models import ArchConfig, ModelKind, Pretrained, abstract_pretrained, is_trained, placed
 from jrlhf.parallel import Rules, Topology, batch_sharding, jit_moving, replicated, tree_shardings
-from jrlhf.plan.programs import Program
+from jrlhf.plan.programs import Figures, Program
 from jrlhf.rollout.sampling import jit_sampler
 from jrlhf.runs.folder import model_source
 from jrlhf.train.lora import with_adapters
@@ -69,6 +70,32 @@ class Sized(NamedTuple):
     dtype: str
     build: Callable[[int], StagePlan]
     """The stage by such rows; of slices it has as many as the config asks for."""
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """What one stage takes; bytes are a device's."""
+
+    name: str
+    batch_key: str
+    batch: int
+    held: dict[str, float]
+    cache: float
+    temporaries: float
+    """Of the program with the highest peak: activations, gradients, the cache."""
+    peak: float
+    peak_in: str
+    flops: float
+    """Of a step (PPO: an iteration), of all devices."""
+    sent: dict[str, float]
+    """By a device in a step, by mesh axes."""
+    seconds: float | None
+    memory: float | None
+    """That may be used; None: nothing is known of the devices' memory."""
+    fits: bool | None
+    fitting_batch: int | None
+    """The largest batch that fits, read in as many slices; 0: not even a row a device."""
+    programs: list[Figures]
 
 
 def planned_model(

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jrlhf.config import ConfigError, PlanConfig
 from jrlhf.parallel import make_mesh, parse_topology
-from jrlhf.plan.parts import Site, Sized, StagePlan
+from jrlhf.plan.parts import Site, Sized, StageFigures, StagePlan
 from jrlhf.plan.ppo import ppo_stage
 from jrlhf.plan.programs import Figures, device_bytes, measured
 from jrlhf.plan.reward import reward_stage
@@ -23,32 +23,6 @@ KEPT_BACK = 0.1
 
 MOST = 64
 """Times the config's rows that a fitting batch is looked for."""
-
-
-@dataclass(frozen=True)
-class StageFigures:
-    """What one stage takes; bytes are a device's."""
-
-    name: str
-    batch_key: str
-    batch: int
-    held: dict[str, float]
-    cache: float
-    temporaries: float
-    """Of the program with the highest peak: activations, gradients, the cache."""
-    peak: float
-    peak_in: str
-    flops: float
-    """Of a step (PPO: an iteration), of all devices."""
-    sent: dict[str, float]
-    """By a device in a step, by mesh axes."""
-    seconds: float | None
-    memory: float | None
-    """That may be used; None: nothing is known of the devices' memory."""
-    fits: bool | None
-    fitting_batch: int | None
-    """The largest batch that fits, read in as many slices; 0: not even a row a device."""
-    programs: list[Figures]
 
 
 def run_plan(config: PlanConfig) -> list[StageFigures]:

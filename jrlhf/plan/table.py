@@ -1,16 +1,12 @@
 """What ``jrlhf plan`` prints."""
 
 import math
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from jrlhf.plan.parts import Site
+from jrlhf.plan.parts import Site, StageFigures
 from jrlhf.plan.programs import ACHIEVED
-
-if TYPE_CHECKING:
-    from jrlhf.plan.run import StageFigures
 
 GB = 1e9
 HELD = {
@@ -21,7 +17,7 @@ HELD = {
 }
 
 
-def print_plan(stages: list["StageFigures"], site: Site) -> None:
+def print_plan(stages: list[StageFigures], site: Site) -> None:
     """A column a stage, then a row a program, then what it all rests on."""
     console = Console(highlight=False)
     mesh = ", ".join(f"{axis} {size}" for axis, size in site.mesh.shape.items())
@@ -32,7 +28,7 @@ def print_plan(stages: list["StageFigures"], site: Site) -> None:
         console.print(line)
 
 
-def stage_table(stages: list["StageFigures"]) -> Table:
+def stage_table(stages: list[StageFigures]) -> Table:
     table = Table("GB a device", *(stage.name for stage in stages))
 
     def row(name: str, *cells: str) -> None:
@@ -55,7 +51,7 @@ def stage_table(stages: list["StageFigures"]) -> Table:
     return table
 
 
-def program_table(stages: list["StageFigures"]) -> Table:
+def program_table(stages: list[StageFigures]) -> Table:
     table = Table("program", "peak", "temporaries", "sent", "PFLOPs", "seconds")
     for stage in stages:
         for program in stage.programs:
@@ -76,13 +72,13 @@ def gigabytes(size: float | None, empty: str = "0") -> str:
     return f"{size / GB:,.3g}" if size else empty
 
 
-def verdict(stage: "StageFigures") -> str:
+def verdict(stage: StageFigures) -> str:
     if stage.fits is None:
         return "unknown"
     return "[green]yes[/]" if stage.fits else "[red]no[/]"
 
 
-def fitting(stage: "StageFigures") -> str:
+def fitting(stage: StageFigures) -> str:
     if stage.fitting_batch is None:
         return "unknown"
     return f"{stage.fitting_batch:,}" if stage.fitting_batch else "none"

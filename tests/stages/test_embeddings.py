@@ -16,8 +16,7 @@ from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
 from jrlhf.tools.inference import run_generate, run_sample, run_score
 from jrlhf.tools.verify import run_verify
-
-from .folders import byte_tokenizer, gpt2_folder
+from tests.support.folders import byte_tokenizer, gpt2_folder
 
 LAST = "\u00ad"
 """Its second byte is the tokenizer's last token, which the models here have no embedding for."""

@@ -23,10 +23,9 @@ from jrlhf.rollout.sampling import jit_generate, texts_of
 from jrlhf.rollout.scores import learned_scorer
 from jrlhf.tools.inference import run_score
 from jrlhf.train.start import mesh_of
-from tests.models.checkpoints import SIZES, write_checkpoint
-
-from .conftest import read_jsonl
-from .folders import CHATML, byte_tokenizer
+from tests.support.checkpoints import SIZES, write_checkpoint
+from tests.support.folders import CHATML, byte_tokenizer
+from tests.support.runs import read_jsonl
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

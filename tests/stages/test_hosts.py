@@ -20,9 +20,9 @@ from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.sft import run_sft
 from jrlhf.types import SFTBatch
-from tests.parallel.processes import JRLHF, ROOT, WORKER, by_slurm, by_variables, running
-from tests.parallel.worker import leaves, open_checkpoints, restored, sft_state
-from tests.stages.conftest import small_config
+from tests.support.processes import JRLHF, ROOT, WORKER, by_slurm, by_variables, running
+from tests.support.runs import small_config
+from tests.support.worker import leaves, open_checkpoints, restored, sft_state
 
 TIMING = ("time", "per_second", "seconds", "share/", "perf/", "compile/", "bandwidth")
 

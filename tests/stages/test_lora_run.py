@@ -17,8 +17,7 @@ from jrlhf.stages import ppo, sft
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.sft import run_sft
 from jrlhf.tools.export import run_export
-
-from .conftest import small_config
+from tests.support.runs import small_config
 
 LORA = LoRAConfig(rank=4, alpha=8.0, targets="q_proj|v_proj|mlp")
 

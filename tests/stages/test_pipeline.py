@@ -32,8 +32,7 @@ from jrlhf.stages.sft import run_sft
 from jrlhf.tools.export import run_export
 from jrlhf.tools.inference import run_generate, run_sample, run_score
 from jrlhf.train.signals import Interrupted
-
-from .conftest import read_jsonl, small_config
+from tests.support.runs import read_jsonl, small_config
 
 Finished = tuple[Config, dict[str, Any]]
 

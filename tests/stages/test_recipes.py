@@ -18,8 +18,9 @@ from jrlhf.steps import make_reward_step, make_sft_step
 from jrlhf.train.batches import device_share, gradient_slices
 from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
+from tests.support import ROOT
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 LLAMA3 = Rope("llama3", 5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 SHARED = {"norm_eps": 1e-5, "activation": "silu", "tie_embeddings": True} | dict.fromkeys(
     ("qkv_bias", "attention_out_bias", "mlp_bias"), False

@@ -25,8 +25,7 @@ from jrlhf.plan.reward import reward_stage
 from jrlhf.plan.run import planned_site
 from jrlhf.stages.reward import run_reward
 from jrlhf.tools.export import run_export
-
-from .conftest import small_config
+from tests.support.runs import small_config
 
 MODEL = "asset:stories260k"
 
