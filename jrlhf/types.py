@@ -34,16 +34,11 @@ class ApplyFn(Protocol):
 
 @runtime_checkable
 class LogprobFn(Protocol):
-    """``(logprobs, entropy)`` of every token under ``softmax(logits / temperature)``, aligned to ``tokens``."""
+    """``(logprobs, entropy)`` of every token under ``softmax(logits / temperature)``, aligned to ``tokens``.
 
-    def __call__(
-        self, params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /, *, temperature: float
-    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]: ...
-
-
-@runtime_checkable
-class SelectiveLogprobFn(Protocol):
-    """A ``LogprobFn`` that may leave out what is not ``wanted``: there any number will do, and nothing is computed."""
+    Only the numbers at ``where`` are read: elsewhere any number will do, so a model may save the work, or ignore the
+    mask. None means everywhere. ``jrlhf.core.from_logits`` makes one of any model that returns logits.
+    """
 
     def __call__(
         self,
@@ -53,7 +48,7 @@ class SelectiveLogprobFn(Protocol):
         /,
         *,
         temperature: float,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]: ...
 
 
@@ -66,7 +61,7 @@ class ScoreFn(Protocol):
 
 @runtime_checkable
 class ActorCriticFn(Protocol):
-    """A ``SelectiveLogprobFn`` and a ``ScoreFn`` at once: ``(logprobs, entropy, scores)``."""
+    """A ``LogprobFn`` and a ``ScoreFn`` in one forward pass: ``(logprobs, entropy, scores)``."""
 
     def __call__(
         self,
@@ -76,7 +71,7 @@ class ActorCriticFn(Protocol):
         /,
         *,
         temperature: float,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]: ...
 
 

@@ -16,7 +16,7 @@ from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_sum
 from jrlhf.stages.performance import phase_rates, rates
 from jrlhf.stages.positions import Positions
 from jrlhf.stages.ppo_eval import judged, make_evaluator
-from jrlhf.stages.ppo_iteration import episode_slices, make_iteration
+from jrlhf.stages.ppo_iteration import episode_slices, make_iteration, networks_of
 from jrlhf.stages.rewards import make_rewards
 from jrlhf.stages.rules import make_rules
 from jrlhf.stages.run import open_stage, pass_gates, write_json
@@ -24,7 +24,7 @@ from jrlhf.stages.safety import make_safety
 from jrlhf.stages.sampling import jit_generate
 from jrlhf.stages.start import JittedStep, mesh_of, start_training
 from jrlhf.stages.window import Rate
-from jrlhf.steps import make_ppo_step
+from jrlhf.steps import PPOSettings, make_ppo_step
 
 SHOWN = ("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second")
 
@@ -132,24 +132,20 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
 def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, *, accumulation: int) -> JittedStep:
     """``make_ppo_step`` with a config's settings: 0 is off there, None here."""
-    return make_ppo_step(
-        actors.policy.logprob_fn,
-        actors.value.score_fn,
-        tx,
+    settings = PPOSettings(
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,
-        accumulation=accumulation,
-        drop_padding=actors.packable,
         temperature=ppo.sampling.temperature,
         clip=ppo.clip,
-        dual_clip=ppo.dual_clip or None,
         value_clip=ppo.value_clip,
         value_coef=ppo.value_coef,
         entropy_coef=ppo.entropy_coef,
+        dual_clip=ppo.dual_clip or None,
         ptx_coef=ppo.ptx_coef,
         target_approx_kl=ppo.target_approx_kl or None,
         critic_warmup_updates=ppo.critic_warmup * ppo.epochs * ppo.minibatches,
         ema_decay=ppo.ema_decay or None,
-        selective=True,
-        actor_critic_fn=actors.policy.actor_critic_fn if actors.shared else None,
+        accumulation=accumulation,
+        drop_padding=actors.packable,
     )
+    return make_ppo_step(networks_of(actors), tx, settings)

@@ -65,7 +65,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         platform = mesh.devices.flat[0].platform
         tokens = float(batches.lengths.mean())
         slices = reading_slices(share, microbatch=sft.microbatch, tokens=tokens, platform=platform)
-        step = make_sft_step(model.logprob_fn, tx, accumulation=slices, selective=True)
+        step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
         trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
@@ -153,7 +153,7 @@ def _evaluator(
     """Held-out negative log-likelihood per token, in nats; nothing where there are no held-out rows."""
     if heldout is None:
         return lambda params: {}
-    sums = jax.jit(make_sft_eval(model.logprob_fn, selective=True))
+    sums = jax.jit(make_sft_eval(model.logprob_fn))
     rows, batch_size = heldout, device_multiple(sft.batch_size, mesh)
 
     def evaluate(params: Params) -> dict[str, float]:

@@ -84,16 +84,19 @@ def apply_gradients(
     """One optimizer update, and ``{"grad_norm", "skipped"}``.
 
     Where the loss, or the gradient's norm, is not finite, nothing moves, neither parameters nor optimizer nor ``step``,
-    and ``skipped`` is 1.
+    and ``skipped`` is 1. Frozen parameters pass through untouched.
     """
     norm = optax.tree.norm(grads)
-    sound = jnp.isfinite(norm) & jnp.isfinite(loss)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    # Frozen parameters take no part in the choice between old and new: it would copy them.
+    trained = state._replace(frozen=None)
     # Optax raises Python floats to integer counts, which strict promotion, where the caller has set it, would refuse.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    moved = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
-    return select(sound, moved, state), {"grad_norm": norm, "skipped": 1.0 - sound.astype(jnp.float32)}
+    updated = trained._replace(params=params, opt_state=opt_state, step=state.step + 1)
+    new_state = select(finite, updated, trained)._replace(frozen=state.frozen)
+    return new_state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
 
 
 def select(condition: Bool[Array, ""], when_true: Any, when_false: Any) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jrlhf.steps.ppo import shuffled_minibatches
+from jrlhf.steps.minibatches import shuffled_minibatches
 
 from .batches import KEY, all_finite, assert_close, assert_same, descend, jit, moved, rollout_batch, sft_batch
 from .test_ppo_step import ppo_step, reference_loss, start
