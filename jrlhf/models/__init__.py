@@ -11,7 +11,6 @@ from jrlhf.models.adapter_folder import (
     model_kind,
     require_kind,
 )
-from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import Decoder, KVCache, int8_cache
 from jrlhf.models.digests import file_digest, model_file_digest, model_files
@@ -44,6 +43,7 @@ from jrlhf.models.reward import (
     save_reward_model,
 )
 from jrlhf.models.rounding import round_to_stored
+from jrlhf.models.wrap import from_equinox, from_linen, from_nnx
 
 __all__ = [
     "RULES",
@@ -100,5 +100,4 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
     "save_reward_model",
-    "uncached_decode_fns",
 ]

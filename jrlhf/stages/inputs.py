@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jrlhf.config import Config, Sources
 from jrlhf.data import (
@@ -16,6 +16,7 @@ from jrlhf.data import (
     RankingRows,
     SFTRows,
     TextRows,
+    Tokenizer,
     load_prompts,
     load_rankings,
     load_sft,
@@ -52,7 +53,7 @@ class StageInputs(ABC):
         """The folder or hub id of the model that is trained."""
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer of that model."""
         return load_tokenizer(self.source)
 

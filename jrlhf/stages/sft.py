@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, SFTConfig
 from jrlhf.config_io import to_yaml
 from jrlhf.core import combine
-from jrlhf.data import Order, PromptRows, SFTRows, pack_sft
+from jrlhf.data import Order, PromptRows, SFTRows, Tokenizer, pack_sft
 from jrlhf.lines import json_line, write_text
 from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
@@ -171,7 +171,7 @@ def _evaluator(
 def _sample_writer(
     sft: SFTConfig,
     generate: GenerateFn,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: PromptRows | None,
     folder: Path,
     *,
@@ -209,7 +209,7 @@ def _write_candidates(
     prompts: PromptRows,
     generate: GenerateFn,
     params: Params,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     folder: Path,
     mesh: Mesh,
 ) -> None:

@@ -13,7 +13,7 @@ from jrlhf.types import Metrics, Params, TrainState
 
 
 class Sums(NamedTuple):
-    """What a slice contributes. ``total`` is already divided by the count of the *whole* batch, so slices add up."""
+    """The figures of one slice. ``total`` is already divided by the count of the *whole* batch, so slices add up."""
 
     total: Metrics
     maximum: Metrics
@@ -38,7 +38,7 @@ def split_rows(batch: Any, parts: int) -> Any:
 
 
 def no_sums(shapes: Sums) -> Sums:
-    """What the first slice is added to, in the given shapes."""
+    """The neutral element of adding slices up: zeros and -inf in the given shapes."""
     return Sums(
         jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.total),
         jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), shapes.maximum),
@@ -57,7 +57,7 @@ def accumulate_gradients(
     """Σ over slices of ∇ loss_fn(params, slice), and of what it reports; ``frozen`` completes ``params``.
 
     ``loss_fn`` returns Σ loss / N over its slice, N being the count of the whole batch: then N, and with it the loss,
-    is the same for any number of slices, any padding and any sharding. ``used``: slices from here on are left out.
+    is the same for any number of slices, any padding and any sharding. Only the first ``used`` slices are computed.
     """
     # Jitted, so that it is traced once for its shapes and for the loop.
     gradient = jax.jit(jax.value_and_grad(lambda trained, part: loss_fn(combine(trained, frozen), part), has_aux=True))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from jrlhf.core import (
     KLEstimator,
@@ -31,7 +31,7 @@ def make_experience(
     missing_eos_penalty: float,
     whiten_rewards: bool,
     from_sampler: bool = False,
-) -> Callable[[Params, Params, Params, Generation, Float[Array, "B"], Float[Array, ""]], Rollout]:
+) -> Callable[[Params, Params, Params, Generation, Real[Array, "B"], Float[Array, ""]], Rollout]:
     """A pure function ``(policy, ref, value params, generation, scores, kl_coef) -> Rollout``.
 
     It is ``make_readings`` followed by ``make_targets``, which say what the settings do. A caller that waits for scores
@@ -51,7 +51,7 @@ def make_experience(
         reference: Params,
         value: Params,
         generation: Generation,
-        scores: Float[Array, "B"],
+        scores: Real[Array, "B"],
         kl_coef: Float[Array, ""],
     ) -> Rollout:
         return targets(generation, read(policy, reference, value, generation), scores, kl_coef)
@@ -91,7 +91,7 @@ def make_readings(
 
 def make_targets(
     *, gamma: float, lam: float, kl_estimator: KLEstimator, missing_eos_penalty: float, whiten_rewards: bool
-) -> Callable[[Generation, Readings, Float[Array, "B"], Float[Array, ""]], Rollout]:
+) -> Callable[[Generation, Readings, Real[Array, "B"], Float[Array, ""]], Rollout]:
     """A pure function ``(generation, readings, scores, kl_coef) -> Rollout``.
 
     ``missing_eos_penalty`` is taken from the score of a response that no stop token ended.
@@ -100,7 +100,7 @@ def make_targets(
     """
 
     def targets(
-        generation: Generation, readings: Readings, scores: Float[Array, "B"], kl_coef: Float[Array, ""]
+        generation: Generation, readings: Readings, scores: Real[Array, "B"], kl_coef: Float[Array, ""]
     ) -> Rollout:
         response, scores = generation.response_mask, scores.astype(jnp.float32)
         kl = kl_penalty(readings.logprobs, readings.ref_logprobs, estimator=kl_estimator)
@@ -129,7 +129,7 @@ def make_targets(
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """What a rollout says before anything is trained on it. KL, entropy and lengths count response tokens only.
+    """Figures of a rollout before anything is trained on it. KL, entropy and lengths count response tokens only.
 
     A row without a response is in no figure.
     """
@@ -163,12 +163,12 @@ def repetition(tokens: Int[Array, "B T"], response: Bool[Array, "B T"]) -> Float
 
     Of "a b c a b c" four tokens end a run of three, and the last of them (a b c) one that was there before: 1/4.
     """
-    back = jnp.stack([jnp.roll(tokens, by, axis=1) for by in range(3)])
-    whole = response & jnp.roll(response, 1, axis=1) & jnp.roll(response, 2, axis=1)
-    whole = whole & (jnp.arange(tokens.shape[1]) >= 2)[None]
-    same = jnp.all(back[:, :, :, None] == back[:, :, None, :], axis=0) & whole[:, None, :]
-    before = jnp.any(same & jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None], axis=-1)
-    return masked_mean(before.astype(jnp.float32), whole)
+    shifts = jnp.stack([jnp.roll(tokens, by, axis=1) for by in range(3)])
+    run_ends = response & jnp.roll(response, 1, axis=1) & jnp.roll(response, 2, axis=1)
+    run_ends = run_ends & (jnp.arange(tokens.shape[1]) >= 2)[None]
+    same = jnp.all(shifts[:, :, :, None] == shifts[:, :, None, :], axis=0) & run_ends[:, None, :]
+    repeats = jnp.any(same & jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None], axis=-1)
+    return masked_mean(repeats.astype(jnp.float32), run_ends)
 
 
 def _centred(x: Float[Array, "*S"], mask: Array) -> Float[Array, "*S"]:

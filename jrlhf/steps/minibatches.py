@@ -89,7 +89,7 @@ def shuffled_minibatches(rollout: Rollout, key: Key, *, epochs: int, minibatches
 
 
 def packed_minibatch(episodes: Rollout, *, slices: int) -> tuple[Rollout, Int[Array, ""]]:
-    """What the loss reads of the episodes, in fewer rows, and how many of ``slices`` hold any."""
+    """The episodes' arrays that a loss reads, packed into fewer rows, and how many of ``slices`` hold any token."""
     layout = packed_layout(episodes.mask, slices=slices)
     packed = episodes._replace(
         tokens=layout.pack(episodes.tokens),

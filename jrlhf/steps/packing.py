@@ -16,7 +16,7 @@ PerToken = Callable[..., Any]
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a batch ``[B, T]`` stand when its sequences are packed into as few of its rows as will do."""
+    """Places of the tokens of a batch ``[B, T]`` whose sequences are packed into as few of its rows as possible."""
 
     source: Int[Array, "B T"]
     """For each place the index of its token in the flattened batch; B · T where there is none."""

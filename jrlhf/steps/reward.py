@@ -31,7 +31,7 @@ def score_completions(score_fn: ScoreFn, params: Params, batch: RankingBatch) ->
 
 
 class Rankings(NamedTuple):
-    """What people said of ``N`` prompts, however their completions are laid out."""
+    """Human rankings of ``N`` prompts, one row a prompt, however the completions' tokens are laid out."""
 
     ranks: Int[Array, "N K"]
     valid: Bool[Array, "N K"]
@@ -39,7 +39,7 @@ class Rankings(NamedTuple):
 
 
 def rankings_of(batch: AnyRankingBatch) -> Rankings:
-    """One row a prompt."""
+    """The rankings of a batch, one row a prompt."""
     if isinstance(batch, RankingBatch):
         return Rankings(batch.ranks, batch.valid, batch.margin)
     completions = batch.ranks.shape[-1]
@@ -49,7 +49,7 @@ def rankings_of(batch: AnyRankingBatch) -> Rankings:
 
 
 def score_rankings(score_fn: ScoreFn, params: Params, batch: AnyRankingBatch) -> Float[Array, "N K"]:
-    """The scores of every prompt's completions; of one that is not valid, anything finite."""
+    """The scores of every prompt's completions; anything finite for a completion that is not valid."""
     if isinstance(batch, RankingBatch):
         return score_completions(score_fn, params, batch)
     rows, _, completions = batch.ends.shape
@@ -89,7 +89,7 @@ def make_reward_step(
 
 
 def pair_sums(scores: Float[Array, "N K"], rankings: Rankings) -> tuple[jax.Array, jax.Array]:
-    """Over the strictly ordered pairs: how many are scored in the right order, and Σ (s_better - s_worse)."""
+    """Number of strictly ordered pairs that are scored in the right order, and Σ (s_better - s_worse) over all."""
     pairs = ordered_pairs(rankings.ranks, rankings.valid)
     difference = scores[:, :, None] - scores[:, None, :]
     correct = jnp.sum(pairs & (difference > 0.0), dtype=jnp.float32)

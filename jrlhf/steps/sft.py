@@ -13,7 +13,7 @@ from jrlhf.types import Key, LogprobFn, Metrics, Params, SFTBatch, TrainState
 
 
 def trained_tokens(batch: SFTBatch) -> jax.Array:
-    """The tokens that count: in the loss mask, real, and with a real token before them."""
+    """Mask of the tokens that the loss counts: in the loss mask, real, and with a real token before them."""
     return batch.loss_mask & predictable(batch.mask)
 
 
