@@ -13,7 +13,8 @@ from jrlhf.data.chat import UNSTOPPED, ChatTemplate, Turn
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import Answered, last_assistant
 from jrlhf.data.messages import Content, Message, Tools, is_learnt
-from jrlhf.data.tokenizer import Tokenizer, end_of_turn
+from jrlhf.data.protocol import Tokenizer
+from jrlhf.data.tokenizer import end_of_turn
 from jrlhf.data.vocabulary import check_ids
 
 # A piece of text is tokenised behind one of these where the tokenizer treats the start of a text in its own way.

@@ -13,7 +13,8 @@ from jrlhf.config import DataConfig
 from jrlhf.data.errors import BadRow, DataError, LeftOut, Placed, Row
 from jrlhf.data.formats import parse_prompt
 from jrlhf.data.kinds import CUT, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
-from jrlhf.data.tokenizer import Tokenizer, stop_token_ids
+from jrlhf.data.protocol import Tokenizer
+from jrlhf.data.tokenizer import stop_token_ids
 
 KindName = Literal["sft", "reward", "prompts"]
 UNCUT = 2**31 - 1

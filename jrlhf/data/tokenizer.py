@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.data.errors import DataError
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.tokenizer_errors import failure_reason, unreadable_sentencepiece
 from jrlhf.data.vocabulary import (
     check_roles,
@@ -18,9 +19,6 @@ from jrlhf.models.hf.adapter_folder import find_tokenizer
 from jrlhf.models.hf.generation import generation_eos
 
 log = logging.getLogger("jrlhf.data")
-
-Tokenizer = Any
-"""A transformers tokenizer; the library is imported only when one is loaded."""
 
 PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 NUL_BYTE = ("<0x00>", "Ā")
@@ -48,8 +46,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
-def read_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer of a folder or hub id as it is, whatever tokens it has or lacks."""
+def read_tokenizer(path: str) -> Any:
+    """The transformers tokenizer of a folder or hub id as it is: it may lack what a ``Tokenizer`` has."""
     # Only tokenizers are wanted; that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

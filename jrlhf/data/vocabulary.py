@@ -6,9 +6,9 @@ JAX reads the last row of an array where an index is beyond it, so a token witho
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from jrlhf.data.errors import DataError
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.models.hf.adapter_folder import model_folder
 from jrlhf.models.hf.folder import CONFIG, read_json
 
@@ -38,18 +38,18 @@ def embedding_rows(path: str | Path) -> int | None:
     return rows if isinstance(rows, int) and not isinstance(rows, bool) else None
 
 
-def limit_vocabulary(tokenizer: Any, rows: int | None) -> None:
+def limit_vocabulary(tokenizer: Tokenizer, rows: int | None) -> None:
     """Hold all texts of a tokenizer to the model's ``rows`` embeddings; nothing where it has no id beyond them."""
     if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
         setattr(tokenizer, _ATTRIBUTE, rows)
 
 
-def vocabulary_limit(tokenizer: Any) -> int | None:
+def vocabulary_limit(tokenizer: Tokenizer) -> int | None:
     """The number of the model's embeddings where the tokenizer has ids beyond them, else None."""
     return vars(tokenizer).get(_ATTRIBUTE)
 
 
-def check_roles(tokenizer: Any, roles: Mapping[str, int | None], *, where: str) -> None:
+def check_roles(tokenizer: Tokenizer, roles: Mapping[str, int | None], *, where: str) -> None:
     """``DataError`` for a token with a role, such as the EOS, that the model has no embedding for."""
     limit = vocabulary_limit(tokenizer)
     beyond = {
@@ -60,14 +60,14 @@ def check_roles(tokenizer: Any, roles: Mapping[str, int | None], *, where: str) 
         raise DataError(f"{where}: {named}: {_numbers(tokenizer)}; {REMEDY}")
 
 
-def check_ids(tokenizer: Any, ids: Iterable[int]) -> None:
+def check_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> None:
     """``DataError`` for a text with a token that the model has no embedding for."""
     limit = vocabulary_limit(tokenizer)
     if limit is not None and (beyond := sorted({token for token in ids if token >= limit})):
         raise DataError(f"{_spelt(tokenizer, beyond)}: {_numbers(tokenizer)}; {REMEDY}")
 
 
-def warn_of_spare_tokens(tokenizer: Any, *, where: str) -> None:
+def warn_of_spare_tokens(tokenizer: Tokenizer, *, where: str) -> None:
     """Say once which tokens no text may use: some good models have a few, which none of theirs does."""
     limit = vocabulary_limit(tokenizer)
     if limit is not None:
@@ -75,13 +75,13 @@ def warn_of_spare_tokens(tokenizer: Any, *, where: str) -> None:
         log.warning("%s: %s: %s; no text may use them", where, _spelt(tokenizer, beyond), _numbers(tokenizer))
 
 
-def _spelt(tokenizer: Any, ids: list[int]) -> str:
+def _spelt(tokenizer: Tokenizer, ids: list[int]) -> str:
     names = [f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})" for token in ids[:SHOWN]]
     others = [f"{len(ids) - SHOWN} others"] if len(ids) > SHOWN else []
     return ", ".join([*names, *others])
 
 
-def _numbers(tokenizer: Any) -> str:
+def _numbers(tokenizer: Tokenizer) -> str:
     return (
         f"beyond the model's embeddings (its vocab_size is {vocabulary_limit(tokenizer)}, the tokenizer has "
         f"{len(tokenizer)} tokens)"

@@ -16,10 +16,10 @@ from jrlhf.types import (
     ApplyFn,
     DecodeFns,
     Key,
+    LogprobFn,
     Params,
     PPOParams,
     ScoreFn,
-    SelectiveLogprobFn,
     TokenMask,
 )
 
@@ -34,7 +34,7 @@ class DecoderFns(NamedTuple):
     """What a decoder can be asked for. The first three take a language model's tree, ``score_fn`` a reward model's."""
 
     apply_fn: ApplyFn
-    logprob_fn: SelectiveLogprobFn
+    logprob_fn: LogprobFn
     decode_fns: DecodeFns
     score_fn: ScoreFn
     actor_critic_fn: ActorCriticFn
@@ -98,13 +98,13 @@ def decoder_fns(
         /,
         *,
         temperature: float,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         hidden = run(params, tokens, mask, method="hidden")
-        return of_hidden(params, hidden, tokens, temperature=temperature, wanted=wanted)
+        return of_hidden(params, hidden, tokens, temperature=temperature, where=where)
 
     def of_hidden(
-        params: Params, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float, wanted: Any
+        params: Params, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float, where: Any
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         return hidden_logprobs(
             lambda hidden: run(params, hidden, method="unembed"),
@@ -112,7 +112,7 @@ def decoder_fns(
             tokens,
             temperature=temperature,
             columns=max(1, logits_at_once * devices // (len(tokens) * arch.vocab_size)),
-            wanted=wanted,
+            wanted=where,
         )
 
     def actor_critic_fn(
@@ -122,10 +122,10 @@ def decoder_fns(
         /,
         *,
         temperature: float,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
         hidden = run(params.policy, tokens, mask, method="hidden")
-        logprobs, entropy = of_hidden(params.policy, hidden, tokens, temperature=temperature, wanted=wanted)
+        logprobs, entropy = of_hidden(params.policy, hidden, tokens, temperature=temperature, where=where)
         return logprobs, entropy, by_head(params.value["head"], hidden)
 
     decoding = DecodeFns(empty_cache, decode, prepare)

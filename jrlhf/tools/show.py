@@ -13,8 +13,8 @@ from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
 from jrlhf.data.errors import names_with_rows
 from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, look
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.sources import open_source
-from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.runs.folder import exported_folder
 from jrlhf.system.terminal import show_all_characters
 
