@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 from urllib.parse import urlsplit
 
 import regex
@@ -15,14 +14,12 @@ from jrlhf.config.rewards import (
     RewardsConfig,
     RuleConfig,
 )
+from jrlhf.config.schema_check import Check
 
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
-Rule = tuple[bool, str, Any, str]
-"""As in ``config_check``."""
 
-
-def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iterator[Rule]:
+def rewards_checks(path: str, rewards: RewardsConfig, *, value_from: str) -> Iterator[Check]:
     """Of the block, and of what it makes possible."""
     rules = weights_of(rewards)
     for name, weight in rules.items():
@@ -49,7 +46,7 @@ def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iter
         yield bool(column) and column != "prompt", f"{path}.{name}.column", column, "a column other than prompt"
 
 
-def _outside(path: str, rewards: RewardsConfig) -> Iterator[Rule]:
+def _outside(path: str, rewards: RewardsConfig) -> Iterator[Check]:
     function, endpoint = rewards.function, rewards.endpoint
     named = bool(DOTTED.fullmatch(function.path)) or not (function.weight or function.path)
     yield named, f"{path}.function.path", function.path, "module:function, as my_rewards:score"
@@ -68,13 +65,13 @@ def _here(url: str) -> bool:
         return False
 
 
-def _patterns(path: str, rule: BannedRuleConfig | RequiredRuleConfig | RefusalRuleConfig) -> Iterator[Rule]:
+def _patterns(path: str, rule: BannedRuleConfig | RequiredRuleConfig | RefusalRuleConfig) -> Iterator[Check]:
     known = isinstance(rule, RefusalRuleConfig) or bool(rule.patterns)
     yield not rule.weight or known, f"{path}.patterns", rule.patterns, "set, as the rule has a weight"
-    yield from pattern_rules(path, rule.patterns, rule.match_timeout)
+    yield from pattern_checks(path, rule.patterns, rule.match_timeout)
 
 
-def pattern_rules(path: str, patterns: tuple[str, ...], match_timeout: float) -> Iterator[Rule]:
+def pattern_checks(path: str, patterns: tuple[str, ...], match_timeout: float) -> Iterator[Check]:
     """Of expressions that are matched against answers."""
     for pattern in patterns:
         yield bool(pattern) and _compiles(pattern), f"{path}.patterns", pattern, "a regular expression"
@@ -94,6 +91,6 @@ def weights_of(rewards: RewardsConfig) -> dict[str, float]:
     return {name: part.weight for name, part in vars(rewards).items() if isinstance(part, RuleConfig)}
 
 
-def _length(path: str, rule: LengthRuleConfig) -> Iterator[Rule]:
+def _length(path: str, rule: LengthRuleConfig) -> Iterator[Check]:
     yield rule.min >= 1, f"{path}.min", rule.min, "1 or more"
     yield rule.max >= rule.min, f"{path}.max", rule.max, f"at least {path}.min ({rule.min})"

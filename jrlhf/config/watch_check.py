@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 
-from jrlhf.config.rewards_check import Rule, pattern_rules
-from jrlhf.config.schema import PPOConfig
+from jrlhf.config.rewards_check import pattern_checks
+from jrlhf.config.schema_check import Check
+from jrlhf.config.stages import PPOConfig
 from jrlhf.config.watch import GuardConfig, GuardsConfig, SafetyConfig
 
 
-def guards_rules(path: str, guards: GuardsConfig) -> Iterator[Rule]:
+def guards_checks(path: str, guards: GuardsConfig) -> Iterator[Check]:
     for name, guard in vars(guards).items():
         if isinstance(guard, GuardConfig):
             yield guard.patience >= 1, f"{path}.{name}.patience", guard.patience, "1 or more"
@@ -17,7 +18,7 @@ def guards_rules(path: str, guards: GuardsConfig) -> Iterator[Rule]:
     yield guards.rollback_beta >= 1, f"{path}.rollback_beta", guards.rollback_beta, "1 or more"
 
 
-def canary_rules(path: str, ppo: PPOConfig) -> Iterator[Rule]:
+def canary_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
     canary = ppo.canary
     yield canary.errors >= 0, f"{path}.canary.errors", canary.errors, "0 or more"
     unread = bool(canary.judge.path) and canary.action == "off"
@@ -37,7 +38,7 @@ def canary_rules(path: str, ppo: PPOConfig) -> Iterator[Rule]:
         yield saved, f"{path}.checkpoint.every", ppo.checkpoint.every, every
 
 
-def safety_rules(path: str, safety: SafetyConfig) -> Iterator[Rule]:
+def safety_checks(path: str, safety: SafetyConfig) -> Iterator[Check]:
     named = bool(safety.column) and safety.column != "prompt"
     yield named, f"{path}.column", safety.column, "a column other than prompt"
-    yield from pattern_rules(path, safety.patterns, safety.match_timeout)
+    yield from pattern_checks(path, safety.patterns, safety.match_timeout)
