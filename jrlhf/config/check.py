@@ -28,7 +28,7 @@ from jrlhf.config.watch_check import safety_checks
 
 
 def check(config: Any) -> None:
-    """ConfigError with every field whose value is out of range or does not fit another's, one a line."""
+    """Raise ConfigError with one line for each value that is out of range or conflicts with another value."""
     checks = (*_login_checks(config), *_checks(config))
     problems = [f"{path}: must be {expected}, got {value!r}" for valid, path, value, expected in checks if not valid]
     if problems:
@@ -36,7 +36,7 @@ def check(config: Any) -> None:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of every field that is no section."""
+    """Yield the dotted path and the value of every field that is not a section."""
     for field in fields(config):
         value = vars(config)[field.name]
         if is_dataclass(value):
@@ -46,7 +46,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _login_checks(config: Any) -> Iterator[Check]:
-    """A run writes its config into its folder, its checkpoints and its report: no place for a password."""
+    """Refuse passwords: a run writes its config into its folder, its checkpoints and its report."""
     for name, value in leaves(config):
         yield not LOGIN.search(str(value)), name, value, "without a user and password"
 
@@ -71,7 +71,12 @@ def _checks(config: Any) -> Iterator[Check]:
             if isinstance(config, SampleConfig):
                 yield 2 <= config.samples <= 9, "samples", config.samples, "from 2 to 9"
                 temperature = config.sampling.temperature
-                yield temperature != 0, "sampling.temperature", temperature, "above 0: without it all answers are one"
+                yield (
+                    temperature != 0,
+                    "sampling.temperature",
+                    temperature,
+                    "above 0, else all answers are the same",
+                )
             yield config.samples >= 1, "samples", config.samples, "1 or more"
             yield seed_check(config.seed)
             yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
@@ -82,9 +87,14 @@ def _checks(config: Any) -> Iterator[Check]:
             yield bool(config.host.strip()), "host", config.host, "an address"
             yield 0 <= config.port < 2**16, "port", config.port, "from 0 to 65535"
             modes = [bool(config.export), bool(config.import_from), config.report]
-            yield sum(modes) <= 1, "report", config.report, "alone: export, import_from and report are one at a time"
-            moves = bool(config.export or config.import_from)
-            yield moves or config.format == "ranking", "format", config.format, "given with export or import_from"
+            yield sum(modes) <= 1, "report", config.report, "set alone: choose one of export, import_from and report"
+            has_file = bool(config.export or config.import_from)
+            yield (
+                has_file or config.format == "ranking",
+                "format",
+                config.format,
+                "set with export or import_from",
+            )
         case ScoreConfig():
             yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
             yield config.max_length >= 1, "max_length", config.max_length, "1 or more"

@@ -23,10 +23,10 @@ Check = tuple[bool, str, Any, str]
 
 
 def run_folder_checks(name: str, path: str) -> Iterator[Check]:
-    """A run is where its name says: what another program would decode or resolve to a folder elsewhere is refused."""
+    """Refuse a path that another program would decode or resolve to a different folder."""
     yield bool(path.strip()) and "\0" not in path and "://" not in path, name, path, "a folder"
     climbs = ".." in PurePath(unquote(path)).parts
-    yield not climbs, name, path, "without '..'; a folder elsewhere has an absolute path"
+    yield not climbs, name, path, "without '..'; write an absolute path for a folder elsewhere"
 
 
 def seed_check(seed: int) -> Check:
@@ -34,14 +34,14 @@ def seed_check(seed: int) -> Check:
 
 
 def mesh_checks(path: str, mesh: MeshConfig) -> Iterator[Check]:
-    yield mesh.data >= 1 or mesh.data == -1, f"{path}.data", mesh.data, "1 or more, or -1 for all that are left"
+    yield mesh.data >= 1 or mesh.data == -1, f"{path}.data", mesh.data, "1 or more, or -1 for all remaining devices"
     yield mesh.fsdp >= 1, f"{path}.fsdp", mesh.fsdp, "1 or more"
     yield mesh.tensor >= 1, f"{path}.tensor", mesh.tensor, "1 or more"
 
 
 def distributed_checks(path: str, distributed: DistributedConfig) -> Iterator[Check]:
-    yield distributed.processes >= 0, f"{path}.processes", distributed.processes, "1 or more, or 0 (found out)"
-    yield distributed.process >= -1, f"{path}.process", distributed.process, "0 or more, or -1 (found out)"
+    yield distributed.processes >= 0, f"{path}.processes", distributed.processes, "1 or more, or 0 (from the launcher)"
+    yield distributed.process >= -1, f"{path}.process", distributed.process, "0 or more, or -1 (from the launcher)"
     yield distributed.start_timeout >= 1, f"{path}.start_timeout", distributed.start_timeout, "1 or more"
     yield distributed.heartbeat_timeout >= 5, f"{path}.heartbeat_timeout", distributed.heartbeat_timeout, "5 or more"
     yield distributed.stall_timeout >= 1, f"{path}.stall_timeout", distributed.stall_timeout, "1 or more"
@@ -49,7 +49,7 @@ def distributed_checks(path: str, distributed: DistributedConfig) -> Iterator[Ch
 
 def optim_checks(path: str, optim: OptimConfig) -> Iterator[Check]:
     yield optim.lr >= 0, f"{path}.lr", optim.lr, "0 or more"
-    yield 0 <= optim.warmup <= 1, f"{path}.warmup", optim.warmup, "a share of the updates, from 0 to 1"
+    yield 0 <= optim.warmup <= 1, f"{path}.warmup", optim.warmup, "a fraction of the updates, from 0 to 1"
     yield 0 <= optim.b1 < 1, f"{path}.b1", optim.b1, "from 0 to below 1"
     yield 0 <= optim.b2 < 1, f"{path}.b2", optim.b2, "from 0 to below 1"
     yield optim.eps > 0, f"{path}.eps", optim.eps, "above 0"
@@ -89,7 +89,7 @@ def sampling_checks(path: str, sampling: SamplingConfig) -> Iterator[Check]:
 
 def batch_checks(path: str, rows: int, microbatch: int) -> Iterator[Check]:
     yield rows >= 1, f"{path}.batch_size", rows, "1 or more"
-    yield microbatch >= 0, f"{path}.microbatch", microbatch, "0 (all) or more"
+    yield microbatch >= 0, f"{path}.microbatch", microbatch, "0 (automatic) or more"
 
 
 def packing_checks(path: str, pack_length: int, max_length: int) -> Iterator[Check]:
@@ -113,4 +113,4 @@ def _is_regex(pattern: str) -> bool:
 
 def gate_checks(path: str, gates: tuple[str, ...], heldout: str, source: str) -> Iterator[Check]:
     yield all(map(is_gate, gates)), path, gates, FORM
-    yield bool(heldout) or not gates, source, heldout, f"set, as {path} are bounds on held-out figures"
+    yield bool(heldout) or not gates, source, heldout, f"set, because {path} are bounds on held-out figures"

@@ -71,7 +71,7 @@ def ppo_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
 
 
 def _ppo_sampling_checks(path: str, sampling: SamplingConfig) -> Iterator[Check]:
-    same = "as the update uses the same distribution as the sampler"
+    same = "because the update uses the distribution of the sampler"
     yield from sampling_checks(path, sampling)
     yield sampling.temperature != 0, f"{path}.temperature", sampling.temperature, f"above 0, {same}"
     yield sampling.top_k == 0, f"{path}.top_k", sampling.top_k, f"0 (off), {same}"
@@ -82,13 +82,13 @@ def _ppo_batch_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
     yield ppo.iterations >= 1, f"{path}.iterations", ppo.iterations, "1 or more"
     yield ppo.episodes >= 1, f"{path}.episodes", ppo.episodes, "1 or more"
     yield ppo.rollout_parts >= 1, f"{path}.rollout_parts", ppo.rollout_parts, "1 or more"
-    whole = ppo.rollout_parts < 1 or ppo.episodes % ppo.rollout_parts == 0
-    yield whole, f"{path}.rollout_parts", ppo.rollout_parts, f"a divisor of {path}.episodes ({ppo.episodes})"
+    divides = ppo.rollout_parts < 1 or ppo.episodes % ppo.rollout_parts == 0
+    yield divides, f"{path}.rollout_parts", ppo.rollout_parts, f"a divisor of {path}.episodes ({ppo.episodes})"
     yield ppo.epochs >= 1, f"{path}.epochs", ppo.epochs, "1 or more"
     yield ppo.minibatches >= 1, f"{path}.minibatches", ppo.minibatches, "1 or more"
     divides = ppo.minibatches < 1 or ppo.episodes % ppo.minibatches == 0
     yield divides, f"{path}.minibatches", ppo.minibatches, f"a divisor of {path}.episodes ({ppo.episodes})"
-    yield ppo.microbatch >= 0, f"{path}.microbatch", ppo.microbatch, "0 (all) or more"
+    yield ppo.microbatch >= 0, f"{path}.microbatch", ppo.microbatch, "0 (automatic) or more"
 
 
 def _old_logprobs_check(path: str, ppo: PPOConfig) -> Check:
@@ -111,5 +111,5 @@ def _ppo_loss_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
     yield ppo.critic_warmup >= 0, f"{path}.critic_warmup", ppo.critic_warmup, "0 or more"
     yield 0 <= ppo.ema_decay < 1, f"{path}.ema_decay", ppo.ema_decay, "from 0 to below 1"
     yield ppo.ptx_coef >= 0, f"{path}.ptx_coef", ppo.ptx_coef, "0 or more"
-    has_text = ppo.ptx_coef <= 0 or bool(ppo.ptx.train)
-    yield has_text, f"{path}.ptx.train", ppo.ptx.train, f"set, as {path}.ptx_coef is {ppo.ptx_coef}"
+    has_rows = ppo.ptx_coef <= 0 or bool(ppo.ptx.train)
+    yield has_rows, f"{path}.ptx.train", ppo.ptx.train, f"set, because {path}.ptx_coef is {ppo.ptx_coef}"

@@ -1,4 +1,4 @@
-"""What the values of ``ppo.guards``, ``ppo.canary`` and ``safety`` must satisfy. Imports no JAX."""
+"""Checks of ``ppo.guards``, ``ppo.canary`` and ``safety``. Imports no JAX."""
 
 from collections.abc import Iterator
 
@@ -22,23 +22,23 @@ def canary_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
     canary = ppo.canary
     yield canary.errors >= 0, f"{path}.canary.errors", canary.errors, "0 or more"
     unread = bool(canary.judge.path) and canary.action == "off"
-    off = f"empty, as {path}.canary.action is off and so nobody would ask it"
+    off = f"empty, because {path}.canary.action is off and would not use it"
     yield not unread, f"{path}.canary.judge.path", canary.judge.path, off
     if canary.action != "off":
-        why = f"as {path}.canary.action is {canary.action}"
-        yield bool(ppo.prompts.eval), f"{path}.prompts.eval", ppo.prompts.eval, f"set, {why}"
+        reason = f"because {path}.canary.action is {canary.action}"
+        yield bool(ppo.prompts.eval), f"{path}.prompts.eval", ppo.prompts.eval, f"set, {reason}"
         yield (
             ppo.checkpoint.keep_best >= 1,
             f"{path}.checkpoint.keep_best",
             ppo.checkpoint.keep_best,
-            f"1 or more, {why}",
+            f"1 or more, {reason}",
         )
         saved = ppo.log.eval_every % max(ppo.checkpoint.every, 1) == 0
-        every = f"a divisor of {path}.log.eval_every ({ppo.log.eval_every}), {why}"
+        every = f"a divisor of {path}.log.eval_every ({ppo.log.eval_every}), {reason}"
         yield saved, f"{path}.checkpoint.every", ppo.checkpoint.every, every
 
 
 def safety_checks(path: str, safety: SafetyConfig) -> Iterator[Check]:
-    named = bool(safety.column) and safety.column != "prompt"
-    yield named, f"{path}.column", safety.column, "a column other than prompt"
+    valid = bool(safety.column) and safety.column != "prompt"
+    yield valid, f"{path}.column", safety.column, "a column other than prompt"
     yield from pattern_checks(path, safety.patterns, safety.match_timeout)

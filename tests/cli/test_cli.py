@@ -44,6 +44,10 @@ PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in COMMANDS} | 
     "rank": ("jrlhf.rank.run", "run_rank"),
     "score": ("jrlhf.tools.inference", "run_score"),
     "data show": ("jrlhf.tools.show", "run_show"),
+    "export": ("jrlhf.tools.export", "run_export"),
+    "verify": ("jrlhf.tools.verify", "run_verify"),
+    "quickstart": ("jrlhf.tools.quickstart", "run_quickstart"),
+    "plan": ("jrlhf.plan", "run_plan"),
 }
 DATA = {"sft": "sft.data.train", "reward": "reward.data.train", "ppo": "ppo.prompts.train"}
 
@@ -126,7 +130,7 @@ def test_help_shows_meaning_and_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     main(["ppo", "--help"])
     out = capsys.readouterr().out
-    assert "Nats a sequence that an adaptive beta steers to" in out
+    assert "KL per sequence, in nats, that an adaptive β steers to" in out
     assert "(default: 10000)" in out
     assert "{k1,k2,k3}" in out
 
@@ -237,8 +241,8 @@ def test_a_switch_needs_no_value(stage):
         (["generate", "m", "p", "--sampling.top_p", "2"], "sampling.top_p: must be above 0 and at most 1, got 2.0"),
         (["sample", "m", "p", "--samples", "10"], "samples: must be from 2 to 9, got 10"),
         (["rank", "--port", "70000"], "port: must be from 0 to 65535, got 70000"),
-        (["rank", "--report", "--export", "a"], "report: must be alone"),
-        (["rank", "--format", "argilla"], "format: must be given with export or import_from"),
+        (["rank", "--report", "--export", "a"], "report: must be set alone"),
+        (["rank", "--format", "argilla"], "format: must be set with export or import_from"),
         (["verify", "m", "--temprature", "1"], "--temprature: unknown flag; did you mean --temperature?"),
         (["quickstart", "--preset", "ful"], "--preset: expected full or smoke, got 'ful' (a string)"),
     ],
