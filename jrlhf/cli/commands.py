@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jrlhf.cli.flags import plan_config, print_help, stage_config, tool_config
-from jrlhf.config import Config, ConfigError, PlanConfig, Sources
+from jrlhf.config import Config, ConfigError, PlanConfig, required_value, stage_section
 from jrlhf.config.gates import GatesFailed
 from jrlhf.config.tools import (
     ExportConfig,
@@ -135,57 +135,28 @@ def run(command: str, argv: Sequence[str]) -> int:
 
             run_quickstart(Path(quickstart.out), quickstart.seed, quickstart.preset)
         case _:
-            run_stage(command, stage_config(command, argv))
+            run_training(command, stage_config(command, argv))
     return OK
 
 
-def run_stage(command: str, config: Config) -> None:
+def run_training(command: str, config: Config) -> None:
     """Run one stage of the recipe, or all of them, and print where the results are."""
-    require_data(command, config)
+    if command != "pipeline" and not required_value(config, command):
+        path = f"{command}.{stage_section(config, command).required}"
+        raise ConfigError(f"{path}: must be set, in the YAML (--config) or with --{path}")
     from jrlhf.parallel import is_first, joined
+    from jrlhf.stages.pipeline import run_pipeline
+    from jrlhf.stages.run import run_stage
+    from jrlhf.stages.table import stage_named
 
     with joined(**vars(config.distributed)):
-        run_joined(command, config)
+        if command == "pipeline":
+            run_pipeline(config)
+        else:
+            run_stage(stage_named(command), config)
         folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
         if is_first():
             print(f"{command} done: {folder / 'summary.json'}")
-
-
-def require_data(command: str, config: Config) -> None:
-    """Raise ConfigError if the stage has no training data."""
-    match command:
-        case "sft":
-            require(config.sft.data.train, "sft.data.train")
-        case "reward":
-            require(config.reward.data.train, "reward.data.train")
-        case "ppo":
-            require(config.ppo.prompts.train, "ppo.prompts.train")
-
-
-def run_joined(command: str, config: Config) -> None:
-    """Run a stage or the pipeline, once the processes of the run are connected."""
-    match command:
-        case "sft":
-            from jrlhf.stages.sft import run_sft
-
-            run_sft(config)
-        case "reward":
-            from jrlhf.stages.reward import run_reward
-
-            run_reward(config)
-        case "ppo":
-            from jrlhf.stages.ppo import run_ppo
-
-            run_ppo(config)
-        case _:
-            from jrlhf.stages.pipeline import run_pipeline
-
-            run_pipeline(config)
-
-
-def require(value: Sources, path: str) -> None:
-    if not value:
-        raise ConfigError(f"{path}: must be set, in the YAML (--config) or with --{path}")
 
 
 def is_usage_error(error: Exception) -> bool:

@@ -19,16 +19,16 @@ from jrlhf.system.environment import (
 from jrlhf.system.interrupts import end_at_once, no_longer, say_at_the_end
 from jrlhf.system.terminal import complain, show_all_characters
 
-__all__ = ["COMMANDS", "early", "main"]
+__all__ = ["commands", "early", "main"]
 
 OK, USAGE = 0, 2
 
-COMMANDS = {
+RUNS = {
     "quickstart": "Run all three stages on a small model and film reviews, in minutes on a CPU.",
     "pipeline": "Run all stages of one YAML that are not done yet.",
-    "sft": "Fine-tune a model on example answers.",
-    "reward": "Train a reward model on human rankings.",
-    "ppo": "Optimise the policy on the reward under a KL penalty.",
+}
+"""Commands that run several stages, and their lines in the help."""
+TOOLS = {
     "plan": "Estimate memory, traffic and time of every stage, without its devices.",
     "generate": "Answer a file of prompts with a trained model.",
     "sample": "Sample several answers to each prompt, as tasks for people to rank.",
@@ -39,10 +39,23 @@ COMMANDS = {
     "export": "Write a run's checkpoint as a Hugging Face folder.",
     "verify": "Check the invariants of RLHF on a model, and print their figures.",
 }
-RESUMABLE = ("pipeline", "sft", "reward", "ppo", "quickstart")
-COMPUTING = (*RESUMABLE, "generate", "sample", "score", "verify")
+"""Commands that are neither a stage nor several of them."""
+COMPUTING = ("generate", "sample", "score", "verify")
 READING = (*COMPUTING, "plan", "data", "export")
-"""Commands that read models, tokenizers or rows, possibly from the hub."""
+"""Tools that read models, tokenizers or rows, possibly from the hub."""
+
+
+def commands() -> dict[str, str]:
+    """Return every command with its line in the help."""
+    # The schema is a slow import: by now a signal ends the process cleanly.
+    from jrlhf.config.stages import stage_sections
+
+    return RUNS | {name: section.about for name, section in stage_sections().items()} | TOOLS
+
+
+def trains(command: str) -> bool:
+    """Return whether a command runs a stage or several; the same command resumes it."""
+    return command in RUNS or (command not in TOOLS and command in commands())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,19 +84,19 @@ def run_command(argv: list[str]) -> int:
             print(f"jrlhf {__version__}")
             return OK
     command, *rest = argv
-    if (pair := " ".join(argv[:2])) in COMMANDS:
+    if (pair := " ".join(argv[:2])) in TOOLS:
         command, rest = pair, rest[1:]
-    if command in COMMANDS:
-        resumes = "; the same command resumes it" if command in RESUMABLE else ""
+    if command in (known := commands()):
+        resumes = "; the same command resumes it" if trains(command) else ""
         say_at_the_end(f"{command} interrupted{resumes}")
         # A slow import comes last: by now a signal ends the process cleanly.
         from jrlhf.cli.commands import run_reporting
 
-        return ended(run_reporting(command, rest, about=COMMANDS[command], resumes=resumes))
+        return ended(run_reporting(command, rest, about=known[command], resumes=resumes))
     kind = "flag" if command.startswith("-") else "command"
     from jrlhf.system.suggest import did_you_mean
 
-    complain(f"{command}: unknown {kind}{did_you_mean(command, COMMANDS)}")
+    complain(f"{command}: unknown {kind}{did_you_mean(command, known)}")
     return USAGE
 
 
@@ -91,22 +104,24 @@ def prepare_process(command: Sequence[str]) -> None:
     """Set the environment of commands that compute, before JAX is imported."""
     restart_in_utf8()
     warnings = []
-    if command and command[0] in COMPUTING:
+    name = command[0] if command and not command[0].startswith("-") else ""
+    training = bool(name) and name != "data" and trains(name)
+    if training or name in COMPUTING:
         warnings.append(keep_compiled_programs())
         set_compiler_flags()
-        if command[0] in RESUMABLE:
+        if training:
             restart_with_huge_pages()
-    if command and command[0] in READING:
+    if training or name in READING:
         warnings.append(keep_hub_files())
     if text := "; ".join(filter(None, warnings)):
         complain(text)
-    if command and command[0] == "plan":
+    if name == "plan":
         quiet_compiler()
 
 
 def overview() -> str:
     """Return the text of `jrlhf --help`."""
-    lines = "\n".join(f"  {name:<12}{summary}" for name, summary in COMMANDS.items())
+    lines = "\n".join(f"  {name:<12}{summary}" for name, summary in commands().items())
     return f"""usage: jrlhf COMMAND [--config FILE.yaml] [--FLAG VALUE ...]
 
 RLHF in JAX: SFT, a reward model from human rankings, and PPO under a KL penalty.

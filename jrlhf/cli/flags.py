@@ -4,31 +4,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
-from jrlhf.config import Config, ConfigError, PlanConfig, Sources, check, load_config
+from jrlhf.config import Config, ConfigError, PlanConfig, Sources, check, load_config, stage_sections
 from jrlhf.config.files import apply_flags, flag_types
 from jrlhf.system.suggest import did_you_mean
 
 T = TypeVar("T")
 
-STAGES = {
-    "pipeline": ("run", "seed", "accept_changes", "mesh", "distributed", "sft", "reward", "ppo"),
-    "sft": ("run", "seed", "accept_changes", "mesh", "distributed", "sft"),
-    "reward": ("run", "seed", "accept_changes", "mesh", "distributed", "reward"),
-    "ppo": ("run", "seed", "accept_changes", "mesh", "distributed", "ppo"),
-}
-"""Commands that train, and the sections of the YAML that their flags set."""
 PLAN_ONLY = ("topology", "completions", "out")
 """Fields of a plan that are not in the config of a pipeline."""
 
 
+def sections(command: str) -> tuple[str, ...]:
+    """Return the sections of the YAML that the flags of a command set: those of one stage, or of all."""
+    stages = [*stage_sections()]
+    return *(f.name for f in fields(Config) if f.name not in (*stages, "safety")), *(
+        [command] if command in stages else stages
+    )
+
+
 def stage_config(command: str, argv: Sequence[str]) -> Config:
     """Read the config of a stage: flags override the YAML, and the YAML overrides the defaults."""
-    return _under_flags(read_flags(command, argv, stage_flags(Config, STAGES[command])))
+    return _under_flags(read_flags(command, argv, stage_flags(Config, sections(command))))
 
 
 def plan_config(argv: Sequence[str]) -> PlanConfig:
     """Read the config of a plan: that of a pipeline, and the fields that only flags set."""
-    flags = read_flags("plan", argv, stage_flags(PlanConfig, (*PLAN_ONLY, *STAGES["pipeline"])))
+    flags = read_flags("plan", argv, stage_flags(PlanConfig, (*PLAN_ONLY, *sections("pipeline"))))
     own = {name: flags.pop(name) for name in PLAN_ONLY if name in flags}
     config = apply_flags(PlanConfig(**vars(_under_flags(flags))), own)
     check(config)
@@ -110,7 +111,7 @@ def print_help(command: str, cls: type, about: str) -> None:
     import tyro
 
     if issubclass(cls, Config):
-        parts = STAGES.get(command, STAGES["pipeline"])
+        parts = sections(command)
         config_help = tyro.conf.arg(help="YAML file of the run; it may hold the other stages too.", metavar="FILE.yaml")
         shown: list[Any] = [("config", Annotated[str, config_help], field(default=""))]
         for f in fields(Config):

@@ -22,7 +22,12 @@ from jrlhf.config.stages import (
     PlanConfig,
     PPOConfig,
     RewardConfig,
+    RolloutConfig,
     SFTConfig,
+    StageConfig,
+    required_value,
+    stage_section,
+    stage_sections,
 )
 
 __all__ = [
@@ -41,10 +46,15 @@ __all__ = [
     "PPOConfig",
     "PlanConfig",
     "RewardConfig",
+    "RolloutConfig",
     "SFTConfig",
     "SamplingConfig",
     "Sources",
+    "StageConfig",
     "check",
     "load_config",
+    "required_value",
+    "stage_section",
+    "stage_sections",
     "to_yaml",
 ]

@@ -1,7 +1,7 @@
 """Frozen dataclasses for each stage, a whole run and a plan, with their defaults. Imports no JAX."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from jrlhf.config.rewards import RewardsConfig
 from jrlhf.config.schema import (
@@ -20,15 +20,40 @@ from jrlhf.system.paths import PathText, WithPaths
 
 
 @dataclass(frozen=True)
-class SFTConfig(WithPaths):
-    """Supervised fine-tuning."""
+class StageConfig(WithPaths):
+    """Fields that every stage has. A section of ``Config`` with this base is a stage."""
+
+    about: ClassVar[str]
+    """Line of the stage in ``jrlhf --help``."""
+    required: ClassVar[str] = "data.train"
+    """Field that must be set, without which the stage does not run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    microbatch: int = 0
+    """Number of rows that a device processes at once; 0: its whole share of the batch, on a CPU about 1,024 tokens. The
+    update is the same."""
+    max_skipped: int = 3
+    """Number of consecutive skipped steps (loss or gradient not finite) that ends the run."""
+    gates: tuple[str, ...] = ()
+    """Bounds that held-out figures must meet, such as accuracy >= 0.6 (names of eval/*). A model that misses one is not
+    passed on, and the exit code is 3. The best of the checkpoints that meet all is exported."""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 loses nothing of the training, and takes twice the space of bfloat16.
+    source: the dtypes of the files that the model came from; every evaluation, gate and sample then uses the weights
+    rounded to them."""
+
+
+@dataclass(frozen=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning."""
+
+    about: ClassVar[str] = "Fine-tune a model on example answers."
+
+    data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How sample texts and candidates for ranking are sampled."""
     epochs: float = 1.0
@@ -38,21 +63,9 @@ class SFTConfig(WithPaths):
     pack_length: int = 0
     """Length in tokens of packed rows, each of several short rows; batch_size and microbatch then count packed rows. 0:
     no packing."""
-    microbatch: int = 0
-    """Number of rows that a device processes at once; 0: its whole share of the batch, on a CPU about 1,024 tokens. The
-    update is the same."""
-    max_skipped: int = 3
-    """Number of consecutive skipped steps (loss or gradient not finite) that ends the run."""
-    gates: tuple[str, ...] = ()
-    """Bounds that held-out figures must meet, such as accuracy >= 0.6 (names of eval/*). A model that misses one is not
-    passed on, and the exit code is 3. The best of the checkpoints that meet all is exported."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """Tokens in the loss. completion: the answer. assistant: also assistant turns inside a chat prompt. all: also the
     prompt. Plain text is always in the loss, an assistant's turn of weight 0 never."""
-    export_dtype: Literal["float32", "source"] = "float32"
-    """Dtype of the exported weights. float32 loses nothing of the training, and takes twice the space of bfloat16.
-    source: the dtypes of the files that the model came from; every evaluation, gate and sample then uses the weights
-    rounded to them."""
     candidate_prompts: PathText = ""
     """Prompts whose answers people rank, in the forms of data.train; the answers are sampled after training. Empty:
     none."""
@@ -61,16 +74,14 @@ class SFTConfig(WithPaths):
 
 
 @dataclass(frozen=True)
-class RewardConfig(WithPaths):
+class RewardConfig(StageConfig):
     """Training of the reward model on rankings."""
+
+    about: ClassVar[str] = "Train a reward model on human rankings."
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Initial model: a language model, which gets a new head, or a reward model."""
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
     epochs: float = 1.0
     """Number of passes over the rankings; more than one tends to overfit (Ouyang et al. 2022, appendix C.2)."""
     batch_size: int = 16
@@ -81,17 +92,8 @@ class RewardConfig(WithPaths):
     microbatch: int = 0
     """Number of prompts that a device processes at once; 0: its whole share of the batch, on a CPU about 1,024 tokens.
     The update is the same."""
-    max_skipped: int = 3
-    """Number of consecutive skipped steps (loss or gradient not finite) that ends the run."""
-    gates: tuple[str, ...] = ()
-    """Bounds that held-out figures must meet, such as accuracy >= 0.6 (names of eval/*). A model that misses one is not
-    passed on, and the exit code is 3. The best of the checkpoints that meet all is exported."""
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)² in the loss, which keeps scores near 0."""
-    export_dtype: Literal["float32", "source"] = "float32"
-    """Dtype of the exported weights. float32 loses nothing of the training, and takes twice the space of bfloat16.
-    source: the dtypes of the files that the model came from; every evaluation, gate and sample then uses the weights
-    rounded to them."""
     normalise: PathText = ""
     """Texts, in the forms of data.train, on which the scores get mean 0 and standard deviation 1. Empty: the SFT
     stage's candidates, else data.eval."""
@@ -127,8 +129,10 @@ class CanaryConfig:
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """Proximal policy optimisation (PPO) of the policy against the reward model."""
+class RolloutConfig(StageConfig):
+    """Fields of every stage that learns from answers which its own policy samples."""
+
+    required: ClassVar[str] = "prompts.train"
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Initial policy, and the reference for the KL penalty. Empty path: the SFT stage."""
@@ -137,13 +141,6 @@ class PPOConfig:
     policy's vocabulary; any other reads the text, as in jrlhf score."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     """Rules in addition to the reward model or in its place, and further reward models."""
-    value_from: Literal["auto", "reward", "policy", "shared"] = "auto"
-    """Initial value network. reward: the reward model (Ouyang et al. 2022). policy: the policy with a head of zeros.
-    auto: the reward model if it has the policy's tokens, else the policy. shared: a head of zeros on the policy's own
-    network, half the work of an update; value_coef then weighs how far the value loss moves the policy."""
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """Low-rank adapters of the policy and the value network. The reference is then the policy's own base, so no base is
-    in memory twice."""
     prompts: DataConfig = field(default_factory=DataConfig)
     """Training and held-out prompts; max_length is the maximum length of a prompt (cut at its start)."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-5, b2=0.999, schedule="constant"))
@@ -170,6 +167,27 @@ class PPOConfig:
     microbatch: int = 0
     """Number of episodes that a device processes at once; 0: an eighth of its share. The update is the same, with less
     memory and padding: several episodes share a row, and empty rows are not computed."""
+    missing_eos_penalty: float = 0.0
+    """Penalty on the score of an answer that reached the length limit."""
+    max_skipped: int = 3
+    """Number of consecutive iterations without an update (loss or gradient not finite) that ends the run."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
+
+
+@dataclass(frozen=True)
+class PPOConfig(RolloutConfig):
+    """Proximal policy optimisation (PPO) of the policy against the reward model."""
+
+    about: ClassVar[str] = "Optimise the policy on the reward under a KL penalty."
+
+    value_from: Literal["auto", "reward", "policy", "shared"] = "auto"
+    """Initial value network. reward: the reward model (Ouyang et al. 2022). policy: the policy with a head of zeros.
+    auto: the reward model if it has the policy's tokens, else the policy. shared: a head of zeros on the policy's own
+    network, half the work of an update; value_coef then weighs how far the value loss moves the policy."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Low-rank adapters of the policy and the value network. The reference is then the policy's own base, so no base is
+    in memory twice."""
     value_lr: float = 0.0
     """Peak learning rate of the value network; 0: optim.lr."""
     gamma: float = 1.0
@@ -188,8 +206,6 @@ class PPOConfig:
     """Weight of the entropy bonus."""
     whiten_rewards: bool = False
     """Divide rewards by their standard deviation before GAE."""
-    missing_eos_penalty: float = 0.0
-    """Penalty on the score of an answer that reached the length limit."""
     target_approx_kl: float = 0.0
     """Approximate KL of a minibatch above which the rest of the rollout is not trained on; 0 is off."""
     critic_warmup: int = 0
@@ -200,17 +216,6 @@ class PPOConfig:
     """Weight of the SFT loss mixed into the update (PPO-ptx); 0 is off."""
     ptx: DataConfig = field(default_factory=DataConfig)
     """Text for the SFT loss of ptx_coef."""
-    export_dtype: Literal["float32", "source"] = "float32"
-    """Dtype of the exported weights. float32 loses nothing of the training, and takes twice the space of bfloat16.
-    source: the dtypes of the files that the model came from; every evaluation, gate and sample then uses the weights
-    rounded to them."""
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
-    canary: CanaryConfig = field(default_factory=CanaryConfig)
-    gates: tuple[str, ...] = ()
-    """Bounds that held-out figures must meet, such as accuracy >= 0.6 (names of eval/*). A model that misses one is not
-    passed on, and the exit code is 3. The best of the checkpoints that meet all is exported."""
-    max_skipped: int = 3
-    """Number of consecutive iterations without an update (loss or gradient not finite) that ends the run."""
 
 
 @dataclass(frozen=True)
@@ -244,3 +249,21 @@ class PlanConfig(Config):
     """Number of completions of each prompt in the reward stage, whose rows are not read."""
     out: PathText = ""
     """JSON file for all figures. Empty: the figures are only printed."""
+
+
+def stage_sections() -> dict[str, type[StageConfig]]:
+    """The stages of a run in the order of a pipeline: the name of each section, and its class."""
+    return {f.name: f.type for f in fields(Config) if isinstance(f.type, type) and issubclass(f.type, StageConfig)}
+
+
+def stage_section(config: Config, stage: str) -> StageConfig:
+    """The section of one stage."""
+    return vars(config)[stage]
+
+
+def required_value(config: Config, stage: str) -> Any:
+    """The value of the field without which a stage does not run; empty where the stage is not part of the run."""
+    value: Any = stage_section(config, stage)
+    for name in value.required.split("."):
+        value = vars(value)[name]
+    return value
