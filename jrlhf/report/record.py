@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jrlhf.config import ConfigError
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.system.lines import read_whole_json_lines
+from jrlhf.system.lines import read_complete_json_lines
 
 STAGES = ("sft", "reward", "ppo")
 Points = list[tuple[float, float]]
@@ -83,7 +83,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """A last line that was cut short is left out."""
     with _whole(path):
-        return read_whole_json_lines(path)
+        return read_complete_json_lines(path)
 
 
 def _series(path: Path) -> dict[str, Points]:
