@@ -1,4 +1,4 @@
-"""What a run's folder holds, read for a report; a run that is not done, or has only some stages, has less of it."""
+"""Reads a run's folder for a report. An unfinished run, or one of a single stage, has less in it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -15,31 +15,32 @@ Points = list[tuple[float, float]]
 
 
 class Record(NamedTuple):
-    """One run, by stage."""
+    """Contents of one run, by stage."""
 
     name: str
     summary: Mapping[str, Any]
     metrics: dict[str, dict[str, Points]]
-    """Stage, metric, and its value by step: as logged, and what the summary has under ``curves``."""
+    """Values of each stage's metrics by step: those in the log, and ``curves`` of the summary."""
     gates: dict[str, list[dict[str, Any]]]
     events: dict[str, list[dict[str, Any]]]
     changed: dict[str, list[str]]
-    """What each stage went on with, or was kept with, that was not what it began with."""
+    """Changes of each stage's inputs that its user accepted."""
     configs: dict[str, str]
-    """Each stage's config.yaml."""
+    """Text of each stage's config.yaml."""
     calibration: list[dict[str, float]]
-    """Of the reward model at its last evaluation: ``confidence``, ``accuracy`` and ``pairs`` of each bin."""
+    """Calibration of the reward model at its last evaluation: ``confidence``, ``accuracy`` and ``pairs`` of each
+    bin."""
     before: list[dict[str, Any]]
-    """PPO's held-out answers at the start."""
+    """Held-out answers of the initial policy."""
     after: list[dict[str, Any]]
-    """And of the model that was exported, or of the newest evaluation."""
+    """Held-out answers of the exported policy, or those of the newest evaluation."""
 
 
 def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Record:
-    """ConfigError for a folder that is no run. ``summary``: where it is not on the disk yet."""
+    """Read a run. ConfigError if the folder is not a run. ``summary`` replaces the one on the disk."""
     stages = [stage for stage in STAGES if (folder / stage).is_dir()]
     if not stages:
-        raise ConfigError(f"{folder}: no run; it has none of {', '.join(STAGES)}")
+        raise ConfigError(f"{folder}: not a run: it has none of {', '.join(STAGES)}")
     if summary is None:
         summary = _json(folder / "summary.json") or {s: _json(folder / s / "summary.json") or {} for s in stages}
     metrics = {stage: _series(folder / stage / "metrics.jsonl") for stage in stages}
@@ -67,30 +68,30 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None = None) -> Record:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
-    """ConfigError for a file that is not as a run writes it: cut, or changed by hand."""
+def _report_damage(path: Path) -> Iterator[None]:
+    """Raise ConfigError for a file with other contents than a run writes: truncated, or edited by hand."""
     try:
         yield
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: damaged ({error}); mend it or move it away") from error
+        raise ConfigError(f"{path}: damaged ({error}); repair it or move it away") from error
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    with _whole(path):
+    with _report_damage(path):
         return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """A last line that was cut short is left out."""
-    with _whole(path):
+    """Read the rows of a JSONL file without an incomplete last line."""
+    with _report_damage(path):
         return read_complete_json_lines(path)
 
 
 def _series(path: Path) -> dict[str, Points]:
-    found: dict[str, Points] = {}
-    with _whole(path):
+    series: dict[str, Points] = {}
+    with _report_damage(path):
         for row in read_metrics(path):
             for name, value in row.items():
                 if name not in ("step", "time"):
-                    found.setdefault(name, []).append((row["step"], value))
-    return found
+                    series.setdefault(name, []).append((row["step"], value))
+    return series

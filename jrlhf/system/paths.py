@@ -24,9 +24,7 @@ def expanded(text: str) -> str:
     path = os.path.expanduser(text)
     if path.startswith("~"):
         reason = f"there is no user {user!r} here" if user else "HOME is not set, and the user has no home folder"
-        raise ValueError(
-            f"{text}: {text.partition('/')[0]} is not known: {reason}; write the full path (or ./~)"
-        )
+        raise ValueError(f"{text}: {text.partition('/')[0]} is not known: {reason}; write the full path (or ./~)")
     return path
 
 

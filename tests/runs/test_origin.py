@@ -320,7 +320,7 @@ def test_sft_made_anew_ends_the_pipeline_at_the_reward_model(
     assert [event["event"] for event in events] == ["changed inputs"]
     assert line in events[0]["accepted"]
     page = run_report(ReportConfig(str(run))).read_text(encoding="utf-8")
-    assert "Made from changed inputs" in page
+    assert "Accepted changes of inputs" in page
     assert line in page
     # What was accepted once is what it is made from now; the report still says so.
     assert run_pipeline(config)["reward"]["changed_inputs"] == lines
