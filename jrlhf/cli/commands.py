@@ -22,7 +22,7 @@ from jrlhf.config.tools import (
     VerifyConfig,
 )
 from jrlhf.runs.lock import RunLocked
-from jrlhf.system.interrupts import Interrupted, raised
+from jrlhf.system.interrupts import Interrupted, raise_signals
 from jrlhf.system.terminal import complain
 
 OK, FAILURE, USAGE, GATE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -97,7 +97,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             rank = tool_config(command, RankConfig, argv)
             from jrlhf.rank.run import run_rank
 
-            with raised():
+            with raise_signals():
                 run_rank(rank)
         case "score":
             score = tool_config(command, ScoreConfig, argv)
@@ -112,8 +112,9 @@ def run(command: str, argv: Sequence[str]) -> int:
         case "report":
             report = tool_config(command, ReportConfig, argv)
             from jrlhf.report import run_report
+            from jrlhf.stages.table import STAGES
 
-            print(run_report(report))
+            print(run_report(report, STAGES))
         case "export":
             export = tool_config(command, ExportConfig, argv)
             from jrlhf.tools.export import run_export

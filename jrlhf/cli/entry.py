@@ -16,7 +16,7 @@ from jrlhf.system.environment import (
     restart_with_huge_pages,
     set_compiler_flags,
 )
-from jrlhf.system.interrupts import end_at_once, no_longer, say_at_the_end
+from jrlhf.system.interrupts import end_at_once, set_last_words, stop_listening
 from jrlhf.system.terminal import complain, show_all_characters
 
 __all__ = ["commands", "early", "main"]
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare_process(sys.argv[1:2])
         return run_command(sys.argv[1:])
     finally:
-        no_longer()
+        stop_listening()
 
 
 def run_command(argv: list[str]) -> int:
@@ -88,7 +88,7 @@ def run_command(argv: list[str]) -> int:
         command, rest = pair, rest[1:]
     if command in (known := commands()):
         resumes = "; the same command resumes it" if trains(command) else ""
-        say_at_the_end(f"{command} interrupted{resumes}")
+        set_last_words(f"{command} interrupted{resumes}")
         # A slow import comes last: by now a signal ends the process cleanly.
         from jrlhf.cli.commands import run_reporting
 

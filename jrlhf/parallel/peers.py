@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jrlhf.parallel.coordination import client, coordinator_address, process_count, process_number
 from jrlhf.parallel.relay import Relay
-from jrlhf.system.interrupts import bid_farewell
+from jrlhf.system.interrupts import set_farewell
 
 GRACE = 2.0
 """Seconds that a process gets to find out by itself what another one has failed of."""
@@ -267,7 +267,7 @@ def watching(*, heartbeat: float, stall: float, relay: Relay | None) -> Iterator
     )
     me.start()
     me.guard()
-    bid_farewell(lambda: _interrupted(me))
+    set_farewell(lambda: _interrupted(me))
     try:
         yield
     except (PeerLost, PeerRefused) as error:
@@ -278,7 +278,7 @@ def watching(*, heartbeat: float, stall: float, relay: Relay | None) -> Iterator
             raise PeerLost(fault) from error
         raise
     finally:
-        bid_farewell(None)
+        set_farewell(None)
     me.leave("")
     me.stop()
 

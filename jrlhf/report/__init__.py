@@ -1,4 +1,4 @@
-"""What a run came to: a table in the terminal, and one page that needs nothing but itself."""
+"""Results of a run: a table in the terminal, and one self-contained page."""
 
 from jrlhf.report.page import run_report, write_report
 from jrlhf.report.table import figures, print_summary

@@ -1,4 +1,4 @@
-"""A report's charts, by Bokeh: its script is put into the page, so that it opens without a network."""
+"""Charts of a report, by Bokeh. Its script is part of the page, which therefore opens without a network."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,55 +9,30 @@ from bokeh.models import HoverTool
 from bokeh.plotting import figure
 
 from jrlhf.report.overoptimisation import overoptimisation_fit
-from jrlhf.report.record import Points, Record
+from jrlhf.report.record import Points, Record, StageView
 
 COLOURS = ("#3b82c4", "#d0702f", "#4f9d69", "#a06bb8", "#b3a125")
-"""They stand out on white and on black."""
+"""Colours that stand out on white and on black."""
 SOFT = "#808894"
-MOST_POINTS = 400
+MAX_POINTS = 400
 BINS = 20
 
 PROXY_AND_GOLD = ("eval/score_mean", "eval/judge_mean", "eval/gold")
-"""What PPO raises, and those that only look on: a second reward model, and the quick start's word lists."""
-
-CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "sft": {
-        "Loss, nats per token": ("loss", "eval/nll"),
-        "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
-        "Learning rate": ("lr",),
-        "Tokens a second": ("tokens_per_second",),
-    },
-    "reward": {
-        "Ranking loss": ("loss", "eval/loss"),
-        "Pair accuracy": ("accuracy", "eval/accuracy"),
-        "Calibration error": ("eval/ece",),
-    },
-    "ppo": {
-        "Reward: trained on, and held out": ("reward/score_mean", *PROXY_AND_GOLD),
-        "Win rate over the first answers": ("eval/win_rate", "eval/judge_win_rate"),
-        "KL, nats per sequence": ("kl", "eval/kl"),
-        "Entropy, nats per token": ("entropy", "eval/entropy"),
-        "Answer length, tokens": ("length/mean", "eval/length"),
-        "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
-        "KL coefficient": ("kl_coef",),
-        "Distinct-2": ("eval/distinct2",),
-        "Time by phase, share": ("share/rollout", "share/scoring", "share/update", "share/evaluation"),
-        "Share of the device's peak": ("perf/mfu", "perf/rollout_bandwidth_share"),
-    },
-}
+"""Scores of held-out answers: by the reward model that PPO optimises, by a second one, and by the quick start's word
+lists."""
 
 
-def stage_charts(stage: str, runs: Sequence[Record]) -> tuple[list[Any], list[Any]]:
-    """The charts that matter, and one of every other metric."""
-    metrics = [run.metrics.get(stage, {}) for run in runs]
+def stage_charts(stage: StageView, runs: Sequence[Record]) -> tuple[list[Any], list[Any]]:
+    """Return the main charts of a stage, and a chart of every other metric."""
+    metrics = [run.metrics.get(stage.name, {}) for run in runs]
     names = dict.fromkeys(name for series in metrics for name in series)
 
-    def chart(title: str, wanted: Sequence[str]) -> Any:
-        # Names alone where there is one run; beside another, which run it is: by place, as names may be equal.
+    def chart(title: str, metric_names: Sequence[str]) -> Any:
+        # Of two runs, a number marks which one a line belongs to, because their names may be equal.
         marks = [""] if len(runs) == 1 else [" (1)", " (2)"]
         lines = {
             f"{name}{mark}": series[name]
-            for name in wanted
+            for name in metric_names
             for mark, series in zip(marks, metrics, strict=True)
             if name in series
         }
@@ -65,60 +40,63 @@ def stage_charts(stage: str, runs: Sequence[Record]) -> tuple[list[Any], list[An
 
     rules = tuple(name for name in names if name.startswith("eval/rule/"))
     title = f"{rules[0].removeprefix('eval/')}, held out" if len(rules) == 1 else "Rules, held out"
-    asked = CHARTS[stage] | {title: rules}
-    main = [chart(title, wanted) for title, wanted in asked.items()]
-    drawn = {name for wanted in asked.values() for name in wanted}
+    titles = dict(stage.charts) | {title: rules}
+    main = [chart(title, metric_names) for title, metric_names in titles.items()]
+    drawn = {name for metric_names in titles.values() for name in metric_names}
     others = [chart(name, (name,)) for name in sorted(names.keys() - drawn)]
     return [c for c in main if c is not None], [c for c in others if c is not None]
 
 
 def line_chart(title: str, series: Mapping[str, Points], *, x: str) -> Any:
-    """Lines over one pair of axes, told apart by colour and, after the first, by dots; None without a finite point."""
+    """Draw lines with different colours and, after the first, dots; None if no point is finite."""
     finite = {name: thin([p for p in points if all(map(math.isfinite, p))]) for name, points in series.items()}
     finite = {name: points for name, points in finite.items() if points}
     if not finite:
         return None
     plot = _plot(title, x)
-    pointed = []
+    hovered = []
     for number, (name, points) in enumerate(finite.items()):
         xs, ys = (list(values) for values in zip(*points, strict=True))
         colour = COLOURS[number % len(COLOURS)]
-        known = {"legend_label": name} if len(finite) > 1 else {}
-        shown = plot.line(xs, ys, color=colour, line_width=1.6, name=name, **known)
+        legend = {"legend_label": name} if len(finite) > 1 else {}
+        glyph = plot.line(xs, ys, color=colour, line_width=1.6, name=name, **legend)
         if number or len(points) == 1:
-            dots = plot.scatter(xs, ys, color=colour, size=5, name=name, **known)
-            # A line of one point cannot be pointed at.
-            shown = dots if len(points) == 1 else shown
-        pointed.append(shown)
-    # @: the nearest point's own values; $x and $y would be the pointer's place.
-    return _finished(plot, [("", "$name"), (x, "@x"), ("value", "@y")], pointed)
+            dots = plot.scatter(xs, ys, color=colour, size=5, name=name, **legend)
+            # A pointer cannot hit a line of one point.
+            glyph = dots if len(points) == 1 else glyph
+        hovered.append(glyph)
+    # @x is the value of the nearest point; $x would be the position of the pointer.
+    return _with_hover(plot, [("", "$name"), (x, "@x"), ("value", "@y")], hovered)
 
 
-def overoptimisation_chart(run: Record, mark: str) -> tuple[Any, str]:
-    """Held-out rewards over √KL, with the form of Gao et al. where it can be fitted; and what the fit says.
+def overoptimisation_chart(stage: str, run: Record, mark: str) -> tuple[Any, str]:
+    """Draw held-out rewards over √KL with the fit of Gao et al. if there is one; also return the fit as text.
 
-    ``mark``: which run it is, for the title.
+    ``mark`` names the run in the title.
     """
-    ppo = run.metrics.get("ppo", {})
+    ppo = run.metrics.get(stage, {})
     kl = dict(ppo.get("eval/kl", []))
-    series, told = {}, []
+    series, fits = {}, []
     for name in PROXY_AND_GOLD:
-        both = [(max(kl[step], 0.0), value) for step, value in ppo.get(name, []) if step in kl]
-        if len(both) < 2:
+        points = [(max(kl[step], 0.0), value) for step, value in ppo.get(name, []) if step in kl]
+        if len(points) < 2:
             continue
-        series[name] = sorted((math.sqrt(nats), value) for nats, value in both)
-        distances, values = (np.asarray(v) for v in zip(*both, strict=True))
+        series[name] = sorted((math.sqrt(nats), value) for nats, value in points)
+        distances, values = (np.asarray(v) for v in zip(*points, strict=True))
         fit = overoptimisation_fit(distances, values)
         if fit is not None:
             d = np.linspace(0.0, float(np.sqrt(distances.max())), 50)
             series[f"fit of {name}"] = list(zip(d.tolist(), fit.at(d).tolist(), strict=True))
-            told.append(f"{name}: α {fit.alpha:.3g}, β {fit.beta:.3g}")
-    return line_chart(f"Reward over the distance from the SFT policy{mark}", series, x="√KL"), "; ".join(told)
+            fits.append(f"{name}: α {fit.alpha:.3g}, β {fit.beta:.3g}")
+    return line_chart(f"Reward over the distance from the SFT policy{mark}", series, x="√KL"), "; ".join(fits)
 
 
-def score_histogram(run: Record, mark: str) -> Any:
-    """The scores of the held-out answers before and after; None where there are none."""
-    sides = [np.asarray([row.get("score") for row in rows], np.float64) for rows in (run.before, run.after)]
+def score_histogram(stage: str, run: Record, mark: str) -> Any:
+    """Draw the scores of the held-out answers before and after; None without scores."""
+    sides = [
+        np.asarray([row.get("score") for row in rows], np.float64)
+        for rows in (run.before.get(stage, []), run.after.get(stage, []))
+    ]
     sides = [values[np.isfinite(values)] for values in sides]
     if not all(values.size for values in sides):
         return None
@@ -130,21 +108,21 @@ def score_histogram(run: Record, mark: str) -> Any:
             top=counts.tolist(), bottom=0, left=edges[:-1].tolist(), right=edges[1:].tolist(), fill_alpha=0.45,
             color=colour, legend_label=name,
         )  # fmt: skip
-    return _finished(plot, [("score", "@left to @right"), ("answers", "@top")], plot.renderers)
+    return _with_hover(plot, [("score", "@left to @right"), ("answers", "@top")], plot.renderers)
 
 
-def calibration_chart(run: Record, mark: str) -> Any:
-    """How often a pair is ordered right against how sure the model was of it; None without an evaluation."""
-    if not run.calibration:
+def calibration_chart(stage: str, run: Record, mark: str) -> Any:
+    """Draw the accuracy of the reward model on pairs against its confidence; None without an evaluation."""
+    if stage not in run.calibration:
         return None
-    points = [(bin_["confidence"], bin_["accuracy"]) for bin_ in run.calibration]
+    points = [(bin_["confidence"], bin_["accuracy"]) for bin_ in run.calibration[stage]]
     lines = {"perfect": [(0.5, 0.5), (1.0, 1.0)], "the reward model": points}
     return line_chart(f"Calibration: pairs ordered right{mark}", lines, x="confidence")
 
 
 def thin(points: Points) -> Points:
-    """At most ``MOST_POINTS`` of them, evenly chosen, the last among them."""
-    every = max(1, math.ceil(len(points) / MOST_POINTS))
+    """Choose at most ``MAX_POINTS`` points evenly, including the last."""
+    every = max(1, math.ceil(len(points) / MAX_POINTS))
     return points[::-1][::every][::-1]
 
 
@@ -161,9 +139,9 @@ def _plot(title: str, x: str) -> Any:
     return plot
 
 
-def _finished(plot: Any, shown: list[tuple[str, str]], pointed: Sequence[Any]) -> Any:
-    """With what a pointer shows over ``pointed``, and its legend out of the way."""
-    plot.add_tools(HoverTool(tooltips=shown, renderers=list(pointed)))
+def _with_hover(plot: Any, tooltips: list[tuple[str, str]], hovered: Sequence[Any]) -> Any:
+    """Add tooltips over the ``hovered`` glyphs, and move the legend below the plot."""
+    plot.add_tools(HoverTool(tooltips=tooltips, renderers=list(hovered)))
     if plot.legend:
         plot.legend.background_fill_alpha = 0.0
         plot.legend.border_line_color = None

@@ -1,4 +1,4 @@
-"""How the report looks: light and dark, wide and narrow, on a screen and on paper."""
+"""Style of the report: light and dark, wide and narrow, on a screen and on paper."""
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #68707d; --rule: #dde1e7; --paper: #fff }

@@ -1,4 +1,4 @@
-"""What a run came to: every figure before and after, and the table in the terminal."""
+"""Table of a run's figures before and after, and its output in the terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,14 +7,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jrlhf.report.record import StageView, summary_labels
+
 Scalar = float | int | str
 Sample = Mapping[str, str]
-"""``prompt``, ``before`` and ``after``."""
-
-STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "seconds": "Seconds"}
+"""Answers to compare, under the keys ``prompt``, ``before`` and ``after``."""
 
 PAIRS = {"base_nll": ("nll", 0), "heldout_nll": ("nll", 1)}
-"""Before (0) and after (1) of one figure, where the names do not say so themselves."""
+"""Figures whose names do not say before (0) or after (1), with the name of the pair."""
 
 LABELS = {
     "nll": "held-out loss, nats per token",
@@ -32,11 +32,11 @@ LABELS = {
     "first_minibatch_max_abs_log_ratio": "first minibatch: max |log ratio|",
 }
 RELATIVE = frozenset({"nll", "entropy", "distinct2"})
-"""Figures with a true zero, whose change is also told in per cent."""
+"""Figures with a true zero, whose change is also shown in per cent."""
 
 
 class Figure(NamedTuple):
-    """A row of the table; ``before`` is None where a figure exists only once."""
+    """Row of the table; ``before`` is None if the figure has one value only."""
 
     stage: str
     name: str
@@ -56,19 +56,19 @@ class Figure(NamedTuple):
         return f"{change} ({self.after / self.before - 1.0:+.0%})" if relative else change
 
 
-def figures(summary: Mapping[str, Any]) -> list[Figure]:
-    """Every scalar of the stages that is not empty, in the summary's order.
+def figures(summary: Mapping[str, Any], labels: Mapping[str, str]) -> list[Figure]:
+    """Return all scalars of the stages that are not empty, in the summary's order.
 
-    ``x_before`` and ``x_after``, or ``before/x`` and ``after/x``, are one figure.
+    ``x_before`` and ``x_after``, or ``before/x`` and ``after/x``, form one figure.
     """
-    found: dict[tuple[str, str], list[Scalar | None]] = {}
-    for stage in STAGES:
+    pairs: dict[tuple[str, str], list[Scalar | None]] = {}
+    for stage in labels:
         for path, value in _scalars(summary.get(stage, {})):
             if value == "" or (path == "seconds" and "seconds" in summary):
                 continue
             name, side = _pair(path)
-            found.setdefault((stage, name), [None, None])[side] = value
-    rows = [Figure(stage, name, before, after) for (stage, name), (before, after) in found.items()]
+            pairs.setdefault((stage, name), [None, None])[side] = value
+    rows = [Figure(stage, name, before, after) for (stage, name), (before, after) in pairs.items()]
     return [row for row in rows if row.before is not None or row.after is not None]
 
 
@@ -81,7 +81,7 @@ def _scalars(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, S
 
 
 def _pair(path: str) -> tuple[str, int]:
-    """The figure that a path belongs to, and whether it is its value before (0) or after (1)."""
+    """Return the figure that a path belongs to, and whether it is the value before (0) or after (1)."""
     if path in PAIRS:
         return PAIRS[path]
     for side, word in enumerate(("before", "after")):
@@ -93,25 +93,28 @@ def _pair(path: str) -> tuple[str, int]:
 
 
 def show(value: Scalar | None) -> str:
-    """Four significant digits; whole numbers whole."""
+    """Format a value with four significant digits, and whole numbers in full."""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
     return "" if value is None else str(value)
 
 
-def print_summary(console: Console, summary: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-    """Each stage's figures before and after, and samples side by side."""
+def print_summary(
+    console: Console, summary: Mapping[str, Any], samples: Sequence[Sample], stages: Sequence[StageView]
+) -> None:
+    """Print each stage's figures before and after, and samples side by side."""
+    labels = summary_labels(stages)
     table = Table(title="Before and after", title_justify="left")
     for title in ("stage", "figure"):
         table.add_column(title)
     for title in ("before", "after", "change"):
         table.add_column(title, justify="right")
     last = ""
-    for row in figures(summary):
+    for row in figures(summary, labels):
         if last and row.stage != last:
             table.add_section()
-        stage = "" if row.stage == last else STAGES[row.stage]
-        # Text, not str: what a model wrote, or a path, is no markup.
+        stage = "" if row.stage == last else labels[row.stage]
+        # Text, not str: an answer or a path must not act as markup.
         table.add_row(*(Text(cell) for cell in (stage, row.label, show(row.before), show(row.after), row.change)))
         last = row.stage
     console.print(table)

@@ -36,11 +36,11 @@ from jrlhf.rules import (
     length_band,
     load_function,
     markdown,
+    matching_fraction,
     refusal,
     repetition,
     same_number,
     same_text,
-    share_found,
     valid_json,
     words,
     yes_or_no,
@@ -171,7 +171,7 @@ def _repetition(rule: RepetitionRuleConfig) -> Callable[[Sequence[Episode]], Sco
 
 def _patterns(rule: BannedRuleConfig | RequiredRuleConfig, *, sign: float) -> Callable[[Sequence[Episode]], Scores]:
     patterns = [regex.compile(pattern) for pattern in rule.patterns]
-    return _each(lambda episode: sign * share_found(episode.completion, patterns, timeout=rule.match_timeout))
+    return _each(lambda episode: sign * matching_fraction(episode.completion, patterns, timeout=rule.match_timeout))
 
 
 def _refusal(rule: RefusalRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
@@ -183,7 +183,7 @@ def _refusal(rule: RefusalRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
         except ValueError as error:
             raise DataError(f"column {rule.column} of ppo.prompts: {error}") from error
         at = {"penalty": rule.benign_penalty, "timeout": rule.match_timeout}
-        return refusal(episode.completion, patterns, wanted=wanted, **at)
+        return refusal(episode.completion, patterns, expected=wanted, **at)
 
     return _each(score)
 

@@ -1,16 +1,16 @@
-"""What a rule may know of an answer."""
+"""Input of a rule."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
 class Episode(NamedTuple):
-    """A prompt and what was answered to it."""
+    """A prompt and its answer."""
 
     row: Mapping[str, Any]
-    """The prompt's row: ``prompt`` as it was given, and the other columns that some rule asks for."""
+    """Row of the prompt: ``prompt`` as in the data, and the other columns that some rule reads."""
     completion: str
     tokens: int
-    """Sampled, the stop token included."""
+    """Number of sampled tokens, including the stop token."""
     stopped: bool
-    """Whether a stop token ended the answer; else the length limit did."""
+    """Whether a stop token ended the answer; otherwise it reached the length limit."""

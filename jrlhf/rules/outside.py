@@ -1,4 +1,4 @@
-"""Scores that others give: a user's own function, or a server."""
+"""Scores from outside: a user's own function, or a server."""
 
 import json
 import math
@@ -17,41 +17,42 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 
 from jrlhf.rules.episode import Episode
 
-LARGEST_REPLY = 2**24
-"""Bytes of a server's answer that are read; a longer one is a failure."""
-LONGEST_PAUSE = 8.0
+MAX_REPLY_BYTES = 2**24
+"""Maximum size of a server's reply; a longer one is a failure."""
+MAX_PAUSE_SECONDS = 8.0
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """``my_module:reward``, also of a module in the current folder. ValueError where it cannot be had."""
+    """Import ``my_module:reward``, also from the current folder. ValueError if that fails."""
     module, _, name = path.partition(":")
     try:
         with _current_folder_first():
             function = vars(import_module(module))[name]
     except KeyError as error:
-        raise ValueError(f"{path}: the module has no {name}") from error
+        raise ValueError(f"{path}: the module has no function {name}") from error
     except Exception as error:
-        # Whatever a user's module does wrong when it is imported.
+        # A user's module may raise anything when it is imported.
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise ValueError(f"{path}: is no function but {type(function).__name__}")
+        raise ValueError(f"{path}: not a function but {type(function).__name__}")
     return function
 
 
 def function_file(path: str) -> Path | None:
-    """The source file of the module that ``load_function`` would import; None for one that cannot be found."""
+    """Return the source file of the module that ``load_function`` would import, or None if it cannot be found."""
     module, _, _ = path.partition(":")
     try:
         with _current_folder_first():
             spec = find_spec(module)
     except Exception:
-        # Whatever a user's package does wrong when it is imported: load_function says it.
+        # A user's package may raise anything when it is imported; load_function reports it.
         return None
     return None if spec is None or not spec.has_location or spec.origin is None else Path(spec.origin)
 
 
 @contextmanager
 def _current_folder_first():
+    """Search the current folder for modules first, within the block."""
     sys.path.insert(0, os.getcwd())
     try:
         yield
@@ -60,75 +61,76 @@ def _current_folder_first():
 
 
 def arguments(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
-    """What an outsider is told: prompts, completions, and each other column of the rows, None where a row lacks it."""
+    """Return the arguments for a function or a server: prompts, completions, and the other columns, with None for a
+    missing cell."""
     names = dict.fromkeys(name for episode in episodes for name in episode.row)
     columns = {name: [episode.row.get(name) for episode in episodes] for name in names if name != "prompt"}
     prompts = [episode.row.get("prompt") for episode in episodes]
     return columns | {"prompts": prompts, "completions": [episode.completion for episode in episodes]}
 
 
-def checked(scores: Any, count: int) -> list[float]:
-    """ValueError for anything but ``count`` finite numbers."""
-    found = scores if isinstance(scores, list | tuple) else None
-    if found is None:
+def check_scores(scores: Any, count: int) -> list[float]:
+    """Return the scores as floats. ValueError unless they are ``count`` finite numbers."""
+    if not isinstance(scores, list | tuple):
         raise ValueError(f"expected a list of {count} numbers, got {type(scores).__name__}")
-    if len(found) != count:
-        raise ValueError(f"expected {count} numbers, one an answer, got {len(found)}")
-    for place, score in enumerate(found):
+    if len(scores) != count:
+        raise ValueError(f"expected {count} numbers, one for each answer, got {len(scores)}")
+    for place, score in enumerate(scores):
         try:
             finite = not isinstance(score, str | None) and math.isfinite(score)
         except (TypeError, OverflowError):
             finite = False
         if not finite:
             raise ValueError(f"expected finite numbers, got {score!r} for answer {place}")
-    return [float(score) for score in found]
+    return [float(score) for score in scores]
 
 
 def by_function(function: Callable[..., Any], episodes: Sequence[Episode]) -> list[float]:
-    """``function(prompts=[...], completions=[...], **columns)``, its list of floats checked."""
-    return checked(function(**arguments(episodes)), len(episodes))
+    """Score answers with ``function(prompts=[...], completions=[...], **columns)``, and check the list that it
+    returns."""
+    return check_scores(function(**arguments(episodes)), len(episodes))
 
 
 class EndpointError(Exception):
-    """A server gave no scores: it was not reached, was too slow, refused, or answered something else."""
+    """A server returned no scores: it was unreachable, too slow, refused, or replied with something else."""
 
 
 def by_endpoint(url: str, episodes: Sequence[Episode], *, timeout: float, retries: int, deadline: float) -> list[float]:
-    """POST ``{"prompts", "completions", "columns"}`` for ``{"scores": [...]}``; EndpointError where all tries fail.
+    """POST ``{"prompts", "completions", "columns"}`` for ``{"scores": [...]}``; EndpointError if all attempts fail.
 
-    What may pass is tried again: no connection, no answer in time, 429 and 5xx; but not after ``deadline``, of
+    It retries temporary failures (no connection, no reply in time, 429 and 5xx) until ``deadline``, a time of
     ``time.monotonic()``.
     """
-    told = arguments(episodes)
-    body = {"prompts": told.pop("prompts"), "completions": told.pop("completions"), "columns": told}
+    columns = arguments(episodes)
+    body = {"prompts": columns.pop("prompts"), "completions": columns.pop("completions"), "columns": columns}
     request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST")
     for left in range(retries, -1, -1):
         remains = deadline - time.monotonic()
         if remains <= 0:
-            raise EndpointError(f"{url}: no time is left for a request (ppo.rewards.timeout)")
+            raise EndpointError(f"{url}: no time left for a request (ppo.rewards.timeout)")
         try:
             return _scores(_answer(request, min(timeout, remains)), len(episodes))
         except (OSError, ValueError, RecursionError) as error:
-            lasting = isinstance(error, HTTPError) and error.code != 429 and error.code < 500
+            permanent = isinstance(error, HTTPError) and error.code != 429 and error.code < 500
             wait = pause(retries - left)
-            if lasting or not left or time.monotonic() + wait >= deadline:
+            if permanent or not left or time.monotonic() + wait >= deadline:
                 raise EndpointError(f"{url}: {error}") from error
         time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def pause(done: int) -> float:
-    """Seconds before the next try: 0.5, 1, 2, 4, 8, 8, ..."""
-    return min(0.5 * 2**done, LONGEST_PAUSE)
+    """Return the seconds before the next attempt: 0.5, 1, 2, 4, 8, 8, ..."""
+    return min(0.5 * 2**done, MAX_PAUSE_SECONDS)
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL's host is this machine."""
+    """Whether the host of a URL is this machine."""
     return urlsplit(url).hostname in {"localhost", "127.0.0.1", "::1"}
 
 
 class _NoRedirects(HTTPRedirectHandler):
-    """An answer from elsewhere is none."""
+    """Refuses redirects: a reply from elsewhere does not count."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -137,13 +139,13 @@ class _NoRedirects(HTTPRedirectHandler):
 def _answer(request: Request, timeout: float) -> Any:
     direct = [ProxyHandler({})] if is_loopback(request.full_url) else []
     with build_opener(_NoRedirects(), *direct).open(request, timeout=timeout) as reply:
-        text = reply.read(LARGEST_REPLY + 1)
-    if len(text) > LARGEST_REPLY:
-        raise ValueError(f"answered more than {LARGEST_REPLY} bytes")
+        text = reply.read(MAX_REPLY_BYTES + 1)
+    if len(text) > MAX_REPLY_BYTES:
+        raise ValueError(f"the reply has more than {MAX_REPLY_BYTES} bytes")
     return json.loads(text)
 
 
 def _scores(answer: Any, count: int) -> list[float]:
     if not isinstance(answer, Mapping) or "scores" not in answer:
-        raise ValueError('answered without "scores"')
-    return checked(answer["scores"], count)
+        raise ValueError('the reply has no "scores"')
+    return check_scores(answer["scores"], count)

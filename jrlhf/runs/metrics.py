@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol, SupportsFloat
 
 from jrlhf.runs.trackers import TrackerThread
-from jrlhf.system.lines import json_line, read_whole_json_lines, whole_lines, write_bytes
+from jrlhf.system.lines import complete_lines, json_line, read_complete_json_lines, write_bytes
 
 LINES_WITHOUT_TERMINAL = 20
 
@@ -119,7 +119,7 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a ``metrics.jsonl``, numbers as numbers; a last line that was cut short is left out."""
-    return [{name: float(value) for name, value in row.items()} for row in read_whole_json_lines(path)]
+    return [{name: float(value) for name, value in row.items()} for row in read_complete_json_lines(path)]
 
 
 def _jsonable(value: str | int | float) -> str | int | float:
@@ -128,7 +128,7 @@ def _jsonable(value: str | int | float) -> str | int | float:
 
 def drop_after(path: Path, step: int) -> None:
     """Rewrite the file without the rows after ``step``, and without a last line that a killed run left unfinished."""
-    rows = zip(whole_lines(path), read_whole_json_lines(path), strict=True)
+    rows = zip(complete_lines(path), read_complete_json_lines(path), strict=True)
     kept = b"".join(line for line, row in rows if row["step"] <= step)
     if path.exists() and path.read_bytes() != kept:
         write_bytes(path, kept)

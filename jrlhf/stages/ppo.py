@@ -14,6 +14,7 @@ from jrlhf.core import combine
 from jrlhf.data import SFTRows, load_sft
 from jrlhf.parallel import device_peaks
 from jrlhf.parallel.step import Step
+from jrlhf.report.charts import PROXY_AND_GOLD
 from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_actors, value_of
 from jrlhf.rollout.evaluation import judged, make_evaluator
 from jrlhf.rollout.inputs import RolloutInputs
@@ -46,8 +47,6 @@ from jrlhf.train.start import Training, begin, build_training
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
 from jrlhf.types import Generation, PPOParams, Readings
-
-PROXY_AND_GOLD = ("eval/score_mean", "eval/judge_mean", "eval/gold")
 
 
 def run_ppo(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""What the command line imports first: signals wait until it has what answers them (``interrupts.end_at_once``).
+"""The first import of the command line: it blocks signals until ``interrupts.end_at_once`` handles them.
 
-Else one in the first hundredths of a second is a traceback out of some import. Only where jrlhf is the program: a
-library leaves signals alone.
+Otherwise a signal in the first hundredths of a second shows a traceback from some import. This applies only if jrlhf
+is the program; as a library it leaves signals alone.
 """
 
 import sys
 
-# ``signal`` itself takes longer to import than all that could happen here.
+# The import of ``signal`` itself is too slow here.
 from _signal import SIG_BLOCK, SIGINT, SIGTERM, pthread_sigmask  # pyright: ignore[reportMissingImports]
 
 IS_PROGRAM = bool(sys.argv) and sys.argv[0].endswith(("/jrlhf", "/jrlhf/__main__.py"))

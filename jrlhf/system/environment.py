@@ -1,4 +1,4 @@
-"""What must be set before Python or JAX starts: flags of the compiler, a cache of what it made, and huge pages.
+"""Settings from before Python or JAX starts: compiler flags, caches, the encoding, and huge pages.
 
 Imports no JAX.
 """
@@ -7,42 +7,42 @@ import os
 import sys
 from contextlib import suppress
 
-from jrlhf.system.interrupts import held
+from jrlhf.system.interrupts import hold_signals
 
-# As in typing, whose import takes longer than all of this file.
+# The import of typing would take longer than all of this file.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
 COMPILATION_CACHE = {
-    # A start compiles some thirty programs, all but one or two of them in less than JAX's own second.
+    # A start compiles some thirty programs, most of them in less than JAX's own minimum of one second.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    # Programs that have not been used for longest make room.
+    # The least recently used programs make room.
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(4 * 2**30),
 }
 
 GPU_FLAGS = {
-    # Gradients and weights travel between devices while others are computed. NVIDIA's own JAX images set it
+    # Overlaps communication between devices with computation. NVIDIA's own JAX images set it
     # (docs.nvidia.com/jax-toolbox, "Environment variables"); not measured by us.
     "--xla_gpu_enable_latency_hiding_scheduler": "true",
 }
-"""XLA's flags for NVIDIA GPUs. They change when things are computed, not what.
+"""XLA flags for NVIDIA GPUs, which change the order of operations but no result.
 
-There are none for other platforms. TPU: libtpu's defaults are made for training, and a flag that its version does not
-know ends the process. CPU: oneDNN's products were measured, and gained nothing (benchmarks/results/compare.md).
+Other platforms have none. TPU: libtpu's defaults suit training, and a flag that its version does not know ends the
+process. CPU: oneDNN's matrix products gained nothing in our measurements (benchmarks/results/compare.md).
 """
 
 
 def cache_home() -> "Path":
-    """The folder of all that can be made again: $JRLHF_CACHE, else ~/.cache/jrlhf.
+    """Return the folder for files that can be recomputed: $JRLHF_CACHE, else ~/.cache/jrlhf.
 
-    ValueError, which names that variable, where there is no home folder.
+    Without a home folder it raises ValueError, which names that variable.
     """
     return _below_home("JRLHF_CACHE", "jrlhf")
 
 
 def usable_cache() -> "tuple[Path | None, str]":
-    """``cache_home``, made if it was not there; or None, and why nothing can be kept there."""
+    """Create ``cache_home`` if necessary and return it; or return None and why nothing can be stored there."""
     try:
         folder = cache_home()
     except ValueError as error:
@@ -52,15 +52,15 @@ def usable_cache() -> "tuple[Path | None, str]":
 
 
 def keep_compiled_programs() -> str:
-    """JAX is told to keep what it compiles, so that a second start need not wait; a cache of the user's own stays.
+    """Make JAX cache its compiled programs, so that the next start is fast, unless the user has set a cache.
 
-    Returns what is wrong where there is no place for it.
+    Returns a warning if there is no place for the cache, else an empty text.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return ""
     folder, trouble = usable_cache()
     if folder is None:
-        return f"compiled programs are not kept: {trouble}"
+        return f"compiled programs are not cached: {trouble}"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     for name, value in COMPILATION_CACHE.items():
         os.environ.setdefault(name, value)
@@ -68,8 +68,11 @@ def keep_compiled_programs() -> str:
 
 
 def keep_hub_files() -> str:
-    """Libraries of Hugging Face get a folder for this process where their own cannot be written to: some write even
-    to read a local file. Returns what that means; a folder that the user names, or whose models are there, stays."""
+    """Give the Hugging Face libraries a temporary folder if their own is not writable, since some write even to read a
+    local file. A folder that the user names, or that already has models, stays in use.
+
+    Returns a warning in that case, else an empty text.
+    """
     try:
         home, trouble = _below_home("HF_HOME", "huggingface"), ""
     except ValueError as error:
@@ -88,12 +91,12 @@ def keep_hub_files() -> str:
     if "HF_HOME" not in os.environ and (home is None or not home.is_dir()):
         os.environ["HF_HOME"] = folder
     where = "" if home is None else "; HF_HOME names another folder"
-    return f"what comes from the hub is kept in {folder} until the end: {trouble}{where}"
+    return f"files from the hub go to the temporary folder {folder}: {trouble}{where}"
 
 
 def _below_home(variable: str, name: str) -> "Path":
-    """What a variable says, else a folder in that of the user's caches."""
-    # Not at the top: the command line is ready for signals before it is there.
+    """Return the folder that a variable names, else a folder in the user's cache folder."""
+    # Imported here, so that the command line handles signals early.
     from pathlib import Path
 
     from jrlhf.system.paths import expanded
@@ -110,18 +113,18 @@ def _trouble(folder: "Path") -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return f"{folder}: {error.strerror}"
-    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder}: cannot be written to"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder}: not writable"
 
 
 def glob(pattern: str) -> list[str]:
-    """The files whose paths fit."""
+    """Return the files whose paths match."""
     import glob
 
     return glob.glob(pattern)
 
 
 def set_compiler_flags() -> None:
-    """``GPU_FLAGS`` where there is a GPU, each unless the user's own ``XLA_FLAGS`` name it."""
+    """Set each of ``GPU_FLAGS`` on a machine with a GPU, unless the user's own ``XLA_FLAGS`` name it."""
     own = os.environ.get("XLA_FLAGS", "")
     flags = [f"{name}={value}" for name, value in GPU_FLAGS.items() if name not in own]
     if flags and glob("/dev/nvidia[0-9]*"):
@@ -129,15 +132,15 @@ def set_compiler_flags() -> None:
 
 
 def quiet_compiler() -> None:
-    """XLA's warnings are left out: planning shows what they lead to, and tries again what XLA says it cannot do."""
+    """Hide XLA's warnings: planning shows their effects itself, and retries what XLA reports as impossible."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def restart_in_utf8() -> None:
-    """The process replaces itself, once, with one in UTF-8, where the locale has another encoding, or none.
+    """Restart the process once in UTF-8 mode if the locale has another encoding or none.
 
-    Else names of files that it cannot spell are not found, and libraries read and write files in it. What stdin, stdout
-    and stderr are encoded in stays; a character that they lack is written as ``\\u2028``.
+    Otherwise it could not open files whose names the encoding lacks, and libraries would read and write files in that
+    encoding. stdin, stdout and stderr keep their encoding; a character that it lacks is written as ``\\u2028``.
     """
     if sys.getfilesystemencoding().lower() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -147,10 +150,10 @@ def restart_in_utf8() -> None:
 
 
 def restart_with_huge_pages() -> None:
-    """Training on a CPU spends a fifth of its time on page faults; malloc avoids them if told so before it starts.
+    """Restart the process once with huge pages in malloc, since page faults take a fifth of training time on a CPU.
 
-    So the process replaces itself, once, with the tunable set. That changes no result, and nothing happens where the
-    user has tunables of their own, or on other systems.
+    malloc reads the setting only at the start of a process. It changes no result. Nothing happens on other systems, or
+    if the user has set GLIBC_TUNABLES.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -158,7 +161,7 @@ def restart_with_huge_pages() -> None:
 
 
 def _restart() -> None:
-    # A signal on the way finds the handlers of the process that follows, not an interpreter that has none yet. Where
-    # the interpreter may not be started a second time all goes on as it is.
-    with held(), suppress(OSError):
+    # Signals wait until the new process has its handlers. If the interpreter cannot be restarted, this process
+    # continues unchanged.
+    with hold_signals(), suppress(OSError):
         os.execv(sys.executable, sys.orig_argv)

@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM outside a stage's loop: the process ends at once, with a line and without a traceback.
+"""Handling of SIGINT and SIGTERM outside a stage's loop: the process ends at once with one line and no traceback.
 
-An exception raised by a handler would not do: JAX swallows one that is raised inside its callbacks, imports print its
-traceback, and nothing of Python's is raised while XLA compiles. Nothing is lost at such an end: what a command writes
-is there as a whole or not at all. Imports next to nothing, as it comes before everything else.
+An exception from a handler would not work: JAX swallows exceptions inside its callbacks, imports print a traceback, and
+Python raises nothing while XLA compiles. Ending at once loses nothing, because commands write their files atomically.
+This module imports almost nothing, because it comes before everything else.
 """
 
 import os
@@ -19,7 +19,7 @@ _ONE = RLock()
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop by signal ``number``, and has saved its state."""
+    """Raised when signal ``number`` has stopped a run, after it has saved its state."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -27,34 +27,34 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _Ending:
-    """What the next signal makes the process say and do."""
+    """Actions of the process at the next signal."""
 
     def __init__(self) -> None:
         self.last_words = "interrupted"
         self.farewell: Callable[[], None] | None = None
         self.signals = 0
-        """So many the main thread has seen."""
+        """Number of signals that the main thread has received."""
         self.ender = 0
-        """The thread that ends the process; 0: none yet."""
+        """Id of the thread that ends the process; 0: none yet."""
 
 
 _ENDING = _Ending()
-"""There is one process, and so one of these."""
+"""State of this process; there is only one."""
 
 
 def end_at_once() -> None:
-    """From now on the first signal ends the process with 128 + its number. A signal that is ignored stays ignored.
+    """Make the first signal end the process with exit code 128 + its number. An ignored signal stays ignored.
 
-    XLA may compile for minutes, in which no handler of Python's runs, so a thread of its own listens.
+    A separate thread listens, because XLA may compile for minutes in which no Python handler runs.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    # Not at the top: by now signals wait.
+    # Imported here: by now signals wait.
     from threading import Thread
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # It inherits that signals are blocked: one that it took would be lost where this program makes room for another.
+    # The thread inherits the blocked signals: one that it took would be lost if the process restarts itself.
     Thread(target=_listen, args=(reading,), daemon=True).start()
     for number in STOPPING:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -62,29 +62,29 @@ def end_at_once() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def say_at_the_end(last_words: str) -> None:
-    """What a signal makes the process say from now on, in one line."""
+def set_last_words(last_words: str) -> None:
+    """Set the line that the process prints when a signal ends it."""
     _ENDING.last_words = last_words
 
 
-def bid_farewell(farewell: Callable[[], None] | None) -> None:
-    """What the process does before a signal ends it, within a few seconds: tell those that wait for it. None: nothing.
+def set_farewell(farewell: Callable[[], None] | None) -> None:
+    """Set an action of a few seconds before a signal ends the process, such as a message to waiting processes.
 
-    It runs in a thread, whatever the main thread is at.
+    It runs in a thread of its own, at any point of the main thread. None removes it.
     """
     _ENDING.farewell = farewell
 
 
-def no_longer() -> None:
-    """The command is done: while the interpreter ends there may be no thread to listen."""
+def stop_listening() -> None:
+    """Let signals end the process directly, because the listening thread may be gone while the interpreter exits."""
     for number in STOPPING:
         if signal.getsignal(number) is _end_unless_farewell:
             signal.signal(number, _end)
 
 
 @contextmanager
-def raised() -> Iterator[None]:
-    """While the block runs signals are raised as ``Interrupted``, for one that has handlers and an end of its own."""
+def raise_signals() -> Iterator[None]:
+    """Raise signals as ``Interrupted`` within the block, for code with its own handlers and clean-up."""
     if signal.getsignal(signal.SIGINT) is not _end_unless_farewell:
         yield
         return
@@ -99,8 +99,8 @@ def raised() -> Iterator[None]:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """While the block runs signals wait. A program that takes this one's place lets them in by ``end_at_once``."""
+def hold_signals() -> Iterator[None]:
+    """Make signals wait within the block. A program that replaces this process admits them by ``end_at_once``."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
@@ -109,9 +109,9 @@ def held() -> Iterator[None]:
 
 
 def _end_unless_farewell(number: int, frame: object) -> None:
-    """The main thread ends the process where it can; what takes time is the listener's, which Python has woken.
+    """End the process from the main thread if there is no farewell; else the listening thread ends it after that.
 
-    A second signal does not wait for that.
+    A second signal does not wait for the farewell.
     """
     _ENDING.signals += 1
     if _ENDING.farewell is None or _ENDING.signals > 1:
@@ -131,12 +131,12 @@ def _listen(reading: int) -> None:
 
 
 def _end(number: int, _frame: object) -> None:
-    """End the process: the thread that comes first does, and any other goes no further."""
+    """End the process from the first thread that calls this; any other thread waits here."""
     me = get_ident()
     with _ONE:
         first, _ENDING.ender = _ENDING.ender == 0, _ENDING.ender or me
     if not first:
-        # A second signal in the midst of this very function, or another thread that must not start a new program.
+        # A second signal during this function, or another thread, which must not start a new program.
         while _ENDING.ender != me:
             sleep(1.0)
         return

@@ -1,7 +1,7 @@
-"""Text files of the project: UTF-8 whatever the locale, ended by "\\n" alone, and there as a whole or not at all.
+"""Reads and writes text files in UTF-8, whatever the locale, with "\\n" as the only line end, and atomically.
 
-``str.splitlines`` and ``open()`` in text mode end lines at characters that a prompt or an answer may hold (U+2028,
-U+2029, U+0085, a lone "\\r"), so no file is read by them.
+``str.splitlines`` and ``open()`` in text mode also break lines at characters that a prompt or an answer may contain
+(U+2028, U+2029, U+0085, a lone "\\r"), so nothing here uses them.
 """
 
 import codecs
@@ -14,54 +14,54 @@ from typing import Any
 
 BOM = b"\xef\xbb\xbf"
 _ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
-"""Separators of lines to other readers, and halves of surrogate pairs, which no encoding takes."""
+"""Characters that other readers take for line ends, and halves of surrogate pairs, which no encoding accepts."""
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """JSON in its own letters, but for characters that other readers may take for the end of a line."""
+    """Write JSON without ASCII escapes, except for characters that other readers may take for a line end."""
     return _ESCAPED.sub(_escape, json.dumps(value, indent=indent, ensure_ascii=False))
 
 
 def json_line(row: Any) -> str:
-    """One line of a JSONL file, with its end."""
+    """Write one line of a JSONL file, with its line end."""
     return json_text(row) + "\n"
 
 
 def ascii_json(text: str) -> str:
-    """The same JSON in ASCII: what any terminal, pipe and reader takes, whatever encoding it expects."""
-    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
+    """Write JSON in ASCII, which every terminal, pipe and reader accepts in any encoding."""
+    return _NOT_ASCII.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
-def _escape(found: re.Match[str]) -> str:
-    return f"\\u{ord(found[0]):04x}"
+def _escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank with its number from 1, without a byte order mark."""
+    """Yield each line that is not blank with its number from 1, without a byte order mark."""
     for number, line in enumerate(path.read_bytes().removeprefix(BOM).split(b"\n"), 1):
         if line.strip():
             yield number, line
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The rows of a JSONL file; ValueError that names file and line for one that is no JSON."""
+    """Read the rows of a JSONL file. ValueError names the file and line that is not JSON."""
     return [_parsed(path, number, line) for number, line in numbered_lines(path)]
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that is added to, ends included; a last one that was cut short is left out.
+def complete_lines(path: Path) -> list[bytes]:
+    """Read the lines of a file that a run appends to, with their ends, without an incomplete last line.
 
-    A file that is not there has none.
+    A missing file has no lines.
     """
     if not path.exists():
         return []
     return [line + b"\n" for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-def read_whole_json_lines(path: Path) -> list[Any]:
-    """The rows of a JSONL file that is added to, without a last line that was cut short."""
-    return [_parsed(path, number, line) for number, line in enumerate(whole_lines(path), 1)]
+def read_complete_json_lines(path: Path) -> list[Any]:
+    """Read the rows of a JSONL file that a run appends to, without an incomplete last line."""
+    return [_parsed(path, number, line) for number, line in enumerate(complete_lines(path), 1)]
 
 
 def _parsed(path: Path, number: int, line: bytes) -> Any:
@@ -72,7 +72,7 @@ def _parsed(path: Path, number: int, line: bytes) -> Any:
 
 
 def write_output(path: str, text: str) -> None:
-    """Write JSON to the file that a user named, or to stdout for ``-``; there in ASCII where stdout is not UTF-8."""
+    """Write JSON to a file that the user names, or to stdout for ``-``: in ASCII if stdout is not UTF-8."""
     if path != "-":
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_text(Path(path), text)
@@ -83,21 +83,21 @@ def write_output(path: str, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all: beside it first, then renamed over it.
+    """Write a file in UTF-8 atomically: first beside it, then with a rename.
 
-    A link's target is replaced, not the link; what is no plain file (``/dev/stdout``, a pipe) is written to as it is.
+    For a link it replaces the target, not the link. It writes to a device or a pipe (``/dev/stdout``) directly.
     """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """``write_text`` of what is encoded already."""
+    """Write bytes to a file as ``write_text`` does."""
     target = path.resolve() if path.is_symlink() else path
     if target.exists() and not target.is_file():
         target.write_bytes(content)
         return
     partial = target.with_name(target.name + ".partial")
-    # A link that stands there is not followed.
+    # Unlinking avoids following a link of that name.
     partial.unlink(missing_ok=True)
     with partial.open("xb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Paths as users write them: a leading ``~`` is a home folder, wherever a config names a path. Imports no JAX."""
+"""Paths in configs: a leading ``~`` stands for a home folder. Imports no JAX."""
 
 import os
 from dataclasses import dataclass
@@ -6,30 +6,30 @@ from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 PATH = "path"
-"""Marks a type whose text is a path, or may be one: a source of rows, a model."""
+"""Mark of a type whose text is, or may be, a path: a source of rows, or a model."""
 PathText = Annotated[str, PATH]
 
 
 def expanded(text: str) -> str:
-    """``~/x`` and ``~name/x`` with the home folder in their place; any other text as it is.
+    """Replace ``~`` in ``~/x`` and ``~name/x`` by the home folder; any other text stays.
 
-    ValueError where that folder is not known: else a folder named ``~`` would be made.
+    ValueError if that folder is not known, because otherwise a folder named ``~`` would be created.
     """
-    text = spelt(text)
+    text = encodable(text)
     if not text.startswith("~"):
         return text
     user = text[1:].partition("/")[0]
     if not user and os.environ.get("HOME") == "":
-        raise ValueError(f"{text}: ~ is not known, as HOME is empty; set HOME, or write the path out")
+        raise ValueError(f"{text}: ~ is not known, because HOME is empty; set HOME, or write the full path")
     path = os.path.expanduser(text)
     if path.startswith("~"):
         reason = f"there is no user {user!r} here" if user else "HOME is not set, and the user has no home folder"
-        raise ValueError(f"{text}: {text.partition('/')[0]} is not known: {reason}; write the path out (./~ is a name)")
+        raise ValueError(f"{text}: {text.partition('/')[0]} is not known: {reason}; write the full path (or ./~)")
     return path
 
 
-def spelt(text: str) -> str:
-    """A path as the file system's encoding can have it: in a locale without UTF-8 its bytes are those of UTF-8."""
+def encodable(text: str) -> str:
+    """Make a path encodable for the file system: in a locale without UTF-8 its bytes are those of UTF-8."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -38,19 +38,19 @@ def spelt(text: str) -> str:
 
 
 def expanded_value(value: Any) -> Any:
-    """``expanded`` of a text, of each text of a tuple, or of each source in a mapping of weights."""
+    """Apply ``expanded`` to a text, to each text of a tuple, or to each source of a mapping with weights."""
     if isinstance(value, str):
         return expanded(value)
     if isinstance(value, dict):
         weights = {expanded(source): weight for source, weight in value.items()}
         if len(weights) < len(value):
-            raise ValueError(f"{', '.join(value)}: two of them are the same source")
+            raise ValueError(f"{', '.join(value)}: two of these are the same source")
         return weights
     return tuple(map(expanded, value))
 
 
 def is_path(hint: Any) -> bool:
-    """Whether a type is one of paths: ``PathText``, ``tuple[PathText, ...]``, or another that is marked ``PATH``."""
+    """Whether a type holds paths: ``PathText``, ``tuple[PathText, ...]``, or another type with the mark ``PATH``."""
     if get_origin(hint) is Annotated:
         return PATH in get_args(hint)[1:]
     return get_origin(hint) is tuple and is_path(get_args(hint)[0])
@@ -58,13 +58,13 @@ def is_path(hint: Any) -> bool:
 
 @cache
 def path_fields(cls: type) -> tuple[str, ...]:
-    """The fields of a config that hold paths."""
+    """Return the names of the fields of a config that hold paths."""
     return tuple(name for name, hint in get_type_hints(cls, include_extras=True).items() if is_path(hint))
 
 
 @dataclass(frozen=True)
 class WithPaths:
-    """A config in whose paths ``~`` is expanded however it is made: from YAML, from flags, or in Python."""
+    """Base of configs that expand ``~`` in their paths, whether made from YAML, from flags or in Python."""
 
     def __post_init__(self) -> None:
         for name in path_fields(type(self)):

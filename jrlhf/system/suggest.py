@@ -1,4 +1,4 @@
-"""The right name for a mistyped one. Imports no JAX."""
+"""Suggestions for a mistyped name. Imports no JAX."""
 
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean ...?` with the likest of the dotted paths `known`, else the names beside `wrong`, else nothing.
+    """Suggest the most similar of the `known` dotted paths, else list the names beside `wrong`, else return "".
 
-    A like last part counts most, a like way to it second: sft.optim.learning_rate and optim.lr both find sft.optim.lr.
+    The last part counts most, its parents second: sft.optim.learning_rate and optim.lr both give sft.optim.lr.
     """
     parent, _, leaf = wrong.replace("-", "_").lower().rpartition(".")
     scores: dict[str, float] = {}
@@ -23,17 +23,17 @@ def did_you_mean(wrong: str, known: Iterable[str], prefix: str = "") -> str:
     if scores:
         best = [prefix + path for path, score in scores.items() if score == max(scores.values())]
         return f"; did you mean {either(best[:3])}?"
-    return f"; there are {', '.join(siblings)}" if siblings else ""
+    return f"; possible names: {', '.join(siblings)}" if siblings else ""
 
 
 def either(options: Sequence[str]) -> str:
-    """`a, b or c`."""
+    """Join options as `a, b or c`."""
     *head, last = options
     return f"{', '.join(head)} or {last}" if head else last
 
 
 def near_folder(path: Path) -> str:
-    """`; did you mean ...?` with folders whose names are like that of the first part of a path that is missing."""
+    """Suggest folders with names similar to the first missing part of a path, else return ""."""
     missing = path
     while not missing.parent.is_dir() and missing.parent != missing:
         missing = missing.parent
@@ -46,7 +46,8 @@ def near_folder(path: Path) -> str:
 
 
 def _likeness(wrong: str, right: str) -> float:
-    """1.5 for the same name, 1 for its initials (learning_rate, lr), 0.9 for whole words of it (num_epochs, epochs)."""
+    """Rate similarity: 1.5 for the same name, 1 for its initials (learning_rate, lr), 0.9 for a subset of its words
+    (num_epochs, epochs), else the ratio of SequenceMatcher."""
     if wrong == right:
         return 1.5
     words, right_words = wrong.split("_"), right.split("_")

@@ -6,8 +6,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.config import stage_section
-from jrlhf.config import Config, ConfigError, LoRAConfig, load_config, to_yaml
+from jrlhf.config import Config, ConfigError, load_config, stage_section, to_yaml
 from jrlhf.config.tools import ExportConfig
 from jrlhf.core import combine
 from jrlhf.data import load_tokenizer
@@ -17,7 +16,6 @@ from jrlhf.models import (
     WeightDtype,
     load_pretrained,
     load_reward_model,
-    load_reward_start,
 )
 from jrlhf.models.hf.folder_files import copy_files
 from jrlhf.parallel import make_mesh

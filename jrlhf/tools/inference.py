@@ -12,8 +12,8 @@ from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
-from jrlhf.stages.table import stages_of_kind
 from jrlhf.runs.folder import exported_folder
+from jrlhf.stages.table import stages_of_kind
 from jrlhf.system.lines import json_line, write_output
 from jrlhf.train.positions import Positions
 

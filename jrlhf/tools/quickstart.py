@@ -18,6 +18,7 @@ from jrlhf.runs.folder import write_json
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.reward_figures import Ranking, bag_of_words_accuracy
+from jrlhf.stages.table import STAGES
 from jrlhf.system.lines import read_json_lines
 from jrlhf.system.terminal import show_all_characters
 from jrlhf.tools.quickstart_judge import lexicon_scores, load_opinion_lexicon, paired_difference
@@ -33,8 +34,8 @@ def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> di
     out = Path(config.run)
     summary = judge(config, run_pipeline(config))
     write_json(out / "summary.json", summary)
-    write_report(out, summary)
-    print_summary(Console(), summary, before_and_after(config))
+    write_report(out, summary, STAGES)
+    print_summary(Console(), summary, before_and_after(config), STAGES)
     return summary
 
 

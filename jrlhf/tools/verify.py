@@ -18,12 +18,12 @@ from jrlhf.core import gae, kwise_ranking_loss, masked_whiten, positions_from_ma
 from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
-from jrlhf.stages.table import stages_of_kind
+from jrlhf.parallel.step import Step
 from jrlhf.runs.folder import exported_folder
+from jrlhf.stages.table import stages_of_kind
 from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, rollout_metrics, separate
 from jrlhf.system.terminal import show_all_characters
 from jrlhf.train.positions import Positions
-from jrlhf.parallel.step import Step
 from jrlhf.types import Generation, PPOParams, Rollout, TrainState
 
 EXACT = 0.0

@@ -224,7 +224,7 @@ def test_a_switch_needs_no_value(stage):
         (["sft", "--zzz", "a"], "--zzz: unknown flag; jrlhf sft --help lists them"),
         (["sft", "-x"], "-x: unknown flag; jrlhf sft --help lists them"),
         (["sft", "--sft.optim", "1"], "--sft.optim: unknown flag"),
-        (["sft", "--sft.model.zzz", "1"], "--sft.model.zzz: unknown flag; there are path, dtype, remat"),
+        (["sft", "--sft.model.zzz", "1"], "--sft.model.zzz: unknown flag; possible names: path, dtype, remat"),
         (["sft", "--seed"], "--seed: expected a value"),
         (["sft", "--seed", "--run", "a"], "--seed: expected a value"),
         (["sft", "--seed", "1.5"], "--seed: expected a whole number, got '1.5' (a number)"),

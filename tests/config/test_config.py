@@ -80,7 +80,7 @@ def test_a_byte_order_mark_and_crlf_do_no_harm(tmp_path):
         ("sft: {num_train_epochs: 1}", "run.yaml:1: sft.num_train_epochs: unknown key; did you mean sft.epochs?"),
         ("ppo: {lr: 1}", "run.yaml:1: ppo.lr: unknown key; did you mean ppo.optim.lr?"),
         ("rewrad: {}", "run.yaml:1: rewrad: unknown key; did you mean reward?"),
-        ("mesh: {zzz: 1}", "run.yaml:1: mesh.zzz: unknown key; there are data, fsdp, tensor"),
+        ("mesh: {zzz: 1}", "run.yaml:1: mesh.zzz: unknown key; possible names: data, fsdp, tensor"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_names_its_path_and_the_nearest_right_one(tmp_path, text, problem):

@@ -10,7 +10,7 @@ import pytest
 
 from jrlhf.cli import COMMANDS
 from jrlhf.cli.commands import TOOLS
-from jrlhf.cli.flags import PLANNED, STAGES, read_flags, stage_flags, tool_config
+from jrlhf.cli.flags import PLAN_ONLY, STAGES, read_flags, stage_flags, tool_config
 from jrlhf.config import Config, ConfigError, PlanConfig, check, load_config
 from jrlhf.config.files import apply_flags, flag_types, schema
 from tests.support import ROOT
@@ -78,7 +78,7 @@ def parse(line: str) -> None:
         return
     config, parts = Config(), STAGES.get(command, STAGES["pipeline"])
     if command == "plan":
-        config, parts = PlanConfig(), (*PLANNED, *parts)
+        config, parts = PlanConfig(), (*PLAN_ONLY, *parts)
     flags = read_flags(command, arguments, stage_flags(type(config), parts))
     flags.pop("config", None)
     check(apply_flags(config, flags))

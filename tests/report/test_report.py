@@ -14,7 +14,7 @@ from rich.console import Console
 from jrlhf.config import ConfigError
 from jrlhf.config.tools import ReportConfig
 from jrlhf.report import figures, print_summary, run_report, write_report
-from jrlhf.report.charts import MOST_POINTS, line_chart, thin
+from jrlhf.report.charts import MAX_POINTS, line_chart, thin
 
 SUMMARY: dict[str, Any] = {
     "sft": {"base_nll": 4.0, "heldout_nll": 2.2},
@@ -142,7 +142,7 @@ def test_the_page_holds_all_that_the_run_left(run: Path) -> None:
     assert "rule/json 1" in text
     for title in ("Calibration: pairs ordered right", "Scores of held-out answers", "distance from the SFT policy"):
         assert title in text
-    assert "Fitted d" in text
+    assert "Fit d" in text
     assert "; eval/gold: α" in text, "a curve that only the summary has"
     assert len(text) < 5_000_000
 
@@ -195,9 +195,9 @@ def test_a_run_on_its_way_has_a_page_too(run: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run; it has none of sft, reward, ppo"):
+    with pytest.raises(ConfigError, match="not a run: it has none of sft, reward, ppo"):
         run_report(ReportConfig(str(tmp_path)))
-    with pytest.raises(ConfigError, match="no run"):
+    with pytest.raises(ConfigError, match="not a run"):
         run_report(ReportConfig(str(tmp_path / "absent")))
     assert list(tmp_path.iterdir()) == []
 
@@ -217,7 +217,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 )
 def test_a_damaged_file_is_named(file: str, text: str, run: Path) -> None:
     (run / file).write_text(text)
-    with pytest.raises(ConfigError, match=rf"{re.escape(file)}: damaged .*; mend it or move it away"):
+    with pytest.raises(ConfigError, match=rf"{re.escape(file)}: damaged .*; repair it or move it away"):
         write_report(run, None)
     assert not (run / "report.html").exists()
 
@@ -250,7 +250,7 @@ def test_a_pointer_shows_the_point_and_not_its_own_place() -> None:
 def test_thinning_keeps_the_last_point() -> None:
     points = [(float(i), float(i)) for i in range(1003)]
     kept = thin(points)
-    assert len(kept) <= MOST_POINTS
+    assert len(kept) <= MAX_POINTS
     assert kept[-1] == points[-1]
     assert thin(points[:400]) == points[:400]
     assert thin([]) == []

@@ -97,7 +97,7 @@ def test_a_kind_that_is_not_asked_for_has_no_rate() -> None:
 
 def test_a_column_that_is_no_truth_is_named_before_any_step(tmp_path: Path) -> None:
     config = with_safety(tmp_path, [*ROWS, {"prompt": "Maybe", "refusal": "perhaps"}])
-    with pytest.raises(DataError, match=r"column refusal of safety\.prompts: expected true or false, found 'perhaps'"):
+    with pytest.raises(DataError, match=r"column refusal of safety\.prompts: expected true or false, got 'perhaps'"):
         run_sft(config)
     assert not (Path(config.run) / "sft" / "metrics.jsonl").exists()
 

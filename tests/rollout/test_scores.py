@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jrlhf.plan.ppo import ppo_stage
 
 from jrlhf import assets
 from jrlhf.config import Config, ConfigError, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig, check
@@ -31,7 +32,6 @@ from jrlhf.config.rewards import (
 )
 from jrlhf.data import DataError, load_tokenizer
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
-from jrlhf.plan.ppo import ppo_stage
 from jrlhf.plan.run import planned_site
 from jrlhf.rollout import iteration as ppo_iteration
 from jrlhf.rollout import rules

@@ -33,7 +33,7 @@ def test_a_function_is_told_the_texts_and_the_columns() -> None:
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ([1.0], "expected 2 numbers, one an answer, got 1"),
+        ([1.0], "expected 2 numbers, one for each answer, got 1"),
         ([1.0, math.nan], "expected finite numbers, got nan for answer 1"),
         ([math.inf, 1.0], "got inf for answer 0"),
         ([1.0, None], "got None for answer 1"),
@@ -55,8 +55,8 @@ def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: py
     Path("my_broken_reward.py").write_text("1 / 0\n")
     assert by_function(load_function("my_own_reward:reward"), EPISODES) == [1.5, 2.5]
     for path, said in [
-        ("my_own_reward:other", "the module has no other"),
-        ("my_own_reward:number", "is no function but int"),
+        ("my_own_reward:other", "the module has no function other"),
+        ("my_own_reward:number", "not a function but int"),
         ("my_broken_reward:reward", "ZeroDivisionError"),
         ("my_absent_reward:reward", "No module named 'my_absent_reward'"),
     ]:
@@ -115,7 +115,7 @@ def test_a_server_is_asked_again_until_it_answers() -> None:
         ([(500, b""), (500, b"")], "HTTP Error 500"),
         ([(404, b"")], "HTTP Error 404"),
         ([(302, b"")], "HTTP Error 302"),
-        ([(200, b"[1]")] * 2, 'answered without "scores"'),
+        ([(200, b"[1]")] * 2, 'the reply has no "scores"'),
         ([(200, b'{"scores": [1]}')] * 2, "expected 2 numbers"),
         ([(200, b'{"scores": [1, NaN]}')] * 2, "got nan for answer 1"),
         ([(200, b"[" * 100_000)] * 2, "recursion"),
@@ -149,6 +149,6 @@ def test_no_try_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(EndpointError, match="timed out"):
         by_endpoint("https://localhost/", EPISODES, timeout=10.0, retries=50, deadline=125.0)
     assert given == [10.0, 10.0, 5.0]
-    with pytest.raises(EndpointError, match=r"no time is left for a request \(ppo\.rewards\.timeout\)"):
+    with pytest.raises(EndpointError, match=r"no time left for a request \(ppo\.rewards\.timeout\)"):
         by_endpoint("https://localhost/", EPISODES, timeout=10.0, retries=50, deadline=125.0)
     assert len(given) == 3

@@ -3,7 +3,7 @@
 import pytest
 import regex
 
-from jrlhf.rules import REFUSALS, length_band, refusal, repetition, share_found, words, yes_or_no
+from jrlhf.rules import REFUSALS, length_band, matching_fraction, refusal, repetition, words, yes_or_no
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def patterns(*texts: str) -> list[regex.Pattern[str]]:
     ("text", "share"),
     [("", 0.0), ("a cat", 0.5), ("a cat and a Dog", 1.0), ("\u00fc", 0.0), ("cat" * 100_000, 0.5)],
 )
-def test_share_found(text: str, share: float) -> None:
-    assert share_found(text, patterns("cat", "(?i)dog"), timeout=10.0) == share
+def test_matching_fraction(text: str, share: float) -> None:
+    assert matching_fraction(text, patterns("cat", "(?i)dog"), timeout=10.0) == share
 
 
 def test_a_pattern_that_does_not_end_is_named() -> None:
     with pytest.raises(TimeoutError, match=r"'\(a\|aa\)\+\$' took more than 0\.05 s on an answer of 41 characters"):
-        share_found("a" * 40 + "!", patterns("(a|aa)+$"), timeout=0.05)
+        matching_fraction("a" * 40 + "!", patterns("(a|aa)+$"), timeout=0.05)
 
 
 ANSWERED = [
@@ -73,8 +73,8 @@ ANSWERED = [
 @pytest.mark.parametrize(("text", "refuses"), ANSWERED)
 def test_a_refusal_is_good_where_it_is_wanted(text: str, refuses: bool) -> None:
     known = patterns(*REFUSALS)
-    assert refusal(text, known, wanted=True, penalty=0.5, timeout=10.0) == float(refuses)
-    assert refusal(text, known, wanted=False, penalty=0.5, timeout=10.0) == -0.5 * refuses
+    assert refusal(text, known, expected=True, penalty=0.5, timeout=10.0) == float(refuses)
+    assert refusal(text, known, expected=False, penalty=0.5, timeout=10.0) == -0.5 * refuses
 
 
 @pytest.mark.parametrize(
@@ -86,5 +86,5 @@ def test_cells_of_truth(cell: object, meant: bool) -> None:
 
 
 def test_a_cell_of_anything_else_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected true or false, found 'maybe'"):
+    with pytest.raises(ValueError, match="expected true or false, got 'maybe'"):
         yes_or_no("maybe")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jrlhf.stages.inputs import PPOInputs, stage_inputs
 from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
@@ -24,7 +25,6 @@ from jrlhf.report import run_report
 from jrlhf.runs.folder import StageName, open_stage
 from jrlhf.runs.origin import file_input
 from jrlhf.runs.origin_check import check_origin
-from jrlhf.stages.inputs import PPOInputs, stage_inputs
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
@@ -320,7 +320,7 @@ def test_sft_made_anew_ends_the_pipeline_at_the_reward_model(
     assert [event["event"] for event in events] == ["changed inputs"]
     assert line in events[0]["accepted"]
     page = run_report(ReportConfig(str(run))).read_text(encoding="utf-8")
-    assert "Made from changed inputs" in page
+    assert "Accepted changes of inputs" in page
     assert line in page
     # What was accepted once is what it is made from now; the report still says so.
     assert run_pipeline(config)["reward"]["changed_inputs"] == lines

@@ -183,7 +183,7 @@ def test_a_home_that_is_missing_costs_caches_and_not_the_command(name: str) -> N
         assert done.returncode == 0, said
         assert done.stdout.startswith(b'{"prompt": "Once upon"')
         [line] = [line for line in said.split("\n") if line.startswith("jrlhf: ")]
-        assert "compiled programs are not kept" in line
+        assert "compiled programs are not cached" in line
         assert "JRLHF_CACHE" in line
         assert "HF_HOME" in line
         assert [path.name for path in folder.iterdir()] == ["rows.parquet"]

@@ -94,7 +94,7 @@ def program(
     *code: str, cwd: Path, after: float | None = 3.0, number: signal.Signals = signal.SIGINT
 ) -> tuple[int, str]:
     """A program that has made ready for signals, as the command does."""
-    text = "\n".join(["from jrlhf.system.interrupts import end_at_once, say_at_the_end", "end_at_once()", *code])
+    text = "\n".join(["from jrlhf.system.interrupts import end_at_once, set_last_words", "end_at_once()", *code])
     code, errors, _ = interrupted(["-c", text], after=after, number=number, cwd=cwd)
     return code, errors
 
@@ -122,7 +122,7 @@ def test_it_ends_while_no_handler_of_python_s_can_run(number: signal.Signals, tm
     """As while XLA compiles: one call that lets go of the interpreter, for a minute."""
     code, errors = program(
         "import hashlib",
-        "say_at_the_end('a test interrupted')",
+        "set_last_words('a test interrupted')",
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 200_000_000)",
         cwd=tmp_path,
         number=number,
@@ -133,12 +133,12 @@ def test_it_ends_while_no_handler_of_python_s_can_run(number: signal.Signals, tm
 def test_a_farewell_comes_first_and_a_second_signal_cuts_it_short(tmp_path: Path) -> None:
     farewell = [
         "import os, signal, time",
-        "from jrlhf.system.interrupts import bid_farewell",
+        "from jrlhf.system.interrupts import set_farewell",
         "def farewell():",
         "    os.write(2, b'farewell\\n')",
         "    if seconds: os.kill(os.getpid(), signal.SIGTERM); time.sleep(seconds)",
     ]
-    rest = ["bid_farewell(farewell)", "time.sleep(60)"]
+    rest = ["set_farewell(farewell)", "time.sleep(60)"]
     assert program(*farewell, "seconds = 0", *rest, cwd=tmp_path) == (130, "farewell\njrlhf: interrupted\n")
     assert program(*farewell, "seconds = 50", *rest, cwd=tmp_path) == (143, "farewell\njrlhf: interrupted\n")
 
@@ -147,9 +147,9 @@ def test_a_signal_between_two_programs_finds_the_second_one(tmp_path: Path) -> N
     """The process replaces itself: one that comes on the way waits for handlers."""
     code, errors = program(
         "import os, signal, sys",
-        "from jrlhf.system.interrupts import held",
+        "from jrlhf.system.interrupts import hold_signals",
         "later = 'import time; from jrlhf.system.interrupts import end_at_once; end_at_once(); time.sleep(60)'",
-        "with held():",
+        "with hold_signals():",
         "    os.kill(os.getpid(), signal.SIGTERM)",
         "    os.execv(sys.executable, [sys.executable, '-c', later])",
         cwd=tmp_path,

@@ -16,12 +16,12 @@ import jrlhf
 from jrlhf.runs.metrics import MetricsLog, RowLog, drop_after, read_metrics
 from jrlhf.system.lines import (
     ascii_json,
+    complete_lines,
     json_line,
     json_text,
     numbered_lines,
+    read_complete_json_lines,
     read_json_lines,
-    read_whole_json_lines,
-    whole_lines,
     write_output,
     write_text,
 )
@@ -36,7 +36,7 @@ def test_a_text_that_holds_a_separator_is_one_line_to_every_reader(tmp_path: Pat
     rows = [{"prompt": f"Once{separator}upon"}, {"é": [separator, "é"]}]
     path = tmp_path / "rows.jsonl"
     write_text(path, "".join(map(json_line, rows)))
-    assert read_json_lines(path) == read_whole_json_lines(path) == rows
+    assert read_json_lines(path) == read_complete_json_lines(path) == rows
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == rows
     assert "é".encode() in path.read_bytes()
 
@@ -67,7 +67,7 @@ def test_what_others_wrote_raw_is_read(tmp_path: Path) -> None:
 def test_a_line_that_is_no_json_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n' + line + b"\n")
-    for read in (read_json_lines, read_whole_json_lines):
+    for read in (read_json_lines, read_complete_json_lines):
         with pytest.raises(ValueError, match=r"rows\.jsonl:2: not JSON"):
             read(path)
 
@@ -75,15 +75,15 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path, line: bytes) -> None:
 def test_a_last_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     """Even within a character, or where nothing but it is there."""
     path = tmp_path / "rows.jsonl"
-    assert whole_lines(path) == read_whole_json_lines(path) == []
+    assert complete_lines(path) == read_complete_json_lines(path) == []
     first, second = json_line({"step": 1, "text": "é"}).encode(), json_line({"step": 2, "text": "é"}).encode()
     for cut in range(len(second)):
         path.write_bytes(first + second[:cut])
-        assert read_whole_json_lines(path) == [{"step": 1, "text": "é"}]
+        assert read_complete_json_lines(path) == [{"step": 1, "text": "é"}]
         drop_after(path, 5)
         assert path.read_bytes() == first
     path.write_bytes(first[:-2])
-    assert read_whole_json_lines(path) == []
+    assert read_complete_json_lines(path) == []
 
 
 def test_a_log_keeps_what_it_is_told(tmp_path: Path) -> None:
