@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from jrlhf.models import ArchConfig, Rope, forward_flops, init_params
-from jrlhf.models.hf_write import write_folder
-from jrlhf.models.names import language_model_table
+from jrlhf.models.hf.names import language_model_table
+from jrlhf.models.hf.write import write_folder
 from jrlhf.parallel import Peaks, known_peaks, measured_peaks
 
 SHAPES = {

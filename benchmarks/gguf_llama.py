@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from jrlhf.assets.build import rope_half_split
+from scripts.build_assets import rope_half_split
 
 NAMES = {
     "token_embd": "model.embed_tokens",

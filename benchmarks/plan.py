@@ -145,9 +145,9 @@ def run_stage(out: Path, stage: str) -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    from jrlhf.checkpoint import Checkpoints
-    from jrlhf.config_io import load_config
+    from jrlhf.config import load_config
     from jrlhf.data import load_sft, load_tokenizer
+    from jrlhf.runs.checkpoints import Checkpoints
     from jrlhf.stages.ppo import run_ppo
     from jrlhf.stages.sft import run_sft
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf import assets
-from jrlhf.checkpoint import CheckpointError, Checkpoints
 from jrlhf.config import (
     CheckpointConfig,
     Config,
@@ -28,9 +27,10 @@ from jrlhf.config import (
     PPOConfig,
     RewardConfig,
     SFTConfig,
+    to_yaml,
 )
-from jrlhf.config_io import to_yaml
-from jrlhf.metrics import read_metrics
+from jrlhf.runs.checkpoints import CheckpointError, Checkpoints
+from jrlhf.runs.metrics import read_metrics
 
 STAGES = ("sft", "reward", "ppo")
 MEASURED = ("time", "seconds/", "share/", "perf/", "compile/")

@@ -20,9 +20,10 @@ from common import Timing, arch_of, arguments, report
 from peers.cases import OPTIMIZER
 from peers.jrlhf_steps import ppo_config
 
-from jrlhf.config import Config, LogConfig, RewardsConfig
-from jrlhf.config_rewards import FunctionRuleConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.config import Config, LogConfig
+from jrlhf.config.rewards import FunctionRuleConfig
+from jrlhf.config.schema import RewardsConfig
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
 
 naps = cycle([0.0])

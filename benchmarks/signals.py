@@ -27,8 +27,7 @@ from typing import Any
 
 from reliability import command, same, small_run, tell
 
-from jrlhf.config import Config
-from jrlhf.config_io import to_yaml
+from jrlhf.config import Config, to_yaml
 
 PHASES = ("compile", "rollout", "scoring", "update", "evaluation", "save")
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
@@ -126,9 +125,10 @@ def stop_once(config: Config, phase: str, number: int) -> tuple[int, float] | No
 
 def run_with_signal(config: str, phase: str, number: int, call: int, share: float) -> int:
     """``jrlhf ppo`` with a signal ``share`` of the way through that phase, the ``call``-th time it is entered."""
-    from jrlhf.checkpoint import Checkpoints
     from jrlhf.cli import main as jrlhf
-    from jrlhf.stages import ppo, ppo_iteration
+    from jrlhf.rollout import iteration as ppo_iteration
+    from jrlhf.runs.checkpoints import Checkpoints
+    from jrlhf.stages import ppo
 
     entered, last, sent = 0, 0.0, False
 

@@ -27,10 +27,10 @@ from tokenizers import Tokenizer
 
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import parse_ranking
-from jrlhf.metrics import read_metrics
-from jrlhf.stages.evaluation import Ranking, bag_of_words_accuracy
-from jrlhf.stages.quickstart import BAG_OF_WORDS_L2
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.reward import pair_metrics
+from jrlhf.stages.reward_figures import Ranking, bag_of_words_accuracy
+from jrlhf.tools.quickstart import BAG_OF_WORDS_L2
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 HELDOUT, NORMALISED = 200, 32
@@ -122,7 +122,7 @@ def run_once(out: Path, command: str, *arguments: str) -> float:
     done = out / f"{command}.seconds"
     if not done.is_file():
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "jrlhf.cli", command, *arguments], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, "-m", "jrlhf", command, *arguments], check=True, stdout=sys.stderr)
         done.write_text(f"{time.perf_counter() - start:.1f}\n", encoding="utf-8")
     return float(done.read_text(encoding="utf-8"))
 

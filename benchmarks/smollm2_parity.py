@@ -17,7 +17,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from jrlhf.config_io import load_config
+from jrlhf.config import load_config
 from jrlhf.models import load_pretrained
 
 

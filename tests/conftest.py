@@ -30,6 +30,9 @@ from jaxtyping import install_import_hook
 # From here on every jaxtyping signature of the package is checked at run time.
 install_import_hook("jrlhf", "beartype.beartype")
 
+# Small runs that the tests of several folders read.
+pytest_plugins = ["tests.support.runs"]
+
 import jax  # noqa: E402
 from hypothesis import settings  # noqa: E402
 

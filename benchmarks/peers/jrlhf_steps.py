@@ -18,10 +18,9 @@ from peers import cases
 from peers.protocol import Rounds, open_rounds, read_spec, repeat
 from peers.tokenizer import EOS, PAD, save_tokenizer, words
 
-import jrlhf.stages.loop as stage_loop
+import jrlhf.train.loop as stage_loop
 from jrlhf.config import Config, DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, SamplingConfig
 from jrlhf.core import partition
-from jrlhf.metrics import MetricsLog
 from jrlhf.models import (
     RULES,
     ArchConfig,
@@ -35,11 +34,12 @@ from jrlhf.models import (
     save_reward_model,
 )
 from jrlhf.parallel import make_mesh, shard_batch
-from jrlhf.stages.batches import gradient_slices, usual_microbatch
-from jrlhf.stages.optim import make_optimizer
+from jrlhf.runs.metrics import MetricsLog
 from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.start import start_training
 from jrlhf.steps import make_generate, make_reward_step, make_sft_step
+from jrlhf.train.batches import gradient_slices, usual_microbatch
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.start import start_training
 from jrlhf.types import DecodeFns, Params, RankingBatch, SFTBatch
 
 

@@ -25,10 +25,10 @@ import numpy as np
 from jrlhf.data.columns import Schema, Table, Writer, mapped
 from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.protocol import Tokenizer
-from jrlhf.environment import cache_home, usable_cache
 from jrlhf.parallel import first_goes_ahead
 from jrlhf.parallel.peers import current
-from jrlhf.paths import expanded
+from jrlhf.system.environment import cache_home, usable_cache
+from jrlhf.system.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
 

@@ -14,8 +14,8 @@ from jrlhf import assets
 from jrlhf.data.arrow_files import arrow_rows, dataset_rows, is_saved, parquet_rows, saved_files, saved_rows
 from jrlhf.data.errors import DataError, Placed
 from jrlhf.data.text_files import BOM, csv_rows, json_rows
-from jrlhf.paths import expanded
-from jrlhf.suggest import either
+from jrlhf.system.paths import expanded
+from jrlhf.system.suggest import either
 
 READERS = {
     ".jsonl": json_rows,

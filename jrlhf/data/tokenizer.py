@@ -15,8 +15,8 @@ from jrlhf.data.vocabulary import (
     vocabulary_limit,
     warn_of_spare_tokens,
 )
-from jrlhf.models.adapter_folder import find_tokenizer
-from jrlhf.models.generation import generation_eos
+from jrlhf.models.hf.adapter_folder import find_tokenizer
+from jrlhf.models.hf.generation import generation_eos
 
 log = logging.getLogger("jrlhf.data")
 

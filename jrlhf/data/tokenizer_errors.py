@@ -4,8 +4,8 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 
-from jrlhf.models.adapter_folder import VOCABULARIES
-from jrlhf.models.hf import CONFIG, TOKENIZER_FILES, read_json
+from jrlhf.models.hf.adapter_folder import VOCABULARIES
+from jrlhf.models.hf.folder import CONFIG, TOKENIZER_FILES, read_json
 
 
 def unreadable_sentencepiece(folder: Path) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.tokenizer import read_tokenizer, tokenizer_folder
-from jrlhf.models.folder_files import read_files
-from jrlhf.models.hf import TOKENIZER_FILES
+from jrlhf.models.hf.folder import TOKENIZER_FILES
+from jrlhf.models.hf.folder_files import read_files
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jrlhf.data.errors import DataError
 from jrlhf.data.protocol import Tokenizer
-from jrlhf.models.adapter_folder import model_folder
-from jrlhf.models.hf import CONFIG, read_json
+from jrlhf.models.hf.adapter_folder import model_folder
+from jrlhf.models.hf.folder import CONFIG, read_json
 
 log = logging.getLogger("jrlhf.data")
 

@@ -1,20 +1,9 @@
 """Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
 
 from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
-from jrlhf.models.adapter_folder import (
-    ModelKind,
-    base_folder,
-    base_of,
-    find_tokenizer,
-    is_adapter_folder,
-    model_folder,
-    model_kind,
-    require_kind,
-)
 from jrlhf.models.arch import ArchConfig, Rope
+from jrlhf.models.cache import CacheKind
 from jrlhf.models.decoder import Decoder, KVCache, int8_cache
-from jrlhf.models.digests import file_digest, model_file_digest, model_files
-from jrlhf.models.families import arch_from_hf
 from jrlhf.models.flops import decode_bytes, forward_flops
 from jrlhf.models.functions import (
     DecoderFns,
@@ -24,15 +13,27 @@ from jrlhf.models.functions import (
     init_params,
     reward_params,
 )
-from jrlhf.models.generation import generation_eos
-from jrlhf.models.hf import find_folder
-from jrlhf.models.hf_write import WeightDtype
+from jrlhf.models.hf.adapter_folder import (
+    ModelKind,
+    base_folder,
+    base_of,
+    find_tokenizer,
+    is_adapter_folder,
+    model_folder,
+    model_kind,
+    require_kind,
+)
+from jrlhf.models.hf.digests import file_digest, model_file_digest, model_files
+from jrlhf.models.hf.families import arch_from_hf
+from jrlhf.models.hf.folder import find_folder
+from jrlhf.models.hf.generation import generation_eos
+from jrlhf.models.hf.names import RULES
+from jrlhf.models.hf.peft import save_adapter
+from jrlhf.models.hf.peft_read import insert_adapter
+from jrlhf.models.hf.rounding import round_to_stored
+from jrlhf.models.hf.write import WeightDtype
 from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
-from jrlhf.models.names import RULES
-from jrlhf.models.peft import save_adapter
-from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained
-from jrlhf.models.quantised import CacheKind
 from jrlhf.models.reading import STOP_TOKEN, Reading, reading_of
 from jrlhf.models.reward import (
     RewardModel,
@@ -42,7 +43,6 @@ from jrlhf.models.reward import (
     reward_from_pretrained,
     save_reward_model,
 )
-from jrlhf.models.rounding import round_to_stored
 from jrlhf.models.wrap import from_equinox, from_linen, from_nnx
 
 __all__ = [

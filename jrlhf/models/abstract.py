@@ -6,12 +6,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.models.adapter_folder import ModelKind, model_folder, require_kind
 from jrlhf.models.attention import AttentionKernel
-from jrlhf.models.families import arch_from_hf, is_sequence_classification
 from jrlhf.models.functions import abstract_head, abstract_params, decoder_fns
-from jrlhf.models.hf import read_config
-from jrlhf.models.names import RULES
+from jrlhf.models.hf.adapter_folder import ModelKind, model_folder, require_kind
+from jrlhf.models.hf.families import arch_from_hf, is_sequence_classification
+from jrlhf.models.hf.folder import read_config
+from jrlhf.models.hf.names import RULES
 from jrlhf.models.pretrained import Pretrained
 from jrlhf.models.reading import STOP_TOKEN, reading_of
 from jrlhf.models.reward import RewardModel

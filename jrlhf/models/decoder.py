@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int
 from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import KEPT, AttentionKernel, attention_mask, soft_cap
+from jrlhf.models.cache import Cached, Quantised
 from jrlhf.models.layers import Block, LayerCache, Norm, Sight
 from jrlhf.models.linear import NORMAL, Linear, matmul_transposed
-from jrlhf.models.quantised import Cached, Quantised
 from jrlhf.models.rope import rotary_angles
 from jrlhf.models.splash import Segments
 from jrlhf.parallel import spread_rows

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.quantised import CacheKind
+from jrlhf.models.cache import CacheKind
 
 
 def body_weights(arch: ArchConfig) -> int:

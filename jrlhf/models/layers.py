@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import Activation, ArchConfig, NormKind
 from jrlhf.models.attention import AttentionKernel, causal_attend, fused_attention
+from jrlhf.models.cache import Cached, append, attend_cached
 from jrlhf.models.linear import dense
-from jrlhf.models.quantised import Cached, append, attend_cached
 from jrlhf.models.rope import Angles
 from jrlhf.models.splash import Segments, interpreted, splash_attention
 from jrlhf.parallel import spread_rows

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.names import Entry, decoder_table
+from jrlhf.models.hf.names import Entry, decoder_table
 from jrlhf.types import Key, Params
 
 ADAPTER = ("lora_a", "lora_b", "lora_scale")

@@ -7,19 +7,19 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jrlhf.models.adapter_folder import model_folder, require_kind
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
-from jrlhf.models.families import arch_from_hf
 from jrlhf.models.functions import abstract_params, decoder_fns
-from jrlhf.models.hf import GENERATION_CONFIG, TOKENIZER_FILES, Stored, read_config
-from jrlhf.models.hf_read import open_tensors, read_tree
-from jrlhf.models.hf_write import WeightDtype, write_folder
+from jrlhf.models.hf.adapter_folder import model_folder, require_kind
+from jrlhf.models.hf.families import arch_from_hf
+from jrlhf.models.hf.folder import GENERATION_CONFIG, TOKENIZER_FILES, Stored, read_config
+from jrlhf.models.hf.names import RULES, language_model_table
+from jrlhf.models.hf.peft_read import insert_adapter
+from jrlhf.models.hf.read import open_tensors, read_tree
+from jrlhf.models.hf.write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
-from jrlhf.models.names import RULES, language_model_table
-from jrlhf.models.peft_read import insert_adapter
 from jrlhf.parallel import Rules, tree_shardings
-from jrlhf.paths import expanded
+from jrlhf.system.paths import expanded
 from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, LogprobFn, Params, ScoreFn
 
 

@@ -12,22 +12,22 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.core import at_last_token
-from jrlhf.models.adapter_folder import model_folder, model_kind, require_kind
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
-from jrlhf.models.families import CLASSES, arch_from_hf
 from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_params
-from jrlhf.models.hf import TOKENIZER_FILES, Stored, read_config
-from jrlhf.models.hf_read import open_tensors, read_tree
-from jrlhf.models.hf_write import WeightDtype, write_folder
+from jrlhf.models.hf.adapter_folder import model_folder, model_kind, require_kind
+from jrlhf.models.hf.families import CLASSES, arch_from_hf
+from jrlhf.models.hf.folder import TOKENIZER_FILES, Stored, read_config
+from jrlhf.models.hf.names import HEAD_BIAS, HEAD_KERNEL, RULES, reward_model_table
+from jrlhf.models.hf.peft import is_own_adapter
+from jrlhf.models.hf.peft_read import insert_adapter
+from jrlhf.models.hf.read import open_tensors, read_tree
+from jrlhf.models.hf.write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
-from jrlhf.models.names import HEAD_BIAS, HEAD_KERNEL, RULES, reward_model_table
-from jrlhf.models.peft import is_own_adapter
-from jrlhf.models.peft_read import insert_adapter
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.models.reading import FIELD, NOTE, STOP_TOKEN, Reading, reading_of
 from jrlhf.parallel import Rules, tree_shardings
-from jrlhf.paths import expanded
+from jrlhf.system.paths import expanded
 from jrlhf.types import Key, Params, ScoreFn
 
 

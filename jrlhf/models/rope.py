@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jrlhf.models.arch import Rope
-from jrlhf.models.hf_fields import number, number_or_none, size, switch
+from jrlhf.models.hf.fields import number, number_or_none, size, switch
 
 _KEYS = {
     "rope_type",

@@ -1,7 +1,9 @@
 """Mesh, sharding rules, jitted steps, several hosts: any step of the library on any number of devices."""
 
-from jrlhf.parallel.collectives import array_bytes, bytes_sent
 from jrlhf.parallel.compilation import Compilations, counted_compilations
+from jrlhf.parallel.devices.collectives import array_bytes, bytes_sent
+from jrlhf.parallel.devices.peaks import Peaks, device_peaks, known_peaks, measured_peaks
+from jrlhf.parallel.devices.topology import Topology, parse_topology
 from jrlhf.parallel.hosts import (
     AnyProcess,
     fetch,
@@ -12,11 +14,9 @@ from jrlhf.parallel.hosts import (
 )
 from jrlhf.parallel.launch import joined
 from jrlhf.parallel.mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, replicated, shard_batch, spread_rows
-from jrlhf.parallel.peaks import Peaks, device_peaks, known_peaks, measured_peaks
 from jrlhf.parallel.peers import PeerLost, leave_at_once
 from jrlhf.parallel.sharding import Rules, init_sharded, leaf_spec, tree_shardings
 from jrlhf.parallel.step import Step, jit_moving, jit_step
-from jrlhf.parallel.topology import Topology, parse_topology
 
 __all__ = [
     "AXES",

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jrlhf.interrupts import bid_farewell
 from jrlhf.parallel.coordination import client, coordinator_address, process_count, process_number
 from jrlhf.parallel.relay import Relay
+from jrlhf.system.interrupts import bid_farewell
 
 GRACE = 2.0
 """Seconds that a process gets to find out by itself what another one has failed of."""

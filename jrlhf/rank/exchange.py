@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jrlhf.lines import json_line, json_text
 from jrlhf.rank import argilla, label_studio
 from jrlhf.rank.places import Placed, decided, is_ranking
 from jrlhf.rank.store import Decision, Store
 from jrlhf.rank.tasks import Task, TaskError, json_lines, parse_task
+from jrlhf.system.lines import json_line, json_text
 
 Format = Literal["ranking", "argilla", "label-studio"]
 

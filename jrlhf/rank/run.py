@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from jrlhf.config_check import ConfigError
-from jrlhf.config_tools import RankConfig
-from jrlhf.lines import write_output
+from jrlhf.config import ConfigError
+from jrlhf.config.tools import RankConfig
 from jrlhf.rank.exchange import exported, take_in
 from jrlhf.rank.store import Store
 from jrlhf.rank.tasks import Task, is_name, read_tasks
-from jrlhf.terminal import show_all_characters
+from jrlhf.system.lines import write_output
+from jrlhf.system.terminal import show_all_characters
 
 
 def run_rank(args: RankConfig) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jrlhf.lines import json_line, numbered_lines
+from jrlhf.system.lines import json_line, numbered_lines
 
 Content = str | list[dict[str, Any]]
 """Text, or chat messages ``{"role", "content"}``."""

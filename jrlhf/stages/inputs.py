@@ -1,73 +1,18 @@
-"""The inputs of each stage: its models, its rows, and the files that its rules read.
+"""The inputs of SFT, the reward model and PPO."""
 
-Each is read once, when it is first needed.
-"""
-
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
-from jrlhf.config import Config, Sources
-from jrlhf.data import (
-    PromptRows,
-    RankingRows,
-    SFTRows,
-    TextRows,
-    Tokenizer,
-    load_prompts,
-    load_rankings,
-    load_sft,
-    load_texts,
-    load_tokenizer,
-)
+from jrlhf.config import Config
+from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.rollout.evaluation import judged
+from jrlhf.rollout.rules import columns_read
+from jrlhf.rollout.safety import load_safety_prompts
 from jrlhf.rules import function_file
-from jrlhf.stages.ppo_eval import judged
-from jrlhf.stages.rules import columns_read
-from jrlhf.stages.run import StageName, model_source, stage_folder
-from jrlhf.stages.safety import load_safety_prompts
-
-Rows = SFTRows | RankingRows | PromptRows | TextRows
-SAFETY = "safety.prompts"
-
-
-class RowsInput(NamedTuple):
-    """Rows that a stage reads."""
-
-    sources: Sources
-    load: Callable[[], Rows | None]
-
-
-class StageInputs(ABC):
-    """The inputs of a stage by the config path that names them. ``model`` is the one whose tokenizer reads the rows."""
-
-    def __init__(self, config: Config, stage: StageName) -> None:
-        self.config, self.stage = config, stage
-        self.model = f"{stage}.model"
-
-    @cached_property
-    @abstractmethod
-    def source(self) -> str:
-        """The folder or hub id of the model that is trained."""
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of that model."""
-        return load_tokenizer(self.source)
-
-    def models(self) -> Mapping[str, Callable[[], str]]:
-        """Where each model is read from."""
-        return {self.model: lambda: self.source}
-
-    @abstractmethod
-    def rows(self) -> Mapping[str, RowsInput]:
-        """All rows that are read."""
-
-    def files(self) -> Mapping[str, Callable[[], Path | None]]:
-        """The other files; None for one that cannot be sources."""
-        return {}
+from jrlhf.runs.folder import StageName, model_source, stage_folder
+from jrlhf.runs.inputs import SAFETY, RowsInput, StageInputs, with_sources
 
 
 class SFTInputs(StageInputs):
@@ -102,7 +47,7 @@ class SFTInputs(StageInputs):
 
     def rows(self) -> Mapping[str, RowsInput]:
         data = self._sft.data
-        return _with_sources(
+        return with_sources(
             {
                 "sft.data.train": RowsInput(data.train, lambda: self.train),
                 "sft.data.eval": RowsInput(data.eval, lambda: self.heldout),
@@ -146,7 +91,7 @@ class RewardInputs(StageInputs):
 
     def rows(self) -> Mapping[str, RowsInput]:
         data = self._reward.data
-        return _with_sources(
+        return with_sources(
             {
                 "reward.data.train": RowsInput(data.train, lambda: self.train),
                 "reward.data.eval": RowsInput(data.eval, lambda: self.heldout),
@@ -203,7 +148,7 @@ class PPOInputs(StageInputs):
 
     def rows(self) -> Mapping[str, RowsInput]:
         ppo = self._ppo
-        return _with_sources(
+        return with_sources(
             {
                 "ppo.prompts.train": RowsInput(ppo.prompts.train, lambda: self.prompts),
                 "ppo.prompts.eval": RowsInput(ppo.prompts.eval, lambda: self.heldout),
@@ -230,8 +175,3 @@ def stage_inputs(config: Config, stage: StageName) -> StageInputs:
             return RewardInputs(config)
         case "ppo":
             return PPOInputs(config)
-
-
-def _with_sources(rows: Mapping[str, RowsInput]) -> dict[str, RowsInput]:
-    """Those that have a source."""
-    return {key: of_key for key, of_key in rows.items() if of_key.sources}

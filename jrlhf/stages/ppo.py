@@ -4,27 +4,26 @@ from typing import Any
 
 import optax
 
-from jrlhf.config import Config, PPOConfig
-from jrlhf.config_io import to_yaml
+from jrlhf.config import Config, PPOConfig, to_yaml
 from jrlhf.parallel import device_peaks
-from jrlhf.stages.actors import Actors, learnt_policy, load_actors, trainable_actors
-from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_actors
+from jrlhf.rollout.evaluation import judged, make_evaluator
+from jrlhf.rollout.iteration import episode_slices, make_iteration, networks_of
+from jrlhf.rollout.rules import make_rules
+from jrlhf.rollout.safety import make_safety
+from jrlhf.rollout.sampling import jit_generate
+from jrlhf.rollout.scores import make_rewards
+from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.runs.folder import open_stage, pass_gates, write_json
+from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.inputs import PPOInputs
-from jrlhf.stages.loop import Loop, run_loop
-from jrlhf.stages.optim import make_actor_critic_optimizer
-from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
-from jrlhf.stages.performance import phase_rates, rates
-from jrlhf.stages.positions import Positions
-from jrlhf.stages.ppo_eval import judged, make_evaluator
-from jrlhf.stages.ppo_iteration import episode_slices, make_iteration, networks_of
-from jrlhf.stages.rewards import make_rewards
-from jrlhf.stages.rules import make_rules
-from jrlhf.stages.run import open_stage, pass_gates, write_json
-from jrlhf.stages.safety import make_safety
-from jrlhf.stages.sampling import jit_generate
-from jrlhf.stages.start import JittedStep, mesh_of, start_training
-from jrlhf.stages.window import Rate
 from jrlhf.steps import PPOSettings, make_ppo_step
+from jrlhf.train.loop import Loop, run_loop
+from jrlhf.train.optim import make_actor_critic_optimizer
+from jrlhf.train.performance import phase_rates, rates
+from jrlhf.train.positions import Positions
+from jrlhf.train.start import JittedStep, mesh_of, start_training
+from jrlhf.train.window import Rate
 
 SHOWN = ("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second")
 

@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int, Shaped
 
-from jrlhf.config import Config, RewardConfig
-from jrlhf.config_io import ConfigError, to_yaml
+from jrlhf.config import Config, ConfigError, RewardConfig, to_yaml
 from jrlhf.core import combine
 from jrlhf.data import (
     Order,
@@ -28,28 +27,28 @@ from jrlhf.models import (
     normalise_reward,
 )
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
-from jrlhf.stages.adapters import trainable
-from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
-from jrlhf.stages.evaluation import (
+from jrlhf.rollout.reward_models import score_texts
+from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.runs.folder import open_stage, pass_gates, write_json
+from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
+from jrlhf.stages.inputs import RewardInputs
+from jrlhf.stages.reward_figures import (
     accuracy_by_length_difference,
     expected_calibration_error,
     longer_wins_accuracy,
     pair_accuracy,
     reliability_curve,
 )
-from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
-from jrlhf.stages.inputs import RewardInputs
-from jrlhf.stages.loop import Loop, run_loop
-from jrlhf.stages.optim import make_optimizer
-from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
-from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import open_stage, pass_gates, write_json
-from jrlhf.stages.scoring import score_texts
-from jrlhf.stages.start import computed, mesh_of, start_training
-from jrlhf.stages.state import RunState
-from jrlhf.stages.window import Rate
 from jrlhf.steps import make_reward_step, score_completions
+from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.loop import Loop, run_loop
+from jrlhf.train.lora import trainable
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.performance import rates, timed, training_flops
+from jrlhf.train.positions import Positions
+from jrlhf.train.start import computed, mesh_of, start_training
+from jrlhf.train.state import RunState
+from jrlhf.train.window import Rate
 from jrlhf.types import PackedRankingBatch, Params
 
 

@@ -8,30 +8,29 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, SFTConfig
-from jrlhf.config_io import to_yaml
+from jrlhf.config import Config, SFTConfig, to_yaml
 from jrlhf.core import combine
 from jrlhf.data import Order, PromptRows, SFTRows, Tokenizer, pack_sft
-from jrlhf.lines import json_line, write_text
-from jrlhf.metrics import drop_after
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
-from jrlhf.stages.adapters import trainable
-from jrlhf.stages.batches import covering_batches, device_multiple, device_share, reading_slices
-from jrlhf.stages.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.rollout.safety import make_safety
+from jrlhf.rollout.sampling import GenerateFn, answers, jit_generate
+from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
+from jrlhf.runs.folder import open_stage, pass_gates, write_json
+from jrlhf.runs.metrics import drop_after
+from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.inputs import SFTInputs
-from jrlhf.stages.loop import Loop, run_loop
-from jrlhf.stages.optim import make_optimizer
-from jrlhf.stages.origin_check import changed_inputs, check_origin, finished_summary
-from jrlhf.stages.performance import rates, timed, training_flops
-from jrlhf.stages.positions import Positions
-from jrlhf.stages.run import open_stage, pass_gates, write_json
-from jrlhf.stages.safety import make_safety
-from jrlhf.stages.sampling import GenerateFn, answers, jit_generate
-from jrlhf.stages.start import computed, mesh_of, start_training
-from jrlhf.stages.state import RunState
-from jrlhf.stages.window import Rate
 from jrlhf.steps import make_sft_eval, make_sft_step
+from jrlhf.system.lines import json_line, write_text
+from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.loop import Loop, run_loop
+from jrlhf.train.lora import trainable
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.performance import rates, timed, training_flops
+from jrlhf.train.positions import Positions
+from jrlhf.train.start import computed, mesh_of, start_training
+from jrlhf.train.state import RunState
+from jrlhf.train.window import Rate
 from jrlhf.types import Params, SFTBatch
 
 

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jrlhf.core import gae, shape_rewards
-
-from . import oracles
-from .strategies import LENGTH, floats, masks, seeds, with_nan
+from tests.support import oracles
+from tests.support.strategies import LENGTH, floats, masks, seeds, with_nan
 
 
 @partial(jax.jit, static_argnames=("gamma", "lam"))

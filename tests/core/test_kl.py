@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from jrlhf.core import kl_penalty, update_kl_coef
-
-from . import oracles
-from .strategies import floats
+from tests.support import oracles
+from tests.support.strategies import floats
 
 ESTIMATORS = ("k1", "k2", "k3")
 

@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 
 from jrlhf.core import align_to_tokens, from_logits, logprobs_and_entropy, predictable, token_logprobs
-
-from . import oracles
-from .strategies import floats, masks
+from tests.support import oracles
+from tests.support.strategies import floats, masks
 
 ROWS, LENGTH, VOCABULARY = 3, 5, 11
 

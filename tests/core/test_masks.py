@@ -13,9 +13,8 @@ from jrlhf.core import (
     masked_whiten,
     positions_from_mask,
 )
-
-from . import oracles
-from .strategies import floats, masks, seeds, with_nan
+from tests.support import oracles
+from tests.support.strategies import floats, masks, seeds, with_nan
 
 mean = jax.jit(masked_mean)
 total = jax.jit(masked_sum)

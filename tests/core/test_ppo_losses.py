@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given
 
 from jrlhf.core import importance_ratio, masked_mean, ppo_policy_loss, ppo_value_loss
-
-from . import oracles
-from .strategies import floats, masks, seeds, with_nan
+from tests.support import oracles
+from tests.support.strategies import floats, masks, seeds, with_nan
 
 
 def policy(clip, dual_clip):

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jrlhf.core import kwise_centering_loss, kwise_ranking_loss, ordered_pairs, ranking_loss
-
-from . import oracles
-from .strategies import floats, masks, seeds, with_nan
+from tests.support import oracles
+from tests.support.strategies import floats, masks, seeds, with_nan
 
 ROWS, K = 3, 4
 ranks_with_ties = hnp.arrays(np.int32, (ROWS, K), elements=st.integers(0, 3))

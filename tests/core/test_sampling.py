@@ -8,9 +8,8 @@ from scipy import stats
 
 from jrlhf.core import sample, token_logprobs, truncate_logits
 from jrlhf.core.sampling import _invert
-
-from . import oracles
-from .strategies import floats, seeds
+from tests.support import oracles
+from tests.support.strategies import floats, seeds
 
 SETTINGS = [  # temperature, top_k, top_p
     (1.0, 0, 1.0),

@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 from jrlhf.data import BadRow
 from jrlhf.data.encode import Encoder
 from jrlhf.data.formats import Answered
-from tests.data.chat_templates import SPECIALS as SPECIAL_TOKENS
-from tests.data.chat_templates import WAYS, made
+from tests.support.chat_templates import SPECIALS as SPECIAL_TOKENS
+from tests.support.chat_templates import WAYS, made
 
 WORDS = [
     "Hello",

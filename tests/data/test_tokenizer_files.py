@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jrlhf.data import load_tokenizer, stop_token_ids, tokenizer_files
-from jrlhf.models.folder_files import write_files
+from jrlhf.models.hf.folder_files import write_files
 
 EOS = "<|endoftext|>"
 

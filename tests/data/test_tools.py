@@ -9,7 +9,7 @@ from jrlhf.data import BadRow, DataError, load_prompts, load_rankings, load_sft,
 from jrlhf.data.encode import Encoder
 from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft
 from jrlhf.data.messages import without_fill
-from tests.data.chat_templates import CHATML, made
+from tests.support.chat_templates import CHATML, made
 
 WEATHER = {
     "type": "function",

@@ -6,10 +6,10 @@ import logging
 import pytest
 
 from jrlhf import assets
-from jrlhf.config_tools import ShowConfig
+from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_texts, load_tokenizer, stop_token_ids
 from jrlhf.data.vocabulary import embedding_rows, vocabulary_limit
-from jrlhf.stages.show import run_show
+from jrlhf.tools.show import run_show
 
 SPARE = "<|spare|>"
 NUMBERS = r"beyond the model's embeddings \(its vocab_size is {rows}, the tokenizer has {tokens} tokens\)"

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from jrlhf.models import ArchConfig, Rope
-
-from .checkpoints import CONFIGS, padded_batches
+from tests.support.checkpoints import CONFIGS, padded_batches
 
 
 @pytest.fixture(scope="session")

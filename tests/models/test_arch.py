@@ -4,8 +4,7 @@ import pytest
 
 from jrlhf.models import Rope, arch_from_hf
 from jrlhf.models.arch import AttentionKind
-
-from .checkpoints import CONFIGS
+from tests.support.checkpoints import CONFIGS
 
 BASE = {
     "architectures": ["LlamaForCausalLM"],

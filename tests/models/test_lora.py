@@ -25,8 +25,7 @@ from jrlhf.models import (
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.steps import make_reward_step, make_sft_step
 from jrlhf.types import RankingBatch, SFTBatch, TrainState
-
-from .checkpoints import write_named
+from tests.support.checkpoints import write_named
 
 FAMILIES = ("llama2", "qwen3", "gemma3", "gpt2", "gpt_neox")
 

@@ -21,7 +21,7 @@ from jrlhf.models import (
     save_adapter,
     save_reward_model,
 )
-from tests.models.checkpoints import SIZES, write_checkpoint
+from tests.support.checkpoints import SIZES, write_checkpoint
 
 LLAMA = SIZES | {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": True}
 REWARD = LLAMA | {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}}

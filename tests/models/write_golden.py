@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import transformers
 
-from .checkpoints import VARIANTS, padded_batches, write_named
+from tests.support.checkpoints import VARIANTS, padded_batches, write_named
 
 
 def logits(variant: str) -> np.ndarray:

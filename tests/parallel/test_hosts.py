@@ -11,8 +11,8 @@ from jrlhf.data import Order
 from jrlhf.data.order import Part
 from jrlhf.parallel.launch import Launch, find_launch
 from jrlhf.parallel.peers import Peers, Row, failed, seen, silent, standing
-from tests.parallel.processes import WORKER, by_open_mpi, by_slurm, by_variables, running
-from tests.parallel.worker import BATCH, ROWS, STEPS
+from tests.support.processes import WORKER, by_open_mpi, by_slurm, by_variables, running
+from tests.support.worker import BATCH, ROWS, STEPS
 
 NOTHING = {"coordinator": "", "processes": 0, "process": -1, "tpu": False}
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}

@@ -8,9 +8,8 @@ import pytest
 
 from jrlhf.rank import read_tasks
 from jrlhf.rank.store import Store
-
-from .conftest import write_tasks
-from .test_serve import Server
+from tests.rank.conftest import write_tasks
+from tests.rank.test_serve import Server
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -15,8 +15,7 @@ import pytest
 from jrlhf.cli import main
 from jrlhf.rank import read_tasks
 from jrlhf.rank.store import Store
-
-from .conftest import write_tasks
+from tests.rank.conftest import write_tasks
 
 
 class Server:

@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 
 from jrlhf.config import Config, DataConfig, LogConfig, ModelConfig, PPOConfig, RewardConfig, SamplingConfig, SFTConfig
-from jrlhf.config_tools import GenerateConfig, SampleConfig, ScoreConfig, VerifyConfig
-from jrlhf.config_watch import SafetyConfig
+from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig, VerifyConfig
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.data import DataError
-from jrlhf.stages.inference import run_generate, run_sample, run_score
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
-from jrlhf.stages.verify import run_verify
-
-from .folders import byte_tokenizer, gpt2_folder
+from jrlhf.tools.inference import run_generate, run_sample, run_score
+from jrlhf.tools.verify import run_verify
+from tests.support.folders import byte_tokenizer, gpt2_folder
 
 LAST = "\u00ad"
 """Its second byte is the tokenizer's last token, which the models here have no embedding for."""

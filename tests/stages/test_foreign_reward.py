@@ -11,22 +11,21 @@ import numpy as np
 import pytest
 
 from jrlhf.config import CanaryConfig, Config, DataConfig, ModelConfig, PPOConfig, SamplingConfig
-from jrlhf.config_rewards import RewardsConfig
-from jrlhf.config_tools import ScoreConfig
+from jrlhf.config.rewards import RewardsConfig
+from jrlhf.config.tools import ScoreConfig
 from jrlhf.data import Encoder, load_prompts
 from jrlhf.data.formats import Answered
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
-from jrlhf.stages.actors import load_actors
-from jrlhf.stages.inference import run_score
-from jrlhf.stages.ppo_eval import judging
-from jrlhf.stages.rewards import learned_scorer
-from jrlhf.stages.sampling import jit_generate, texts_of
-from jrlhf.stages.scoring import make_scorer
-from jrlhf.stages.start import mesh_of
-from tests.models.checkpoints import SIZES, write_checkpoint
-
-from .conftest import read_jsonl
-from .folders import CHATML, byte_tokenizer
+from jrlhf.rollout.actors import load_actors
+from jrlhf.rollout.evaluation import judging
+from jrlhf.rollout.reward_models import make_scorer
+from jrlhf.rollout.sampling import jit_generate, texts_of
+from jrlhf.rollout.scores import learned_scorer
+from jrlhf.tools.inference import run_score
+from jrlhf.train.start import mesh_of
+from tests.support.checkpoints import SIZES, write_checkpoint
+from tests.support.folders import CHATML, byte_tokenizer
+from tests.support.runs import read_jsonl
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 import yaml
 
-from jrlhf.config import Config
-from jrlhf.config_io import to_yaml
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.config_watch import SafetyConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.config import Config, to_yaml
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.config.watch import SafetyConfig
 from jrlhf.parallel import shard_batch
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.sft import run_sft
 from jrlhf.types import SFTBatch
-from tests.parallel.processes import JRLHF, ROOT, WORKER, by_slurm, by_variables, running
-from tests.parallel.worker import leaves, open_checkpoints, restored, sft_state
-from tests.stages.conftest import small_config
+from tests.support.processes import JRLHF, ROOT, WORKER, by_slurm, by_variables, running
+from tests.support.runs import small_config
+from tests.support.worker import leaves, open_checkpoints, restored, sft_state
 
 TIMING = ("time", "per_second", "seconds", "share/", "perf/", "compile/", "bandwidth")
 

@@ -8,18 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, LoRAConfig
-from jrlhf.config_io import ConfigError
-from jrlhf.config_tools import ExportConfig
-from jrlhf.metrics import read_metrics
+from jrlhf.config import Config, ConfigError, LoRAConfig
+from jrlhf.config.tools import ExportConfig
 from jrlhf.models import load_pretrained, load_reward_model
+from jrlhf.runs.checkpoints import Checkpoints
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo, sft
-from jrlhf.stages.export import run_export
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.sft import run_sft
-
-from .conftest import small_config
+from jrlhf.tools.export import run_export
+from tests.support.runs import small_config
 
 LORA = LoRAConfig(rank=4, alpha=8.0, targets="q_proj|v_proj|mlp")
 

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from jrlhf.config_io import ConfigError
-from jrlhf.metrics import read_metrics
+from jrlhf.config import ConfigError
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
-
-from .conftest import small_config
+from tests.support.runs import small_config
 
 
 def first_loss(folder):

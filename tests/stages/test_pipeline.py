@@ -14,26 +14,25 @@ import numpy as np
 import pytest
 
 from jrlhf import assets
-from jrlhf.checkpoint import Checkpoints
-from jrlhf.config import Config, DataConfig, SamplingConfig
-from jrlhf.config_io import ConfigError, to_yaml
-from jrlhf.config_tools import ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
+from jrlhf.config import Config, ConfigError, DataConfig, SamplingConfig, to_yaml
+from jrlhf.config.tools import ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_tokenizer
-from jrlhf.lock import run_lock
-from jrlhf.metrics import read_metrics
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.rank import distinct
-from jrlhf.stages import ppo_iteration, sft
-from jrlhf.stages.export import run_export
-from jrlhf.stages.inference import run_generate, run_sample, run_score
+from jrlhf.rollout import iteration as ppo_iteration
+from jrlhf.runs.checkpoints import Checkpoints
+from jrlhf.runs.folder import open_stage
+from jrlhf.runs.lock import run_lock
+from jrlhf.runs.metrics import read_metrics
+from jrlhf.stages import sft
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
-from jrlhf.stages.run import open_stage
 from jrlhf.stages.sft import run_sft
-from jrlhf.stages.signals import Interrupted
-
-from .conftest import read_jsonl, small_config
+from jrlhf.tools.export import run_export
+from jrlhf.tools.inference import run_generate, run_sample, run_score
+from jrlhf.train.signals import Interrupted
+from tests.support.runs import read_jsonl, small_config
 
 Finished = tuple[Config, dict[str, Any]]
 

@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jrlhf.config import Config
-from jrlhf.config_io import load_config
+from jrlhf.config import Config, load_config
 from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_params, decoder_fns
-from jrlhf.models.names import RULES
+from jrlhf.models.hf.names import RULES
 from jrlhf.parallel import make_mesh, tree_shardings
-from jrlhf.stages.actors import Actors
-from jrlhf.stages.batches import device_share, gradient_slices
-from jrlhf.stages.optim import make_actor_critic_optimizer, make_optimizer
+from jrlhf.rollout.actors import Actors
 from jrlhf.stages.ppo import make_step
 from jrlhf.steps import make_reward_step, make_sft_step
+from jrlhf.train.batches import device_share, gradient_slices
+from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
+from tests.support import ROOT
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 LLAMA3 = Rope("llama3", 5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
 SHARED = {"norm_eps": 1e-5, "activation": "silu", "tie_embeddings": True} | dict.fromkeys(
     ("qkv_bias", "attention_out_bias", "mlp_bias"), False

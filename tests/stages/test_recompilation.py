@@ -20,8 +20,8 @@ from jrlhf.config import (
     SamplingConfig,
     SFTConfig,
 )
-from jrlhf.metrics import read_metrics
 from jrlhf.parallel.compilation import COMPILED
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import sft as sft_stage
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward

@@ -11,7 +11,7 @@ import pytest
 from jrlhf import assets
 from jrlhf.cli import main
 from jrlhf.config import Config, LoRAConfig, ModelConfig, PlanConfig
-from jrlhf.config_tools import ExportConfig
+from jrlhf.config.tools import ExportConfig
 from jrlhf.data import load_tokenizer
 from jrlhf.models import (
     RewardModel,
@@ -21,12 +21,11 @@ from jrlhf.models import (
     reward_from_pretrained,
     save_reward_model,
 )
-from jrlhf.stages.export import run_export
-from jrlhf.stages.plan.reward import reward_stage
-from jrlhf.stages.plan.run import planned_site
+from jrlhf.plan.reward import reward_stage
+from jrlhf.plan.run import planned_site
 from jrlhf.stages.reward import run_reward
-
-from .conftest import small_config
+from jrlhf.tools.export import run_export
+from tests.support.runs import small_config
 
 MODEL = "asset:stories260k"
 

@@ -7,15 +7,14 @@ from typing import Literal
 import pytest
 
 from jrlhf.config import Config, DataConfig, LoRAConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
-from jrlhf.config_rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.metrics import read_metrics
-from jrlhf.stages.plan.ppo import ppo_stage
-from jrlhf.stages.plan.programs import device_bytes
-from jrlhf.stages.plan.run import planned_site
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.plan.ppo import ppo_stage
+from jrlhf.plan.programs import device_bytes
+from jrlhf.plan.run import planned_site
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
-
-from .conftest import small_config
-from .test_pipeline import compare_runs
+from tests.stages.test_pipeline import compare_runs
+from tests.support.runs import small_config
 
 RULES = RewardsConfig(model_weight=0.0, length=LengthRuleConfig(weight=2.0, min=3, max=5))
 

@@ -1,6 +1,6 @@
 import pytest
 
-from .tiny_models import MODELS
+from tests.support.tiny_models import MODELS
 
 
 @pytest.fixture(scope="session", params=sorted(MODELS))

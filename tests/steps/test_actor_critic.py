@@ -8,9 +8,8 @@ import pytest
 from jrlhf.models.functions import decoder_fns, init_head, init_params
 from jrlhf.steps import PPOSettings, make_ppo_step, make_readings, shared
 from jrlhf.types import Generation, PPOParams, TrainState
-
-from .batches import KEY, assert_close, jit, rollout_batch, sft_batch
-from .test_packing import ARCH
+from tests.steps.test_packing import ARCH
+from tests.support.batches import KEY, assert_close, jit, rollout_batch, sft_batch
 
 FNS = decoder_fns(ARCH, dtype="float32", remat=False)
 

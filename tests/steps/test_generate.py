@@ -6,9 +6,8 @@ import pytest
 from jrlhf.core import from_logits, sample
 from jrlhf.steps import make_generate
 from jrlhf.types import DecodeFns
-
-from .batches import assert_same, jit
-from .tiny_models import VOCABULARY, plain_decode, plain_init_cache, recomputing_decode
+from tests.support.batches import assert_same, jit
+from tests.support.tiny_models import VOCABULARY, plain_decode, plain_init_cache, recomputing_decode
 
 KEY, NEW = jax.random.key(3), 8
 LENGTHS = (1, 4, 2, 3, 4, 1)

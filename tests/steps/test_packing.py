@@ -25,9 +25,8 @@ from jrlhf.steps import (
 )
 from jrlhf.steps.packing import packed_layout
 from jrlhf.types import Generation, PPOParams, TrainState
-
-from .batches import KEY, assert_close, assert_same, jit, ppo_settings, rollout_batch, sft_batch
-from .test_packed import ARCH as TWO_LAYERS
+from tests.steps.test_packed import ARCH as TWO_LAYERS
+from tests.support.batches import KEY, assert_close, assert_same, jit, ppo_settings, rollout_batch, sft_batch
 
 ARCH = replace(TWO_LAYERS, num_layers=1, local_layers=())
 FNS = decoder_fns(ARCH, dtype="float32", remat=False)

@@ -10,8 +10,8 @@ from jrlhf.core import from_logits
 from jrlhf.steps import make_ppo_step, separate
 from jrlhf.steps.minibatches import shuffled_minibatches
 from jrlhf.types import PPOParams, SFTBatch
-
-from .batches import (
+from tests.steps.test_ppo_step import ppo_step, start
+from tests.support.batches import (
     KEY,
     all_finite,
     assert_close,
@@ -25,8 +25,7 @@ from .batches import (
     sft_batch,
     take,
 )
-from .test_ppo_step import ppo_step, start
-from .tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY
 
 
 def test_each_epoch_visits_each_row_once(plain):

@@ -7,10 +7,19 @@ import optax
 import pytest
 
 from jrlhf.steps.minibatches import shuffled_minibatches
-
-from .batches import KEY, all_finite, assert_close, assert_same, descend, jit, moved, rollout_batch, sft_batch
-from .test_ppo_step import ppo_step, reference_loss, start
-from .test_sft_step import reference_loss as sft_reference_loss
+from tests.steps.test_ppo_step import ppo_step, reference_loss, start
+from tests.steps.test_sft_step import reference_loss as sft_reference_loss
+from tests.support.batches import (
+    KEY,
+    all_finite,
+    assert_close,
+    assert_same,
+    descend,
+    jit,
+    moved,
+    rollout_batch,
+    sft_batch,
+)
 
 
 @pytest.fixture(scope="module")

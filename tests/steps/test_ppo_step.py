@@ -11,8 +11,7 @@ from jrlhf.core import from_logits
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics, separate
 from jrlhf.steps.minibatches import shuffled_minibatches
 from jrlhf.types import DecodeFns, PPOParams
-
-from .batches import (
+from tests.support.batches import (
     KEY,
     assert_close,
     assert_same,
@@ -24,7 +23,7 @@ from .batches import (
     sft_batch,
     take,
 )
-from .tiny_models import recomputing_decode
+from tests.support.tiny_models import recomputing_decode
 
 
 def reference_loss(model, params, rollout, *, clip=0.2, dual_clip=None, entropy_coef=0.0, temperature=0.7):

@@ -6,8 +6,7 @@ import pytest
 
 from jrlhf.steps import make_reward_step, score_completions, score_sequences
 from jrlhf.types import RankingBatch
-
-from .batches import (
+from tests.support.batches import (
     KEY,
     all_finite,
     assert_close,
@@ -20,7 +19,7 @@ from .batches import (
     ranking_batch,
     take,
 )
-from .tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY
 
 
 def reference(score_fn, params, batch, center_coef=0.0):

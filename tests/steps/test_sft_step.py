@@ -7,8 +7,7 @@ import pytest
 from jrlhf.core import from_logits
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.types import SFTBatch
-
-from .batches import (
+from tests.support.batches import (
     KEY,
     all_finite,
     assert_close,
@@ -21,7 +20,7 @@ from .batches import (
     sft_batch,
     take,
 )
-from .tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY
 
 
 def reference_loss(apply_fn, params, batch):

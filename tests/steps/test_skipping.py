@@ -9,8 +9,8 @@ import pytest
 from jrlhf.core import from_logits
 from jrlhf.steps import make_reward_step, make_sft_step
 from jrlhf.steps.ppo import shuffled_minibatches
-
-from .batches import (
+from tests.steps.test_ppo_step import ppo_step, start
+from tests.support.batches import (
     KEY,
     all_finite,
     assert_close,
@@ -22,7 +22,6 @@ from .batches import (
     rollout_batch,
     sft_batch,
 )
-from .test_ppo_step import ppo_step, start
 
 TX = optax.adam(0.1)
 

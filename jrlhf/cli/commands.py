@@ -1,0 +1,207 @@
+"""Each command: its arguments read, its stage imported, and JAX with it, and whatever ends it made an exit code."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from jrlhf.cli.flags import plan_config, print_help, stage_config, tool_config
+from jrlhf.config import Config, ConfigError, PlanConfig, Sources
+from jrlhf.config.gates import GatesFailed
+from jrlhf.config.tools import (
+    ExportConfig,
+    GenerateConfig,
+    QuickstartConfig,
+    RankConfig,
+    ReportConfig,
+    SampleConfig,
+    ScoreConfig,
+    ShowConfig,
+    VerifyConfig,
+)
+from jrlhf.runs.lock import RunLocked
+from jrlhf.system.interrupts import Interrupted, raised
+from jrlhf.system.terminal import complain
+
+OK, FAILURE, USAGE, GATE, INTERRUPTED = 0, 1, 2, 3, 130
+
+TOOLS: dict[str, type] = {
+    "quickstart": QuickstartConfig,
+    "generate": GenerateConfig,
+    "sample": SampleConfig,
+    "rank": RankConfig,
+    "report": ReportConfig,
+    "score": ScoreConfig,
+    "data show": ShowConfig,
+    "export": ExportConfig,
+    "verify": VerifyConfig,
+}
+"""Commands that read no YAML."""
+
+
+def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str) -> int:
+    """Run a command, and turn whatever ends it into an exit code and a line or two on stderr.
+
+    ``about``: the line of its help. ``resumes``: what is said of an interrupted one besides.
+    """
+    logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+    # How far the tokenising of a large file is.
+    logging.getLogger("jrlhf.data").setLevel(logging.INFO)
+    try:
+        if "-h" in argv or "--help" in argv:
+            print_help(command, PlanConfig if command == "plan" else TOOLS.get(command, Config), about)
+            return OK
+        code = run(command, argv)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as error:
+        where = f": {error}" if str(error) else ""
+        complain(f"{command} interrupted{where}{resumes}")
+        # 128 and the signal's number, as shells have it.
+        return 128 + error.number if isinstance(error, Interrupted) else INTERRUPTED
+    except GatesFailed as failed:
+        complain(str(failed))
+        return GATE
+    except BrokenPipeError:
+        # Whoever read the output (head, less) has seen enough; the flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except Exception as error:
+        usage = is_usage_error(error)
+        if os.environ.get("JRLHF_DEBUG", "0") != "0":
+            traceback.print_exc()
+        elif usage:
+            complain(message_of(error))
+        else:
+            summary = message_of(error).partition("\n")[0]
+            complain(f"{command} failed: {type(error).__name__}: {summary}\nJRLHF_DEBUG=1 shows the traceback")
+        return USAGE if usage else FAILURE
+
+
+def run(command: str, argv: Sequence[str]) -> int:
+    """Read the arguments, then import the stage, and JAX with it, and run it."""
+    match command:
+        case "generate":
+            generate = tool_config(command, GenerateConfig, argv)
+            from jrlhf.tools.inference import run_generate
+
+            run_generate(generate)
+        case "sample":
+            sample = tool_config(command, SampleConfig, argv)
+            from jrlhf.tools.inference import run_sample
+
+            run_sample(sample)
+        case "rank":
+            rank = tool_config(command, RankConfig, argv)
+            from jrlhf.rank.run import run_rank
+
+            with raised():
+                run_rank(rank)
+        case "score":
+            score = tool_config(command, ScoreConfig, argv)
+            from jrlhf.tools.inference import run_score
+
+            run_score(score)
+        case "data show":
+            shown = tool_config(command, ShowConfig, argv)
+            from jrlhf.tools.show import run_show
+
+            run_show(shown)
+        case "report":
+            report = tool_config(command, ReportConfig, argv)
+            from jrlhf.report import run_report
+
+            print(run_report(report))
+        case "export":
+            export = tool_config(command, ExportConfig, argv)
+            from jrlhf.tools.export import run_export
+
+            run_export(export)
+        case "verify":
+            verify = tool_config(command, VerifyConfig, argv)
+            from jrlhf.tools.verify import run_verify
+
+            return OK if run_verify(verify) else FAILURE
+        case "plan":
+            plan = plan_config(argv)
+            from jrlhf.plan import run_plan
+
+            run_plan(plan)
+        case "quickstart":
+            quickstart = tool_config(command, QuickstartConfig, argv)
+            from jrlhf.tools.quickstart import run_quickstart
+
+            run_quickstart(Path(quickstart.out), quickstart.seed, quickstart.preset)
+        case _:
+            run_stage(command, stage_config(command, argv))
+    return OK
+
+
+def run_stage(command: str, config: Config) -> None:
+    """One stage of the recipe, or all of them; ends with where its results are."""
+    require_data(command, config)
+    from jrlhf.parallel import is_first, joined
+
+    with joined(**vars(config.distributed)):
+        run_joined(command, config)
+        folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
+        if is_first():
+            print(f"{command} done: {folder / 'summary.json'}")
+
+
+def require_data(command: str, config: Config) -> None:
+    match command:
+        case "sft":
+            require(config.sft.data.train, "sft.data.train")
+        case "reward":
+            require(config.reward.data.train, "reward.data.train")
+        case "ppo":
+            require(config.ppo.prompts.train, "ppo.prompts.train")
+
+
+def run_joined(command: str, config: Config) -> None:
+    match command:
+        case "sft":
+            from jrlhf.stages.sft import run_sft
+
+            run_sft(config)
+        case "reward":
+            from jrlhf.stages.reward import run_reward
+
+            run_reward(config)
+        case "ppo":
+            from jrlhf.stages.ppo import run_ppo
+
+            run_ppo(config)
+        case _:
+            from jrlhf.stages.pipeline import run_pipeline
+
+            run_pipeline(config)
+
+
+def require(value: Sources, path: str) -> None:
+    if not value:
+        raise ConfigError(f"{path}: is empty; set it in the YAML (--config) or with --{path}")
+
+
+def is_usage_error(error: Exception) -> bool:
+    """Whether the user can put it right: a ValueError that jrlhf itself raises, a missing file, a run in use.
+
+    A ValueError from inside a library, or from an array operation, is a failure of the program instead.
+    """
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | ConfigError | RunLocked):
+        return True
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    if not isinstance(error, ValueError) or not frames:
+        return False
+    own = str(frames[-1][0].f_globals.get("__name__", "")).startswith("jrlhf.")
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return own and line.startswith("raise")
+
+
+def message_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Hugging Face folders: their configs, names, weights and adapters, read and written."""

@@ -1,0 +1,96 @@
+"""What ``jrlhf plan`` prints."""
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from jrlhf.plan.parts import Site, StageFigures
+from jrlhf.plan.programs import ACHIEVED
+
+GB = 1e9
+HELD = {
+    "trained": "parameters",
+    "optimizer": "optimizer",
+    "average": "policy's average",
+    "loaded": "other models",
+}
+
+
+def print_plan(stages: list[StageFigures], site: Site) -> None:
+    """A column a stage, then a row a program, then what it all rests on."""
+    console = Console(highlight=False)
+    mesh = ", ".join(f"{axis} {size}" for axis, size in site.mesh.shape.items())
+    console.print(f"{site.topology.name}: {site.topology.size} devices ({mesh})")
+    console.print(stage_table(stages))
+    console.print(program_table(stages))
+    for line in assumptions(site):
+        console.print(line)
+
+
+def stage_table(stages: list[StageFigures]) -> Table:
+    table = Table("GB a device", *(stage.name for stage in stages))
+
+    def row(name: str, *cells: str) -> None:
+        if any(cells):
+            table.add_row(name, *cells)
+
+    for name, shown in HELD.items():
+        row(shown, *(gigabytes(stage.held[name], empty="") for stage in stages))
+    row("KV cache", *(gigabytes(stage.cache, empty="") for stage in stages))
+    row("temporaries", *(gigabytes(stage.temporaries) for stage in stages))
+    row("peak", *(f"{gigabytes(stage.peak)} ({stage.peak_in})" for stage in stages))
+    row("may be used", *(gigabytes(stage.memory) for stage in stages))
+    row("fits", *(verdict(stage) for stage in stages))
+    row("batch", *(f"{stage.batch:,}" for stage in stages))
+    row("fitting batch", *(fitting(stage) for stage in stages))
+    row("PFLOPs a step", *(f"{stage.flops / 1e15:,.3g}" for stage in stages))
+    for axes in dict.fromkeys(axes for stage in stages for axes in stage.sent):
+        row(f"sent: {axes}", *(gigabytes(stage.sent.get(axes, 0.0), empty="") for stage in stages))
+    row("seconds a step", *("unknown" if stage.seconds is None else f"{stage.seconds:,.3g}" for stage in stages))
+    return table
+
+
+def program_table(stages: list[StageFigures]) -> Table:
+    table = Table("program", "peak", "temporaries", "sent", "PFLOPs", "seconds")
+    for stage in stages:
+        for program in stage.programs:
+            table.add_row(
+                f"{stage.name} {program.name}",
+                gigabytes(program.peak),
+                gigabytes(program.temporaries),
+                gigabytes(math.fsum(program.sent.values()), empty=""),
+                f"{program.flops / 1e15:,.3g}" if program.flops else "",
+                "" if program.seconds is None else f"{program.seconds:,.3g}",
+            )
+    return table
+
+
+def gigabytes(size: float | None, empty: str = "0") -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / GB:,.3g}" if size else empty
+
+
+def verdict(stage: StageFigures) -> str:
+    if stage.fits is None:
+        return "unknown"
+    return "[green]yes[/]" if stage.fits else "[red]no[/]"
+
+
+def fitting(stage: StageFigures) -> str:
+    if stage.fitting_batch is None:
+        return "unknown"
+    return f"{stage.fitting_batch:,}" if stage.fitting_batch else "none"
+
+
+def assumptions(site: Site) -> tuple[str, str]:
+    """What the figures rest on."""
+    how = "here" if site.topology.real else "for simulated devices of the CPU"
+    return (
+        f"GB (1e9 bytes) a device: programs as XLA compiles them {how}, on rows of full length. Temporaries: "
+        "activations, gradients, cache, where the peak is highest. A tenth of the memory is kept back. Fitting batch: "
+        "in as many slices, by a line through two sizes.",
+        "PFLOPs: of all devices. Seconds: FLOPs or bytes that must be read, whichever takes longer, then what is sent, "
+        f"at {ACHIEVED:.0%} of the data sheet's rates; a CPU's are measured, and its traffic costs nothing.",
+    )

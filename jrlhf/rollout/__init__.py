@@ -1,0 +1,1 @@
+"""Sample, score, read and evaluate: what every stage that learns from its own answers shares."""

@@ -1,0 +1,243 @@
+"""The rules of a config: which are on, what they read of a row, and how a batch of answers goes through them."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any, NamedTuple
+
+import regex
+
+from jrlhf.config import ConfigError
+from jrlhf.config.rewards import (
+    AnswerRuleConfig,
+    BannedRuleConfig,
+    EndpointRuleConfig,
+    FunctionRuleConfig,
+    JSONRuleConfig,
+    LengthRuleConfig,
+    MarkdownRuleConfig,
+    RefusalRuleConfig,
+    RepetitionRuleConfig,
+    RequiredRuleConfig,
+    RewardsConfig,
+)
+from jrlhf.data import Columns, DataError
+from jrlhf.rules import (
+    REFUSALS,
+    EndpointError,
+    Episode,
+    by_endpoint,
+    by_function,
+    length_band,
+    load_function,
+    markdown,
+    refusal,
+    repetition,
+    same_number,
+    same_text,
+    share_found,
+    valid_json,
+    words,
+    yes_or_no,
+)
+
+logger = logging.getLogger("jrlhf.rewards")
+
+Scores = list[float]
+
+
+class Rule(NamedTuple):
+    """One that is on. Its scores of a batch are of the answers alone, whoever asks and how often."""
+
+    name: str
+    weight: float
+    score: Callable[[Sequence[Episode]], Scores]
+
+
+def make_rules(rewards: RewardsConfig) -> tuple[Rule, ...]:
+    """Those with a weight. ConfigError for a file that one needs and cannot read."""
+    made: tuple[tuple[str, float, Callable[[], Callable[[Sequence[Episode]], Scores]]], ...] = (
+        ("json", rewards.json.weight, lambda: _json(rewards.json)),
+        ("markdown", rewards.markdown.weight, lambda: _markdown(rewards.markdown)),
+        ("length", rewards.length.weight, lambda: _length(rewards.length)),
+        ("stop", rewards.stop.weight, lambda: _each(lambda episode: float(episode.stopped))),
+        ("repetition", rewards.repetition.weight, lambda: _repetition(rewards.repetition)),
+        ("banned", rewards.banned.weight, lambda: _patterns(rewards.banned, sign=-1.0)),
+        ("required", rewards.required.weight, lambda: _patterns(rewards.required, sign=1.0)),
+        ("refusal", rewards.refusal.weight, lambda: _refusal(rewards.refusal)),
+        ("answer", rewards.answer.weight, lambda: _answer(rewards.answer)),
+        ("function", rewards.function.weight, lambda: _function(rewards.function)),
+        ("endpoint", rewards.endpoint.weight, lambda: _endpoint(rewards.endpoint, rewards.timeout)),
+    )
+    return tuple(Rule(name, weight, _in_turn(make())) for name, weight, make in made if weight)
+
+
+def _in_turn(score: Callable[[Sequence[Episode]], Scores]) -> Callable[[Sequence[Episode]], Scores]:
+    """One batch at a time: a function of the user's own need not stand two calls at once."""
+    turn = Lock()
+
+    def alone(episodes: Sequence[Episode]) -> Scores:
+        with turn:
+            return score(episodes)
+
+    return alone
+
+
+def columns_read(rewards: RewardsConfig) -> Columns:
+    """What the rules that are on read of a prompt's row."""
+    needed = (rewards.answer.column,) if rewards.answer.weight else ()
+    outside = bool(rewards.function.weight or rewards.endpoint.weight)
+    return Columns(needed, (rewards.refusal.column,) if rewards.refusal.weight else (), every=outside)
+
+
+def start_rules(
+    rules: Sequence[Rule], episodes: Sequence[Episode], *, timeout: float
+) -> Callable[[], dict[str, Scores]]:
+    """Begin to score, a thread a rule; what is returned waits for all of them, each rule's scores by its name.
+
+    RuntimeError, which names the rule, for one that fails or is not done in ``timeout`` seconds: its thread is left
+    behind, and does not keep the program from ending.
+    """
+    found: dict[str, Scores | Exception] = {}
+
+    def run(rule: Rule) -> None:
+        try:
+            found[rule.name] = rule.score(episodes)
+        except Exception as error:
+            found[rule.name] = error
+
+    threads = [Thread(target=run, args=(rule,), daemon=True, name=f"rule {rule.name}") for rule in rules]
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        thread.start()
+
+    def wait() -> dict[str, Scores]:
+        scores: dict[str, Scores] = {}
+        for rule, thread in zip(rules, threads, strict=True):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            answer = found.get(rule.name)
+            if answer is None:
+                raise RuntimeError(f"ppo.rewards.{rule.name}: not done in {timeout:g} s (ppo.rewards.timeout)")
+            if isinstance(answer, DataError):
+                raise DataError(f"ppo.rewards.{rule.name}: {answer}") from answer
+            if isinstance(answer, Exception):
+                raise RuntimeError(f"ppo.rewards.{rule.name}: {type(answer).__name__}: {answer}") from answer
+            scores[rule.name] = answer
+        return scores
+
+    return wait
+
+
+def _each(score: Callable[[Episode], float]) -> Callable[[Sequence[Episode]], Scores]:
+    return lambda episodes: [float(score(episode)) for episode in episodes]
+
+
+def _json(rule: JSONRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    fits = _schema(rule.schema) if rule.schema else None
+    return _each(lambda episode: valid_json(episode.completion, fenced=rule.fenced, fits=fits))
+
+
+def _schema(path: str) -> Callable[[Any], bool]:
+    """Whether a value fits the schema of a file. References to other files or addresses are not followed."""
+    try:
+        validators, registry = import_module("jsonschema.validators"), import_module("referencing").Registry()
+    except ImportError as error:
+        raise ConfigError('ppo.rewards.json.schema: needs jsonschema: pip install "jrlhf[rules]"') from error
+    try:
+        schema = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"ppo.rewards.json.schema: {path}: {said}") from error
+    kind = validators.validator_for(schema, default=validators.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except import_module("jsonschema.exceptions").SchemaError as error:
+        raise ConfigError(f"ppo.rewards.json.schema: {path}: {error.json_path}: {error.message}") from error
+    return kind(schema, registry=registry).is_valid
+
+
+def _markdown(rule: MarkdownRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    return _each(lambda episode: markdown(episode.completion, headings=rule.headings, lists=rule.lists))
+
+
+def _repetition(rule: RepetitionRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    return _each(lambda episode: repetition(episode.completion, n=rule.n))
+
+
+def _patterns(rule: BannedRuleConfig | RequiredRuleConfig, *, sign: float) -> Callable[[Sequence[Episode]], Scores]:
+    patterns = [regex.compile(pattern) for pattern in rule.patterns]
+    return _each(lambda episode: sign * share_found(episode.completion, patterns, timeout=rule.match_timeout))
+
+
+def _refusal(rule: RefusalRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    patterns = [regex.compile(pattern) for pattern in rule.patterns or REFUSALS]
+
+    def score(episode: Episode) -> float:
+        try:
+            wanted = yes_or_no(episode.row.get(rule.column))
+        except ValueError as error:
+            raise DataError(f"column {rule.column} of ppo.prompts: {error}") from error
+        at = {"penalty": rule.benign_penalty, "timeout": rule.match_timeout}
+        return refusal(episode.completion, patterns, wanted=wanted, **at)
+
+    return _each(score)
+
+
+def _answer(rule: AnswerRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    same = same_number if rule.match == "number" else same_text
+
+    def score(episode: Episode) -> float:
+        try:
+            return same(episode.completion, str(episode.row[rule.column]))
+        except ValueError as error:
+            raise DataError(f"column {rule.column} of ppo.prompts: {error}") from error
+
+    return _each(score)
+
+
+def _length(rule: LengthRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    def length(episode: Episode) -> int:
+        return episode.tokens if rule.unit == "tokens" else len(words(episode.completion))
+
+    return _each(lambda episode: length_band(length(episode), low=rule.min, high=rule.max))
+
+
+def _function(rule: FunctionRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
+    try:
+        function = load_function(rule.path)
+    except ValueError as error:
+        raise ConfigError(f"ppo.rewards.function.path: {error}") from error
+
+    def score(episodes: Sequence[Episode]) -> Scores:
+        try:
+            return by_function(function, episodes)
+        except Exception as error:
+            raise RuntimeError(f"{rule.path}: {type(error).__name__}: {error}") from error
+
+    return score
+
+
+def _endpoint(rule: EndpointRuleConfig, limit: float) -> Callable[[Sequence[Episode]], Scores]:
+    """NaN for the answers of a request that failed, where they are to be left out. Of ``limit`` seconds for a batch
+    nine tenths are for its requests: then the rest is left out too, before the run is ended for it."""
+
+    def request(episodes: Sequence[Episode], deadline: float) -> Scores:
+        at = {"timeout": rule.timeout, "retries": rule.retries, "deadline": deadline}
+        try:
+            return by_endpoint(rule.url, episodes, **at)
+        except EndpointError as error:
+            if rule.on_failure == "error":
+                raise
+            logger.warning("%d answers are left out of the update: ppo.rewards.endpoint: %s", len(episodes), error)
+            return [math.nan] * len(episodes)
+
+    def score(episodes: Sequence[Episode]) -> Scores:
+        starts, deadline = range(0, len(episodes), rule.batch_size), time.monotonic() + 0.9 * limit
+        return [value for start in starts for value in request(episodes[start : start + rule.batch_size], deadline)]
+
+    return score

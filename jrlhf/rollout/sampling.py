@@ -1,0 +1,124 @@
+"""Answers for a set of prompts, batch by batch, as tokens and as text."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jrlhf.config import SamplingConfig
+from jrlhf.data import PromptRows, Tokenizer, stop_token_ids
+from jrlhf.models import int8_cache
+from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
+from jrlhf.runs.metrics import progress
+from jrlhf.steps import make_generate
+from jrlhf.train.batches import covering_batches, device_multiple
+from jrlhf.types import DecodeFns, Generation, Key, Params
+
+GenerateFn = Callable[..., Generation]
+
+
+def jit_generate(
+    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Tokenizer, mesh: Mesh, *, samples: int = 1
+) -> GenerateFn:
+    """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are."""
+    stop_tokens, pad_token = stop_token_ids(tokenizer, config.stop), int(tokenizer.pad_token_id)
+    return jit_sampler(decode_fns, config, mesh, stop_tokens=stop_tokens, pad_token=pad_token, samples=samples)
+
+
+def jit_sampler(
+    decode_fns: DecodeFns,
+    config: SamplingConfig,
+    mesh: Mesh,
+    *,
+    stop_tokens: tuple[int, ...],
+    pad_token: int,
+    samples: int = 1,
+) -> Any:
+    """``jit_generate`` of tokens that are known already, without a tokenizer."""
+    generate = make_generate(
+        int8_cache(decode_fns) if config.kv_cache == "int8" else decode_fns,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        stop_tokens=stop_tokens,
+        pad_token=pad_token,
+        samples=samples,
+        drop_stopped=mesh.size == 1 and bool(stop_tokens),
+    )
+    return jax.jit(generate, out_shardings=batch_sharding(mesh))
+
+
+def generate_all(
+    generate: GenerateFn, params: Params, prompts: PromptRows, *, key: Key, mesh: Mesh, batch_size: int, limit: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, Generation]]:
+    """``(indices, real, generation)`` over the first ``limit`` prompts (0: all); see ``covering_batches``.
+
+    A prompt's batch and place in it depend on the prompts alone: one key gives the same draws to two policies.
+    """
+    batches = covering_batches(prompts.lengths, batch_size=batch_size, limit=limit)
+    for number, (indices, real) in enumerate(batches):
+        tokens, mask = shard_batch(prompts.batch(indices), mesh)
+        yield indices, real, generate(params, tokens, mask, jax.random.fold_in(key, number))
+
+
+def texts_of(tokenizer: Tokenizer, generation: Generation) -> list[tuple[str, str]]:
+    """``(prompt, answer)`` of each row, special tokens and NUL bytes, which are no text, left out.
+
+    The answer is what the whole text has beyond the prompt: decoded alone it would lose its leading space.
+    """
+    tokens, mask, response = fetch((generation.tokens, generation.mask, generation.response_mask))
+    pairs = []
+    for row in range(len(tokens)):
+        prompt = tokenizer.decode(tokens[row][mask[row] & ~response[row]], skip_special_tokens=True)
+        whole = tokenizer.decode(tokens[row][mask[row]], skip_special_tokens=True)
+        pairs.append((prompt, whole[len(prompt) :].replace("\x00", "")))
+    return pairs
+
+
+def drawn_together(samples: int, *, batch_size: int, devices: int) -> int:
+    """How many of a prompt's answers one batch draws, so that it is read once for them: a divisor of ``samples``.
+
+    The greatest that leaves no more than an eighth of a device's rows unused: of 9 with 16 rows 3, in 5 x 3.
+    """
+    rows = max(1, batch_size // devices)
+    return max(n for n in range(1, min(rows, samples) + 1) if samples % n == 0 and rows % n <= rows // 8)
+
+
+def answers(
+    generate: GenerateFn,
+    params: Params,
+    prompts: PromptRows,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    seed: int,
+    mesh: Mesh,
+    batch_size: int,
+    show_progress: bool,
+    together: int = 1,
+) -> list[list[str]]:
+    """``samples`` answers to each prompt, as text, in the order of the prompts.
+
+    ``together`` of them, which divides ``samples``, come from one call of ``generate``, made for so many. A batch has
+    ``batch_size`` answers at most, but for what the devices need.
+    """
+    found: list[list[str]] = [[] for _ in range(len(prompts))]
+    batch_size = device_multiple(min(batch_size // together, len(prompts)), mesh)
+    total, done = samples * len(prompts), 0
+    with progress(
+        total, "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True
+    ) as bar:
+        for draw in range(samples // together):
+            key = jax.random.fold_in(jax.random.key(seed), draw)
+            batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)
+            for indices, real, generation in batches:
+                texts = [answer for _, answer in texts_of(tokenizer, generation)]
+                for row, (index, keep) in enumerate(zip(indices, real, strict=True)):
+                    if keep:
+                        found[index].extend(texts[row * together : (row + 1) * together])
+                done += together * int(real.sum())
+                bar.update(done)
+    return found

@@ -1,0 +1,1 @@
+"""The stages: SFT, the reward model and PPO, and the pipeline that runs them one after the other."""

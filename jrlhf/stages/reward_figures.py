@@ -1,0 +1,127 @@
+"""Figures of a reward model, in plain NumPy: accuracy on people's rankings, calibration, baselines."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import minimize
+from scipy.sparse import csr_array
+from scipy.special import expit
+
+from jrlhf.rollout.diversity import words
+
+Ranking = tuple[Sequence[str], Sequence[int]]
+"""Completions and their ranks: 0 is best, equal ranks are ties."""
+
+
+def pair_accuracy(margins: Float[np.ndarray, "N"]) -> float:
+    """Share of pairs with r_better - r_worse > 0; an equal score is wrong."""
+    return float(np.mean(margins > 0.0))
+
+
+class ReliabilityCurve(NamedTuple):
+    """Per bin of confidence: mean confidence, share of right answers, pairs. Empty bins are left out."""
+
+    confidence: Float[np.ndarray, "M"]
+    accuracy: Float[np.ndarray, "M"]
+    pairs: Int[np.ndarray, "M"]
+
+
+def reliability_curve(margins: Float[np.ndarray, "N"], *, bins: int) -> ReliabilityCurve:
+    """How often a pair is ordered right, against how sure the model was of it.
+
+    Confidence is σ(|margin|), the model's probability of the order it believes in; ``bins`` divide [0.5, 1] evenly.
+    """
+    confidence = expit(np.abs(margins.astype(np.float64)))
+    bin_of = np.minimum(((confidence - 0.5) * 2.0 * bins).astype(np.int64), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    filled = count > 0
+    total = np.maximum(count, 1)
+    mean_confidence = np.bincount(bin_of, confidence, bins) / total
+    accuracy = np.bincount(bin_of, (margins > 0.0).astype(np.float64), bins) / total
+    return ReliabilityCurve(mean_confidence[filled], accuracy[filled], count[filled])
+
+
+def expected_calibration_error(margins: Float[np.ndarray, "N"], *, bins: int) -> float:
+    """Σ_b n_b / N · |accuracy_b - confidence_b| over the bins of ``reliability_curve``. Guo et al. 2017, eq. 3."""
+    curve = reliability_curve(margins, bins=bins)
+    return float(np.sum(curve.pairs * np.abs(curve.accuracy - curve.confidence)) / np.sum(curve.pairs))
+
+
+class LengthBin(NamedTuple):
+    """Pairs whose better completion is longer than the worse one by ``low`` up to, not including, ``high``."""
+
+    low: float
+    high: float
+    accuracy: float
+    pairs: int
+
+
+def accuracy_by_length_difference(
+    margins: Float[np.ndarray, "N"], length_differences: Int[np.ndarray, "N"], *, edges: Sequence[int]
+) -> list[LengthBin]:
+    """Accuracy where the better completion is shorter, as long, longer: a model that has learnt length shows a slope.
+
+    ``length_differences``: len(better) - len(worse). ``edges`` rise; an open bin is added at both ends. Empty bins are
+    left out.
+    """
+    bounds = [-np.inf, *edges, np.inf]
+    bin_of = np.digitize(length_differences, np.asarray(edges, np.float64))
+    found = []
+    for i, (low, high) in enumerate(pairwise(bounds)):
+        inside = margins[bin_of == i]
+        if inside.size:
+            found.append(LengthBin(float(low), float(high), pair_accuracy(inside), int(inside.size)))
+    return found
+
+
+def longer_wins_accuracy(length_differences: Int[np.ndarray, "N"]) -> float:
+    """Accuracy of "the longer one is better", with len(better) - len(worse) given; equal lengths are a coin flip, ½."""
+    return float(np.mean(0.5 * (1.0 + np.sign(length_differences))))
+
+
+def ordered_text_pairs(rankings: Sequence[Ranking]) -> tuple[list[str], Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
+    """All completions in one list, and the indices (better, worse) of every strictly ordered pair."""
+    texts: list[str] = []
+    better: list[int] = []
+    worse: list[int] = []
+    for completions, ranks in rankings:
+        here = range(len(texts), len(texts) + len(completions))
+        texts.extend(completions)
+        pairs = [(i, j) for i, a in zip(here, ranks, strict=True) for j, b in zip(here, ranks, strict=True) if a < b]
+        better.extend(i for i, _ in pairs)
+        worse.extend(j for _, j in pairs)
+    return texts, np.asarray(better, np.int64), np.asarray(worse, np.int64)
+
+
+def _bag(texts: Sequence[str], index: dict[str, int]) -> csr_array:
+    rows = [sorted({index[w] for w in words(text) if w in index}) for text in texts]
+    indptr = np.cumsum([0, *map(len, rows)])
+    indices = np.asarray([i for row in rows for i in row], np.int64)
+    return csr_array((np.ones(indices.size), indices, indptr), shape=(len(texts), len(index)))
+
+
+def bag_of_words_accuracy(train: Sequence[Ranking], heldout: Sequence[Ranking], *, l2: float) -> float:
+    """Held-out pair accuracy of a logistic model on which words occur: what can be had without reading word order.
+
+    Minimises the mean over pairs of -log σ(w · (x_better - x_worse)), plus ½ · l2 · ‖w‖², with L-BFGS; x is binary over
+    the training words. A pair with equal scores is wrong.
+    """
+    texts, better, worse = ordered_text_pairs(train)
+    index = {w: i for i, w in enumerate(sorted({w for text in texts for w in words(text)}))}
+    bag = _bag(texts, index)
+
+    def objective(w: np.ndarray) -> tuple[float, np.ndarray]:
+        scores = bag @ w
+        difference = scores[better] - scores[worse]
+        pull = -expit(-difference) / better.size
+        per_text = np.bincount(better, pull, len(texts)) - np.bincount(worse, pull, len(texts))
+        loss = np.mean(np.logaddexp(0.0, -difference)) + 0.5 * l2 * np.dot(w, w)
+        return float(loss), bag.T @ per_text + l2 * w
+
+    fit = minimize(objective, np.zeros(len(index)), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    texts, better, worse = ordered_text_pairs(heldout)
+    scores = _bag(texts, index) @ fit.x
+    return pair_accuracy(scores[better] - scores[worse])

@@ -1,0 +1,1 @@
+"""Commands beside training: export, generate, score, show, verify, quickstart."""

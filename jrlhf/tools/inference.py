@@ -1,0 +1,88 @@
+"""A trained model on files: prompts in, answers out; texts in, scores out."""
+
+import sys
+from typing import Any
+
+from jrlhf import assets
+from jrlhf.config import DataConfig
+from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig
+from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
+from jrlhf.models import load_pretrained, load_reward_model
+from jrlhf.parallel import make_mesh
+from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
+from jrlhf.rollout.reward_models import score_texts
+from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
+from jrlhf.runs.folder import exported_folder
+from jrlhf.system.lines import json_line, write_output
+from jrlhf.train.positions import Positions
+
+
+def run_generate(args: GenerateConfig) -> None:
+    """One JSON line a prompt, in the order of the prompts: ``{"prompt", "tools"?, "completions": [...]}``."""
+    drawn = _draw(args)
+    rows = (row | {"completions": completions} for row, completions in drawn)
+    write_output(args.out, "".join(map(json_line, rows)))
+
+
+def run_sample(args: SampleConfig) -> None:
+    """One JSON line a prompt that people can rank answers of; what is left out is said on stderr."""
+    lines: list[str] = []
+    merged = left_out = 0
+    drawn = _draw(args)
+    about = {"model": args.model, "seed": args.seed, "temperature": args.sampling.temperature}
+    for row, completions in drawn:
+        different = distinct(completions)
+        merged += len(completions) - len(different)
+        if len(different) < FEWEST:
+            left_out += 1
+        else:
+            tools = {name: row[name] for name in ("tools",) if name in row}
+            lines.append(task_line(row["prompt"], different, **tools, **about))
+    unique = list(dict.fromkeys(lines))
+    repeated = len(lines) - len(unique)
+    for note in TaskFile((), merged, left_out, repeated).notes():
+        print(f"jrlhf: {note}", file=sys.stderr)
+    if not unique:
+        raise DataError(f"{args.prompts}: no prompt got two different answers; raise sampling.temperature or samples")
+    write_output(args.out, "".join(unique))
+
+
+def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
+    """Each prompt, with the tools it may call, and its answers."""
+    source = exported_folder(assets.resolve(args.model), stages=("ppo", "sft"))
+    tokenizer = load_tokenizer(source)
+    data = DataConfig(train=args.prompts, max_length=args.max_length)
+    prompts = load_prompts(data, args.prompts, tokenizer)
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    model = load_pretrained(source, dtype=args.dtype, mesh=mesh, option="model")
+    Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
+    together = drawn_together(args.samples, batch_size=args.batch_size, devices=mesh.size)
+    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, samples=together)
+    drawn = answers(
+        generate,
+        model.params,
+        prompts,
+        tokenizer,
+        samples=args.samples,
+        seed=args.seed,
+        mesh=mesh,
+        batch_size=args.batch_size,
+        together=together,
+        show_progress=len(prompts) * args.samples > args.batch_size,
+    )
+    return list(zip(prompts.shown, drawn, strict=True))
+
+
+def run_score(args: ScoreConfig) -> None:
+    """One JSON line an answer, in the order of the rows: ``{"prompt"?, "tools"?, "completion", "score"}``."""
+    source = exported_folder(assets.resolve(args.model), stages=("reward",))
+    tokenizer = load_tokenizer(source)
+    data = DataConfig(train=args.data, max_length=args.max_length)
+    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
+    model = load_reward_model(source, dtype=args.dtype, mesh=mesh, option="model")
+    texts = load_texts(data, args.data, tokenizer, model.reading)
+    Positions(model.arch, "max_length", model="the reward model").check({args.data: texts})
+    shown = len(texts) > args.batch_size
+    scores = score_texts(model, texts, mesh=mesh, batch_size=args.batch_size, show_progress=shown)
+    rows = (row | {"score": float(score)} for row, score in zip(texts.shown, scores, strict=True))
+    write_output(args.out, "".join(map(json_line, rows)))

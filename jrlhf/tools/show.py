@@ -1,0 +1,194 @@
+"""What `jrlhf data show` prints: rows as the model sees them, then counts over the whole source."""
+
+from functools import lru_cache
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from jrlhf import assets
+from jrlhf.config import DataConfig
+from jrlhf.config.tools import ShowConfig
+from jrlhf.data import DataError, load_tokenizer, stop_token_ids
+from jrlhf.data.chat import MARKER, template_of
+from jrlhf.data.errors import names_with_rows
+from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, look
+from jrlhf.data.protocol import Tokenizer
+from jrlhf.data.sources import open_source
+from jrlhf.runs.folder import exported_folder
+from jrlhf.system.terminal import show_all_characters
+
+LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"
+BAD, ODD = "red", "yellow"
+CUT_SHOWN = 12
+"""Tokens shown of what was cut off."""
+USES = {"sft": "SFT", "reward": "a reward model", "prompts": "PPO's prompts"}
+
+
+def run_show(args: ShowConfig) -> None:
+    """``DataError``, once all is counted, where a row is bad and training would end there."""
+    show_all_characters()
+    tokenizer = load_tokenizer(exported_folder(assets.resolve(args.model), stages=("ppo", "sft", "reward")))
+    source = open_source(args.data)
+    first, rows = first_row(source.rows)
+    kind = kind_of(first) if args.kind == "auto" else args.kind
+    lens = Lens(DataConfig(max_length=args.max_length), tokenizer, kind, args.train_on)
+    tally = Tally(tokenizer, kind)
+    # Lines are not broken where there is no terminal to break them for.
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    spelling = Spelling(tokenizer)
+    learnt = f", learnt: {args.train_on}" if kind == "sft" else ""
+    console.print(f"{source.name} for {USES[kind]}{learnt}; max_length {args.max_length}")
+    console.print(f"tokenizer: {about(tokenizer)}")
+    if args.rows:
+        console.print(legend(kind))
+
+    def show(seen: Seen) -> None:
+        if tally.rows <= args.rows:
+            console.print()
+            for line in row_lines(seen, kind, spelling):
+                console.print(line)
+
+    look(lens, tally, rows, show)
+    console.print()
+    for line in summary_lines(tally):
+        console.print(line)
+    if tally.bad and (args.on_bad_row == "error" or not tally.rows):
+        others = sum(count.rows for count in tally.bad.values()) - 1
+        raise DataError(tally.error + (f"; bad rows besides: {others}" if others else ""))
+    if not tally.rows:
+        reasons = "; all were left out: " + ", ".join(tally.left_out) if tally.left_out else ""
+        raise DataError(f"{source.name}: no rows{reasons}")
+
+
+class Spelling:
+    """Tokens as text, one by one: nothing in it can move a cursor, and a line's end shows."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
+        self._special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        # Behind another token the first space of a token stays.
+        self._anchor: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self.of = lru_cache(maxsize=None)(self._spelt)
+
+    def special(self, token: int) -> bool:
+        return token in self._special
+
+    def _spelt(self, token: int) -> str:
+        known = self._tokenizer.convert_ids_to_tokens(token)
+        if self.special(token):
+            return known
+        head, whole = (self._decoded(ids) for ids in (self._anchor, [*self._anchor, token]))
+        text = whole[len(head) :] if whole.startswith(head) else "\ufffd"
+        # A part of a character is no text: the vocabulary's own name for it.
+        if not text or "\ufffd" in text:
+            return known if known.startswith("<") else f"<{known}>"
+        return "".join(visible(letter) for letter in text)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def visible(letter: str) -> str:
+    if letter == "\n":
+        return "⏎\n"
+    return letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+
+
+def about(tokenizer: Tokenizer) -> str:
+    """What decides tokens and masks, in a line."""
+    template = template_of(tokenizer)
+    way = "generation markers" if MARKER.search(template) else "the difference of prefixes"
+    own = tokenizer.init_kwargs.get("pad_token")
+    instead = "" if own is None or str(own) == tokenizer.pad_token else f" (its own, {own}, is the EOS)"
+    return "; ".join(
+        [
+            f"{len(tokenizer):,} tokens",
+            "stop tokens " + " ".join(tokenizer.convert_ids_to_tokens(list(stop_token_ids(tokenizer, ())))),
+            f"pad {tokenizer.pad_token}{instead}",
+            f"chat template, answers marked by {way}" if template else "no chat template",
+        ]
+    )
+
+
+def legend(kind: str) -> Text:
+    line = Text("· parts tokens, ⏎ is a line's end, ")
+    match kind:
+        case "sft":
+            return line.append("⟦what is learnt⟧", LEARNT)
+        case "reward":
+            return line.append("⟦what the answers do not share⟧", LEARNT).append(
+                "; the score is read at the last token"
+            )
+        case _:
+            return line.append("an answer is sampled after the last token")
+
+
+def row_lines(seen: Seen, kind: str, spelling: Spelling) -> list[Text]:
+    lines = [Text(seen.place, "bold")]
+    for number, sequence in enumerate(seen.sequences):
+        length, lost = len(sequence.tokens), len(sequence.whole) - len(sequence.tokens)
+        said = [f"rank {rank}" + " (best)" * (rank == 0) for rank in seen.ranks[number : number + 1]]
+        said.append(f"{length} tokens")
+        said += [f"{int(sequence.marked.sum())} learnt"] if kind == "sft" else []
+        lines.append(Text(", ".join(said), "bold"))
+        if lost:
+            lines[-1].append(f", {lost} cut off: {cut_off(sequence, spelling)}", BAD)
+        lines.append(spelt(sequence, spelling))
+    return lines
+
+
+def spelt(sequence: Sequence, spelling: Spelling) -> Text:
+    """The tokens; brackets stand around what is marked, so that no colour is needed to see it."""
+    line, inside = Text(), False
+    for token, marked in zip(sequence.tokens.tolist(), sequence.marked.tolist(), strict=True):
+        if inside and not marked:
+            line.append("⟧", LEARNT)
+        elif marked and not inside:
+            line.append("⟦", LEARNT)
+        elif line and not line.plain.endswith("\n"):
+            line.append("·", GAP)
+        inside = marked
+        line.append(spelling.of(token), LEARNT if marked else SPECIAL if spelling.special(token) else CONTEXT)
+    return line.append("⟧", LEARNT) if inside else line
+
+
+def cut_off(sequence: Sequence, spelling: Spelling) -> str:
+    """Where, and the beginning of what was there."""
+    ids, whole = sequence.tokens, sequence.whole
+    unequal = np.flatnonzero(ids != whole[: len(ids)])
+    start = int(unequal[0]) if len(unequal) else len(ids)
+    lost = whole[start : start + len(whole) - len(ids)].tolist()
+    text = "".join(spelling.of(token) for token in lost[:CUT_SHOWN]).replace("\n", "")
+    where = "the end" if start == len(ids) else "the prompt's start"
+    if where != "the end" and not np.array_equal(ids[start:], whole[len(whole) - len(ids) + start :]):
+        where = "the prompt's start and the end"
+    return f"{where}, {text}{'…' if len(lost) > CUT_SHOWN else ''}"
+
+
+def summary_lines(tally: Tally) -> list[Text]:
+    lines = [Text(f"rows {tally.rows:,}, tokens {sum(tally.lengths):,}{_learnt(tally)}", "bold")]
+    if tally.rows:
+        low, middle, high, longest = np.percentile(tally.lengths, [0, 50, 95, 100], method="lower")
+        each = "an answer with its prompt" if tally.kind == "reward" else "a row"
+        spread = f"{low:,} to {longest:,}, half up to {middle:,}, 95 % up to {high:,}"
+        lines.append(Text(f"tokens {each}: {spread}; {tally.cut:,} cut off"))
+    if tally.pairs:
+        share = tally.longer_wins / tally.pairs
+        lines.append(Text(f"pairs {tally.pairs:,}; the longer answer is the better one in {share:.1%} (no bias: 50 %)"))
+    for name, count in (tally.odd | tally.noted).items():
+        first = f" (first: {count.first})" if count.rows else ""
+        lines.append(Text(f"{count.rows:>9,}  {name}{first}", ODD if count.rows else GAP))
+    for reason, count in tally.left_out.items():
+        lines.append(Text(f"{count.rows:>9,}  left out: {reason} (first: {count.first})", ODD))
+    if tally.unread:
+        lines.append(Text(f"columns that nothing reads: {names_with_rows(tally.unread)}", ODD))
+    for reason, count in sorted(tally.bad.items(), key=lambda item: -item[1].rows):
+        lines.append(Text(f"{count.rows:>9,}  cannot be trained on: {reason} (first: {count.first})", BAD))
+    return lines
+
+
+def _learnt(tally: Tally) -> str:
+    shown = tally.kind == "sft" and tally.rows
+    return f", learnt {tally.learnt:,} ({tally.learnt / sum(tally.lengths):.0%})" if shown else ""

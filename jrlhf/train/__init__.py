@@ -1,0 +1,1 @@
+"""The loop that every stage shares, and what starts it; it knows no algorithm."""

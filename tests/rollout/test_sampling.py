@@ -1,0 +1,122 @@
+"""Several answers to each prompt of a file, however they are cut into batches; and from a cache in int8."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jrlhf import assets
+from jrlhf.config import ModelConfig, SamplingConfig
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
+from jrlhf.config.tools import GenerateConfig
+from jrlhf.models import CacheKind, load_pretrained
+from jrlhf.parallel import make_mesh, shard_batch
+from jrlhf.rollout import sampling
+from jrlhf.rollout.sampling import drawn_together, jit_sampler
+from jrlhf.runs.metrics import read_metrics
+from jrlhf.stages.ppo import run_ppo
+from jrlhf.tools.inference import run_generate
+from jrlhf.types import DecodeFns
+from tests.support.runs import small_config
+
+PROMPTS = ["Once", "Lily and Tom went to the", "One day, a little girl", "The dog", "Tim saw a big"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "devices", "expected"),
+    [
+        (1, 16, 1, 1), (4, 16, 1, 4), (9, 16, 1, 3), (5, 16, 1, 5), (7, 16, 1, 7), (6, 16, 1, 3), (64, 16, 1, 16),
+        (4, 16, 8, 2), (4, 8, 8, 1), (4, 3, 8, 1), (5, 3, 1, 1),
+    ],
+)  # fmt: skip
+def test_as_many_answers_are_drawn_together_as_nearly_fill_a_device_s_rows(
+    samples: int, batch_size: int, devices: int, expected: int
+) -> None:
+    assert drawn_together(samples, batch_size=batch_size, devices=devices) == expected
+
+
+def drawn(
+    tmp_path: Path, *, samples: int, batch_size: int, temperature: float, kv_cache: CacheKind = "compute"
+) -> list[list[str]]:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS), encoding="utf-8")
+    how = SamplingConfig(max_new_tokens=8, temperature=temperature, kv_cache=kv_cache)
+    run_generate(
+        GenerateConfig(
+            "asset:stories260k", str(prompts), out=str(out), samples=samples, batch_size=batch_size, sampling=how
+        )
+    )
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == PROMPTS
+    return [row["completions"] for row in rows]
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(3, 24), (4, 16), (5, 3)])
+def test_each_prompt_gets_its_own_answers(tmp_path: Path, samples: int, batch_size: int) -> None:
+    greedy = drawn(tmp_path, samples=1, batch_size=16, temperature=0.0)
+    assert len({answer for (answer,) in greedy}) == len(PROMPTS)
+    again = drawn(tmp_path, samples=samples, batch_size=batch_size, temperature=0.0)
+    assert again == [answers * samples for answers in greedy]
+    free = drawn(tmp_path, samples=samples, batch_size=batch_size, temperature=1.0)
+    assert all(len(set(answers)) > 1 for answers in free), "each is a draw of its own"
+
+
+@pytest.mark.parametrize(("kv_cache", "dtype"), [("compute", "float32"), ("int8", "int8")])
+def test_generate_keeps_keys_and_values_in_what_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_cache: CacheKind, dtype: str
+) -> None:
+    caches, usual = [], sampling.make_generate
+
+    def watched(decode_fns: DecodeFns, **settings: Any) -> Any:
+        caches.append(jax.eval_shape(lambda: decode_fns.init_cache(2, 9)))
+        return usual(decode_fns, **settings)
+
+    monkeypatch.setattr(sampling, "make_generate", watched)
+    answers = drawn(tmp_path, samples=2, batch_size=16, temperature=0.0, kv_cache=kv_cache)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(caches[0].keys) if leaf.ndim == 4} == {dtype}
+    assert all(one == other for one, other in answers)
+    assert len({answer for answer, _ in answers}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
+def test_answers_from_a_cache_in_int8_do_not_depend_on_the_devices(axes: tuple[int, int, int]) -> None:
+    """Rows, and with "tensor" heads, lie on several of them; also where answers leave early, which one device's do."""
+    config = SamplingConfig(max_new_tokens=8, temperature=0.7, kv_cache="int8")
+    tokens, mask = np.random.default_rng(0).integers(3, 500, (8, 6), np.int32), np.ones((8, 6), bool)
+    mask[3, :4] = mask[5, :2] = False
+
+    def answers(data: int, fsdp: int, tensor: int) -> Any:
+        mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: data * fsdp * tensor])
+        model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
+        generate = jit_sampler(model.decode_fns, config, mesh, stop_tokens=(*range(300, 400),), pad_token=0)
+        return generate(model.params, *shard_batch((tokens, mask), mesh), jax.random.key(1))
+
+    found, expected = answers(*axes), answers(1, 1, 1)
+    for name in ("tokens", "mask", "response_mask", "stopped"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    # Sums in another order may take a number across a half, to the next one.
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=0.05)
+
+
+def test_a_run_on_a_cache_in_int8_says_how_far_the_sampler_is_from_the_trainer(tmp_path: Path) -> None:
+    """And from the policy that answers the update is as far as ever: not at all."""
+    config = small_config(tmp_path, "run")
+    ppo = replace(
+        config.ppo,
+        model=ModelConfig(path="asset:stories260k"),
+        rewards=RewardsConfig(model_weight=0.0, length=LengthRuleConfig(weight=1.0, min=3, max=5)),
+        value_from="shared",
+        ptx_coef=0.0,
+        sampling=replace(config.ppo.sampling, kv_cache="int8"),
+        iterations=1,
+    )
+    run_ppo(replace(config, ppo=ppo))
+    (line,) = (line for line in read_metrics(Path(config.run) / "ppo" / "metrics.jsonl") if "kl" in line)
+    assert 1e-3 < line["sampler/max_abs_logprob_diff"] < 1.0
+    assert 1e-6 < abs(line["sampler/mean_ratio"] - 1.0) < 0.05
+    assert line["policy/first_minibatch_max_abs_log_ratio"] <= 5e-5
+    assert line["kl"] == 0.0

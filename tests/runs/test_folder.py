@@ -1,0 +1,159 @@
+"""What a run's folder holds, and what may change before it is gone on with."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jrlhf import assets
+from jrlhf.config import CheckpointConfig, Config, ConfigError, DataConfig, LogConfig, ModelConfig, SFTConfig
+from jrlhf.config.files import apply_flags
+from jrlhf.config.tools import ExportConfig
+from jrlhf.runs.checkpoints import FORMAT, CheckpointError
+from jrlhf.runs.folder import StageName, model_source, open_stage, read_summary
+from jrlhf.runs.manifest import write_manifest
+from jrlhf.stages.sft import run_sft
+from jrlhf.tools.export import run_export
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_run_goes_on_with_its_rows_in_another_cache_but_not_from_other_data(stage, tmp_path):
+    config = replace(Config(), run=str(tmp_path))
+    data = {"sft": ["sft.data"], "reward": ["reward.data"], "ppo": ["ppo.prompts", "ppo.ptx"]}[stage]
+    with open_stage(config, stage) as folder:
+        (folder / "checkpoints" / "1").mkdir(parents=True)
+    for name in data:
+        with open_stage(apply_flags(config, {f"{name}.cache": ["elsewhere"]}), stage):
+            pass
+        with (
+            pytest.raises(ConfigError, match=rf"{name}\.train: '' -> {{'a': 2\.0}}"),
+            open_stage(apply_flags(config, {f"{name}.train": ["{a: 2}"]}), stage),
+        ):
+            pass
+
+
+CHANGES = {
+    "seed": ("1", r"seed: 0 -> 1"),
+    "sft.batch_size": ("7", r"sft\.batch_size: 32 -> 7"),
+    "sft.model.path": ("other", r"sft\.model\.path: '' -> 'other'"),
+    "sft.data.max_length": ("9", r"sft\.data\.max_length: 1024 -> 9"),
+    "sft.optim.lr": ("1", r"sft\.optim\.lr: 1e-05 -> 1\.0"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_decides_the_result_may_not_change_on_the_way(name: str, tmp_path: Path) -> None:
+    config = Config(run=str(tmp_path))
+    with open_stage(config, "sft") as folder:
+        (folder / "checkpoints" / "1").mkdir(parents=True)
+    value, difference = CHANGES[name]
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=difference), open_stage(apply_flags(config, {name: [value]}), "sft"):
+        pass
+    assert (folder / "config.yaml").read_text() == before
+
+
+FREE = {
+    "sft": ("sft.microbatch", "sft.max_skipped", "sft.data.buckets", "sft.model.remat", "sft.model.attention"),
+    "reward": ("reward.microbatch", "reward.max_skipped", "reward.data.buckets", "reward.model.remat"),
+    "ppo": (
+        "ppo.microbatch", "ppo.max_skipped", "ppo.prompts.buckets", "ppo.ptx.buckets", "ppo.model.remat",
+        "ppo.reward.remat", "ppo.reward.attention", "ppo.canary.judge.remat", "ppo.rewards.timeout",
+        "ppo.rewards.required.match_timeout", "ppo.rewards.endpoint.retries",
+    ),
+}  # fmt: skip
+VALUES = {"remat": "true", "attention": "cudnn"}
+
+
+@pytest.mark.parametrize("stage", FREE)
+def test_what_a_run_takes_at_a_time_and_how_it_computes_may_change_on_the_way(stage: StageName, tmp_path: Path) -> None:
+    """As people do who ran out of memory, or of patience."""
+    config = Config(run=str(tmp_path))
+    with open_stage(config, stage) as folder:
+        (folder / "checkpoints" / "1").mkdir(parents=True)
+    flags = {name: [VALUES.get(name.rpartition(".")[2], "2")] for name in FREE[stage]}
+    with open_stage(apply_flags(config, flags | {"accept_changes": ["true"]}), stage):
+        pass
+    for other in ("sampling.kv_cache", "rollout_parts") if stage == "ppo" else ("pack_length",):
+        value = "int8" if other.endswith("kv_cache") else "3"
+        changed = apply_flags(config, flags | {f"{stage}.{other}": [value]})
+        with pytest.raises(ConfigError) as refused, open_stage(changed, stage):
+            pass
+        assert len(str(refused.value).splitlines()) == 3
+        assert f"{stage}.{other}: " in str(refused.value)
+
+
+def fewer_layers(model: Path) -> None:
+    edit(model, lambda name, tensor: None if name.startswith("model.layers.4.") else tensor, num_hidden_layers=4)
+
+
+def larger_vocabulary(model: Path) -> None:
+    longer = lambda tensor: np.concatenate([tensor, tensor[:8]])  # noqa: E731
+    edit(model, lambda name, tensor: longer(tensor) if name.endswith("embed_tokens.weight") else tensor, vocab_size=520)
+
+
+def edit(model: Path, change: Callable[[str, np.ndarray], np.ndarray | None], **config: int) -> None:
+    """A model folder with some tensors changed or left out, and the config that goes with them."""
+    tensors = {name: change(name, tensor) for name, tensor in load_file(model / "model.safetensors").items()}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    old = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(old | config))
+
+
+def test_another_model_under_the_same_name_is_refused_and_a_checkpoint_names_no_file_outside(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(assets.resolve("asset:stories260k"), tmp_path / "model"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "Once upon a time"}\n' * 8)
+    sft = SFTConfig(
+        ModelConfig(str(model)),
+        data=DataConfig(train=str(tmp_path / "rows.jsonl"), max_length=8, buckets=1, cache=""),
+        batch_size=8,
+        checkpoint=CheckpointConfig(every=1),
+        log=LogConfig(samples=0, progress=False, tensorboard=False),
+    )
+    config = Config(run=str(tmp_path / "run"), sft=sft)
+    run_sft(config)
+    folder = tmp_path / "run" / "sft"
+    (folder / "summary.json").unlink()
+    whole = Path(shutil.copytree(model, tmp_path / "whole"))
+    for change, named in ((fewer_layers, "layers/"), (larger_vocabulary, "embed is ")):
+        shutil.rmtree(model)
+        shutil.copytree(whole, model)
+        change(model)
+        with pytest.raises(ConfigError, match=r"model with other weights \(model\.safetensors\)"):
+            run_sft(config)
+        with pytest.raises(CheckpointError, match=rf"does not fit this run's state: .*{named}"):
+            run_sft(replace(config, accept_changes=True))
+    shutil.rmtree(model)
+    shutil.copytree(whole, model)
+
+    # What a checkpoint says of its tokenizer's files comes from whoever wrote it.
+    notes = folder / "checkpoints" / "1" / "notes.json"
+    said = json.loads(notes.read_text())
+    said["metadata"]["tokenizer"] = {"../outside.json": "{}"}
+    notes.write_text(json.dumps(said))
+    write_manifest(notes.parent, form=FORMAT)
+    with pytest.raises(ValueError, match=r"'\.\./outside\.json' is not the name of a tokenizer's file"):
+        run_export(ExportConfig(str(folder), str(tmp_path / "deep" / "out"), step=1))
+    assert not (tmp_path / "deep" / "outside.json").exists()
+
+
+def test_a_model_is_named_by_its_stage_or_by_the_run_it_came_from(tmp_path):
+    for stage in ("sft", "reward"):
+        (tmp_path / stage / "hf").mkdir(parents=True)
+        (tmp_path / stage / "hf" / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "sft", tmp_path / "sft" / "hf"):
+        assert model_source(Config(), str(path), key="ppo.model.path", stage="sft") == str(tmp_path / "sft" / "hf")
+    assert model_source(Config(), str(tmp_path), key="k", stage="reward") == str(tmp_path / "reward" / "hf")
+
+
+@pytest.mark.parametrize("content", [b'{"steps": 3', b"\xff", b"[]"])
+def test_a_damaged_summary_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"summary\.json: damaged"):
+        read_summary(tmp_path)

@@ -1,0 +1,147 @@
+"""What a test has several processes do: ``python worker.py TASK FOLDER [ARGUMENTS]``."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jrlhf import assets
+from jrlhf.cli.entry import ended
+from jrlhf.config import DistributedConfig, OptimConfig
+from jrlhf.data import Order
+from jrlhf.data.order import Part
+from jrlhf.models import load_pretrained
+from jrlhf.parallel import (
+    AnyProcess,
+    fetch,
+    first_goes_ahead,
+    from_first,
+    is_first,
+    joined,
+    make_mesh,
+    same_everywhere,
+    shard_batch,
+)
+from jrlhf.runs.checkpoints import Checkpoints
+from jrlhf.steps import make_sft_step
+from jrlhf.system.interrupts import end_at_once
+from jrlhf.system.terminal import complain
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.start import start_training
+from jrlhf.train.state import RunState, abstract
+
+STEPS, ROWS, BATCH = 7, 40, 8
+
+
+def read_rows(folder: Path, tensor: str) -> None:
+    """Which rows of every step's batch are on this process's devices."""
+    mesh = make_mesh(data=-1, fsdp=1, tensor=int(tensor))
+    order = Order(5, batch_size=BATCH, lengths=np.arange(ROWS), parts=[Part(ROWS, 1.0)])
+    here = []
+    for step in range(STEPS):
+        batch = shard_batch(order[step].astype(np.int32), mesh)
+        np.testing.assert_array_equal(fetch(batch), order[step])
+        shards = {shard.index[0].start or 0: np.asarray(shard.data).tolist() for shard in batch.addressable_shards}
+        here.append([row for start in sorted(shards) for row in shards[start]])
+    (folder / f"{jax.process_index()}.json").write_text(json.dumps(here))
+
+
+def agree(folder: Path) -> None:
+    """Every way of doing something together, each with its result in a file."""
+    found = {"first": is_first(), "told": from_first("say where it is", lambda: {"process": jax.process_index()})}
+    with first_goes_ahead("write a file"):
+        if is_first():
+            time.sleep(0.5)
+            (folder / "written").write_text("whole")
+        found["read"] = (folder / "written").read_text()
+    same_everywhere("the weather", lambda: "fine")
+    asked = AnyProcess()
+    # One says yes at its third call: all know at the fourth.
+    found["asked"] = [asked(jax.process_index() == 1 and call == 2) for call in range(6)]
+    (folder / f"agreed-{jax.process_index()}.json").write_text(json.dumps(found))
+
+    def refuse() -> None:
+        raise ValueError("the first one refuses")
+
+    from_first("look", refuse)
+
+
+def train(folder: Path, *fault: str) -> None:
+    """Steps without end; process 1 may break down or hang in one of them."""
+    mesh, asked = make_mesh(data=-1, fsdp=1, tensor=1), AnyProcess()
+    step = jax.jit(lambda x: x.sum())
+    for number in range(100_000):
+        step(shard_batch(np.ones((jax.device_count(), 2), np.float32), mesh)).block_until_ready()
+        asked(False)
+        if number == 20:
+            if fault == ("differ",) and is_first():
+                same_everywhere("rows", lambda: "of a file")
+            (folder / f"up-{jax.process_index()}").touch()
+            if jax.process_index() == 1:
+                match fault:
+                    case ["raise"]:
+                        raise KeyError("broken")
+                    case ["differ"]:
+                        same_everywhere("rows", lambda: "of another file")
+                    case ["hang"]:
+                        time.sleep(1000)
+        time.sleep(0.02)
+
+
+def sft_state(devices: Any) -> tuple[RunState, Any]:
+    """A small model and its optimizer on these devices, as the SFT stage starts with, and the step."""
+    mesh = make_mesh(data=-1, fsdp=2 if len(devices) > 1 else 1, tensor=1, devices=devices)
+    model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
+    tx, _ = make_optimizer(OptimConfig(lr=1e-3), updates=100)
+    step = make_sft_step(model.logprob_fn, tx, accumulation=1)
+    return start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=0, frozen=None)
+
+
+def open_checkpoints(folder: Path) -> Checkpoints:
+    return Checkpoints(folder, keep=3, keep_best=0, best_metric=None, best_mode="min")
+
+
+def restored(folder: Path, devices: Any) -> tuple[RunState, Any]:
+    """What is saved in a folder, on these devices, and the step."""
+    state, step = sft_state(devices)
+    with open_checkpoints(folder) as checkpoints:
+        return checkpoints.restore(checkpoints.latest_step(), abstract(state)), step
+
+
+def leaves(state: RunState) -> list[np.ndarray]:
+    """Every leaf, whole, keys as the integers they are made of."""
+    return fetch([x if x.dtype != state.key.dtype else jax.random.key_data(x) for x in jax.tree.leaves(state)])
+
+
+def reload(folder: Path) -> None:
+    """Load what one process saved, say what it is, and save it again."""
+    state, _ = restored(folder / "saved", jax.devices())
+    found = leaves(state)
+    if is_first():
+        np.savez(folder / "loaded.npz", *found)
+    with open_checkpoints(folder / "again") as checkpoints:
+        checkpoints.save(1, state, metadata={}, metrics=None)
+
+
+def main(task: str, folder: str, *arguments: str) -> int:
+    timeouts = DistributedConfig(start_timeout=60, heartbeat_timeout=5, stall_timeout=100)
+    if arguments == ("hang",):
+        timeouts = replace(timeouts, stall_timeout=10)
+    if arguments == ("answer signals",):
+        end_at_once()
+    try:
+        with joined(**vars(timeouts)):
+            {"rows": read_rows, "agree": agree, "train": train, "reload": reload}[task](Path(folder), *arguments)
+    except BaseException as error:
+        complain(f"{type(error).__name__}: {error}")
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(ended(main(*sys.argv[1:])))
