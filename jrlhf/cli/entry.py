@@ -120,7 +120,7 @@ jrlhf --version prints the version. Exit codes: 0 done, 1 failure, 2 bad usage o
 
 def ended(code: int) -> int:
     """The exit code; a process of several that failed must not wait for the others on its way out."""
-    parallel = sys.modules.get("jrlhf.parallel")
-    if parallel is not None:
-        parallel.leave_at_once(code)
+    peers = sys.modules.get("jrlhf.parallel.peers")
+    if peers is not None:
+        peers.leave_at_once(code)
     return code

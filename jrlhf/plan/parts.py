@@ -10,8 +10,12 @@ from jax.sharding import Mesh
 
 from jrlhf.config import LoRAConfig, ModelConfig, PlanConfig, SamplingConfig
 from jrlhf.core import partition
-from jrlhf.models import ArchConfig, ModelKind, Pretrained, abstract_pretrained, is_trained, placed
-from jrlhf.parallel import Rules, Topology, batch_sharding, jit_moving, replicated, tree_shardings
+from jrlhf.models import ArchConfig, Pretrained, is_trained
+from jrlhf.models.abstract import abstract_pretrained, placed
+from jrlhf.models.hf.adapter_folder import ModelKind
+from jrlhf.parallel import ShardingRules, batch_sharding, replicated, tree_shardings
+from jrlhf.parallel.devices.topology import Topology
+from jrlhf.parallel.step import jit_moving
 from jrlhf.plan.programs import Figures, Program
 from jrlhf.rollout.sampling import jit_sampler
 from jrlhf.runs.folder import model_source
@@ -115,7 +119,7 @@ def planned_model(
 
 
 def abstract_trainable(
-    params: Params, arch: ArchConfig, lora: LoRAConfig, site: Site, rules: Rules, *, path: str
+    params: Params, arch: ArchConfig, lora: LoRAConfig, site: Site, rules: ShardingRules, *, path: str
 ) -> tuple[Params, Params | None]:
     """As ``stages.adapters.trainable``, of shapes."""
     if lora.rank == 0:
@@ -144,7 +148,7 @@ class Training(NamedTuple):
 
 
 def planned_training(
-    step: Any, tx: Any, trained: Params, frozen: Any, site: Site, rules: Rules, *, loaded: Any, ema: Any = None
+    step: Any, tx: Any, trained: Params, frozen: Any, site: Site, rules: ShardingRules, *, loaded: Any, ema: Any = None
 ) -> Training:
     """See ``Training``."""
     init = first_state(tx)

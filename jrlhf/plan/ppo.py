@@ -10,7 +10,10 @@ import numpy as np
 
 from jrlhf.config import PlanConfig
 from jrlhf.core import combine, partition
-from jrlhf.models import STOP_TOKEN, ArchConfig, Pretrained, RewardModel, abstract_reward, decode_bytes, forward_flops
+from jrlhf.models import ArchConfig, Pretrained, RewardModel
+from jrlhf.models.abstract import abstract_reward
+from jrlhf.models.flops import decode_bytes, forward_flops
+from jrlhf.models.reading import STOP_TOKEN
 from jrlhf.parallel import batch_sharding
 from jrlhf.plan.parts import (
     UPDATES,

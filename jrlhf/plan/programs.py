@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.parallel import Topology, array_bytes, bytes_sent
+from jrlhf.parallel.devices.collectives import array_bytes, bytes_sent
+from jrlhf.parallel.devices.topology import Topology
 
 ACHIEVED = 0.5
 """Of the rates on a data sheet: FLOP/s, memory's and links' bytes/s."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jrlhf.config import PlanConfig
 from jrlhf.core import combine
-from jrlhf.models import abstract_reward
+from jrlhf.models.abstract import abstract_reward
 from jrlhf.plan.parts import UPDATES, Site, Sized, StagePlan, abstract_trainable, planned_model, planned_training
 from jrlhf.plan.programs import Program, device_bytes
 from jrlhf.steps import make_reward_step, score_completions

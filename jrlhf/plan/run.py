@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.config import ConfigError, PlanConfig
-from jrlhf.parallel import make_mesh, parse_topology
+from jrlhf.parallel import make_mesh
+from jrlhf.parallel.devices.topology import parse_topology
 from jrlhf.plan.parts import Site, Sized, StageFigures, StagePlan
 from jrlhf.plan.ppo import ppo_stage
 from jrlhf.plan.programs import Figures, device_bytes, measured

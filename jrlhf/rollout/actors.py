@@ -10,15 +10,8 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, ConfigError, PPOConfig
 from jrlhf.core import combine, partition
 from jrlhf.data import Tokenizer, load_tokenizer
-from jrlhf.models import (
-    STOP_TOKEN,
-    ArchConfig,
-    Pretrained,
-    RewardModel,
-    load_pretrained,
-    load_reward_model,
-    reward_from_pretrained,
-)
+from jrlhf.models import ArchConfig, Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
+from jrlhf.models.reading import STOP_TOKEN
 from jrlhf.runs.folder import model_source
 from jrlhf.train.lora import trainable
 from jrlhf.train.positions import Positions

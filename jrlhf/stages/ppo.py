@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from jrlhf.config import Config, PPOConfig, to_yaml
-from jrlhf.parallel import device_peaks
+from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_actors
 from jrlhf.rollout.evaluation import judged, make_evaluator
 from jrlhf.rollout.iteration import episode_slices, make_iteration, networks_of

@@ -20,13 +20,11 @@ from jrlhf.data import (
     TextRows,
     pack_rankings,
 )
-from jrlhf.models import (
-    STOP_TOKEN,
-    RewardModel,
-    load_reward_start,
-    normalise_reward,
-)
-from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
+from jrlhf.models import RewardModel
+from jrlhf.models.reading import STOP_TOKEN
+from jrlhf.models.reward import load_reward_start, normalise_reward
+from jrlhf.parallel import fetch, is_first, shard_batch
+from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
 from jrlhf.runs.folder import open_stage, pass_gates, write_json

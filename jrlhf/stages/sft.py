@@ -12,7 +12,8 @@ from jrlhf.config import Config, SFTConfig, to_yaml
 from jrlhf.core import combine
 from jrlhf.data import Order, PromptRows, SFTRows, Tokenizer, pack_sft
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
-from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
+from jrlhf.parallel import fetch, is_first, shard_batch
+from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.rollout.safety import make_safety
 from jrlhf.rollout.sampling import GenerateFn, answers, jit_generate
 from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export

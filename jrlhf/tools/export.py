@@ -10,15 +10,10 @@ from jrlhf.config import Config, ConfigError, LoRAConfig, load_config, to_yaml
 from jrlhf.config.tools import ExportConfig
 from jrlhf.core import combine
 from jrlhf.data import load_tokenizer
-from jrlhf.models import (
-    Pretrained,
-    RewardModel,
-    WeightDtype,
-    load_pretrained,
-    load_reward_model,
-    load_reward_start,
-)
+from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model
 from jrlhf.models.hf.folder_files import copy_files
+from jrlhf.models.hf.write import WeightDtype
+from jrlhf.models.reward import load_reward_start
 from jrlhf.parallel import make_mesh
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.exports import RUN_CONFIG, companions, from_metadata, write_export

@@ -14,9 +14,16 @@ import jax
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jrlhf.core import from_logits, gae, uncached_decode_fns
+from jrlhf.core import (
+    from_logits, gae, kl_penalty, kwise_ranking_loss, masked_mean, masked_whiten, ppo_policy_loss, ppo_value_loss,
+    ranking_loss, sample, shape_rewards, token_logprobs, uncached_decode_fns, update_kl_coef,
+)
 from jrlhf.data import Tokenizer
-from jrlhf.models import from_nnx, load_pretrained
+from jrlhf.models import (
+    from_equinox, from_linen, from_nnx, load_pretrained, load_reward_model, save_pretrained,
+    file_digest,  # wrong: reportAttributeAccessIssue
+)
+from jrlhf.parallel import ShardingRules, init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.steps import (
     PPOSettings, make_experience, make_generate, make_ppo_step, make_reward_step, make_sft_step, separate, shared
 )

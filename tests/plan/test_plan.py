@@ -23,8 +23,9 @@ from jrlhf.config import (
     SamplingConfig,
     SFTConfig,
 )
-from jrlhf.models import CacheKind, load_pretrained, reward_from_pretrained
-from jrlhf.parallel import Topology, parse_topology
+from jrlhf.models import load_pretrained, reward_from_pretrained
+from jrlhf.models.cache import CacheKind
+from jrlhf.parallel.devices.topology import Topology, parse_topology
 from jrlhf.plan import run as plan_run
 from jrlhf.plan import run_plan
 from jrlhf.plan.parts import Site, Sized, planned_model
