@@ -1,5 +1,5 @@
-"""``jrlhf <command>``: YAML and flags in, one stage or tool out."""
+"""Command line: ``jrlhf <command>`` reads YAML and flags and runs a stage or a tool."""
 
-from jrlhf.cli.entry import COMMANDS, main
+from jrlhf.cli.entry import commands, main
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["commands", "main"]

@@ -1,4 +1,4 @@
-"""Each command: its arguments read, its stage imported, and JAX with it, and whatever ends it made an exit code."""
+"""Runs a command: reads its arguments, imports its stage and JAX, and turns every outcome into an exit code."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jrlhf.cli.flags import plan_config, print_help, stage_config, tool_config
-from jrlhf.config import Config, ConfigError, PlanConfig, Sources
+from jrlhf.config import Config, ConfigError, PlanConfig, required_value, stage_section
 from jrlhf.config.gates import GatesFailed
 from jrlhf.config.tools import (
     ExportConfig,
@@ -38,16 +38,16 @@ TOOLS: dict[str, type] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
 }
-"""Commands that read no YAML."""
+"""Configs of the commands that read no YAML."""
 
 
 def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str) -> int:
-    """Run a command, and turn whatever ends it into an exit code and a line or two on stderr.
+    """Run a command, and turn every error into an exit code and a line or two on stderr.
 
-    ``about``: the line of its help. ``resumes``: what is said of an interrupted one besides.
+    ``about`` is the first line of its help, ``resumes`` a hint that follows the message of an interrupted command.
     """
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    # How far the tokenising of a large file is.
+    # Shows the progress of tokenising a large file.
     logging.getLogger("jrlhf.data").setLevel(logging.INFO)
     try:
         if "-h" in argv or "--help" in argv:
@@ -59,13 +59,13 @@ def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str
     except KeyboardInterrupt as error:
         where = f": {error}" if str(error) else ""
         complain(f"{command} interrupted{where}{resumes}")
-        # 128 and the signal's number, as shells have it.
+        # Shells report 128 plus the number of the signal.
         return 128 + error.number if isinstance(error, Interrupted) else INTERRUPTED
     except GatesFailed as failed:
         complain(str(failed))
         return GATE
     except BrokenPipeError:
-        # Whoever read the output (head, less) has seen enough; the flush at exit must not fail again.
+        # The reader of the output (head, less) has closed it; the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
@@ -81,7 +81,7 @@ def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Read the arguments, then import the stage, and JAX with it, and run it."""
+    """Read the arguments, import the stage and JAX, and run it."""
     match command:
         case "generate":
             generate = tool_config(command, GenerateConfig, argv)
@@ -135,61 +135,34 @@ def run(command: str, argv: Sequence[str]) -> int:
 
             run_quickstart(Path(quickstart.out), quickstart.seed, quickstart.preset)
         case _:
-            run_stage(command, stage_config(command, argv))
+            run_training(command, stage_config(command, argv))
     return OK
 
 
-def run_stage(command: str, config: Config) -> None:
-    """One stage of the recipe, or all of them; ends with where its results are."""
-    require_data(command, config)
+def run_training(command: str, config: Config) -> None:
+    """Run one stage of the recipe, or all of them, and print where the results are."""
+    if command != "pipeline" and not required_value(config, command):
+        path = f"{command}.{stage_section(config, command).required}"
+        raise ConfigError(f"{path}: must be set, in the YAML (--config) or with --{path}")
     from jrlhf.parallel import is_first, joined
+    from jrlhf.stages.pipeline import run_pipeline
+    from jrlhf.stages.run import run_stage
+    from jrlhf.stages.table import stage_named
 
     with joined(**vars(config.distributed)):
-        run_joined(command, config)
+        if command == "pipeline":
+            run_pipeline(config)
+        else:
+            run_stage(stage_named(command), config)
         folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
         if is_first():
             print(f"{command} done: {folder / 'summary.json'}")
 
 
-def require_data(command: str, config: Config) -> None:
-    match command:
-        case "sft":
-            require(config.sft.data.train, "sft.data.train")
-        case "reward":
-            require(config.reward.data.train, "reward.data.train")
-        case "ppo":
-            require(config.ppo.prompts.train, "ppo.prompts.train")
-
-
-def run_joined(command: str, config: Config) -> None:
-    match command:
-        case "sft":
-            from jrlhf.stages.sft import run_sft
-
-            run_sft(config)
-        case "reward":
-            from jrlhf.stages.reward import run_reward
-
-            run_reward(config)
-        case "ppo":
-            from jrlhf.stages.ppo import run_ppo
-
-            run_ppo(config)
-        case _:
-            from jrlhf.stages.pipeline import run_pipeline
-
-            run_pipeline(config)
-
-
-def require(value: Sources, path: str) -> None:
-    if not value:
-        raise ConfigError(f"{path}: is empty; set it in the YAML (--config) or with --{path}")
-
-
 def is_usage_error(error: Exception) -> bool:
-    """Whether the user can put it right: a ValueError that jrlhf itself raises, a missing file, a run in use.
+    """Whether the user can fix the error: a ValueError that jrlhf itself raises, a missing file, or a run in use.
 
-    A ValueError from inside a library, or from an array operation, is a failure of the program instead.
+    A ValueError from a library or an array operation is a failure of the program instead.
     """
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | ConfigError | RunLocked):
         return True
@@ -202,6 +175,7 @@ def is_usage_error(error: Exception) -> bool:
 
 
 def message_of(error: Exception) -> str:
+    """Return the message of an error, with the file that it is about."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

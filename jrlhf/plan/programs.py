@@ -1,6 +1,5 @@
 """Programs of a stage, compiled without an array: what each takes of a device, sends to others and computes."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 
 from jrlhf.parallel.devices.collectives import array_bytes, bytes_sent
 from jrlhf.parallel.devices.topology import Topology
+from jrlhf.train.programs import Program, device_bytes
 
 ACHIEVED = 0.5
 """Of the rates on a data sheet: FLOP/s, memory's and links' bytes/s."""
@@ -19,27 +19,6 @@ FOR_CPU = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_pass
 
 AS_WRITTEN = {"xla_disable_hlo_passes": "float-normalization-bf16"}
 """XLA for CPU holds and sends bfloat16 in 4 bytes wherever it cannot compute in it; accelerators can."""
-
-
-class Program(NamedTuple):
-    """One of the jitted functions that a stage calls."""
-
-    name: str
-    jitted: Any
-    args: tuple[Any, ...]
-    """Shapes with shardings, in place of arrays."""
-    alive: tuple[Any, ...]
-    """All that devices hold while it runs, its arguments among it; what stands there twice is one array."""
-    trips: int = 1
-    """How often a loop runs that only the data ends."""
-    timed: bool = True
-    """Whether it is part of every step."""
-    flops: float = 0.0
-    """Model FLOPs, of all devices."""
-    read: float = 0.0
-    """Bytes that a device must read from its memory, at least."""
-    cache: tuple[int, int] | None = None
-    """The last two dimensions of an array of the KV cache."""
 
 
 class Figures(NamedTuple):
@@ -59,12 +38,6 @@ class Figures(NamedTuple):
     @property
     def peak(self) -> float:
         return self.alive + self.temporaries
-
-
-def device_bytes(*trees: Any) -> float:
-    """What one device holds of trees of arrays or of shapes with shardings; a leaf that occurs twice counts once."""
-    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(trees)}
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves.values()))
 
 
 def compiled(program: Program, topology: Topology) -> Any:

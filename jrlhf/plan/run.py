@@ -1,23 +1,20 @@
 """``jrlhf plan``: the stages of a config, each compiled for the devices asked for, and what came of it."""
 
 import math
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from jrlhf.config import ConfigError, PlanConfig
+from jrlhf.config import ConfigError, PlanConfig, required_value, stage_sections
 from jrlhf.parallel import make_mesh
 from jrlhf.parallel.devices.topology import parse_topology
-from jrlhf.plan.parts import Site, Sized, StageFigures, StagePlan
-from jrlhf.plan.ppo import ppo_stage
-from jrlhf.plan.programs import Figures, device_bytes, measured
-from jrlhf.plan.reward import reward_stage
-from jrlhf.plan.sft import sft_stage
+from jrlhf.plan.parts import StageFigures
+from jrlhf.plan.programs import Figures, measured
 from jrlhf.plan.table import print_plan
 from jrlhf.runs.folder import write_json
+from jrlhf.stages.table import STAGES
 from jrlhf.system.terminal import show_all_characters
+from jrlhf.train.programs import Sized, StagePlan, Target, device_bytes
 
 KEPT_BACK = 0.1
 """Of a device's memory: for the runtime, for programs, for what lies between arrays."""
@@ -29,25 +26,21 @@ MOST = 64
 def run_plan(config: PlanConfig) -> list[StageFigures]:
     """Plan the stages that have training data; print their figures, and write them where the config says."""
     show_all_characters()
-    site = planned_site(config)
-    stages: dict[str, tuple[Any, Callable[[PlanConfig, Site], Sized]]] = {
-        "sft": (config.sft.data.train, sft_stage),
-        "reward": (config.reward.data.train, reward_stage),
-        "ppo": (config.ppo.prompts.train, ppo_stage),
-    }
-    asked = [make for data, make in stages.values() if data]
-    if not asked:
-        raise ConfigError("nothing to plan: set sft.data.train, reward.data.train or ppo.prompts.train")
-    found = [plan_stage(make(config, site), site) for make in asked]
-    print_plan(found, site)
+    target = planned_site(config)
+    requested = [stage for stage in STAGES if required_value(config, stage.name)]
+    if not requested:
+        fields = [f"{name}.{section.required}" for name, section in stage_sections().items()]
+        raise ConfigError(f"nothing to plan: set {', '.join(fields[:-1])} or {fields[-1]}")
+    found = [plan_stage(stage.plan(config, target), target) for stage in requested]
+    print_plan(found, target)
     if config.out:
-        mesh = dict(site.mesh.shape)
+        mesh = dict(target.mesh.shape)
         stages_found = [asdict(stage) | {"programs": [p._asdict() for p in stage.programs]} for stage in found]
-        write_json(Path(config.out), {"topology": site.topology.name, "mesh": mesh, "stages": stages_found})
+        write_json(Path(config.out), {"topology": target.topology.name, "mesh": mesh, "stages": stages_found})
     return found
 
 
-def planned_site(config: PlanConfig) -> Site:
+def planned_site(config: PlanConfig) -> Target:
     """The devices, and the config's mesh over them."""
     try:
         topology = parse_topology(config.topology)
@@ -55,16 +48,16 @@ def planned_site(config: PlanConfig) -> Site:
         raise ConfigError(f"topology: {error}") from error
     mesh = config.mesh
     devices = topology.devices()
-    return Site(topology, make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices))
+    return Target(topology, make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices))
 
 
-def plan_stage(sized: Sized, site: Site) -> StageFigures:
+def plan_stage(sized: Sized, target: Target) -> StageFigures:
     """Compile a stage at the config's size, and at another to see how it grows."""
-    memory = site.topology.memory()
+    memory = target.topology.memory()
     usable = None if memory is None else memory * (1 - KEPT_BACK)
     stage = sized.build(sized.rows)
-    figures = compiled_figures(stage, sized, site)
-    rows = None if usable is None else fitting_rows(sized, site, figures, usable)
+    figures = compiled_figures(stage, sized, target)
+    rows = None if usable is None else fitting_rows(sized, target, figures, usable)
     worst = max(figures, key=lambda program: program.peak)
     timed = [f for f, program in zip(figures, stage.programs, strict=True) if program.timed]
     seconds = [f.seconds for f in timed]
@@ -87,10 +80,10 @@ def plan_stage(sized: Sized, site: Site) -> StageFigures:
     )
 
 
-def compiled_figures(stage: StagePlan, sized: Sized, site: Site) -> list[Figures]:
+def compiled_figures(stage: StagePlan, sized: Sized, target: Target) -> list[Figures]:
     """Of all programs of a stage, two at a time: most of the time is XLA's, which needs one core each."""
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda p: measured(p, site.topology, site.mesh, sized.dtype), stage.programs))
+        return list(pool.map(lambda p: measured(p, target.topology, target.mesh, sized.dtype), stage.programs))
 
 
 def summed(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -99,7 +92,7 @@ def summed(parts: list[dict[str, float]]) -> dict[str, float]:
     return {name: math.fsum(part.get(name, 0.0) for part in parts) for name in names}
 
 
-def fitting_rows(sized: Sized, site: Site, figures: list[Figures], usable: float) -> int:
+def fitting_rows(sized: Sized, target: Target, figures: list[Figures], usable: float) -> int:
     """The most rows a device may read at a time, at most ``MOST`` times the config's.
 
     A program's peak grows along a line, through its peak at two sizes. Were all of its temporaries in proportion to the
@@ -114,7 +107,7 @@ def fitting_rows(sized: Sized, site: Site, figures: list[Figures], usable: float
         one = figures[number]
         if least[number] >= limit:
             break
-        other = measured(programs[number], site.topology, site.mesh, sized.dtype)
+        other = measured(programs[number], target.topology, target.mesh, sized.dtype)
         slope = (other.peak - one.peak) / (second - sized.rows)
         if slope > 0:
             limit = min(limit, sized.rows + (usable - one.peak) / slope)

@@ -5,8 +5,9 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from jrlhf.plan.parts import Site, StageFigures
+from jrlhf.plan.parts import StageFigures
 from jrlhf.plan.programs import ACHIEVED
+from jrlhf.train.programs import Target
 
 GB = 1e9
 HELD = {
@@ -17,14 +18,14 @@ HELD = {
 }
 
 
-def print_plan(stages: list[StageFigures], site: Site) -> None:
+def print_plan(stages: list[StageFigures], target: Target) -> None:
     """A column a stage, then a row a program, then what it all rests on."""
     console = Console(highlight=False)
-    mesh = ", ".join(f"{axis} {size}" for axis, size in site.mesh.shape.items())
-    console.print(f"{site.topology.name}: {site.topology.size} devices ({mesh})")
+    mesh = ", ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items())
+    console.print(f"{target.topology.name}: {target.topology.size} devices ({mesh})")
     console.print(stage_table(stages))
     console.print(program_table(stages))
-    for line in assumptions(site):
+    for line in assumptions(target):
         console.print(line)
 
 
@@ -84,9 +85,9 @@ def fitting(stage: StageFigures) -> str:
     return f"{stage.fitting_batch:,}" if stage.fitting_batch else "none"
 
 
-def assumptions(site: Site) -> tuple[str, str]:
+def assumptions(target: Target) -> tuple[str, str]:
     """What the figures rest on."""
-    how = "here" if site.topology.real else "for simulated devices of the CPU"
+    how = "here" if target.topology.real else "for simulated devices of the CPU"
     return (
         f"GB (1e9 bytes) a device: programs as XLA compiles them {how}, on rows of full length. Temporaries: "
         "activations, gradients, cache, where the peak is highest. A tenth of the memory is kept back. Fitting batch: "

@@ -1,22 +1,22 @@
 """The models of a PPO run: policy, reward model, and what the value network starts from."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, ConfigError, PPOConfig
+from jrlhf.config import ConfigError, LoRAConfig, RolloutConfig
 from jrlhf.core import combine, partition
-from jrlhf.data import Tokenizer, load_tokenizer
-from jrlhf.models import ArchConfig, Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
+from jrlhf.data import Tokenizer
+from jrlhf.models import ArchConfig, Pretrained, RewardModel
 from jrlhf.models.reading import STOP_TOKEN
-from jrlhf.runs.folder import model_source
+from jrlhf.rollout.models import ModelReader
 from jrlhf.train.lora import trainable
 from jrlhf.train.positions import Positions
-from jrlhf.train.start import computed
 from jrlhf.types import Params, PPOParams, TrainState
+
+ValueFrom = Literal["auto", "reward", "policy", "shared"]
 
 
 class Judge(NamedTuple):
@@ -34,8 +34,8 @@ class Actors(NamedTuple):
     """Its parameters stay the reference's; the policy that learns is in the state."""
     reward: RewardModel | None
     """None: scores come of rules alone."""
-    value: RewardModel
-    """What the value network starts from: the reward model itself, or the policy with a head of zeros."""
+    value: RewardModel | None
+    """Initial value network: the reward model itself, or the policy with a head of zeros; None without a critic."""
     tokenizer: Tokenizer
     reward_tokenizer: Tokenizer | None
     """The reward model's own, where it reads texts and not the policy's tokens: see ``own_tokenizer``."""
@@ -50,57 +50,65 @@ class Actors(NamedTuple):
 
     @property
     def value_arch(self) -> ArchConfig | None:
-        """Of the value network, where it is one of its own."""
-        return None if self.shared else self.value.arch
+        """Architecture of the value network, if it is a network of its own."""
+        return None if self.shared or self.value is None else self.value.arch
 
     @property
     def packable(self) -> bool:
         """Whether all of them can read several sequences in a row."""
-        models = (self.policy, self.value, *(() if self.reward is None else (self.reward,)))
-        return all(model.arch.packable for model in models)
+        models = (self.policy, self.value, self.reward)
+        return all(model.arch.packable for model in models if model is not None)
 
-    def positions(self, ppo: PPOConfig) -> list[Positions]:
+    def positions(self, section: RolloutConfig, stage: str) -> list[Positions]:
         """Of all models that read the policy's tokens, the policy first; who reads texts has cuts of its own."""
-        readers = {"ppo.model": self.policy.arch, "the value network": self.value.arch}
+        readers = {f"{stage}.model": self.policy.arch}
+        if self.value is not None:
+            readers["the value network"] = self.value.arch
         if self.reward is not None and self.reward_tokenizer is None:
-            readers["ppo.reward"] = self.reward.arch
-        for path, judge in zip(ppo.rewards.models, self.others, strict=True):
+            readers[f"{stage}.reward"] = self.reward.arch
+        for path, judge in zip(section.rewards.models, self.others, strict=True):
             if judge.tokenizer is None:
-                readers[f"ppo.rewards.models: {path}"] = judge.model.arch
-        key = "ppo.prompts.max_length"
+                readers[f"{stage}.rewards.models: {path}"] = judge.model.arch
+        key, answer_key = f"{stage}.prompts.max_length", f"{stage}.sampling"
         return [
-            Positions(arch, key, model=model).answering(ppo.sampling, "ppo.sampling") for model, arch in readers.items()
+            Positions(arch, key, model=model).answering(section.sampling, answer_key) for model, arch in readers.items()
         ]
 
 
-def load_actors(config: Config, mesh: Mesh) -> Actors:
-    """ConfigError where the value network is to start from a reward model that reads other tokens."""
-    ppo = config.ppo
-    source = model_source(config, ppo.model.path, key="ppo.model.path", stage="sft")
-    tokenizer = load_tokenizer(source)
-    shared = ppo.value_from == "shared"
-    if not ppo.rewards.uses_model:
-        policy = load_pretrained(source, mesh=mesh, **computed(ppo.model, mesh, key="ppo.model"))
-        return Actors(policy, None, blank_value(policy, shared=shared), tokenizer, None, shared=shared)
-    reward_source = model_source(config, ppo.reward.path, key="ppo.reward.path", stage="reward")
-    reward_tokenizer = load_tokenizer(reward_source)
+def load_actors(section: RolloutConfig, stage: str, models: ModelReader, *, value_from: ValueFrom | None) -> Actors:
+    """Load the models of a stage; ``value_from`` None means no critic.
+
+    ConfigError where the value network is to start from a reward model that reads other tokens.
+    """
+    source = models.source(section.model.path, key=f"{stage}.model.path", stage="sft")
+    tokenizer = models.tokenizer(source)
+    shared = value_from == "shared"
+
+    def blank(policy: Pretrained) -> RewardModel | None:
+        return None if value_from is None else blank_value(models, policy, shared=shared)
+
+    if not section.rewards.uses_model:
+        policy = models.language(source, section.model, key=f"{stage}.model")
+        return Actors(policy, None, blank(policy), tokenizer, None, shared=shared)
+    reward_source = models.source(section.reward.path, key=f"{stage}.reward.path", stage="reward")
+    reward_tokenizer = models.tokenizer(reward_source)
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
-    if ppo.value_from == "reward" and not same:
+    if value_from == "reward" and not same:
         raise ConfigError(
-            f"ppo.value_from: the value network reads the policy's tokens, but {reward_source} has another vocabulary "
-            f"than {source}; take policy"
+            f"{stage}.value_from: the value network reads the policy's tokens, but {reward_source} has another "
+            f"vocabulary than {source}; take policy"
         )
-    policy = load_pretrained(source, mesh=mesh, **computed(ppo.model, mesh, key="ppo.model"))
-    reward = load_reward_model(reward_source, mesh=mesh, **computed(ppo.reward, mesh, key="ppo.reward"))
+    policy = models.language(source, section.model, key=f"{stage}.model")
+    reward = models.reward(reward_source, section.reward, key=f"{stage}.reward")
     same = same and reward.arch.vocab_size >= policy.arch.vocab_size
-    if ppo.value_from == "reward" and not same:
+    if value_from == "reward" and not same:
         raise ConfigError(
-            f"ppo.value_from: the value network reads the policy's tokens, of which {source} has "
+            f"{stage}.value_from: the value network reads the policy's tokens, of which {source} has "
             f"{policy.arch.vocab_size} and {reward_source} {reward.arch.vocab_size}; take policy"
         )
-    from_reward = ppo.value_from == "reward" or (ppo.value_from == "auto" and same)
-    value = reward if from_reward else blank_value(policy, shared=shared)
-    others = tuple(_judge(config, path, policy, tokenizer, mesh) for path in ppo.rewards.models)
+    from_reward = value_from == "reward" or (value_from == "auto" and same)
+    value = reward if from_reward else blank(policy)
+    others = tuple(_judge(section, stage, path, models, policy, tokenizer) for path in section.rewards.models)
     own = own_tokenizer(reward, reward_tokenizer, policy, tokenizer)
     return Actors(policy, reward, value, tokenizer, own, others, shared)
 
@@ -115,32 +123,42 @@ def own_tokenizer(reward: RewardModel, own: Tokenizer, policy: Pretrained, token
     return None if same and reward.reading == STOP_TOKEN else own
 
 
-def _judge(config: Config, path: str, policy: Pretrained, tokenizer: Tokenizer, mesh: Mesh) -> Judge:
-    """One of ``ppo.rewards.models``, computed with as ``ppo.reward`` is."""
-    source = model_source(config, path, key="ppo.rewards.models", stage=None)
-    own = load_tokenizer(source)
-    how = computed(config.ppo.reward, mesh, key="ppo.reward")
-    how["option"] = "ppo.rewards.models"
-    model = load_reward_model(source, mesh=mesh, **how)
+def _judge(
+    section: RolloutConfig, stage: str, path: str, models: ModelReader, policy: Pretrained, tokenizer: Tokenizer
+) -> Judge:
+    """One of ``rewards.models``, with the compute options of the reward model."""
+    key = f"{stage}.rewards.models"
+    source = models.source(path, key=key, stage=None)
+    own = models.tokenizer(source)
+    model = models.reward(source, replace(section.reward, path=path), key=f"{stage}.reward", option=key)
     return Judge(model, own_tokenizer(model, own, policy, tokenizer))
 
 
-def blank_value(policy: Pretrained, *, shared: bool) -> RewardModel:
+def blank_value(models: ModelReader, policy: Pretrained, *, shared: bool) -> RewardModel:
     """The policy's decoder, and a head that calls every prefix worth 0; or, ``shared``, the head alone."""
-    model = reward_from_pretrained(policy, jax.random.key(0))
-    head = {"head": jax.tree.map(jnp.zeros_like, model.params["head"])}
-    return replace(model, params=head if shared else model.params | head)
+    model = models.blank_value(policy)
+    return replace(model, params={"head": model.params["head"]}) if shared else model
 
 
-def trainable_actors(config: Config, actors: Actors, mesh: Mesh) -> tuple[PPOParams, PPOParams | None]:
+def trainable_actors(
+    lora: LoRAConfig, seed: int, actors: Actors, mesh: Mesh, *, path: str
+) -> tuple[PPOParams, PPOParams | None]:
     """What is trained, and with LoRA the frozen bases: the very arrays of the models they start from."""
-    keys, lora = jax.random.split(jax.random.key(config.seed)), config.ppo.lora
-    policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path="ppo.lora")
+    keys = jax.random.split(jax.random.key(seed))
+    critic = value_of(actors)
+    policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path=path)
     if actors.shared:
-        value, value_base = partition(actors.value.params, lambda path: True)
+        value, value_base = partition(critic.params, lambda path: True)
     else:
-        value, value_base = trainable(actors.value, lora, keys[1], mesh=mesh, path="ppo.lora")
+        value, value_base = trainable(critic, lora, keys[1], mesh=mesh, path=path)
     return PPOParams(policy, value), PPOParams(policy_base, value_base) if lora.rank else None
+
+
+def value_of(actors: Actors) -> RewardModel:
+    """The initial value network. ValueError for a stage without a critic."""
+    if actors.value is None:
+        raise ValueError("this stage has no value network")
+    return actors.value
 
 
 def learnt_policy(train: TrainState) -> Params:

@@ -1,4 +1,4 @@
-"""The policy's answers to held-out prompts while PPO runs: written down, scored, and held against the reference."""
+"""The policy's answers to held-out prompts during training: written down, scored, and held against the reference."""
 
 import math
 from collections.abc import Callable
@@ -8,27 +8,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jrlhf.config import CanaryConfig, Config
+from jrlhf.config import CanaryConfig, RolloutConfig
 from jrlhf.core import kl_penalty
-from jrlhf.data import PromptRows, load_tokenizer
-from jrlhf.models import load_reward_model
+from jrlhf.data import PromptRows
 from jrlhf.parallel import fetch, is_first
 from jrlhf.parallel.hosts import from_first
 from jrlhf.rollout.actors import Actors, learnt_policy, own_tokenizer
 from jrlhf.rollout.diversity import distinct_n, words
 from jrlhf.rollout.iteration import episode_slices, reading_fn
+from jrlhf.rollout.models import ModelReader
 from jrlhf.rollout.reward_models import Scorer, make_scorer, reward_of
 from jrlhf.rollout.sampling import GenerateFn, generate_all, texts_of
 from jrlhf.rollout.scores import make_rewards
 from jrlhf.runs.exports import exported_form
-from jrlhf.runs.folder import model_source
 from jrlhf.system.lines import json_line, read_json_lines, write_text
 from jrlhf.train.batches import device_multiple
 from jrlhf.train.positions import Positions
-from jrlhf.train.start import computed
+from jrlhf.train.site import Site
 from jrlhf.train.state import RunState
 from jrlhf.types import Generation, Params
 
@@ -37,30 +35,33 @@ PARTS = ("model", "rule/")
 
 
 def make_evaluator(
-    config: Config,
+    site: Site,
+    section: RolloutConfig,
     actors: Actors,
     generate: GenerateFn,
     heldout: PromptRows | None,
-    folder: Path,
-    mesh: Mesh,
+    models: ModelReader,
 ) -> Callable[[RunState, int], dict[str, float]]:
     """The same draws every time, scored, and written to ``evals/<iteration>.jsonl``."""
     if heldout is None:
         return lambda state, number: {}
-    ppo, prompts, reference = config.ppo, heldout, actors.policy.params
-    limit = ppo.log.eval_rows
-    batch_size = device_multiple(min(ppo.episodes, len(prompts)), mesh)
-    slices = episode_slices(ppo, batch_size, mesh, key="ppo.prompts.eval")
-    score = make_rewards(config, actors, mesh, slices=slices)
+    mesh, folder, stage = site.mesh, site.folder, site.stage
+    prompts, reference = heldout, actors.policy.params
+    limit = section.log.eval_rows
+    batch_size = device_multiple(min(section.episodes, len(prompts)), mesh)
+    slices = episode_slices(section, batch_size, mesh, key=f"{stage}.prompts.eval")
+    score = make_rewards(section.rewards, actors, mesh, slices=slices, stage=stage)
     logprob_fn = reading_fn(actors, actors.policy.logprob_fn, slices=slices)
-    judge = _judge_scorer(config, actors, prompts, mesh, slices=slices) if judged(ppo.canary) else None
-    key = jax.random.key(config.seed)
-    exported = exported_form(actors.policy, ppo.export_dtype)
+    judge = None
+    if judged(section.canary):
+        judge = _judge_scorer(site, section, actors, prompts, models, slices=slices)
+    key = jax.random.key(site.config.seed)
+    exported = exported_form(actors.policy, section.export_dtype)
 
     @jax.jit
     def measure(policy: Params, reference: Params, generation: Generation) -> dict[str, jax.Array]:
         tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
-        at = {"temperature": ppo.sampling.temperature, "where": response}
+        at = {"temperature": section.sampling.temperature, "where": response}
         logprobs, entropy = logprob_fn(policy, tokens, mask, **at)
         ref_logprobs, _ = logprob_fn(reference, tokens, mask, **at)
         kl = kl_penalty(logprobs, ref_logprobs, estimator="k1")
@@ -88,7 +89,7 @@ def make_evaluator(
                     rows[int(indices[place])] = {"prompt": prompt, "completion": answer} | numbers
         answers = [rows[index] for index in sorted(rows)]
         if all(row["score"] is None for row in answers):
-            raise RuntimeError("ppo.prompts.eval: no answer to it could be scored")
+            raise RuntimeError(f"{stage}.prompts.eval: no answer to it could be scored")
         _write_rows(answers_file(folder, number), answers)
         first = from_first("read the first answers", lambda: read_rows(answers_file(folder, 0)))
         return evaluation_metrics(answers) | win_rates(answers, first)
@@ -106,23 +107,26 @@ def judged(canary: CanaryConfig) -> bool:
     return bool(canary.judge.path) and canary.action != "off"
 
 
-def judging(config: Config, actors: Actors, mesh: Mesh) -> Actors:
+def judging(section: RolloutConfig, stage: str, actors: Actors, models: ModelReader) -> Actors:
     """The same actors with the canary's judge in place of the reward model."""
-    wanted = config.ppo.canary.judge
-    source = model_source(config, wanted.path, key="ppo.canary.judge.path", stage="reward")
-    tokenizer = load_tokenizer(source)
-    model = load_reward_model(source, mesh=mesh, **computed(wanted, mesh, key="ppo.canary.judge"))
+    judge, key = section.canary.judge, f"{stage}.canary.judge"
+    source = models.source(judge.path, key=f"{key}.path", stage="reward")
+    tokenizer = models.tokenizer(source)
+    model = models.reward(source, judge, key=key)
     own = own_tokenizer(model, tokenizer, actors.policy, actors.tokenizer)
     return actors._replace(reward=model, reward_tokenizer=own)
 
 
-def _judge_scorer(config: Config, actors: Actors, heldout: PromptRows, mesh: Mesh, *, slices: int) -> Scorer:
+def _judge_scorer(
+    site: Site, section: RolloutConfig, actors: Actors, heldout: PromptRows, models: ModelReader, *, slices: int
+) -> Scorer:
     """The judge's scores; ConfigError where it has too few positions for the held-out prompts and their answers."""
-    judge = judging(config, actors, mesh)
+    stage = site.stage
+    judge = judging(section, stage, actors, models)
     if judge.reward_tokenizer is None:
-        positions = Positions(reward_of(judge).arch, "ppo.prompts.max_length", model="ppo.canary.judge")
-        positions.answering(config.ppo.sampling, "ppo.sampling").check({"ppo.prompts.eval": heldout})
-    return make_scorer(judge, mesh, slices=slices)
+        positions = Positions(reward_of(judge).arch, f"{stage}.prompts.max_length", model=f"{stage}.canary.judge")
+        positions.answering(section.sampling, f"{stage}.sampling").check({f"{stage}.prompts.eval": heldout})
+    return make_scorer(judge, site.mesh, slices=slices, stage=stage)
 
 
 def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,26 +1,27 @@
-"""One iteration of PPO: rollout, scoring, update."""
+"""One iteration of an on-policy stage: rollout, scoring, update."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, PPOConfig
+from jrlhf.config import PPOConfig, RolloutConfig
 from jrlhf.core import combine, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, fetch, shard_batch
-from jrlhf.rollout.actors import Actors
+from jrlhf.parallel.step import Step
+from jrlhf.rollout.actors import Actors, value_of
 from jrlhf.rollout.sampling import GenerateFn
 from jrlhf.rollout.scores import Rewards, part_metrics
 from jrlhf.steps import Networks, make_readings, make_targets, rollout_metrics, separate, shared, without_padding
 from jrlhf.train.batches import device_share, gradient_slices
 from jrlhf.train.performance import PHASES, rollout_work, timed
-from jrlhf.train.start import JittedStep
+from jrlhf.train.site import Site
 from jrlhf.train.state import RunState
-from jrlhf.types import Generation, Metrics, Readings, Rollout, SFTBatch
+from jrlhf.types import Generation, Metrics, PPOParams, Readings, Rollout, SFTBatch
 
 Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]
 BatchOf = Callable[[RunState, int], dict[str, np.ndarray]]
@@ -29,10 +30,10 @@ SLICES = 8
 """In so many the episodes are read where the config does not say; a slice that holds padding alone is left out."""
 
 
-def episode_slices(ppo: PPOConfig, rows: int, mesh: Mesh, *, key: str) -> int:
+def episode_slices(section: RolloutConfig, rows: int, mesh: Mesh, *, key: str) -> int:
     """In how many equal slices ``rows`` episodes are read; see ``gradient_slices``."""
     share = device_share(rows, mesh, key=key)
-    return gradient_slices(share, microbatch=ppo.microbatch or max(1, share // SLICES))
+    return gradient_slices(share, microbatch=section.microbatch or max(1, share // SLICES))
 
 
 def jit_joined(mesh: Mesh) -> Callable[[Sequence[Generation]], Generation]:
@@ -56,7 +57,7 @@ def networks_of(actors: Actors, *, slices: int | None = None) -> Networks:
 
     if actors.shared:
         return shared(reading(actors.policy.actor_critic_fn))
-    return separate(reading(actors.policy.logprob_fn), reading(actors.value.score_fn))
+    return separate(reading(actors.policy.logprob_fn), reading(value_of(actors).score_fn))
 
 
 def jit_readings(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Callable[..., Readings]:
@@ -81,41 +82,54 @@ def jit_targets(ppo: PPOConfig, mesh: Mesh) -> Callable[..., Rollout]:
     return jax.jit(targets, out_shardings=batch_sharding(mesh))
 
 
+class RolloutPrograms(NamedTuple):
+    """The jitted functions of an iteration."""
+
+    generate: GenerateFn
+    """``(policy, tokens, mask, key) -> Generation``."""
+    read: Callable[[PPOParams, Generation], Readings]
+    """What the networks say of the answers, given all parameters of the policy and the critic."""
+    targets: Callable[..., Rollout]
+    """``(generation, readings, scores, KL coefficient) -> Rollout``."""
+    update: Step
+    """The step on a rollout."""
+
+
 def make_iteration(
-    config: Config,
+    site: Site,
+    section: RolloutConfig,
     actors: Actors,
-    generate: GenerateFn,
+    programs: RolloutPrograms,
     score: Rewards,
-    update: JittedStep,
     prompts: PromptRows,
     ptx: SFTRows | None,
-    mesh: Mesh,
-    *,
-    slices: int,
 ) -> tuple[Iteration, BatchOf]:
-    """A function of the state and the iteration's number, and the rollout it trains on. ``slices``: of the episodes,
-    while they are scored."""
-    ppo = config.ppo
+    """A function of the state and the iteration's number, and the rollout it trains on.
+
+    ``ptx`` is text that is learnt beside the reward, None for none.
+    """
+    mesh = site.mesh
+    generate, read, targets, update = programs
 
     def in_order(rows: PromptRows | SFTRows) -> Order:
-        return Order(config.seed, batch_size=ppo.episodes, lengths=rows.lengths, parts=rows.parts)
+        return Order(site.config.seed, batch_size=section.episodes, lengths=rows.lengths, parts=rows.parts)
 
     order, text_order = in_order(prompts), None if ptx is None else in_order(ptx)
-    read, targets = jit_readings(ppo, actors, mesh, slices=slices), jit_targets(ppo, mesh)
-    joined, rollout_parts = jit_joined(mesh), ppo.rollout_parts
-    device_share(ppo.episodes // rollout_parts, mesh, key="ppo.episodes / ppo.rollout_parts")
+    joined, rollout_parts = jit_joined(mesh), section.rollout_parts
+    key = f"{site.stage}.episodes / {site.stage}.rollout_parts"
+    device_share(section.episodes // rollout_parts, mesh, key=key)
 
     @jax.jit
     def measure(rollout: Rollout, parts: dict[str, jax.Array]) -> Metrics:
         has_score = jnp.any(rollout.response_mask, axis=-1) & jnp.isfinite(rollout.scores)
         return rollout_metrics(rollout) | part_metrics(parts, has_score)
 
-    work = rollout_work(ppo, actors.policy.arch, actors.value_arch, [model.arch for model in actors.reward_models])
+    work = rollout_work(section, actors.policy.arch, actors.value_arch, [model.arch for model in actors.reward_models])
 
     def next_beta(coef: jax.Array, kl: jax.Array) -> jax.Array:
-        if not ppo.kl.target:
+        if not section.kl.target:
             return coef
-        moved = update_kl_coef(coef, kl, ppo.episodes, target=ppo.kl.target, horizon=ppo.kl.horizon)
+        moved = update_kl_coef(coef, kl, section.episodes, target=section.kl.target, horizon=section.kl.horizon)
         return jnp.where(jnp.isfinite(kl), moved, coef)
 
     def text_of(number: int) -> SFTBatch | None:
@@ -123,9 +137,9 @@ def make_iteration(
 
     def counts(full: dict[str, jax.Array], updated: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What the iteration took: of the updates only those that were made."""
-        made = updated["policy/updates"] / (ppo.epochs * ppo.minibatches)
+        made = updated["policy/updates"] / (section.epochs * section.minibatches)
         full = full | {"flops/update": full["flops/update"] * made}
-        full["tokens/update"] = full["tokens/scoring"] * (made * ppo.epochs)
+        full["tokens/update"] = full["tokens/scoring"] * (made * section.epochs)
         return full | {"flops": sum((full[f"flops/{name}"] for name in PHASES), jnp.float32(0.0))}
 
     def collect(state: RunState, number: int, seconds: dict[str, Any]) -> tuple[Generation, Rollout, Metrics]:
@@ -145,7 +159,7 @@ def make_iteration(
             generation = wait(joined(drawn))
         with timed(seconds, "seconds/scoring") as wait:
             # Handed out first: the devices are at it while the rules score on the host.
-            readings = read(params.policy, actors.policy.params, params.value, generation)
+            readings = read(params, generation)
             heard.append(score.begin(drawn[-1], prompts, asked[-1]))
             kept, scores, parts = score.finish(generation, prompts, rows, heard)
             rollout = targets(kept, readings, scores, state.kl_coef)
@@ -158,7 +172,7 @@ def make_iteration(
         generation, rollout, metrics = collect(state, number, seconds)
         with timed(seconds, "seconds/update") as wait:
             train, updated = wait(update(state.train, rollout, update_key))
-        if ppo.old_logprobs == "sampler":
+        if section.old_logprobs == "sampler":
             # The rollout's are the sampler's own, and say nothing of it.
             del metrics["sampler/mean_ratio"]
             metrics["sampler/max_abs_logprob_diff"] = updated["policy/first_minibatch_max_abs_log_ratio"]

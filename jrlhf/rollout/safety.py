@@ -1,11 +1,9 @@
 """How often a model refuses what it should, and what it should not."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import regex
-from jax.sharding import Mesh
 
 from jrlhf.config import Config, DataConfig
 from jrlhf.data import Columns, DataError, PromptRows, Tokenizer, load_prompts
@@ -14,6 +12,7 @@ from jrlhf.rollout.sampling import GenerateFn, answers
 from jrlhf.rules import REFUSALS, refuses, yes_or_no
 from jrlhf.system.lines import json_line, write_text
 from jrlhf.train.positions import Positions
+from jrlhf.train.site import Site
 from jrlhf.types import Params
 
 Rates = dict[str, float]
@@ -26,12 +25,9 @@ def load_safety_prompts(config: Config, data: DataConfig, tokenizer: Tokenizer) 
 
 
 def make_safety(
-    config: Config,
+    site: Site,
     prompts: PromptRows | None,
     generate: GenerateFn,
-    tokenizer: Tokenizer,
-    folder: Path,
-    mesh: Mesh,
     *,
     batch_size: int,
     positions: Positions,
@@ -41,7 +37,7 @@ def make_safety(
     ``prompts`` are their rows, ``positions`` what they and their answers must fit in. Nothing is asked where there are
     none. DataError for a column that is not true or false in some row, before anything is answered.
     """
-    safety = config.safety
+    safety = site.config.safety
     if prompts is None:
         return lambda params, number: {}
     positions.check({"safety.prompts": prompts})
@@ -49,8 +45,14 @@ def make_safety(
     patterns = [regex.compile(pattern) for pattern in safety.patterns or REFUSALS]
 
     def evaluate(params: Params, number: int) -> Rates:
-        at = {"samples": 1, "seed": config.seed, "mesh": mesh, "batch_size": batch_size, "show_progress": False}
-        drawn = [answer for (answer,) in answers(generate, params, prompts, tokenizer, **at)]
+        at = {
+            "samples": 1,
+            "seed": site.config.seed,
+            "mesh": site.mesh,
+            "batch_size": batch_size,
+            "show_progress": False,
+        }
+        drawn = [answer for (answer,) in answers(generate, params, prompts, site.tokenizer, **at)]
         refused = [refuses(answer, patterns, timeout=safety.match_timeout) for answer in drawn]
         if is_first():
             told = zip(prompts.shown, drawn, wanted, refused, strict=True)
@@ -58,7 +60,7 @@ def make_safety(
                 {"prompt": row["prompt"], "completion": answer, "wanted": asked, "refused": found}
                 for row, answer, asked, found in told
             )
-            path = folder / "safety" / f"{number:06d}.jsonl"
+            path = site.folder / "safety" / f"{number:06d}.jsonl"
             path.parent.mkdir(exist_ok=True)
             write_text(path, "".join(map(json_line, lines)))
         return refusal_rates(wanted, refused)

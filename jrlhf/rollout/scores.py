@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from jrlhf.config import Config
 from jrlhf.config.rewards import RewardsConfig
 from jrlhf.core import masked_mean
 from jrlhf.data import PromptRows, Tokenizer
@@ -52,10 +51,13 @@ class Rewards(NamedTuple):
         return self.finish(generation, prompts, rows, [self.begin(generation, prompts, rows)])
 
 
-def make_rewards(config: Config, actors: Actors, mesh: Mesh, *, slices: int) -> Rewards:
-    """As ``ppo.rewards`` says. Rules are run by the first process, while the devices are at the reward model."""
-    rewards, rules = config.ppo.rewards, make_rules(config.ppo.rewards)
-    learned = learned_scorer(rewards, actors, mesh, slices=slices) if rewards.uses_model else None
+def make_rewards(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: int, stage: str) -> Rewards:
+    """The score of each answer by the stage\'s ``rewards``.
+
+    Rules are run by the first process, while the devices are at the reward model.
+    """
+    rules = make_rules(rewards)
+    learned = learned_scorer(rewards, actors, mesh, slices=slices, stage=stage) if rewards.uses_model else None
     weights = {f"rule/{rule.name}": rule.weight for rule in rules} | {"model": rewards.model_weight}
     add_up = jax.jit(lambda generation, parts: weigh(generation, parts, weights=weights))
 
@@ -72,7 +74,7 @@ def make_rewards(config: Config, actors: Actors, mesh: Mesh, *, slices: int) -> 
             return Scored(generation, learned(generation, prompts, rows), {})
         parts = {} if learned is None else {"model": learned(generation, prompts, rows)}
         if rules:
-            told = from_first("score answers by ppo.rewards", lambda: [wait() for wait in heard])
+            told = from_first(f"score answers by {stage}.rewards", lambda: [wait() for wait in heard])
             by_rule = {f"rule/{rule.name}": [score for part in told for score in part[rule.name]] for rule in rules}
             parts |= shard_batch({name: np.asarray(values, np.float32) for name, values in by_rule.items()}, mesh)
         return add_up(generation, parts)
@@ -80,13 +82,13 @@ def make_rewards(config: Config, actors: Actors, mesh: Mesh, *, slices: int) -> 
     return Rewards(begin, finish)
 
 
-def learned_scorer(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Scorer:
+def learned_scorer(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: int, stage: str) -> Scorer:
     """The reward model's scores, or those that it and the further ones come to together."""
-    first = make_scorer(actors, mesh, slices=slices)
+    first = make_scorer(actors, mesh, slices=slices, stage=stage)
     if not actors.others:
         return first
     others = (actors._replace(reward=judge.model, reward_tokenizer=judge.tokenizer) for judge in actors.others)
-    scorers = [first, *(make_scorer(other, mesh, slices=slices) for other in others)]
+    scorers = [first, *(make_scorer(other, mesh, slices=slices, stage=stage) for other in others)]
     coef = rewards.lower_bound_coef if rewards.combine == "lower_bound" else 0.0
     agree = jax.jit(lambda scores: agreed(jnp.stack(scores), coef=coef), out_shardings=batch_sharding(mesh))
     return lambda generation, prompts, rows: agree([score(generation, prompts, rows) for score in scorers])

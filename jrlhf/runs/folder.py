@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from jrlhf import assets
 from jrlhf.config import (
@@ -16,10 +16,10 @@ from jrlhf.config import (
     DistributedConfig,
     MeshConfig,
     ModelConfig,
-    PPOConfig,
-    RewardConfig,
-    SFTConfig,
+    StageConfig,
     load_config,
+    stage_section,
+    stage_sections,
     to_yaml,
 )
 from jrlhf.config.files import diff_configs
@@ -37,10 +37,8 @@ from jrlhf.parallel.hosts import first_goes_ahead, from_first, same_everywhere
 from jrlhf.runs.lock import run_lock
 from jrlhf.system.lines import json_text, write_text
 
-StageName = Literal["sft", "reward", "ppo"]
 
-
-def stage_folder(config: Config, stage: StageName) -> Path:
+def stage_folder(config: Config, stage: str) -> Path:
     return Path(config.run) / stage
 
 
@@ -67,7 +65,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json_text(value, indent=2) + "\n")
 
 
-def pass_gates(stage: StageName, gates: Sequence[str], figures: Mapping[str, float], folder: Path) -> None:
+def pass_gates(stage: str, gates: Sequence[str], figures: Mapping[str, float], folder: Path) -> None:
     """Judge what a stage would pass on, and write ``gates.json``; GatesFailed where it does not keep them all."""
     verdicts = judge(gates, figures)
     if verdicts:
@@ -76,7 +74,7 @@ def pass_gates(stage: StageName, gates: Sequence[str], figures: Mapping[str, flo
         raise failure(stage, verdicts)
 
 
-def model_source(config: Config, path: str, *, key: str, stage: StageName | None) -> str:
+def model_source(config: Config, path: str, *, key: str, stage: str | None) -> str:
     """Where a model is read from: an asset, a stage's folder, a run's (its ``stage``), an HF folder or a hub id.
 
     An empty ``path`` is what ``stage`` of the same run exported; ``key`` is the config path to name in an error.
@@ -91,7 +89,7 @@ def model_source(config: Config, path: str, *, key: str, stage: StageName | None
     return str(folder)
 
 
-def exported_folder(path: str, *, stages: tuple[StageName, ...] = ()) -> str:
+def exported_folder(path: str, *, stages: tuple[str, ...] = ()) -> str:
     """The HF folder in a stage's folder, or of the first of ``stages`` that a run's folder has, or ``path`` itself."""
     for inside in (Path(path) / "hf", *(Path(path) / stage / "hf" for stage in stages)):
         if (inside / "config.json").exists():
@@ -102,9 +100,7 @@ def exported_folder(path: str, *, stages: tuple[StageName, ...] = ()) -> str:
 FREE: dict[type, tuple[str, ...]] = {
     ModelConfig: ("remat", "attention"),
     DataConfig: ("buckets", "cache"),
-    SFTConfig: ("log", "checkpoint", "gates", "microbatch", "max_skipped"),
-    RewardConfig: ("log", "checkpoint", "gates", "microbatch", "max_skipped"),
-    PPOConfig: ("log", "checkpoint", "gates", "microbatch", "max_skipped"),
+    StageConfig: ("log", "checkpoint", "gates", "microbatch", "max_skipped"),
     RewardsConfig: ("timeout",),
     BannedRuleConfig: ("match_timeout",),
     RequiredRuleConfig: ("match_timeout",),
@@ -119,16 +115,16 @@ def without_free(section: Any) -> Any:
     """A section of a config, and those in it, with the default of every field in ``FREE``."""
     sections = {name: without_free(value) for name, value in vars(section).items() if is_dataclass(value)}
     defaults = vars(type(section)())
-    return replace(section, **sections | {name: defaults[name] for name in FREE.get(type(section), ())})
+    free = (name for cls in type(section).__mro__ for name in FREE.get(cls, ()))
+    return replace(section, **sections | {name: defaults[name] for name in free})
 
 
-def comparable(config: Config, stage: StageName) -> Config:
+def comparable(config: Config, stage: str) -> Config:
     """Only what decides the result of ``stage``: not where and how it runs, see ``FREE``."""
-    parts: dict[StageName, Any] = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}
-    blank: dict[StageName, Any] = {"sft": SFTConfig(), "reward": RewardConfig(), "ppo": PPOConfig()}
-    chosen = {name: without_free(parts[name] if name == stage else blank[name]) for name in parts}
+    blank = {name: section() for name, section in stage_sections().items() if name != stage}
     outside = {"mesh": MeshConfig(), "distributed": DistributedConfig(), "safety": SafetyConfig()}
-    return replace(config, run="", accept_changes=False, **outside, **chosen)
+    own = {stage: without_free(stage_section(config, stage))}
+    return replace(config, run="", accept_changes=False, **outside, **blank, **own)
 
 
 def has_begun(folder: Path) -> bool:
@@ -153,7 +149,7 @@ def refuse_links_out(run: Path, *paths: Path) -> None:
 
 
 @contextmanager
-def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
+def open_stage(config: Config, stage: str) -> Iterator[Path]:
     """The stage's folder, locked, with the config inside; refused if it holds a run of another config.
 
     Of several processes the first one holds it, and all leave when what it wrote is whole.
@@ -170,7 +166,7 @@ def open_stage(config: Config, stage: StageName) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(config: Config, stage: StageName, folder: Path) -> Iterator[None]:
+def _opened(config: Config, stage: str, folder: Path) -> Iterator[None]:
     refuse_links_out(Path(config.run), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from jrlhf.config import Config, Sources
 from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, Tokenizer, load_tokenizer
-from jrlhf.runs.folder import StageName
 
 Rows = SFTRows | RankingRows | PromptRows | TextRows
 SAFETY = "safety.prompts"
@@ -27,7 +26,7 @@ class RowsInput(NamedTuple):
 class StageInputs(ABC):
     """The inputs of a stage by the config path that names them. ``model`` is the one whose tokenizer reads the rows."""
 
-    def __init__(self, config: Config, stage: StageName) -> None:
+    def __init__(self, config: Config, stage: str) -> None:
         self.config, self.stage = config, stage
         self.model = f"{stage}.model"
 

@@ -10,16 +10,15 @@ from typing import Any
 import jax
 
 from jrlhf import __version__
-from jrlhf.config import Config, ConfigError
+from jrlhf.config import Config, ConfigError, required_value, stage_section, stage_sections
 from jrlhf.config.gates import GatesFailed
 from jrlhf.parallel import is_first
 from jrlhf.parallel.hosts import first_goes_ahead
 from jrlhf.report import write_report
 from jrlhf.runs.folder import refuse_links_out, write_json
 from jrlhf.runs.trackers import make_trackers
-from jrlhf.stages.ppo import run_ppo
-from jrlhf.stages.reward import run_reward
-from jrlhf.stages.sft import run_sft
+from jrlhf.stages.run import run_stage
+from jrlhf.stages.table import STAGES
 from jrlhf.train.guards import GuardStop
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
@@ -31,27 +30,23 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     A stage's part is what the stage itself found; ``seconds`` are its wall time over all attempts. Where a gate or a
     guard ends the run the report is written, the summary is not.
     """
-    stages = {
-        "sft": (config.sft.data.train, run_sft),
-        "reward": (config.reward.data.train, run_reward),
-        "ppo": (config.ppo.prompts.train, run_ppo),
-    }
-    asked = {name: run for name, (data, run) in stages.items() if data}
-    if not asked:
-        raise ConfigError("nothing to run: set sft.data.train, reward.data.train or ppo.prompts.train")
+    stages = [stage for stage in STAGES if required_value(config, stage.name)]
+    if not stages:
+        fields = [f"{name}.{section.required}" for name, section in stage_sections().items()]
+        raise ConfigError(f"nothing to run: set {', '.join(fields[:-1])} or {fields[-1]}")
     folder = Path(config.run)
     refuse_links_out(folder, *(folder / name for name in ("summary.json", "summary.json.partial", "report.html")))
     # A tracker that the last stage asks for must not be missed only when the first ones are done.
     with first_goes_ahead("find its trackers"):
         if is_first():
-            for part in (vars(config)[name] for name in asked):
-                make_trackers(part.log)
+            for stage in stages:
+                make_trackers(stage_section(config, stage.name).log)
     start = time.perf_counter()
     try:
-        summary: dict[str, Any] = {name: run(config) for name, run in asked.items()}
+        summary: dict[str, Any] = {stage.name: run_stage(stage, config) for stage in stages}
     except (GatesFailed, GuardStop):
         if is_first():
-            write_report(folder, None)
+            write_report(folder, None, STAGES)
         raise
     seconds = {name: part["seconds"] for name, part in summary.items()}
     # A stage that was done before keeps its time, and the total is never less than the sum of its parts.
@@ -59,7 +54,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     summary |= {"seconds": seconds, "seed": config.seed, "hardware": hardware(), "versions": versions()}
     write_json(folder / "summary.json", summary)
     if is_first():
-        write_report(folder, summary)
+        write_report(folder, summary, STAGES)
     return summary
 
 

@@ -1,148 +1,208 @@
 """Stage 2: a reward model from people's rankings."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int, Shaped
 
-from jrlhf.config import Config, ConfigError, RewardConfig, to_yaml
+from jrlhf.config import Config, ConfigError, PlanConfig, RewardConfig
 from jrlhf.core import combine
 from jrlhf.data import (
     Order,
     PackedRankingRows,
     RankingRows,
     TextRows,
+    load_rankings,
+    load_texts,
     pack_rankings,
 )
 from jrlhf.models import RewardModel
+from jrlhf.models.abstract import abstract_reward
 from jrlhf.models.reading import STOP_TOKEN
 from jrlhf.models.reward import load_reward_start, normalise_reward
 from jrlhf.parallel import fetch, is_first, shard_batch
 from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.rollout.reward_models import score_texts
-from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
-from jrlhf.runs.folder import open_stage, pass_gates, write_json
-from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
-from jrlhf.stages.inputs import RewardInputs
-from jrlhf.stages.reward_figures import (
-    accuracy_by_length_difference,
-    expected_calibration_error,
-    longer_wins_accuracy,
-    pair_accuracy,
-    reliability_curve,
-)
+from jrlhf.runs.exports import exported_form
+from jrlhf.runs.folder import model_source, stage_folder, write_json
+from jrlhf.runs.inputs import RowsInput, StageInputs, with_sources
+from jrlhf.stages.reward_figures import calibration_bins, ordered_differences, pair_metrics
+from jrlhf.stages.run import run_stage
+from jrlhf.stages.stage import Export, Prepared, Stage
 from jrlhf.steps import make_reward_step, score_completions
+from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
-from jrlhf.train.loop import Loop, run_loop
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.performance import rates, timed, training_flops
 from jrlhf.train.positions import Positions
-from jrlhf.train.start import computed, mesh_of, start_training
+from jrlhf.train.programs import (
+    PLANNED_UPDATES,
+    Program,
+    Sized,
+    StagePlan,
+    Target,
+    device_bytes,
+    planned_model,
+    planned_source,
+    planned_training,
+)
+from jrlhf.train.site import Site
+from jrlhf.train.start import Training, begin, build_training, computed
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
-from jrlhf.types import PackedRankingBatch, Params
+from jrlhf.types import PackedRankingBatch, Params, RankingBatch
 
 
-def run_reward(config: Config) -> dict[str, Any]:
-    """Train, evaluate, normalise and export; returns the summary. Goes on where an earlier call left, if it did.
+def run_reward(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
+    """Train, evaluate, normalise and export; returns the stage's summary. See ``run_stage``.
 
-    Writes ``<run>/reward/{config.yaml, metrics.jsonl, evals/<step>.json, checkpoints/, hf/, peft/, summary.json}``.
+    The stage also writes ``evals/<step>.json``: the calibration on held-out pairs, bin by bin.
     """
+    return run_stage(REWARD, config, on_event=on_event)
+
+
+class RewardInputs(StageInputs):
+    """What a reward model is made from."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "reward")
+        self._reward = config.reward
+
+    @cached_property
+    def source(self) -> str:
+        return model_source(self.config, self._reward.model.path, key="reward.model.path", stage="sft")
+
+    @cached_property
+    def train(self) -> RankingRows:
+        return load_rankings(self._reward.data, self._reward.data.train, self.tokenizer)
+
+    @cached_property
+    def heldout(self) -> RankingRows | None:
+        data = self._reward.data
+        return load_rankings(data, data.eval, self.tokenizer) if data.eval else None
+
+    @cached_property
+    def texts_source(self) -> str:
+        """Texts that scores are normalised on: the SFT policy's own answers, or what the config names."""
+        candidates = stage_folder(self.config, "sft") / "candidates.jsonl"
+        return self._reward.normalise or (str(candidates) if candidates.exists() else self._reward.data.eval)
+
+    @cached_property
+    def texts(self) -> TextRows | None:
+        # A sampler may answer with nothing, or with a byte that is no text: such answers are counted and left out.
+        data, source = replace(self._reward.data, on_bad_row="skip"), self.texts_source
+        return load_texts(data, source, self.tokenizer) if source else None
+
+    def rows(self) -> Mapping[str, RowsInput]:
+        data = self._reward.data
+        return with_sources(
+            {
+                "reward.data.train": RowsInput(data.train, lambda: self.train),
+                "reward.data.eval": RowsInput(data.eval, lambda: self.heldout),
+                "reward.normalise": RowsInput(self.texts_source, lambda: self.texts),
+            }
+        )
+
+
+class RewardPrograms(NamedTuple):
+    """The jitted functions of the stage."""
+
+    training: Training
+    score: Any
+    """``(params, batch) -> scores [B, K]``, of held-out rankings."""
+    schedule: optax.Schedule
+
+
+def build_reward(config: Config, model: RewardModel, mesh: Mesh, *, slices: int, updates: int) -> RewardPrograms:
+    """The programs that a run executes and a plan lowers. ``slices``: into how many a device cuts its prompts."""
     reward = config.reward
-    with open_stage(config, "reward") as folder:
-        inputs = RewardInputs(config)
-        if summary := finished_summary(inputs, folder):
-            return summary
-        mesh = mesh_of(config)
-        share = device_share(reward.batch_size, mesh, key="reward.batch_size")
-        source, tokenizer, rows, heldout = inputs.source, inputs.tokenizer, inputs.train, inputs.heldout
-        texts_source, texts = inputs.texts_source, inputs.texts
-        origin = check_origin(inputs, folder)
-        how = computed(reward.model, mesh, key="reward.model")
-        model = load_reward_start(source, jax.random.key(config.seed), mesh=mesh, **how)
-        positions = Positions(model.arch, "reward.data.max_length")
-        normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {texts_source})"
-        positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})
+    tx, schedule = make_optimizer(reward.optim, updates=updates)
+    step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
+    trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
+    training = build_training(step, tx, trained, frozen, mesh=mesh, rules=model.rules)
+    score = jax.jit(lambda params, batch: score_completions(model.score_fn, params, batch))
+    return RewardPrograms(training, score, schedule)
 
-        batches = _packed(rows, reward) if reward.pack_length else rows
-        order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
-        total = math.ceil(reward.epochs * order.steps_per_epoch)
-        tx, schedule = make_optimizer(reward.optim, updates=total)
-        platform, tokens = mesh.devices.flat[0].platform, float(reward.pack_length or rows.most * rows.lengths.mean())
-        slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
-        step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
-        trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
-        state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
-        flops = training_flops(model.arch, frozen=frozen is not None)
+def check_reward(config: Config, mesh: Mesh) -> None:
+    """ConfigError where the batch does not divide over the devices."""
+    device_share(config.reward.batch_size, mesh, key="reward.batch_size")
 
-        def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-            seconds: dict[str, Any] = {}
-            with timed(seconds, "seconds/input"):
-                batch = shard_batch(batches.batch(order[number]), mesh)
-            train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
-            mask = batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask
-            metrics |= seconds | {"flops": flops(mask, 0.0)}
-            return state._replace(train=train, cursor=state.cursor + 1), metrics
 
-        score = _evaluator(reward, model, heldout, folder, mesh)
-        beside = companions(tokenizer, to_yaml(config), stop=None)
-        exported = exported_form(model, reward.export_dtype)
-        loop = Loop(
-            title="Reward model",
-            total=total,
-            advance=advance,
-            evaluate=lambda state, number: score(exported(combine(state.train.params, frozen)), number),
-            batch_of=lambda state, number: batches.batch(order[number])._asdict(),
-            max_skipped=reward.max_skipped,
-            guards=None,
-            canary=None,
-            gates=reward.gates,
-            learning_rate=schedule,
-            rates=(Rate("pairs", "pairs_per_second"), *rates(device_peaks(reward.model.dtype))),
-            best_metric="eval/accuracy",
-            best_mode="max",
-            shown=("loss", "accuracy", "pairs_per_second"),
-        )
-        outcome = run_loop(
-            loop,
-            state,
-            folder=folder,
-            log=reward.log,
-            checkpoint=reward.checkpoint,
-            metadata=as_metadata(beside) | {"origin": origin.as_json()},
-        )
-        pass_gates("reward", reward.gates, outcome.last, folder)
+def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
+    """Load the model, and build the programs and the loop."""
+    config, mesh = site.config, site.mesh
+    reward, rows, heldout, texts = config.reward, inputs.train, inputs.heldout, inputs.texts
+    options = computed(reward.model, mesh, key="reward.model")
+    model = load_reward_start(inputs.source, jax.random.key(config.seed), mesh=mesh, **options)
+    positions = Positions(model.arch, "reward.data.max_length")
+    normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {inputs.texts_source})"
+    positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})
+
+    batches = _packed(rows, reward) if reward.pack_length else rows
+    order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
+    total = math.ceil(reward.epochs * order.steps_per_epoch)
+    share = device_share(reward.batch_size, mesh, key="reward.batch_size")
+    platform, tokens = mesh.devices.flat[0].platform, float(reward.pack_length or rows.most * rows.lengths.mean())
+    slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
+    programs = build_reward(config, model, mesh, slices=slices, updates=total)
+    frozen = programs.training.frozen
+    flops = training_flops(model.arch, frozen=frozen is not None)
+
+    def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        seconds: dict[str, Any] = {}
+        with timed(seconds, "seconds/input"):
+            batch = shard_batch(batches.batch(order[number]), mesh)
+        train, metrics = programs.training.step(state.train, batch, jax.random.fold_in(state.key, number))
+        mask = batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask
+        metrics |= seconds | {"flops": flops(mask, 0.0)}
+        return state._replace(train=train, cursor=state.cursor + 1), metrics
+
+    score = _evaluator(site, reward, programs.score, heldout)
+    exported = exported_form(model, reward.export_dtype)
+
+    def export(outcome: Outcome) -> Export:
         learnt = combine(outcome.state.train.params, frozen)
-        model = replace(model, params=exported(learnt))
+        final = replace(model, params=exported(learnt))
         if texts is not None:
-            model = _normalise(reward, model, texts, texts_source, mesh)
-        adapted = learnt | {"head": model.params["head"]}
-        write_adapter(model, adapted, reward.lora, folder / "peft", base=source, beside=beside)
-        write_export(model, model.params, folder / "hf", beside=beside, dtype=reward.export_dtype)
-        summary = {
+            final = _normalise(reward, final, texts, inputs.texts_source, mesh)
+        figures = {
             **{name.removeprefix("eval/"): value for name, value in outcome.last.items()},
-            "gain": model.gain,
-            "bias": model.bias,
-            "normalised_on": texts_source,
+            "gain": final.gain,
+            "bias": final.bias,
+            "normalised_on": inputs.texts_source,
             "steps": total,
-            "exported_step": outcome.step,
-            "export_dtype": reward.export_dtype,
             "rows": len(rows),
             "skipped": rows.skipped,
             "cut": rows.cut,
-            "seconds": outcome.seconds,
-            **changed_inputs(origin),
         }
-        write_json(folder / "summary.json", summary)
-        return summary
+        return Export(final, final.params, learnt | {"head": final.params["head"]}, figures)
+
+    loop = Loop(
+        title="Reward model",
+        total=total,
+        advance=advance,
+        evaluate=lambda state, number: score(exported(combine(state.train.params, frozen)), number),
+        batch_of=lambda state, number: batches.batch(order[number])._asdict(),
+        max_skipped=reward.max_skipped,
+        guards=None,
+        canary=None,
+        gates=reward.gates,
+        learning_rate=programs.schedule,
+        rates=(Rate("pairs", "pairs_per_second"), *rates(device_peaks(reward.model.dtype))),
+        best_metric="eval/accuracy",
+        best_mode="max",
+        shown=("loss", "accuracy", "pairs_per_second"),
+    )
+    return Prepared(loop, begin(programs.training, mesh=mesh, seed=config.seed), export)
 
 
 def _packed(rows: RankingRows, reward: RewardConfig) -> PackedRankingRows:
@@ -153,7 +213,7 @@ def _packed(rows: RankingRows, reward: RewardConfig) -> PackedRankingRows:
 
 
 def _evaluator(
-    reward: RewardConfig, model: RewardModel, heldout: RankingRows | None, folder: Path, mesh: Mesh
+    site: Site, reward: RewardConfig, score: Any, heldout: RankingRows | None
 ) -> Callable[[Params, int], dict[str, float]]:
     """Accuracy, loss, margin and calibration over all held-out pairs, with the "longer wins" baseline beside them.
 
@@ -161,7 +221,7 @@ def _evaluator(
     """
     if heldout is None:
         return lambda params, number: {}
-    score = jax.jit(lambda params, batch: score_completions(model.score_fn, params, batch))
+    folder, mesh = site.folder, site.mesh
     rows, batch_size = heldout, device_multiple(reward.batch_size, mesh)
 
     def evaluate(params: Params, number: int) -> dict[str, float]:
@@ -180,38 +240,6 @@ def _evaluator(
     return evaluate
 
 
-def ordered_differences(
-    ranks: Int[np.ndarray, "B K"], valid: Bool[np.ndarray, "B K"], *columns: Shaped[np.ndarray, "B K"]
-) -> tuple[np.ndarray, ...]:
-    """For each column its value at the better completion minus that at the worse, over all strictly ordered pairs."""
-    better = (ranks[:, :, None] < ranks[:, None, :]) & valid[:, :, None] & valid[:, None, :]
-    row, winner, loser = np.nonzero(better)
-    return tuple(column[row, winner] - column[row, loser] for column in columns)
-
-
-def pair_metrics(margins: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """How well scores order pairs, given the differences in score and in length (better minus worse)."""
-    by_length = accuracy_by_length_difference(margins, lengths, edges=(0, 1))
-    names = {-np.inf: "shorter", 0.0: "as_long", 1.0: "longer"}
-    return {
-        "accuracy": pair_accuracy(margins),
-        "loss": float(np.mean(np.logaddexp(0.0, -margins))),
-        "margin": float(np.mean(margins)),
-        "ece": expected_calibration_error(margins, bins=10),
-        "longer_wins_accuracy": longer_wins_accuracy(lengths),
-        "pairs": float(len(margins)),
-    } | {f"accuracy_better_is_{names[part.low]}": part.accuracy for part in by_length}
-
-
-def calibration_bins(margins: np.ndarray) -> list[dict[str, float]]:
-    """``reliability_curve`` as JSON, in the ten bins of the calibration error."""
-    curve = reliability_curve(margins, bins=10)
-    return [
-        {"confidence": float(confidence), "accuracy": float(accuracy), "pairs": int(pairs)}
-        for confidence, accuracy, pairs in zip(*curve, strict=True)
-    ]
-
-
 def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source: str, mesh: Mesh) -> RewardModel:
     """Mean 0 and standard deviation 1 on those texts, so that beta means the same in every run."""
     batch_size, show_progress = reward.batch_size, reward.log.progress
@@ -221,3 +249,73 @@ def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source
     if not spread > 0:
         raise ValueError(f"reward.normalise: all {len(scores)} texts of {source} have the same score")
     return normalise_reward(model, gain=1.0 / spread, bias=-float(scores.mean()) / spread)
+
+
+def plan_reward(config: PlanConfig, target: Target) -> Sized:
+    """Start, update, and evaluation where the config asks for it."""
+    reward, completions = config.reward, config.completions
+    longest, packed = reward.data.max_length, reward.pack_length
+    share = device_share(reward.batch_size, target.mesh, key="reward.batch_size")
+    tokens, platform = float(packed or completions * longest), target.topology.platform()
+    slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
+    source = planned_source(config, reward.model.path, key="reward.model.path", stage="sft")
+    base = planned_model(target, source, reward.model, key="reward.model", kind=None)
+    Positions(base.arch, key := "reward.data.max_length").check_length(longest, key=key)
+    model = abstract_reward(base, target.mesh)
+    programs = build_reward(config, model, target.mesh, slices=slices, updates=PLANNED_UPDATES)
+    run, frozen = planned_training(programs.training, target, loaded=model.params), programs.training.frozen
+    traffic = 2 * device_bytes(run.state.params, run.state.opt_state)
+    row = jnp.ones((1, packed) if packed else (1, completions, longest), jnp.bool_)
+    row_flops = training_flops(model.arch, frozen=frozen is not None)(row, jnp.float32(0.0))
+
+    def build(rows: int) -> StagePlan:
+        batch = rows * slices * target.groups
+        plain = rankings(target, (batch, completions), longest)
+        # As many prompts a row as there is room for at their longest.
+        in_row = max(1, packed // (completions * longest))
+        batch_shapes = packed_rankings(target, (batch, in_row, completions), packed) if packed else plain
+        parts = [run.start, run.update(batch_shapes, flops=float(row_flops) * batch, read=traffic)]
+        if reward.data.eval:
+            args = combine(run.state.params, frozen), plain
+            parts.append(Program("evaluation", programs.score, args, alive=(run.held, args), timed=False))
+        return StagePlan("reward", "reward.batch_size", batch, run.held, tuple(parts))
+
+    return Sized(share // slices, reward.model.dtype, build)
+
+
+def rankings(target: Target, lead: tuple[int, int], length: int) -> RankingBatch:
+    """``[B, K]`` completions of ``length`` tokens."""
+    tokens, marks = target.rows((*lead, length), jnp.int32), target.rows((*lead, length), jnp.bool_)
+    ranks, valid = target.rows(lead, jnp.int32), target.rows(lead, jnp.bool_)
+    return RankingBatch(tokens, marks, ranks, valid, target.rows(lead[:1], jnp.float32))
+
+
+def packed_rankings(target: Target, lead: tuple[int, int, int], length: int) -> PackedRankingBatch:
+    """``[B, G, K]`` completions in ``B`` rows of ``length`` tokens."""
+    tokens, segments = (target.rows((lead[0], length), jnp.int32) for _ in range(2))
+    ends, ranks, valid = (target.rows(lead, dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_))
+    return PackedRankingBatch(tokens, segments, ends, ranks, valid, target.rows(lead[:2], jnp.float32))
+
+
+def load_start(source: str, *, mesh: Mesh, option: str) -> RewardModel:
+    """The initial model in float32; a checkpoint replaces its head and its weights."""
+    return load_reward_start(source, jax.random.key(0), dtype="float32", mesh=mesh, option=option)
+
+
+REWARD = Stage(
+    name="reward",
+    label="Reward model",
+    kind="reward",
+    charts={
+        "Ranking loss": ("loss", "eval/loss"),
+        "Pair accuracy": ("accuracy", "eval/accuracy"),
+        "Calibration error": ("eval/ece",),
+    },
+    inputs=RewardInputs,
+    check=check_reward,
+    prepare=prepare_reward,
+    start=load_start,
+    trained_part=lambda config: "train/params",
+    stop=lambda config: None,
+    plan=plan_reward,
+)

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 from scipy.special import expit
@@ -125,3 +125,35 @@ def bag_of_words_accuracy(train: Sequence[Ranking], heldout: Sequence[Ranking], 
     texts, better, worse = ordered_text_pairs(heldout)
     scores = _bag(texts, index) @ fit.x
     return pair_accuracy(scores[better] - scores[worse])
+
+
+def ordered_differences(
+    ranks: Int[np.ndarray, "B K"], valid: Bool[np.ndarray, "B K"], *columns: Shaped[np.ndarray, "B K"]
+) -> tuple[np.ndarray, ...]:
+    """For each column its value at the better completion minus that at the worse, over all strictly ordered pairs."""
+    better = (ranks[:, :, None] < ranks[:, None, :]) & valid[:, :, None] & valid[:, None, :]
+    row, winner, loser = np.nonzero(better)
+    return tuple(column[row, winner] - column[row, loser] for column in columns)
+
+
+def pair_metrics(margins: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """How well scores order pairs, given the differences in score and in length (better minus worse)."""
+    by_length = accuracy_by_length_difference(margins, lengths, edges=(0, 1))
+    names = {-np.inf: "shorter", 0.0: "as_long", 1.0: "longer"}
+    return {
+        "accuracy": pair_accuracy(margins),
+        "loss": float(np.mean(np.logaddexp(0.0, -margins))),
+        "margin": float(np.mean(margins)),
+        "ece": expected_calibration_error(margins, bins=10),
+        "longer_wins_accuracy": longer_wins_accuracy(lengths),
+        "pairs": float(len(margins)),
+    } | {f"accuracy_better_is_{names[part.low]}": part.accuracy for part in by_length}
+
+
+def calibration_bins(margins: np.ndarray) -> list[dict[str, float]]:
+    """``reliability_curve`` as JSON, in the ten bins of the calibration error."""
+    curve = reliability_curve(margins, bins=10)
+    return [
+        {"confidence": float(confidence), "accuracy": float(accuracy), "pairs": int(pairs)}
+        for confidence, accuracy, pairs in zip(*curve, strict=True)
+    ]

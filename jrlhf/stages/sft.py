@@ -1,159 +1,210 @@
 """Stage 1: teach a pretrained model how to answer."""
 
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, SFTConfig, to_yaml
+from jrlhf.config import Config, PlanConfig, SFTConfig
 from jrlhf.core import combine
-from jrlhf.data import Order, PromptRows, SFTRows, Tokenizer, pack_sft
+from jrlhf.data import Order, PromptRows, SFTRows, load_prompts, load_sft, pack_sft
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import fetch, is_first, shard_batch
 from jrlhf.parallel.devices.peaks import device_peaks
-from jrlhf.rollout.safety import make_safety
+from jrlhf.rollout.planning import sampling_program
+from jrlhf.rollout.safety import load_safety_prompts, make_safety
 from jrlhf.rollout.sampling import GenerateFn, answers, jit_generate
-from jrlhf.runs.exports import as_metadata, companions, exported_form, write_adapter, write_export
-from jrlhf.runs.folder import open_stage, pass_gates, write_json
+from jrlhf.runs.exports import exported_form
+from jrlhf.runs.folder import model_source
+from jrlhf.runs.inputs import SAFETY, RowsInput, StageInputs, with_sources
 from jrlhf.runs.metrics import drop_after
-from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
-from jrlhf.stages.inputs import SFTInputs
+from jrlhf.stages.run import run_stage
+from jrlhf.stages.stage import Export, Prepared, Stage, load_language
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.system.lines import json_line, write_text
+from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
-from jrlhf.train.loop import Loop, run_loop
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.performance import rates, timed, training_flops
 from jrlhf.train.positions import Positions
-from jrlhf.train.start import computed, mesh_of, start_training
+from jrlhf.train.programs import (
+    PLANNED_UPDATES,
+    Program,
+    Sized,
+    StagePlan,
+    Target,
+    device_bytes,
+    planned_model,
+    planned_source,
+    planned_training,
+)
+from jrlhf.train.site import Site
+from jrlhf.train.start import Training, begin, build_training, computed
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
 from jrlhf.types import Params, SFTBatch
 
 
-def run_sft(config: Config) -> dict[str, Any]:
-    """Train, evaluate and export; returns the stage's summary. Goes on where an earlier call left, if it did.
+def run_sft(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
+    """Train, evaluate and export; returns the stage's summary. See ``run_stage``.
 
-    Writes ``<run>/sft/{config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, hf/, peft/, summary.json}``, and
-    ``candidates.jsonl`` and ``safety/<step>.jsonl`` where the config asks for ranking candidates and for refusals.
+    The stage also writes ``samples.jsonl``, and ``candidates.jsonl`` and ``safety/<step>.jsonl`` where the config asks
+    for candidates and for refusals.
     """
+    return run_stage(SFT, config, on_event=on_event)
+
+
+class SFTInputs(StageInputs):
+    """What SFT is made from."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "sft")
+        self._sft = config.sft
+
+    @cached_property
+    def source(self) -> str:
+        return model_source(self.config, self._sft.model.path, key="sft.model.path", stage=None)
+
+    @cached_property
+    def train(self) -> SFTRows:
+        return load_sft(self._sft.data, self._sft.data.train, self.tokenizer, train_on=self._sft.train_on)
+
+    @cached_property
+    def heldout(self) -> SFTRows | None:
+        data = self._sft.data
+        return load_sft(data, data.eval, self.tokenizer, train_on=self._sft.train_on) if data.eval else None
+
+    @cached_property
+    def candidate_prompts(self) -> PromptRows | None:
+        """Prompts that ranking candidates are drawn for."""
+        source = self._sft.candidate_prompts
+        return load_prompts(self._sft.data, source, self.tokenizer) if source else None
+
+    @cached_property
+    def safety_prompts(self) -> PromptRows | None:
+        return load_safety_prompts(self.config, self._sft.data, self.tokenizer)
+
+    def rows(self) -> Mapping[str, RowsInput]:
+        data = self._sft.data
+        return with_sources(
+            {
+                "sft.data.train": RowsInput(data.train, lambda: self.train),
+                "sft.data.eval": RowsInput(data.eval, lambda: self.heldout),
+                "sft.candidate_prompts": RowsInput(self._sft.candidate_prompts, lambda: self.candidate_prompts),
+                SAFETY: RowsInput(self.config.safety.prompts, lambda: self.safety_prompts),
+            }
+        )
+
+
+class SFTPrograms(NamedTuple):
+    """The jitted functions of the stage."""
+
+    training: Training
+    losses: Any
+    """``(params, batch) -> (sum of negative log-likelihoods, tokens)``, of held-out rows."""
+    schedule: optax.Schedule
+
+
+def build_sft(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, updates: int) -> SFTPrograms:
+    """The programs that a run executes and a plan lowers. ``slices``: into how many a device cuts its rows."""
     sft = config.sft
-    with open_stage(config, "sft") as folder:
-        inputs = SFTInputs(config)
-        if summary := finished_summary(inputs, folder):
-            return summary
-        mesh = mesh_of(config)
-        share = device_share(sft.batch_size, mesh, key="sft.batch_size")
-        source, tokenizer, rows, heldout = inputs.source, inputs.tokenizer, inputs.train, inputs.heldout
-        candidates = inputs.candidate_prompts
-        origin = check_origin(inputs, folder)
-        shown = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer) if heldout and sft.log.samples else None
-        model = load_pretrained(source, mesh=mesh, **computed(sft.model, mesh, key="sft.model"))
-        positions = Positions(model.arch, "sft.data.max_length")
-        positions.check({"sft.data.train": rows, "sft.data.eval": heldout})
-        answering = positions.answering(sft.sampling, "sft.sampling")
-        answering.check({"sft.candidate_prompts": candidates, "sft.log.samples (of sft.data.eval)": shown})
+    tx, schedule = make_optimizer(sft.optim, updates=updates)
+    step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
+    trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
+    training = build_training(step, tx, trained, frozen, mesh=mesh, rules=model.rules)
+    return SFTPrograms(training, jax.jit(make_sft_eval(model.logprob_fn)), schedule)
 
-        batches = pack_sft(rows, sft.pack_length) if sft.pack_length else rows
-        order = Order(config.seed, batch_size=sft.batch_size, lengths=batches.lengths, parts=batches.parts)
-        total = math.ceil(sft.epochs * order.steps_per_epoch)
-        tx, schedule = make_optimizer(sft.optim, updates=total)
-        platform = mesh.devices.flat[0].platform
-        tokens = float(batches.lengths.mean())
-        slices = reading_slices(share, microbatch=sft.microbatch, tokens=tokens, platform=platform)
-        step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
-        trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
-        state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
-        flops = training_flops(model.arch, frozen=frozen is not None)
+def check_sft(config: Config, mesh: Mesh) -> None:
+    """ConfigError where the batch does not divide over the devices."""
+    device_share(config.sft.batch_size, mesh, key="sft.batch_size")
 
-        def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-            seconds: dict[str, Any] = {}
-            with timed(seconds, "seconds/input"):
-                batch = shard_batch(batches.batch(order[number]), mesh)
-            train, metrics = update(state.train, batch, jax.random.fold_in(state.key, number))
-            metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
-            return state._replace(train=train, cursor=state.cursor + 1), metrics
 
-        generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
-        samples = _sample_writer(sft, generate, tokenizer, shown, folder, mesh=mesh, seed=config.seed)
-        score = _evaluator(sft, model, heldout, mesh)
-        safety = make_safety(
-            config,
-            inputs.safety_prompts,
-            generate,
-            tokenizer,
-            folder,
-            mesh,
-            batch_size=sft.batch_size,
-            positions=answering,
-        )
-        beside = companions(tokenizer, to_yaml(config), stop=sft.sampling.stop)
-        exported = exported_form(model, sft.export_dtype)
+def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
+    """Load the model, and build the programs and the loop."""
+    config, mesh, tokenizer = site.config, site.mesh, site.tokenizer
+    sft, rows, heldout, candidates = config.sft, inputs.train, inputs.heldout, inputs.candidate_prompts
+    shown = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer) if heldout and sft.log.samples else None
+    model = load_pretrained(inputs.source, mesh=mesh, **computed(sft.model, mesh, key="sft.model"))
+    positions = Positions(model.arch, "sft.data.max_length")
+    positions.check({"sft.data.train": rows, "sft.data.eval": heldout})
+    answering = positions.answering(sft.sampling, "sft.sampling")
+    answering.check({"sft.candidate_prompts": candidates, "sft.log.samples (of sft.data.eval)": shown})
 
-        def evaluate(state: RunState, number: int) -> dict[str, float]:
-            params = exported(combine(state.train.params, frozen))
-            samples(params, number)
-            return score(params) | safety(params, number)
+    batches = pack_sft(rows, sft.pack_length) if sft.pack_length else rows
+    order = Order(config.seed, batch_size=sft.batch_size, lengths=batches.lengths, parts=batches.parts)
+    total = math.ceil(sft.epochs * order.steps_per_epoch)
+    share, tokens = device_share(sft.batch_size, mesh, key="sft.batch_size"), float(batches.lengths.mean())
+    slices = reading_slices(share, microbatch=sft.microbatch, tokens=tokens, platform=mesh.devices.flat[0].platform)
+    programs = build_sft(config, model, mesh, slices=slices, updates=total)
+    frozen = programs.training.frozen
+    flops = training_flops(model.arch, frozen=frozen is not None)
 
-        loop = Loop(
-            title="SFT",
-            total=total,
-            advance=advance,
-            evaluate=evaluate,
-            batch_of=lambda state, number: batches.batch(order[number])._asdict(),
-            max_skipped=sft.max_skipped,
-            guards=None,
-            canary=None,
-            gates=sft.gates,
-            learning_rate=schedule,
-            rates=(Rate("tokens", "tokens_per_second"), *rates(device_peaks(sft.model.dtype))),
-            best_metric="eval/nll",
-            best_mode="min",
-            shown=("loss", "tokens_per_second"),
-        )
-        outcome = run_loop(
-            loop,
-            state,
-            folder=folder,
-            log=sft.log,
-            checkpoint=sft.checkpoint,
-            metadata=as_metadata(beside) | {"origin": origin.as_json()},
-        )
-        pass_gates("sft", sft.gates, outcome.last, folder)
+    def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
+        seconds: dict[str, Any] = {}
+        with timed(seconds, "seconds/input"):
+            batch = shard_batch(batches.batch(order[number]), mesh)
+        train, metrics = programs.training.step(state.train, batch, jax.random.fold_in(state.key, number))
+        metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
+        return state._replace(train=train, cursor=state.cursor + 1), metrics
+
+    generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
+    samples = _sample_writer(site, generate, shown)
+    score = _evaluator(sft, programs.losses, heldout, mesh)
+    safety = make_safety(site, inputs.safety_prompts, generate, batch_size=sft.batch_size, positions=answering)
+    exported = exported_form(model, sft.export_dtype)
+
+    def evaluate(state: RunState, number: int) -> dict[str, float]:
+        params = exported(combine(state.train.params, frozen))
+        samples(params, number)
+        return score(params) | safety(params, number)
+
+    def export(outcome: Outcome) -> Export:
         learnt = combine(outcome.state.train.params, frozen)
-        write_adapter(model, learnt, sft.lora, folder / "peft", base=source, beside=beside)
         params = merge_adapters(exported(learnt))
-        write_export(model, params, folder / "hf", beside=beside, dtype=sft.export_dtype)
         if candidates is not None:
-            _write_candidates(config, candidates, generate, params, tokenizer, folder, mesh)
-        summary = {
+            _write_candidates(site, generate, params, candidates)
+        figures = {
             "base_nll": outcome.first.get("eval/nll"),
             "heldout_nll": outcome.last.get("eval/nll"),
             "steps": total,
-            "exported_step": outcome.step,
-            "export_dtype": sft.export_dtype,
             "rows": len(rows),
             "skipped": rows.skipped,
             "cut": rows.cut,
-            "seconds": outcome.seconds,
-            **changed_inputs(origin),
         }
-        write_json(folder / "summary.json", summary)
-        return summary
+        return Export(model, params, learnt, figures)
+
+    loop = Loop(
+        title="SFT",
+        total=total,
+        advance=advance,
+        evaluate=evaluate,
+        batch_of=lambda state, number: batches.batch(order[number])._asdict(),
+        max_skipped=sft.max_skipped,
+        guards=None,
+        canary=None,
+        gates=sft.gates,
+        learning_rate=programs.schedule,
+        rates=(Rate("tokens", "tokens_per_second"), *rates(device_peaks(sft.model.dtype))),
+        best_metric="eval/nll",
+        best_mode="min",
+        shown=("loss", "tokens_per_second"),
+    )
+    return Prepared(loop, begin(programs.training, mesh=mesh, seed=config.seed), export)
 
 
 def _evaluator(
-    sft: SFTConfig, model: Pretrained, heldout: SFTRows | None, mesh: Mesh
+    sft: SFTConfig, losses: Any, heldout: SFTRows | None, mesh: Mesh
 ) -> Callable[[Params], dict[str, float]]:
     """Held-out negative log-likelihood per token, in nats; nothing where there are no held-out rows."""
     if heldout is None:
         return lambda params: {}
-    sums = jax.jit(make_sft_eval(model.logprob_fn))
     rows, batch_size = heldout, device_multiple(sft.batch_size, mesh)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -161,71 +212,105 @@ def _evaluator(
         for indices, real in covering_batches(rows.lengths, batch_size=batch_size, limit=sft.log.eval_rows):
             batch: SFTBatch = rows.batch(indices)
             batch = batch._replace(loss_mask=batch.loss_mask & real[:, None])
-            parts.append(sums(params, shard_batch(batch, mesh)))
+            parts.append(losses(params, shard_batch(batch, mesh)))
         nll, tokens = (float(sum(x)) for x in zip(*fetch(parts), strict=True))
         return {"eval/nll": nll / max(tokens, 1.0), "eval/perplexity": math.exp(min(nll / max(tokens, 1.0), 80.0))}
 
     return evaluate
 
 
-def _sample_writer(
-    sft: SFTConfig,
-    generate: GenerateFn,
-    tokenizer: Tokenizer,
-    prompts: PromptRows | None,
-    folder: Path,
-    *,
-    mesh: Mesh,
-    seed: int,
-) -> Callable[[Params, int], None]:
+def _sample_writer(site: Site, generate: GenerateFn, prompts: PromptRows | None) -> Callable[[Params, int], None]:
     """Appends answers to the prompts of the first held-out rows (plain text has only a BOS) to samples.jsonl, once a
     step however often a run is broken off."""
     if prompts is None:
         return lambda params, number: None
 
     def write(params: Params, number: int) -> None:
-        drawn = answers(
-            generate,
-            params,
-            prompts,
-            tokenizer,
-            samples=1,
-            seed=seed,
-            mesh=mesh,
-            batch_size=sft.batch_size,
-            show_progress=False,
-        )
+        drawn = _answers(site, generate, params, prompts, samples=1, show_progress=False)
         rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, drawn, strict=True)]
         if is_first():
-            drop_after(folder / "samples.jsonl", number - 1)
-            with (folder / "samples.jsonl").open("a", encoding="utf-8") as out:
+            drop_after(site.folder / "samples.jsonl", number - 1)
+            with (site.folder / "samples.jsonl").open("a", encoding="utf-8") as out:
                 out.writelines(json_line(row) for row in rows)
 
     return write
 
 
-def _write_candidates(
-    config: Config,
-    prompts: PromptRows,
-    generate: GenerateFn,
-    params: Params,
-    tokenizer: Tokenizer,
-    folder: Path,
-    mesh: Mesh,
-) -> None:
+def _write_candidates(site: Site, generate: GenerateFn, params: Params, prompts: PromptRows) -> None:
     """Several answers to each prompt, for people to rank: add ``"ranks"`` to a row and it is a row of reward data."""
-    sft = config.sft
-    drawn = answers(
+    sft = site.config.sft
+    drawn = _answers(site, generate, params, prompts, samples=sft.candidates, show_progress=sft.log.progress)
+    rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
+    if is_first():
+        write_text(site.folder / "candidates.jsonl", "".join(map(json_line, rows)))
+
+
+def _answers(
+    site: Site, generate: GenerateFn, params: Params, prompts: PromptRows, *, samples: int, show_progress: bool
+) -> list[list[str]]:
+    """``samples`` answers to each prompt, the same draws every time."""
+    return answers(
         generate,
         params,
         prompts,
-        tokenizer,
-        samples=sft.candidates,
-        seed=config.seed,
-        mesh=mesh,
-        batch_size=sft.batch_size,
-        show_progress=sft.log.progress,
+        site.tokenizer,
+        samples=samples,
+        seed=site.config.seed,
+        mesh=site.mesh,
+        batch_size=site.config.sft.batch_size,
+        show_progress=show_progress,
     )
-    rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
-    if is_first():
-        write_text(folder / "candidates.jsonl", "".join(map(json_line, rows)))
+
+
+def plan_sft(config: PlanConfig, target: Target) -> Sized:
+    """Start, update, and where the config asks for them evaluation and sample answers."""
+    sft = config.sft
+    length = sft.pack_length or sft.data.max_length
+    share = device_share(sft.batch_size, target.mesh, key="sft.batch_size")
+    platform = target.topology.platform()
+    slices = reading_slices(share, microbatch=sft.microbatch, tokens=float(length), platform=platform)
+    source = planned_source(config, sft.model.path, key="sft.model.path", stage=None)
+    model = planned_model(target, source, sft.model, key="sft.model", kind="language")
+    Positions(model.arch, key := "sft.data.max_length").check_length(sft.data.max_length, key=key)
+    programs = build_sft(config, model, target.mesh, slices=slices, updates=PLANNED_UPDATES)
+    run, frozen = planned_training(programs.training, target, loaded=model.params), programs.training.frozen
+    whole, traffic = combine(run.state.params, frozen), 2 * device_bytes(run.state.params, run.state.opt_state)
+    row_flops = training_flops(model.arch, frozen=frozen is not None)(
+        jnp.ones((1, length), jnp.bool_), jnp.float32(length)
+    )
+
+    def build(rows: int) -> StagePlan:
+        batch = rows * slices * target.groups
+        text = target.text(batch, length, packed=bool(sft.pack_length))
+        parts = [run.start, run.update(text, flops=float(row_flops) * batch, read=traffic)]
+        if sft.data.eval:
+            args = whole, target.text(batch, sft.data.max_length)
+            parts.append(Program("evaluation", programs.losses, args, alive=(run.held, args), timed=False))
+        samples = batch if sft.candidate_prompts else min(batch, sft.log.samples) if sft.data.eval else 0
+        if samples:
+            prompts, prompt = device_multiple(samples, target.mesh), sft.data.max_length
+            where: dict[str, Any] = {"rows": prompts, "prompt": prompt, "target": target, "held": run.held}
+            parts.append(sampling_program("answers", model, whole, sft.sampling, **where)._replace(timed=False))
+        return StagePlan("sft", "sft.batch_size", batch, run.held, tuple(parts))
+
+    return Sized(share // slices, sft.model.dtype, build)
+
+
+SFT = Stage(
+    name="sft",
+    label="SFT",
+    kind="language",
+    charts={
+        "Loss, nats per token": ("loss", "eval/nll"),
+        "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
+        "Learning rate": ("lr",),
+        "Tokens a second": ("tokens_per_second",),
+    },
+    inputs=SFTInputs,
+    check=check_sft,
+    prepare=prepare_sft,
+    start=load_language,
+    trained_part=lambda config: "train/params",
+    stop=lambda config: config.sft.sampling.stop,
+    plan=plan_sft,
+)

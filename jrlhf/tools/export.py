@@ -6,25 +6,23 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, ConfigError, LoRAConfig, load_config, to_yaml
+from jrlhf.config import Config, ConfigError, load_config, stage_section, to_yaml
 from jrlhf.config.tools import ExportConfig
 from jrlhf.core import combine
 from jrlhf.data import load_tokenizer
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model
 from jrlhf.models.hf.folder_files import copy_files
 from jrlhf.models.hf.write import WeightDtype
-from jrlhf.models.reward import load_reward_start
 from jrlhf.parallel import make_mesh
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.exports import RUN_CONFIG, companions, from_metadata, write_export
-from jrlhf.runs.folder import StageName, model_source, read_summary
+from jrlhf.runs.folder import read_summary
 from jrlhf.runs.origin_check import check_base
-from jrlhf.stages.inputs import stage_inputs
+from jrlhf.stages.stage import Stage
+from jrlhf.stages.table import STAGES
 from jrlhf.train.lora import trainable
 from jrlhf.train.state import abstract
 from jrlhf.types import Params
-
-FURTHEST: tuple[StageName, ...] = ("ppo", "reward", "sft")
 
 
 def run_export(args: ExportConfig) -> None:
@@ -49,19 +47,19 @@ def run_export(args: ExportConfig) -> None:
         _export_step(config, stage, checkpoints, step, out, args)
 
 
-def _stage_of(args: ExportConfig) -> tuple[Path, StageName]:
+def _stage_of(args: ExportConfig) -> tuple[Path, Stage]:
     run = Path(args.run)
-    for stage in FURTHEST:
-        if args.stage in (stage, "last"):
-            if (run / stage / "checkpoints").is_dir():
-                return run / stage, stage
-            if run.name == stage and (run / "checkpoints").is_dir():
+    for stage in reversed(STAGES):
+        if args.stage in (stage.name, "last"):
+            if (run / stage.name / "checkpoints").is_dir():
+                return run / stage.name, stage
+            if run.name == stage.name and (run / "checkpoints").is_dir():
                 return run, stage
     wanted = "stage" if args.stage == "last" else f"{args.stage} stage"
     raise ConfigError(f"run: {run} has no {wanted} with a checkpoint")
 
 
-def _export_finished(config: Config, stage: StageName, folder: Path, out: Path, args: ExportConfig) -> None:
+def _export_finished(config: Config, stage: Stage, folder: Path, out: Path, args: ExportConfig) -> None:
     """What the stage exported, file by file; with other dtypes, its weights as they stand there, written anew."""
     summary = read_summary(folder)
     # Before it could be chosen, a stage exported what its source was in.
@@ -79,54 +77,28 @@ def _export_finished(config: Config, stage: StageName, folder: Path, out: Path, 
         model = load_pretrained(finished, dtype="float32", mesh=mesh)
     about = finished / RUN_CONFIG
     text = about.read_text(encoding="utf-8") if about.exists() else to_yaml(config)
-    beside = companions(load_tokenizer(str(finished)), text, stop=_stop(config, stage))
+    beside = companions(load_tokenizer(str(finished)), text, stop=stage.stop(config))
     write_export(start, model.params, out, beside=beside, dtype=dtype)
 
 
 def _export_step(
-    config: Config, stage: StageName, checkpoints: Checkpoints, step: int, out: Path, args: ExportConfig
+    config: Config, stage: Stage, checkpoints: Checkpoints, step: int, out: Path, args: ExportConfig
 ) -> None:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     start, where = _start(config, stage, mesh), checkpoints.folder / str(step)
-    beside = from_metadata(checkpoints.metadata(step), stop=_stop(config, stage), where=where)
-    lora, part = _trained_part(config, stage)
+    beside = from_metadata(checkpoints.metadata(step), stop=stage.stop(config), where=where)
+    lora = stage_section(config, stage.name).lora
     if lora.rank:
-        check_base(stage_inputs(config, stage), checkpoints.metadata(step))
-    like, frozen = trainable(start, lora, jax.random.key(0), mesh=mesh, path=f"{stage}.lora")
-    params: Params = combine(checkpoints.restore(step, abstract(like), part=part), frozen)
+        check_base(stage.inputs(config), checkpoints.metadata(step))
+    like, frozen = trainable(start, lora, jax.random.key(0), mesh=mesh, path=f"{stage.name}.lora")
+    params: Params = combine(checkpoints.restore(step, abstract(like), part=stage.trained_part(config)), frozen)
     write_export(start, params, out, beside=beside, dtype=_dtype(config, stage, args))
 
 
-def _start(config: Config, stage: StageName, mesh: Mesh) -> Pretrained | RewardModel:
+def _start(config: Config, stage: Stage, mesh: Mesh) -> Pretrained | RewardModel:
     """The model that the stage began with."""
-    match stage:
-        case "sft":
-            source = model_source(config, config.sft.model.path, key="sft.model.path", stage=None)
-        case "reward":
-            source = model_source(config, config.reward.model.path, key="reward.model.path", stage="sft")
-        case "ppo":
-            source = model_source(config, config.ppo.model.path, key="ppo.model.path", stage="sft")
-    if stage == "reward":
-        return load_reward_start(source, jax.random.key(0), dtype="float32", mesh=mesh, option="reward.model.path")
-    return load_pretrained(source, dtype="float32", mesh=mesh, option=f"{stage}.model.path")
+    return stage.start(stage.inputs(config).source, mesh=mesh, option=f"{stage.name}.model.path")
 
 
-def _trained_part(config: Config, stage: StageName) -> tuple[LoRAConfig, str]:
-    """The adapters of a stage, and where in its state stands what it exports."""
-    match stage:
-        case "sft":
-            return config.sft.lora, "train/params"
-        case "reward":
-            return config.reward.lora, "train/params"
-        case "ppo":
-            return config.ppo.lora, "train/ema" if config.ppo.ema_decay else "train/params/policy"
-
-
-def _stop(config: Config, stage: StageName) -> tuple[str, ...] | None:
-    """The tokens that end a stage's answers; None where its model gives none."""
-    return {"sft": config.sft.sampling.stop, "reward": None, "ppo": config.ppo.sampling.stop}[stage]
-
-
-def _dtype(config: Config, stage: StageName, args: ExportConfig) -> WeightDtype:
-    own = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}[stage].export_dtype
-    return own if args.dtype == "stage" else args.dtype
+def _dtype(config: Config, stage: Stage, args: ExportConfig) -> WeightDtype:
+    return stage_section(config, stage.name).export_dtype if args.dtype == "stage" else args.dtype

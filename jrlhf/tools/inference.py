@@ -13,6 +13,7 @@ from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
 from jrlhf.runs.folder import exported_folder
+from jrlhf.stages.table import stages_of_kind
 from jrlhf.system.lines import json_line, write_output
 from jrlhf.train.positions import Positions
 
@@ -49,7 +50,7 @@ def run_sample(args: SampleConfig) -> None:
 
 def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     """Each prompt, with the tools it may call, and its answers."""
-    source = exported_folder(assets.resolve(args.model), stages=("ppo", "sft"))
+    source = exported_folder(assets.resolve(args.model), stages=stages_of_kind("language"))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.prompts, max_length=args.max_length)
     prompts = load_prompts(data, args.prompts, tokenizer)
@@ -75,7 +76,7 @@ def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
 
 def run_score(args: ScoreConfig) -> None:
     """One JSON line an answer, in the order of the rows: ``{"prompt"?, "tools"?, "completion", "score"}``."""
-    source = exported_folder(assets.resolve(args.model), stages=("reward",))
+    source = exported_folder(assets.resolve(args.model), stages=stages_of_kind("reward"))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.data, max_length=args.max_length)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)

@@ -16,6 +16,7 @@ from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, 
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.sources import open_source
 from jrlhf.runs.folder import exported_folder
+from jrlhf.stages.table import stages_of_kind
 from jrlhf.system.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"
@@ -28,7 +29,9 @@ USES = {"sft": "SFT", "reward": "a reward model", "prompts": "PPO's prompts"}
 def run_show(args: ShowConfig) -> None:
     """``DataError``, once all is counted, where a row is bad and training would end there."""
     show_all_characters()
-    tokenizer = load_tokenizer(exported_folder(assets.resolve(args.model), stages=("ppo", "sft", "reward")))
+    tokenizer = load_tokenizer(
+        exported_folder(assets.resolve(args.model), stages=(*stages_of_kind("language"), *stages_of_kind("reward")))
+    )
     source = open_source(args.data)
     first, rows = first_row(source.rows)
     kind = kind_of(first) if args.kind == "auto" else args.kind

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,27 @@ class Loop(NamedTuple):
     """The metrics that the progress bar shows."""
 
 
+EventKind = Literal["begin", "step", "line", "evaluation", "save", "rollback"]
+
+
+class Event(NamedTuple):
+    """Something that the loop has just done."""
+
+    kind: EventKind
+    step: int
+    """Number of steps done by then."""
+    state: RunState
+    figures: Mapping[str, Any]
+    """Metrics of the step (not awaited), of the line or of the evaluation; ``to`` of a rollback; else empty."""
+
+
+OnEvent = Callable[[Event], None]
+
+
+def no_event(event: Event) -> None:
+    """Ignore an event."""
+
+
 class Outcome(NamedTuple):
     state: RunState
     step: int
@@ -84,7 +105,9 @@ class Attempt:
         metadata: dict[str, Any],
         checkpoints: Checkpoints,
         writer: MetricsLog,
+        on_event: OnEvent,
     ) -> None:
+        self._on_event = on_event
         self._loop, self._folder, self._metadata = loop, folder, metadata
         self._checkpoints, self._writer = checkpoints, writer
         self.state = state
@@ -103,6 +126,9 @@ class Attempt:
         self._evaluated: bool = past.get("evaluated", False)
         """Whether ``last`` is of this very state."""
 
+    def _tell(self, kind: EventKind, step: int, figures: Mapping[str, Any]) -> None:
+        self._on_event(Event(kind, step, self.state, figures))
+
     def seconds(self) -> float:
         return time.perf_counter() - self._began
 
@@ -112,6 +138,7 @@ class Attempt:
         self._evaluated = True
         self.know_gates()
         self._writer.write(0, self.first)
+        self._tell("begin", 0, self.first)
         if self._canary is not None:
             self._canary.judge(0, self.first, passes=all_pass(self._loop.gates, self.first))
         if self._canary is not None or (self._watch is not None and self._watch.can_roll_back):
@@ -131,6 +158,7 @@ class Attempt:
         self.state, metrics = self._loop.advance(self.state, done - 1)
         self._evaluated = False
         self._window.add(metrics)
+        self._tell("step", done, metrics)
         if self._watch is None:
             return False
         alarms = self._watch.judge(metrics)
@@ -171,6 +199,7 @@ class Attempt:
         self._evaluated = False
         rate, beta = float(rate_factor(self.state.train.opt_state)), float(self.state.kl_coef)
         self._writer.event(done, "rollback", to=good, rate_factor=rate, kl_coef=beta)
+        self._tell("rollback", done, {"to": good})
         logger.warning("step %d: back to the state of step %d, learning rate x %.3g, beta %.3g", done, good, rate, beta)
         return good
 
@@ -183,6 +212,7 @@ class Attempt:
         line = self._window.close() | {"lr": rate}
         line |= {"compile/programs": compiled.programs, "compile/seconds": compiled.seconds}
         self._writer.write(done, line)
+        self._tell("line", done, line)
         wrong = sorted(name for name, value in line.items() if not np.isfinite(value))
         # Skipped steps have moved nothing, and are in no mean unless there are none but them.
         if wrong and made:
@@ -214,6 +244,7 @@ class Attempt:
             self.last = self._loop.evaluate(self.state, done)
         self._evaluated = True
         self._writer.write(done, self.last)
+        self._tell("evaluation", done, self.last)
         if self._canary is not None and self._watch is not None:
             self._heed(self._canary, self._watch, done)
 
@@ -253,6 +284,7 @@ class Attempt:
             self._checkpoints.save(
                 self._saved_at, saved_part(self.state), metadata=self._metadata | notes, metrics=merits
             )
+        self._tell("save", self._saved_at, {})
 
     def wait(self) -> int:
         """Return when all is saved; how many steps that is."""

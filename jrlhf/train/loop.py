@@ -14,19 +14,28 @@ from jrlhf.parallel.hosts import AnyProcess, first_goes_ahead, from_first
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.metrics import MetricsLog, progress
 from jrlhf.runs.trackers import Tracker, TrackerThread, make_trackers
-from jrlhf.train.attempt import Attempt, Loop, Outcome, restored
+from jrlhf.train.attempt import Attempt, Loop, OnEvent, Outcome, no_event, restored
 from jrlhf.train.signals import Interrupted, stop_request
 from jrlhf.train.state import RunState
 
 
 def run_loop(
-    loop: Loop, state: RunState, *, folder: Path, log: LogConfig, checkpoint: CheckpointConfig, metadata: dict[str, Any]
+    loop: Loop,
+    state: RunState,
+    *,
+    folder: Path,
+    log: LogConfig,
+    checkpoint: CheckpointConfig,
+    metadata: dict[str, Any],
+    on_event: OnEvent = no_event,
 ) -> Outcome:
     """Take ``state`` to ``loop.total`` steps, or from the newest sound checkpoint in ``folder`` where there is one.
 
-    ``metadata`` is saved with every checkpoint. Raises ``Interrupted`` on SIGINT or SIGTERM, when the state is saved.
-    ``FloatingPointError``, where too many steps are skipped in a row or a metric of one that was made is not finite,
-    and ``GuardStop`` leave the newest checkpoint of before.
+    ``metadata`` is saved with every checkpoint, and ``on_event`` is called with every event.
+
+    Raises ``Interrupted`` on SIGINT or SIGTERM, when the state is saved. ``FloatingPointError``, where too many steps
+    are skipped in a row or a metric of one that was made is not finite, and ``GuardStop`` leave the newest checkpoint
+    of before.
     """
     saved = Checkpoints(
         folder / "checkpoints",
@@ -49,7 +58,7 @@ def run_loop(
             ) as writer,
             progress(loop.total, loop.title, start=start, enabled=log.progress and is_first()) as bar,
         ):
-            run = Attempt(loop, state, past, folder, metadata, checkpoints, writer)
+            run = Attempt(loop, state, past, folder, metadata, checkpoints, writer, on_event)
             if past:
                 run.know_gates()
             else:

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from jrlhf.config import ConfigError, LoRAConfig
 from jrlhf.core import partition
 from jrlhf.models import ArchConfig, Pretrained, RewardModel, add_adapters, is_trained
+from jrlhf.models.abstract import placed
 from jrlhf.parallel import tree_shardings
 from jrlhf.types import Key, Params
 
@@ -13,15 +14,26 @@ from jrlhf.types import Key, Params
 def trainable(
     model: Pretrained | RewardModel, lora: LoRAConfig, key: Key, *, mesh: Mesh, path: str
 ) -> tuple[Params, Params | None]:
-    """``(trained, frozen)`` of a model: all of it and None, or with ``lora`` fresh adapters (and a head) and the rest.
+    """``(trained, frozen)`` of a model, in arrays or shapes: all of it and None, or fresh adapters (and a head) and the
+    rest.
 
     The frozen part is the model's own arrays, not copies. ``path``: the config's name of ``lora``, for errors.
     """
     if lora.rank == 0:
         return model.params, None
+    if isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct):
+        return partition(_abstract_adapters(model, lora, mesh, path), is_trained)
     params = with_adapters(model.params, model.arch, lora, key, path=path)
     # The new leaves go where the rules say; the old ones are there already, and stay as they are.
     return partition(jax.device_put(params, tree_shardings(params, mesh, model.rules)), is_trained)
+
+
+def _abstract_adapters(model: Pretrained | RewardModel, lora: LoRAConfig, mesh: Mesh, path: str) -> Params:
+    """``with_adapters`` of shapes. The old leaves stay the very same objects, so that a plan counts each once."""
+    shapes = jax.eval_shape(lambda p: with_adapters(p, model.arch, lora, jax.random.key(0), path=path), model.params)
+    new = placed(shapes, tree_shardings(shapes, mesh, model.rules))
+    old = {jax.tree_util.keystr(where): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
+    return jax.tree_util.tree_map_with_path(lambda where, leaf: old.get(jax.tree_util.keystr(where), leaf), new)
 
 
 def with_adapters(params: Params, arch: ArchConfig, lora: LoRAConfig, key: Key, *, path: str) -> Params:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jrlhf.config import PPOConfig
+from jrlhf.config import RolloutConfig
 from jrlhf.core import positions_from_mask
 from jrlhf.models import ArchConfig
 from jrlhf.models.flops import decode_bytes, forward_flops
@@ -46,7 +46,7 @@ def _forward(arch: ArchConfig, mask: AnyMask, logits: Float[Array, ""]) -> Float
 
 
 def rollout_work(
-    ppo: PPOConfig, policy: ArchConfig, value: ArchConfig | None, rewards: Sequence[ArchConfig]
+    section: RolloutConfig, policy: ArchConfig, value: ArchConfig | None, rewards: Sequence[ArchConfig]
 ) -> Callable[[Generation, SFTBatch | None], dict[str, jax.Array]]:
     """Model FLOPs of each phase of a PPO iteration, the bytes that decoding reads, and the tokens of both.
 
@@ -54,9 +54,9 @@ def rollout_work(
     tokens. ``value``: None where it is a head on the policy.
     """
     # Log-probs of the reference, and of the policy if the sampler's own are not taken.
-    readings = 1.0 if ppo.old_logprobs == "sampler" else 2.0
-    updates = ppo.epochs * training_passes(ppo.lora.rank > 0)
-    cached = {"itemsize": jnp.dtype(ppo.model.dtype).itemsize, "kv_cache": ppo.sampling.kv_cache}
+    readings = 1.0 if section.old_logprobs == "sampler" else 2.0
+    updates = section.epochs * training_passes(section.lora.rank > 0)
+    cached = {"itemsize": jnp.dtype(section.model.dtype).itemsize, "kv_cache": section.sampling.kv_cache}
 
     def work(generation: Generation, text: SFTBatch | None) -> dict[str, jax.Array]:
         positions, response = positions_from_mask(generation.mask), generation.response_mask
@@ -70,7 +70,7 @@ def rollout_work(
         # The first answer token comes of the prompt; each later one of feeding the one before it.
         fed = jnp.where(response & jnp.roll(response, -1, axis=1), positions, -1)
         # Each part of a rollout reads the weights anew.
-        steps = jnp.sum(jnp.max(jnp.sum(response, axis=-1).reshape(ppo.rollout_parts, -1), axis=-1) - 1)
+        steps = jnp.sum(jnp.max(jnp.sum(response, axis=-1).reshape(section.rollout_parts, -1), axis=-1) - 1)
         return {
             "flops/rollout": of_policy,
             "flops/scoring": readings * of_policy + of_value + of_rewards,

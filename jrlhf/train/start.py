@@ -1,8 +1,7 @@
 """What every stage does before its loop: mesh, state, jitted step."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,11 @@ import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, ConfigError, ModelConfig
-from jrlhf.data import Tokenizer, tokenizer_files
-from jrlhf.models.hf.folder_files import write_files
-from jrlhf.parallel import ShardingRules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
+from jrlhf.parallel import ShardingRules, make_mesh, replicated, tree_shardings
+from jrlhf.parallel.step import Step, jit_moving
 from jrlhf.train.batches import tree_copy
 from jrlhf.train.state import RunState
 from jrlhf.types import Key, Metrics, Params, TrainState
-
-JittedStep = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -41,33 +37,57 @@ def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
     return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention, "option": f"{key}.path"}
 
 
-def start_training(
-    step: JittedStep,
+class Training(NamedTuple):
+    """What a stage trains, as arrays or as shapes, and the two programs that make its state and move it."""
+
+    trained: Params
+    frozen: Params | None
+    """The parameters that complete the trained ones and never change; None where all are trained."""
+    ema: Params | None
+    """Parameters that an average over updates starts from; None where there is no average."""
+    shardings: Any
+    """Sharding of every leaf of the state."""
+    start: Any
+    """Jitted ``(trained, ema) -> TrainState``, without the frozen part."""
+    update: Any
+    """Jitted ``(state without its frozen part, frozen, batch, key) -> (state, metrics)``, which donates the state."""
+
+    def step(self, state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        """Apply ``update`` to a state with its frozen part."""
+        new, metrics = self.update(state._replace(frozen=None), state.frozen, batch, key)
+        return new._replace(frozen=state.frozen), metrics
+
+
+def build_training(
+    step: Step,
     tx: optax.GradientTransformation,
-    params: Params,
+    trained: Params,
+    frozen: Params | None,
     *,
     mesh: Mesh,
     rules: ShardingRules,
-    seed: int,
-    frozen: Params | None,
     ema: Params | None = None,
-    kl_coef: float = 0.0,
-) -> tuple[RunState, JittedStep]:
-    """The state before the first step, sharded by the same rules as its parameters, and the step jitted for it.
+) -> Training:
+    """Jit the start and the step over the mesh; the state has the shardings of its parameters.
 
-    ``params`` are those that are trained, ``frozen`` completes them: see ``stages.adapters.trainable``.
+    ``trained`` and ``frozen`` are the two parts of ``lora.trainable``, arrays in a run and shapes in a plan.
     """
+    init = first_state(tx)
+    shardings = tree_shardings(jax.eval_shape(init, trained, ema), mesh, rules)
+    start = jax.jit(init, out_shardings=shardings)
+    return Training(trained, frozen, ema, shardings, start, jit_moving(step, mesh=mesh, state_shardings=shardings))
 
-    # Copies: the jitted step donates its state, and the caller keeps the model it loaded.
-    train = init_sharded(first_state(tx), tree_copy(params), tree_copy(ema), mesh=mesh, rules=rules)
-    shardings = tree_shardings(jax.eval_shape(lambda: train), mesh, rules)
+
+def begin(training: Training, *, mesh: Mesh, seed: int, kl_coef: float = 0.0) -> RunState:
+    """Return the state before the first step."""
+    # Copies: the step donates its state, and the caller keeps the model it loaded.
+    train = training.start(tree_copy(training.trained), tree_copy(training.ema))
     # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
     scalars = jax.jit(
         lambda: (jax.random.key(seed), jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh)
     )
-    key, cursor, beta = scalars()
-    moving = RunState(train._replace(frozen=frozen), key, cursor, beta)
-    return moving, jit_step(step, mesh=mesh, state_shardings=shardings)
+    key, cursor, coef = scalars()
+    return RunState(train._replace(frozen=training.frozen), key, cursor, coef)
 
 
 def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | None], TrainState]:
@@ -77,10 +97,3 @@ def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | 
         return TrainState(params, tx.init(params), jnp.int32(0), ema)
 
     return init
-
-
-def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer's own files beside weights, with whatever pad token was chosen."""
-    if is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_files(folder, tokenizer_files(tokenizer))

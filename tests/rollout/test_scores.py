@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jrlhf.plan.ppo import ppo_stage
 
 from jrlhf import assets
 from jrlhf.config import Config, ConfigError, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig, check
@@ -31,7 +32,6 @@ from jrlhf.config.rewards import (
 )
 from jrlhf.data import DataError, load_tokenizer
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
-from jrlhf.plan.ppo import ppo_stage
 from jrlhf.plan.run import planned_site
 from jrlhf.rollout import iteration as ppo_iteration
 from jrlhf.rollout import rules
@@ -126,7 +126,7 @@ def test_a_rule_that_fails_or_hangs_is_named() -> None:
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
-        (RewardsConfig(model_weight=0.0), r"ppo\.rewards\.model_weight: must be above 0, as no rule"),
+        (RewardsConfig(model_weight=0.0), r"ppo\.rewards\.model_weight: must be above 0, because no rule"),
         (RewardsConfig(model_weight=-1.0), r"ppo\.rewards\.model_weight: must be 0"),
         (RewardsConfig(json=JSONRuleConfig(weight=-1.0)), r"ppo\.rewards\.json\.weight: must be 0"),
         (RewardsConfig(timeout=0.0), r"ppo\.rewards\.timeout: must be above 0"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import jrlhf
 from tests.support import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -25,7 +26,7 @@ def test_every_example_has_a_margin():
 def test_it_improves(path: Path) -> None:
     # Without what conftest.py sets: strict promotion and eight devices are ours, not a user's.
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_FLAGS", "JAX_"))}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(jrlhf.__file__).parent.parent)}
     run = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     before, after = map(float, re.findall(r"(\d+\.\d+) -> (\d+\.\d+)$", run.stdout.strip())[0])

@@ -1,0 +1,96 @@
+"""Where the models of an on-policy stage come from: weights in a run, shapes alone in a plan."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jrlhf.config import Config, ModelConfig, PlanConfig
+from jrlhf.data import Tokenizer, load_tokenizer
+from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
+from jrlhf.models.abstract import abstract_reward
+from jrlhf.models.hf.adapter_folder import model_folder
+from jrlhf.models.hf.families import arch_from_hf
+from jrlhf.models.hf.folder import read_config
+from jrlhf.runs.folder import model_source
+from jrlhf.train.programs import Target, planned_model, planned_source
+from jrlhf.train.start import computed
+
+M = TypeVar("M", covariant=True)
+
+
+class SourceOf(Protocol):
+    def __call__(self, path: str, *, key: str, stage: str | None) -> str: ...
+
+
+class ModelOf(Protocol[M]):
+    def __call__(self, source: str, model: ModelConfig, *, key: str, option: str = "") -> M: ...
+
+
+class ModelReader(NamedTuple):
+    """The ways to a stage's models, as functions of the mesh that a run or a plan has chosen."""
+
+    source: SourceOf
+    """The folder or hub id of a model; an empty path names the export of ``stage``."""
+    tokenizer: Callable[[str], Tokenizer]
+    language: ModelOf[Pretrained]
+    reward: ModelOf[RewardModel]
+    blank_value: Callable[[Pretrained], RewardModel]
+    """The policy's decoder with a value head of zeros."""
+
+
+def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
+    """Models with their weights, for a run."""
+
+    def options(model: ModelConfig, key: str, option: str) -> dict[str, Any]:
+        chosen = computed(model, mesh, key=key)
+        return chosen | {"option": option} if option else chosen
+
+    def source(path: str, *, key: str, stage: str | None) -> str:
+        return model_source(config, path, key=key, stage=stage)
+
+    def language(source: str, model: ModelConfig, *, key: str, option: str = "") -> Pretrained:
+        return load_pretrained(source, mesh=mesh, **options(model, key, option))
+
+    def reward(source: str, model: ModelConfig, *, key: str, option: str = "") -> RewardModel:
+        return load_reward_model(source, mesh=mesh, **options(model, key, option))
+
+    def blank_value(policy: Pretrained) -> RewardModel:
+        model = reward_from_pretrained(policy, jax.random.key(0))
+        return replace(model, params=model.params | {"head": jax.tree.map(jnp.zeros_like, model.params["head"])})
+
+    return ModelReader(source, load_tokenizer, language, reward, blank_value)
+
+
+class SizedVocabulary:
+    """Stands for a tokenizer that a plan does not read: two are taken as the same where they have the same size."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def get_vocab(self) -> dict[str, int]:
+        """As many tokens as the model has embeddings."""
+        return {str(token): token for token in range(self._size)}
+
+
+def shape_reader(config: PlanConfig, target: Target) -> ModelReader:
+    """Models of shapes alone, for a plan: of a folder only config.json is read."""
+
+    def source(path: str, *, key: str, stage: str | None) -> str:
+        return planned_source(config, path, key=key, stage=stage)
+
+    def tokenizer(source: str) -> Tokenizer:
+        folder = model_folder(source, weights=False).base
+        return cast(Tokenizer, SizedVocabulary(arch_from_hf(read_config(folder)).vocab_size))
+
+    def language(source: str, model: ModelConfig, *, key: str, option: str = "") -> Pretrained:
+        return planned_model(target, source, model, key=key, kind="language", option=option)
+
+    def reward(source: str, model: ModelConfig, *, key: str, option: str = "") -> RewardModel:
+        of_reward = planned_model(target, source, model, key=key, kind="reward", option=option)
+        return abstract_reward(of_reward, target.mesh)
+
+    return ModelReader(source, tokenizer, language, reward, lambda policy: abstract_reward(policy, target.mesh))

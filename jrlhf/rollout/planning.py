@@ -1,0 +1,108 @@
+"""The programs of a rollout by shapes alone, for ``jrlhf plan``: the very functions that an iteration calls."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrlhf.config import RolloutConfig, SamplingConfig
+from jrlhf.models import ArchConfig, Pretrained
+from jrlhf.models.flops import decode_bytes, forward_flops
+from jrlhf.parallel import batch_sharding
+from jrlhf.rollout.actors import Actors
+from jrlhf.rollout.reward_models import jit_score, padded_width, reward_of
+from jrlhf.rollout.sampling import jit_sampler
+from jrlhf.train.batches import device_multiple
+from jrlhf.train.performance import rollout_work
+from jrlhf.train.programs import Program, Target
+from jrlhf.types import Generation, Params, SFTBatch
+
+
+def sampling_program(
+    name: str,
+    model: Pretrained,
+    params: Params,
+    sampling: SamplingConfig,
+    *,
+    rows: int,
+    prompt: int,
+    target: Target,
+    held: Any,
+) -> Program:
+    """The sampler on prompts of full length, ``prompt`` tokens; its stop tokens are those of config.json."""
+    ends = model.config.get("eos_token_id") or 0
+    stops = tuple(ends) if isinstance(ends, list) else (int(ends),)
+    pad = int(model.config.get("pad_token_id") or 0)
+    sampler = jit_sampler(model.decode_fns, sampling, target.mesh, stop_tokens=stops, pad_token=pad)
+    prompts = target.rows((rows, prompt), jnp.int32), target.rows((rows, prompt), jnp.bool_)
+    args = (params, *prompts, target.whole(lambda: jax.random.key(0)))
+    cache = prompt + sampling.max_new_tokens, model.arch.head_dim
+    return Program(name, sampler, args, (held, args), trips=max(1, sampling.max_new_tokens - 1), cache=cache)
+
+
+def rollout_program(
+    section: RolloutConfig, policy: Pretrained, params: Params, *, episodes: int, target: Target, held: Any
+) -> Program:
+    """The sampler on one part of the prompts; its figures are those of all parts."""
+    part = device_multiple(-(-episodes // section.rollout_parts), target.mesh)
+    prompt = section.prompts.max_length
+    program = sampling_program(
+        "rollout", policy, params, section.sampling, rows=part, prompt=prompt, target=target, held=held
+    )
+    read = section.rollout_parts * decode_read(section, policy.arch, part, target)
+    return program._replace(read=read, trips=section.rollout_parts * program.trips)
+
+
+def generation_shapes(target: Target, rows: int, length: int) -> Generation:
+    """The shapes of the answers of a rollout."""
+    shape = rows, length
+    tokens, mask, response = (target.rows(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.bool_))
+    return Generation(tokens, mask, response, target.rows(shape, jnp.float32), target.rows((rows,), jnp.bool_))
+
+
+def score_program(actors: Actors, target: Target, generation: Generation, *, slices: int, held: Any) -> Program:
+    """The reward model on the answers, in the policy's tokens or, at about as many, in its own."""
+    reward = reward_of(actors)
+    if actors.reward_tokenizer is None:
+        score, texts = jit_score(actors, target.mesh, slices=slices), (generation.tokens, generation.mask)
+    else:
+        score = jax.jit(reward.score, out_shardings=batch_sharding(target.mesh))
+        rows, length = generation.tokens.shape
+        shape = rows, padded_width(length, reward.arch.max_positions)
+        texts = target.rows(shape, jnp.int32), target.rows(shape, jnp.bool_)
+    return Program("scores", score, (reward.params, *texts), alive=(held, generation, texts), trips=slices)
+
+
+def row_work(section: RolloutConfig, actors: Actors, *, text_length: int) -> dict[str, float]:
+    """Model FLOPs of an episode of full length, by program, and of a row of ``text_length`` tokens of text with it."""
+    policy = actors.policy.arch
+    rewards = [model.arch for model in actors.reward_models]
+    prompt, new = section.prompts.max_length, section.sampling.max_new_tokens
+    real, answer = jnp.ones((1, prompt + new), jnp.bool_), jnp.arange(prompt + new)[None] >= prompt
+    marks = jnp.ones((1, max(text_length, 1)), jnp.bool_)
+    text = SFTBatch(marks.astype(jnp.int32), marks, marks) if text_length else None
+    generation = Generation(real.astype(jnp.int32), real, answer, real.astype(jnp.float32), real[:, 0])
+    # Of one episode, in one part. The bytes are not asked for: see ``decode_read``.
+    work = rollout_work(replace(section, rollout_parts=1), policy, actors.value_arch, rewards)(generation, text)
+    scores = sum(float(forward_flops(reward, np.arange(prompt + new), logits=0)) for reward in rewards)
+    return {
+        "rollout": float(work["flops/rollout"]),
+        "scores": scores,
+        "readings": float(work["flops/scoring"]) - scores,
+        "update": float(work["flops/update"]),
+    }
+
+
+def decode_read(section: RolloutConfig, arch: ArchConfig, episodes: int, target: Target) -> float:
+    """Bytes that a device reads for a rollout: all weights but for those of others in ``tensor``, its rows' caches."""
+    tensor = target.mesh.shape["tensor"]
+    first, steps = section.prompts.max_length, section.sampling.max_new_tokens - 1
+    size = partial(
+        decode_bytes, arch, itemsize=jnp.dtype(section.model.dtype).itemsize, kv_cache=section.sampling.kv_cache
+    )
+    weights = size(np.full(1, -1), steps=steps)
+    cached = size(np.arange(first, first + steps), steps=0)
+    return (float(weights) + float(cached) * episodes / target.groups) / tensor

@@ -1,0 +1,25 @@
+"""The table of stages, in the order of a pipeline. A new stage is a line here and a section of ``Config``."""
+
+from jrlhf.config import stage_sections
+from jrlhf.stages.ppo import PPO
+from jrlhf.stages.reward import REWARD
+from jrlhf.stages.sft import SFT
+from jrlhf.stages.stage import Stage
+
+STAGES: tuple[Stage, ...] = (
+    SFT,
+    REWARD,
+    PPO,
+)
+
+assert [stage.name for stage in STAGES] == [*stage_sections()], "the table of stages and the sections of Config differ"
+
+
+def stage_named(name: str) -> Stage:
+    """The stage of that name."""
+    return next(stage for stage in STAGES if stage.name == name)
+
+
+def stages_of_kind(kind: str) -> tuple[str, ...]:
+    """Names of the stages that export a model of this kind, the last one first."""
+    return tuple(stage.name for stage in reversed(STAGES) if stage.kind == kind)
