@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrlhf.models import ArchConfig, Rope, forward_flops, init_params
+from jrlhf.models import ArchConfig, Rope, init_params
+from jrlhf.models.flops import forward_flops
 from jrlhf.models.hf.names import language_model_table
 from jrlhf.models.hf.write import write_folder
-from jrlhf.parallel import Peaks, known_peaks, measured_peaks
+from jrlhf.parallel.devices.peaks import Peaks, known_peaks, measured_peaks
 
 SHAPES = {
     # hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from common import arch_of, arguments, batch_flops, measure, peaks_of, report
 
-from jrlhf.models import decode_bytes, decoder_fns, init_params, int8_cache
+from jrlhf.models import decoder_fns, init_params, int8_cache
+from jrlhf.models.flops import decode_bytes
 from jrlhf.steps import make_generate
 
 

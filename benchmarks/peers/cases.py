@@ -10,7 +10,7 @@ import numpy as np
 from common import SHAPES, arch_of, batch_flops
 from ppo_iteration import iteration_flops
 
-from jrlhf import models
+from jrlhf.models import flops as model_flops
 
 DTYPES = ("float32", "bfloat16")
 
@@ -126,4 +126,4 @@ def decode_bytes(case: Case) -> float:
     rows = zip(told["prompts"], told["lengths"], strict=True)
     fed = np.concatenate([np.arange(prompt, prompt + length - 1) for prompt, length in rows])
     steps, itemsize = max(told["lengths"]) - 1, 4 if case.dtype == "float32" else 2
-    return float(models.decode_bytes(model, fed, steps=steps, itemsize=itemsize, kv_cache="compute"))
+    return float(model_flops.decode_bytes(model, fed, steps=steps, itemsize=itemsize, kv_cache="compute"))

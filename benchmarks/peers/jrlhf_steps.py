@@ -22,7 +22,6 @@ import jrlhf.train.loop as stage_loop
 from jrlhf.config import Config, DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, SamplingConfig
 from jrlhf.core import partition
 from jrlhf.models import (
-    RULES,
     ArchConfig,
     add_adapters,
     decoder_fns,
@@ -33,6 +32,7 @@ from jrlhf.models import (
     reward_params,
     save_reward_model,
 )
+from jrlhf.models.hf.names import RULES
 from jrlhf.parallel import make_mesh, shard_batch
 from jrlhf.runs.metrics import MetricsLog
 from jrlhf.stages.ppo import run_ppo

@@ -135,7 +135,7 @@ jrlhf --version prints the version. Exit codes: 0 done, 1 failure, 2 bad usage o
 
 def ended(code: int) -> int:
     """Return the exit code, after a failed process of several has left without waiting for the others."""
-    parallel = sys.modules.get("jrlhf.parallel")
-    if parallel is not None:
-        parallel.leave_at_once(code)
+    peers = sys.modules.get("jrlhf.parallel.peers")
+    if peers is not None:
+        peers.leave_at_once(code)
     return code

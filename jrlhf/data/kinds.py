@@ -15,7 +15,7 @@ from jrlhf.data.messages import Content, Tools, has_weights
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.recipe import encoder_for
 from jrlhf.data.unread import unread_of
-from jrlhf.models import STOP_TOKEN, Reading
+from jrlhf.models.reading import STOP_TOKEN, Reading
 
 TrainOn = Literal["completion", "assistant", "all"]
 

@@ -21,8 +21,8 @@ from jrlhf.data.sources import Source, open_source
 from jrlhf.data.stamps import SourceRows, stamps
 from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
-from jrlhf.models import STOP_TOKEN, Reading
-from jrlhf.parallel import same_everywhere
+from jrlhf.models.reading import STOP_TOKEN, Reading
+from jrlhf.parallel.hosts import same_everywhere
 
 log = logging.getLogger("jrlhf.data")
 

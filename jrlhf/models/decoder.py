@@ -20,7 +20,7 @@ from jrlhf.models.layers import Block, LayerCache, Norm, Sight
 from jrlhf.models.linear import NORMAL, Linear, matmul_transposed
 from jrlhf.models.rope import rotary_angles
 from jrlhf.models.splash import Segments
-from jrlhf.parallel import spread_rows
+from jrlhf.parallel.mesh import spread_rows
 from jrlhf.types import DecodeFns, TokenMask
 
 

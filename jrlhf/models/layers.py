@@ -19,7 +19,7 @@ from jrlhf.models.cache import Cached, append, attend_cached
 from jrlhf.models.linear import dense
 from jrlhf.models.rope import Angles
 from jrlhf.models.splash import Segments, interpreted, splash_attention
-from jrlhf.parallel import spread_rows
+from jrlhf.parallel.mesh import spread_rows
 
 
 class LayerCache(NamedTuple):

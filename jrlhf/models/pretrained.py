@@ -18,7 +18,7 @@ from jrlhf.models.hf.peft_read import insert_adapter
 from jrlhf.models.hf.read import open_tensors, read_tree
 from jrlhf.models.hf.write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
-from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.parallel import ShardingRules, tree_shardings
 from jrlhf.system.paths import expanded
 from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, LogprobFn, Params, ScoreFn
 
@@ -41,7 +41,7 @@ class Pretrained:
     arch: ArchConfig
     source: Path
     """The folder it was read from."""
-    rules: Rules
+    rules: ShardingRules
     stored: Mapping[str, Stored] = field(repr=False)
     """The file and dtype of every tensor in the source, in which it is written back."""
 

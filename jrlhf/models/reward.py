@@ -26,7 +26,7 @@ from jrlhf.models.hf.write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.models.reading import FIELD, NOTE, STOP_TOKEN, Reading, reading_of
-from jrlhf.parallel import Rules, tree_shardings
+from jrlhf.parallel import ShardingRules, tree_shardings
 from jrlhf.system.paths import expanded
 from jrlhf.types import Key, Params, ScoreFn
 
@@ -41,7 +41,7 @@ class RewardModel:
     config: dict[str, Any]
     arch: ArchConfig
     source: Path
-    rules: Rules
+    rules: ShardingRules
     stored: Mapping[str, Stored] = field(repr=False)
     gain: float = 1.0
     """What the head was multiplied by to normalise it, and then shifted by: a record, already applied."""

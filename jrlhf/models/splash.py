@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jrlhf.models.attention import KEPT
-from jrlhf.parallel import BATCH_AXES
+from jrlhf.parallel.mesh import BATCH_AXES
 
 LANES, LARGEST = 128, 512
 """What a block's length is a multiple of, and its most. Larger ones are read less often, but a square of 512 scores

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.parallel import Topology, array_bytes, bytes_sent
+from jrlhf.parallel.devices.collectives import array_bytes, bytes_sent
+from jrlhf.parallel.devices.topology import Topology
 from jrlhf.train.programs import Program, device_bytes
 
 ACHIEVED = 0.5

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from jrlhf.config import ConfigError, PlanConfig, required_value, stage_sections
-from jrlhf.parallel import make_mesh, parse_topology
+from jrlhf.parallel import make_mesh
+from jrlhf.parallel.devices.topology import parse_topology
 from jrlhf.plan.parts import StageFigures
 from jrlhf.plan.programs import Figures, measured
 from jrlhf.plan.table import print_plan

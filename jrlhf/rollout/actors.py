@@ -9,12 +9,8 @@ from jax.sharding import Mesh
 from jrlhf.config import ConfigError, LoRAConfig, RolloutConfig
 from jrlhf.core import combine, partition
 from jrlhf.data import Tokenizer
-from jrlhf.models import (
-    STOP_TOKEN,
-    ArchConfig,
-    Pretrained,
-    RewardModel,
-)
+from jrlhf.models import ArchConfig, Pretrained, RewardModel
+from jrlhf.models.reading import STOP_TOKEN
 from jrlhf.rollout.models import ModelReader
 from jrlhf.train.lora import trainable
 from jrlhf.train.positions import Positions

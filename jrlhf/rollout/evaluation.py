@@ -13,7 +13,8 @@ from jaxtyping import Float
 from jrlhf.config import CanaryConfig, RolloutConfig
 from jrlhf.core import kl_penalty
 from jrlhf.data import PromptRows
-from jrlhf.parallel import fetch, from_first, is_first
+from jrlhf.parallel import fetch, is_first
+from jrlhf.parallel.hosts import from_first
 from jrlhf.rollout.actors import Actors, learnt_policy, own_tokenizer
 from jrlhf.rollout.diversity import distinct_n, words
 from jrlhf.rollout.iteration import episode_slices, reading_fn

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.config import RolloutConfig, SamplingConfig
-from jrlhf.models import ArchConfig, Pretrained, decode_bytes, forward_flops
+from jrlhf.models import ArchConfig, Pretrained
+from jrlhf.models.flops import decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.reward_models import jit_score, padded_width, reward_of

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jrlhf.config.rewards import RewardsConfig
 from jrlhf.core import masked_mean
 from jrlhf.data import PromptRows, Tokenizer
-from jrlhf.parallel import batch_sharding, fetch, from_first, is_first, shard_batch
+from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
+from jrlhf.parallel.hosts import from_first
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.reward_models import Scorer, make_scorer
 from jrlhf.rollout.rules import Scores, make_rules, start_rules

@@ -12,19 +12,19 @@ from jrlhf.config import LoRAConfig
 from jrlhf.core import combine, partition
 from jrlhf.data import Tokenizer, load_tokenizer, stop_token_ids, tokenizer_files
 from jrlhf.models import (
-    STOP_TOKEN,
     Pretrained,
     RewardModel,
-    WeightDtype,
     is_trained,
     merge_adapters,
-    round_to_stored,
     save_adapter,
     save_pretrained,
     save_reward_model,
 )
 from jrlhf.models.hf.folder import GENERATION_CONFIG
 from jrlhf.models.hf.folder_files import generation_config, stays_inside, write_files
+from jrlhf.models.hf.rounding import round_to_stored
+from jrlhf.models.hf.write import WeightDtype
+from jrlhf.models.reading import STOP_TOKEN
 from jrlhf.parallel import fetch, is_first
 from jrlhf.types import Params
 

@@ -32,7 +32,8 @@ from jrlhf.config.rewards import (
     RewardsConfig,
 )
 from jrlhf.config.watch import SafetyConfig
-from jrlhf.parallel import first_goes_ahead, from_first, is_first, same_everywhere
+from jrlhf.parallel import is_first
+from jrlhf.parallel.hosts import first_goes_ahead, from_first, same_everywhere
 from jrlhf.runs.lock import run_lock
 from jrlhf.system.lines import json_text, write_text
 

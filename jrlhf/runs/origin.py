@@ -5,15 +5,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jrlhf.data import stamps
-from jrlhf.models import (
-    base_folder,
-    base_of,
-    file_digest,
-    find_folder,
-    is_adapter_folder,
-    model_file_digest,
-    model_files,
-)
+from jrlhf.models.hf.adapter_folder import base_folder, base_of, is_adapter_folder
+from jrlhf.models.hf.digests import file_digest, model_file_digest, model_files
+from jrlhf.models.hf.folder import find_folder
 from jrlhf.runs.inputs import SAFETY, Rows
 
 Kind = Literal["weights", "config", "tokenizer", "rows", "file"]

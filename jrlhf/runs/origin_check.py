@@ -9,7 +9,8 @@ from typing import Any
 
 from jrlhf.config import ConfigError
 from jrlhf.data import DataError, open_source, stamp, stamps
-from jrlhf.parallel import from_first, is_first
+from jrlhf.parallel import is_first
+from jrlhf.parallel.hosts import from_first
 from jrlhf.runs.checkpoints import NOTES
 from jrlhf.runs.folder import has_begun, read_summary, write_json
 from jrlhf.runs.inputs import RowsInput, StageInputs

@@ -12,7 +12,8 @@ import jax
 from jrlhf import __version__
 from jrlhf.config import Config, ConfigError, required_value, stage_section, stage_sections
 from jrlhf.config.gates import GatesFailed
-from jrlhf.parallel import first_goes_ahead, is_first
+from jrlhf.parallel import is_first
+from jrlhf.parallel.hosts import first_goes_ahead
 from jrlhf.report import write_report
 from jrlhf.runs.folder import refuse_links_out, write_json
 from jrlhf.runs.trackers import make_trackers

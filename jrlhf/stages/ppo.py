@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, PlanConfig, PPOConfig
 from jrlhf.core import combine
 from jrlhf.data import SFTRows, load_sft
-from jrlhf.parallel import device_peaks
+from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.parallel.step import Step
 from jrlhf.report.charts import PROXY_AND_GOLD
 from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_actors, value_of

@@ -23,9 +23,12 @@ from jrlhf.data import (
     load_texts,
     pack_rankings,
 )
-from jrlhf.models import STOP_TOKEN, RewardModel, load_reward_start, normalise_reward
+from jrlhf.models import RewardModel
 from jrlhf.models.abstract import abstract_reward
-from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
+from jrlhf.models.reading import STOP_TOKEN
+from jrlhf.models.reward import load_reward_start, normalise_reward
+from jrlhf.parallel import fetch, is_first, shard_batch
+from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source, stage_folder, write_json

@@ -14,7 +14,8 @@ from jrlhf.config import Config, PlanConfig, SFTConfig
 from jrlhf.core import combine
 from jrlhf.data import Order, PromptRows, SFTRows, load_prompts, load_sft, pack_sft
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
-from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
+from jrlhf.parallel import fetch, is_first, shard_batch
+from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.rollout.planning import sampling_program
 from jrlhf.rollout.safety import load_safety_prompts, make_safety
 from jrlhf.rollout.sampling import GenerateFn, answers, jit_generate

@@ -11,7 +11,9 @@ import numpy as np
 from jrlhf.config import CanaryConfig, ConfigError
 from jrlhf.config.gates import all_pass, unknown_metrics
 from jrlhf.config.watch import GuardsConfig
-from jrlhf.parallel import Compilations, from_first, is_first
+from jrlhf.parallel import is_first
+from jrlhf.parallel.compilation import Compilations
+from jrlhf.parallel.hosts import from_first
 from jrlhf.runs.checkpoints import BestMode, Checkpoints
 from jrlhf.runs.metrics import MetricsLog
 from jrlhf.train.canary import Canary

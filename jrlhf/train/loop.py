@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from jrlhf.config import CheckpointConfig, LogConfig
-from jrlhf.parallel import AnyProcess, counted_compilations, first_goes_ahead, from_first, is_first
+from jrlhf.parallel import is_first
+from jrlhf.parallel.compilation import counted_compilations
+from jrlhf.parallel.hosts import AnyProcess, first_goes_ahead, from_first
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.metrics import MetricsLog, progress
 from jrlhf.runs.trackers import Tracker, TrackerThread, make_trackers

@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.config import RolloutConfig
 from jrlhf.core import positions_from_mask
-from jrlhf.models import ArchConfig, decode_bytes, forward_flops
-from jrlhf.parallel import Peaks
+from jrlhf.models import ArchConfig
+from jrlhf.models.flops import decode_bytes, forward_flops
+from jrlhf.parallel.devices.peaks import Peaks
 from jrlhf.steps import trained_tokens
 from jrlhf.train.window import Rate
 from jrlhf.types import Generation, SFTBatch

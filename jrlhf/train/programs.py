@@ -12,7 +12,8 @@ from jrlhf.config import ModelConfig, PlanConfig, stage_section, stage_sections
 from jrlhf.models import Pretrained
 from jrlhf.models.abstract import abstract_pretrained, placed
 from jrlhf.models.hf.adapter_folder import ModelKind
-from jrlhf.parallel import Topology, batch_sharding, replicated
+from jrlhf.parallel import batch_sharding, replicated
+from jrlhf.parallel.devices.topology import Topology
 from jrlhf.runs.folder import model_source
 from jrlhf.train.start import Training, computed
 from jrlhf.types import SFTBatch, TrainState

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, ConfigError, ModelConfig
-from jrlhf.parallel import Rules, make_mesh, replicated, tree_shardings
+from jrlhf.parallel import ShardingRules, make_mesh, replicated, tree_shardings
 from jrlhf.parallel.step import Step, jit_moving
 from jrlhf.train.batches import tree_copy
 from jrlhf.train.state import RunState
@@ -65,7 +65,7 @@ def build_training(
     frozen: Params | None,
     *,
     mesh: Mesh,
-    rules: Rules,
+    rules: ShardingRules,
     ema: Params | None = None,
 ) -> Training:
     """Jit the start and the step over the mesh; the state has the shardings of its parameters.

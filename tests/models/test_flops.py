@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.models import ArchConfig, CacheKind, abstract_params, decode_bytes, decoder_fns, forward_flops
-from jrlhf.models.functions import init_params
+from jrlhf.models import ArchConfig, decoder_fns
+from jrlhf.models.cache import CacheKind
+from jrlhf.models.flops import decode_bytes, forward_flops
+from jrlhf.models.functions import abstract_params, init_params
 
 LOCAL = {"window": 3, "local_layers": (True, False, True)}
 GPT2 = {"gated_mlp": False, "norm": "layer", "rope": None}

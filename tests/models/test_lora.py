@@ -13,15 +13,15 @@ from safetensors.numpy import load_file, save_file
 from jrlhf.core import combine, partition
 from jrlhf.models import (
     add_adapters,
-    insert_adapter,
     is_trained,
     load_pretrained,
     load_reward_model,
     merge_adapters,
-    normalise_reward,
     reward_from_pretrained,
     save_adapter,
 )
+from jrlhf.models.hf.peft_read import insert_adapter
+from jrlhf.models.reward import normalise_reward
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.steps import make_reward_step, make_sft_step
 from jrlhf.types import RankingBatch, SFTBatch, TrainState

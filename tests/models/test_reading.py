@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 
 from jrlhf.models import (
-    STOP_TOKEN,
-    Reading,
     add_adapters,
     load_pretrained,
     load_reward_model,
-    normalise_reward,
-    reading_of,
     reward_from_pretrained,
     save_adapter,
     save_reward_model,
 )
+from jrlhf.models.reading import STOP_TOKEN, Reading, reading_of
+from jrlhf.models.reward import normalise_reward
 from tests.support.checkpoints import SIZES, write_checkpoint
 
 LLAMA = SIZES | {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": True}

@@ -11,9 +11,10 @@ import pytest
 
 from jrlhf.core import positions_from_mask
 from jrlhf.core.masks import real_tokens
-from jrlhf.models import RULES, decoder_fns, init_params
+from jrlhf.models import decoder_fns, init_params
 from jrlhf.models import splash as splash_module
 from jrlhf.models.attention import attention_mask, causal_attend
+from jrlhf.models.hf.names import RULES
 from jrlhf.models.splash import Segments, interpreted, splash_attention
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jrlhf.parallel import counted_compilations
+from jrlhf.parallel.compilation import counted_compilations
 
 
 def test_a_program_counts_once_a_shape() -> None:

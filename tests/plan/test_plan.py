@@ -9,6 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import pytest
+from jrlhf.plan.ppo import ppo_stage
+from jrlhf.plan.reward import reward_stage
+from jrlhf.plan.sft import sft_stage
 
 from jrlhf import assets
 from jrlhf.config import (
@@ -23,16 +26,14 @@ from jrlhf.config import (
     SamplingConfig,
     SFTConfig,
 )
-from jrlhf.models import CacheKind, load_pretrained, reward_from_pretrained
-from jrlhf.parallel import Topology, parse_topology
+from jrlhf.models import load_pretrained, reward_from_pretrained
+from jrlhf.models.cache import CacheKind
+from jrlhf.parallel.devices.topology import Topology, parse_topology
 from jrlhf.plan import run as plan_run
 from jrlhf.plan import run_plan
 from jrlhf.plan.parts import Site, Sized, planned_model
-from jrlhf.plan.ppo import ppo_stage
 from jrlhf.plan.programs import Figures, cache_bytes, compiled, device_bytes, measured
-from jrlhf.plan.reward import reward_stage
 from jrlhf.plan.run import KEPT_BACK, StageFigures, fitting_rows, plan_stage, planned_site
-from jrlhf.plan.sft import sft_stage
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.train.start import start_training

@@ -13,7 +13,8 @@ from jrlhf import assets
 from jrlhf.config import ModelConfig, SamplingConfig
 from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.config.tools import GenerateConfig
-from jrlhf.models import CacheKind, load_pretrained
+from jrlhf.models import load_pretrained
+from jrlhf.models.cache import CacheKind
 from jrlhf.parallel import make_mesh, shard_batch
 from jrlhf.rollout import sampling
 from jrlhf.rollout.sampling import drawn_together, jit_sampler

@@ -20,13 +20,13 @@ from jrlhf.config.tools import ExportConfig, GenerateConfig, ScoreConfig
 from jrlhf.data import load_sft, load_tokenizer, stop_token_ids
 from jrlhf.models import (
     add_adapters,
-    generation_eos,
     load_pretrained,
     reward_from_pretrained,
     save_adapter,
     save_pretrained,
     save_reward_model,
 )
+from jrlhf.models.hf.generation import generation_eos
 from jrlhf.runs.checkpoints import FORMAT, Checkpoints
 from jrlhf.runs.manifest import write_manifest
 from jrlhf.tools.export import run_export

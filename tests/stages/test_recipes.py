@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from jrlhf.config import Config, load_config
-from jrlhf.models import ArchConfig, Rope, abstract_params, abstract_reward_params, decoder_fns
+from jrlhf.models import ArchConfig, Rope, decoder_fns
+from jrlhf.models.functions import abstract_params, abstract_reward_params
 from jrlhf.models.hf.names import RULES
 from jrlhf.parallel import make_mesh, tree_shardings
 from jrlhf.rollout.actors import Actors

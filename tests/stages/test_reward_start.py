@@ -7,21 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jrlhf.plan.reward import reward_stage
 
 from jrlhf import assets
 from jrlhf.cli import main
 from jrlhf.config import Config, LoRAConfig, ModelConfig, PlanConfig
 from jrlhf.config.tools import ExportConfig
 from jrlhf.data import load_tokenizer
-from jrlhf.models import (
-    RewardModel,
-    load_pretrained,
-    load_reward_model,
-    normalise_reward,
-    reward_from_pretrained,
-    save_reward_model,
-)
-from jrlhf.plan.reward import reward_stage
+from jrlhf.models import RewardModel, load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model
+from jrlhf.models.reward import normalise_reward
 from jrlhf.plan.run import planned_site
 from jrlhf.stages.reward import run_reward
 from jrlhf.tools.export import run_export

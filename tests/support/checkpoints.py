@@ -8,7 +8,8 @@ from zlib import crc32
 import numpy as np
 from safetensors.numpy import save_file
 
-from jrlhf.models import abstract_params, abstract_reward_params, arch_from_hf
+from jrlhf.models import arch_from_hf
+from jrlhf.models.functions import abstract_params, abstract_reward_params
 from jrlhf.models.hf.families import is_sequence_classification
 from jrlhf.models.hf.folder import WEIGHTS, leaf_at, names_of
 from jrlhf.models.hf.names import language_model_table, reward_model_table

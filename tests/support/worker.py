@@ -16,17 +16,8 @@ from jrlhf.config import DistributedConfig, OptimConfig
 from jrlhf.data import Order
 from jrlhf.data.order import Part
 from jrlhf.models import load_pretrained
-from jrlhf.parallel import (
-    AnyProcess,
-    fetch,
-    first_goes_ahead,
-    from_first,
-    is_first,
-    joined,
-    make_mesh,
-    same_everywhere,
-    shard_batch,
-)
+from jrlhf.parallel import fetch, is_first, joined, make_mesh, shard_batch
+from jrlhf.parallel.hosts import AnyProcess, first_goes_ahead, from_first, same_everywhere
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.steps import make_sft_step
 from jrlhf.system.interrupts import end_at_once

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from jrlhf.config import LoRAConfig, ModelConfig, PPOConfig, SamplingConfig
-from jrlhf.models import ArchConfig, CacheKind, Rope, forward_flops
-from jrlhf.parallel import Peaks
+from jrlhf.models import ArchConfig, Rope
+from jrlhf.models.cache import CacheKind
+from jrlhf.models.flops import forward_flops
+from jrlhf.parallel.devices.peaks import Peaks
 from jrlhf.train.performance import phase_rates, rates, rollout_work, training_flops
 from jrlhf.train.window import Rate, Window
 from jrlhf.types import Generation, SFTBatch

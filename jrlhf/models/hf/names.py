@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 from jax.sharding import PartitionSpec as P
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.parallel import Rules
+from jrlhf.parallel import ShardingRules
 
-RULES: Rules = (
+RULES: ShardingRules = (
     (r"(^|/)embed$", P("tensor", "fsdp")),
     (r"(^|/)position_embed$", P(None, "fsdp")),
     (r"/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),

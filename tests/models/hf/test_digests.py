@@ -9,8 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
-from jrlhf.models import model_file_digest, model_files
-from jrlhf.models.hf.digests import BLOCK, WHOLE, config_digest, weights_digest
+from jrlhf.models.hf.digests import BLOCK, WHOLE, config_digest, model_file_digest, model_files, weights_digest
 
 MIB = 2**20
 

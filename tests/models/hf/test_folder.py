@@ -15,16 +15,15 @@ from jrlhf.models import (
     init_params,
     load_pretrained,
     load_reward_model,
-    load_reward_start,
-    model_folder,
-    normalise_reward,
     reward_from_pretrained,
     save_pretrained,
     save_reward_model,
 )
+from jrlhf.models.hf.adapter_folder import model_folder
 from jrlhf.models.hf.folder_files import copy_files
 from jrlhf.models.hf.names import language_model_table
 from jrlhf.models.hf.write import write_folder
+from jrlhf.models.reward import load_reward_start, normalise_reward
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
 
 CONFIG = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jrlhf.models import generation_eos
+from jrlhf.models.hf.generation import generation_eos
 
 
 def folder_with(folder: Path, eos: object, *, vocab_size: int = 10) -> Path:

@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 
 from jrlhf.core import at_last_token
-from jrlhf.models import (
-    load_pretrained,
-    load_reward_model,
-    normalise_reward,
-    reward_from_pretrained,
-    save_pretrained,
-    save_reward_model,
-)
+from jrlhf.models import load_pretrained, load_reward_model, reward_from_pretrained, save_pretrained, save_reward_model
+from jrlhf.models.reward import normalise_reward
 from tests.support.checkpoints import CONFIGS, VARIANTS, write_named
 from tests.support.checkpoints import write_checkpoint as checkpoint_of
 

@@ -16,12 +16,12 @@ from jrlhf.models import (
     add_adapters,
     load_pretrained,
     load_reward_model,
-    normalise_reward,
     reward_from_pretrained,
     save_adapter,
     save_reward_model,
 )
 from jrlhf.models.hf.peft_read import FIELDS_READ, FIELDS_WITHOUT_EFFECT
+from jrlhf.models.reward import normalise_reward
 from tests.support.checkpoints import CONFIGS, write_checkpoint, write_named
 
 # peft asks transformers for an attribute under its old name.

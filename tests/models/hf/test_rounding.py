@@ -16,13 +16,13 @@ from jrlhf.models import (
     load_reward_model,
     merge_adapters,
     reward_from_pretrained,
-    round_to_stored,
     save_pretrained,
     save_reward_model,
 )
 from jrlhf.models.hf.folder import Stored
 from jrlhf.models.hf.folder_files import appear, generation_config, read_files, write_files
 from jrlhf.models.hf.names import language_model_table
+from jrlhf.models.hf.rounding import round_to_stored
 from jrlhf.models.hf.write import write_folder
 from tests.models.hf.test_folder import CONFIG
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jrlhf.parallel import bytes_sent, make_mesh
-from jrlhf.parallel.devices.collectives import array_bytes, replica_group
+from jrlhf.parallel import make_mesh
+from jrlhf.parallel.devices.collectives import array_bytes, bytes_sent, replica_group
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

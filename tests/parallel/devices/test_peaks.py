@@ -2,8 +2,7 @@
 
 import pytest
 
-from jrlhf.parallel import device_peaks
-from jrlhf.parallel.devices.peaks import known_peaks
+from jrlhf.parallel.devices.peaks import device_peaks, known_peaks
 
 
 @pytest.mark.parametrize(

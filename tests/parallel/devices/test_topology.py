@@ -5,8 +5,8 @@ import math
 import jax
 import pytest
 
-from jrlhf.parallel import parse_topology
 from jrlhf.parallel.devices.peaks import KNOWN
+from jrlhf.parallel.devices.topology import parse_topology
 
 
 @pytest.mark.parametrize(
