@@ -10,10 +10,7 @@ from jrlhf.config import Config, ConfigError, load_config, stage_section, to_yam
 from jrlhf.config.tools import ExportConfig
 from jrlhf.core import combine
 from jrlhf.data import load_tokenizer
-from jrlhf.models import Pretrained
-from jrlhf.models import RewardModel
-from jrlhf.models import load_pretrained
-from jrlhf.models import load_reward_model
+from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model
 from jrlhf.models.hf.folder_files import copy_files
 from jrlhf.models.hf.write import WeightDtype
 from jrlhf.parallel import make_mesh

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from jrlhf.plan.ppo import ppo_stage
 
 from jrlhf.config import Config, DataConfig, LoRAConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
 from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.plan.ppo import ppo_stage
 from jrlhf.plan.programs import device_bytes
 from jrlhf.plan.run import planned_site
 from jrlhf.runs.metrics import read_metrics
