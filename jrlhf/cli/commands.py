@@ -21,7 +21,7 @@ from jrlhf.config.tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.runs.lock import RunLocked
+from jrlhf.system.errors import USAGE_ERRORS
 from jrlhf.system.interrupts import Interrupted, raised
 from jrlhf.system.terminal import complain
 
@@ -69,7 +69,7 @@ def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
-        usage = is_usage_error(error)
+        usage = isinstance(error, USAGE_ERRORS)
         if os.environ.get("JRLHF_DEBUG", "0") != "0":
             traceback.print_exc()
         elif usage:
@@ -184,21 +184,6 @@ def run_joined(command: str, config: Config) -> None:
 def require(value: Sources, path: str) -> None:
     if not value:
         raise ConfigError(f"{path}: is empty; set it in the YAML (--config) or with --{path}")
-
-
-def is_usage_error(error: Exception) -> bool:
-    """Whether the user can put it right: a ValueError that jrlhf itself raises, a missing file, a run in use.
-
-    A ValueError from inside a library, or from an array operation, is a failure of the program instead.
-    """
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | ConfigError | RunLocked):
-        return True
-    frames = [*traceback.walk_tb(error.__traceback__)]
-    if not isinstance(error, ValueError) or not frames:
-        return False
-    own = str(frames[-1][0].f_globals.get("__name__", "")).startswith("jrlhf.")
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return own and line.startswith("raise")
 
 
 def message_of(error: Exception) -> str:

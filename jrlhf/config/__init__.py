@@ -1,6 +1,7 @@
 """The schema of a run, its checks, and its YAML. Imports no JAX."""
 
-from jrlhf.config.check import ConfigError, check
+from jrlhf.config.check import check
+from jrlhf.config.errors import ConfigError
 from jrlhf.config.files import load_config, to_yaml
 from jrlhf.config.schema import (
     CanaryConfig,

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 from urllib.parse import unquote
 
+from jrlhf.config.errors import LOGIN, ConfigError
 from jrlhf.config.gates import FORM, is_gate
 from jrlhf.config.rewards_check import rewards_rules
 from jrlhf.config.schema import (
@@ -37,20 +38,6 @@ from jrlhf.config.watch_check import canary_rules, guards_rules, safety_rules
 
 Rule = tuple[bool, str, Any, str]
 """Whether it holds, the field's name, its value, and what the value must be."""
-
-
-LOGIN = re.compile(r"(?<=://)[^/\s]*@")
-"""The user and password of a URL."""
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run. Each line of the message begins with the place and path of one mistake.
-
-    The user and password of a URL are left out of it.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(LOGIN.sub("***@", message))
 
 
 def check(config: Any) -> None:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import yaml
 
-from jrlhf.config.check import ConfigError, check, leaves
+from jrlhf.config.check import check, leaves
+from jrlhf.config.errors import ConfigError
 from jrlhf.config.schema import Config, Sources
 from jrlhf.config.yaml_merge import MergeError, merged_pairs
 from jrlhf.system.paths import expanded, expanded_value

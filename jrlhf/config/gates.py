@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jrlhf.system.errors import UsageError
+
 HOLDS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _GATE = re.compile(r"\s*(?P<metric>[\w/.-]+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>[-+.\deE]+)\s*")
 FORM = "a metric, one of < <= >= >, and a number, as 'accuracy >= 0.6'"
@@ -36,14 +38,14 @@ class GatesFailed(RuntimeError):
 
 
 def parse_gate(text: str) -> Gate:
-    """``"accuracy >= 0.6"``; ValueError for anything else."""
+    """``"accuracy >= 0.6"``; UsageError for anything else."""
     match = _GATE.fullmatch(text)
     try:
         bound = math.nan if match is None else float(match["bound"])
     except ValueError:
         bound = math.nan
     if match is None or not math.isfinite(bound):
-        raise ValueError(f"{text!r} is no gate: {FORM}")
+        raise UsageError(f"{text!r} is no gate: {FORM}")
     return Gate(match["metric"], match["sign"], bound)
 
 

@@ -11,6 +11,7 @@ from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
 from jrlhf.models.unembedding import hidden_logprobs
+from jrlhf.system.errors import UsageError
 from jrlhf.types import (
     ActorCriticFn,
     ApplyFn,
@@ -54,14 +55,14 @@ def decoder_fns(
 
     The backward pass computes again what is not a product with a weight, with ``remat`` whole layers.
     ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds on a device. Both change memory, not results.
-    ``attention``: "cudnn" wants a GPU and bfloat16; ValueError where the architecture's attention has a soft cap.
+    ``attention``: "cudnn" wants a GPU and bfloat16; UsageError where the architecture's attention has a soft cap.
     "splash" wants a TPU, elsewhere it is interpreted, far too slowly but for tests; a window counts places, so tokens
     of a sequence must stand in one piece.
     ``mesh``: rows stay spread over it, whatever the parameters' shardings would suggest.
     """
     dtype = jnp.dtype(dtype)
     if attention == "cudnn" and arch.attention_softcap is not None:
-        raise ValueError(f"attention: {attention!r} knows no soft cap, which this architecture has")
+        raise UsageError(f"attention: {attention!r} knows no soft cap, which this architecture has")
     module = Decoder(arch, dtype, remat, attention, mesh)
     devices = 1 if mesh is None else mesh.size
 

@@ -20,6 +20,7 @@ from jrlhf.models import (
     reward_from_pretrained,
 )
 from jrlhf.runs.folder import model_source
+from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.positions import Positions
 from jrlhf.train.start import computed
@@ -134,14 +135,14 @@ def _judge(config: Config, path: str, policy: Pretrained, tokenizer: Any, mesh: 
 
 def blank_value(policy: Pretrained, *, shared: bool) -> RewardModel:
     """The policy's decoder, and a head that calls every prefix worth 0; or, ``shared``, the head alone."""
-    model = reward_from_pretrained(policy, jax.random.key(0))
+    model = reward_from_pretrained(policy, stream_key(0, "ppo", "init"))
     head = {"head": jax.tree.map(jnp.zeros_like, model.params["head"])}
     return replace(model, params=head if shared else model.params | head)
 
 
 def trainable_actors(config: Config, actors: Actors, mesh: Mesh) -> tuple[PPOParams, PPOParams | None]:
     """What is trained, and with LoRA the frozen bases: the very arrays of the models they start from."""
-    keys, lora = jax.random.split(jax.random.key(config.seed)), config.ppo.lora
+    keys, lora = jax.random.split(stream_key(config.seed, "ppo", "lora")), config.ppo.lora
     policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path="ppo.lora")
     if actors.shared:
         value, value_base = partition(actors.value.params, lambda path: True)

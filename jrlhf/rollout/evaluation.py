@@ -26,6 +26,7 @@ from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source
 from jrlhf.system.lines import json_line, read_json_lines, write_text
 from jrlhf.train.batches import device_multiple
+from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
 from jrlhf.train.start import computed
 from jrlhf.train.state import RunState
@@ -53,7 +54,7 @@ def make_evaluator(
     score = make_rewards(config, actors, mesh, slices=slices)
     logprob_fn = reading_fn(actors, actors.policy.logprob_fn, slices=slices)
     judge = _judge_scorer(config, actors, prompts, mesh, slices=slices) if judged(ppo.canary) else None
-    key = jax.random.key(config.seed)
+    key = stream_key(config.seed, "ppo", "eval")
     exported = exported_form(actors.policy, ppo.export_dtype)
 
     @jax.jit

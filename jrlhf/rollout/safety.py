@@ -14,7 +14,7 @@ from jrlhf.rollout.sampling import GenerateFn, answers
 from jrlhf.rules import REFUSALS, refuses, yes_or_no
 from jrlhf.system.lines import json_line, write_text
 from jrlhf.train.positions import Positions
-from jrlhf.types import Params
+from jrlhf.types import Key, Params
 
 Rates = dict[str, float]
 
@@ -33,6 +33,7 @@ def make_safety(
     folder: Path,
     mesh: Mesh,
     *,
+    key: Key,
     batch_size: int,
     positions: Positions,
 ) -> Callable[[Params, int], Rates]:
@@ -49,7 +50,7 @@ def make_safety(
     patterns = [regex.compile(pattern) for pattern in safety.patterns or REFUSALS]
 
     def evaluate(params: Params, number: int) -> Rates:
-        at = {"samples": 1, "seed": config.seed, "mesh": mesh, "batch_size": batch_size, "show_progress": False}
+        at = {"samples": 1, "key": key, "mesh": mesh, "batch_size": batch_size, "show_progress": False}
         drawn = [answer for (answer,) in answers(generate, params, prompts, tokenizer, **at)]
         refused = [refuses(answer, patterns, timeout=safety.match_timeout) for answer in drawn]
         if is_first():

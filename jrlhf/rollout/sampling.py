@@ -94,7 +94,7 @@ def answers(
     tokenizer: Any,
     *,
     samples: int,
-    seed: int,
+    key: Key,
     mesh: Mesh,
     batch_size: int,
     show_progress: bool,
@@ -112,8 +112,8 @@ def answers(
         total, "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True
     ) as bar:
         for draw in range(samples // together):
-            key = jax.random.fold_in(jax.random.key(seed), draw)
-            batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)
+            at = {"key": jax.random.fold_in(key, draw), "mesh": mesh, "batch_size": batch_size, "limit": 0}
+            batches = generate_all(generate, params, prompts, **at)
             for indices, real, generation in batches:
                 texts = [answer for _, answer in texts_of(tokenizer, generation)]
                 for row, (index, keep) in enumerate(zip(indices, real, strict=True)):

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from jrlhf.rules.episode import Episode
+from jrlhf.system.errors import UsageError
 
 LARGEST_REPLY = 2**24
 """Bytes of a server's answer that are read; a longer one is a failure."""
@@ -23,18 +24,18 @@ LONGEST_PAUSE = 8.0
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """``my_module:reward``, also of a module in the current folder. ValueError where it cannot be had."""
+    """``my_module:reward``, also of a module in the current folder. UsageError where it cannot be had."""
     module, _, name = path.partition(":")
     try:
         with _current_folder_first():
             function = vars(import_module(module))[name]
     except KeyError as error:
-        raise ValueError(f"{path}: the module has no {name}") from error
+        raise UsageError(f"{path}: the module has no {name}") from error
     except Exception as error:
         # Whatever a user's module does wrong when it is imported.
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise ValueError(f"{path}: is no function but {type(function).__name__}")
+        raise UsageError(f"{path}: is no function but {type(function).__name__}")
     return function
 
 

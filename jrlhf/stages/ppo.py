@@ -18,6 +18,7 @@ from jrlhf.runs.folder import open_stage, pass_gates, write_json
 from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.inputs import PPOInputs
 from jrlhf.steps import make_ppo_step
+from jrlhf.train.keys import stream_key
 from jrlhf.train.loop import Loop, run_loop
 from jrlhf.train.optim import make_actor_critic_optimizer
 from jrlhf.train.performance import phase_rates, rates
@@ -62,6 +63,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             mesh=mesh,
             rules=actors.policy.rules,
             seed=config.seed,
+            stage="ppo",
             frozen=frozen,
             ema=trained.policy if ppo.ema_decay else None,
             kl_coef=ppo.kl.coef,
@@ -77,6 +79,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             actors.tokenizer,
             folder,
             mesh,
+            key=stream_key(config.seed, "ppo", "safety"),
             batch_size=ppo.episodes,
             positions=actors.positions(ppo)[0],
         )

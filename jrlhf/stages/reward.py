@@ -40,7 +40,9 @@ from jrlhf.stages.reward_figures import (
     reliability_curve,
 )
 from jrlhf.steps import make_reward_step, score_completions
+from jrlhf.system.errors import UsageError
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.keys import stream_key
 from jrlhf.train.loop import Loop, run_loop
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
@@ -68,7 +70,7 @@ def run_reward(config: Config) -> dict[str, Any]:
         texts_source, texts = inputs.texts_source, inputs.texts
         origin = check_origin(inputs, folder)
         how = computed(reward.model, mesh, key="reward.model")
-        model = load_reward_start(source, jax.random.key(config.seed), mesh=mesh, **how)
+        model = load_reward_start(source, stream_key(config.seed, "reward", "init"), mesh=mesh, **how)
         positions = Positions(model.arch, "reward.data.max_length")
         normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {texts_source})"
         positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})
@@ -80,8 +82,12 @@ def run_reward(config: Config) -> dict[str, Any]:
         platform, tokens = mesh.devices.flat[0].platform, float(reward.pack_length or rows.most * rows.lengths.mean())
         slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
         step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
-        trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
-        state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
+        trained, frozen = trainable(
+            model, reward.lora, stream_key(config.seed, "reward", "lora"), mesh=mesh, path="reward.lora"
+        )
+        state, update = start_training(
+            step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, stage="reward", frozen=frozen
+        )
 
         flops = training_flops(model.arch, frozen=frozen is not None)
 
@@ -221,5 +227,5 @@ def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source
     scores = score_texts(model, texts, mesh=mesh, batch_size=batch_size, show_progress=show_progress)
     spread = float(scores.std())
     if not spread > 0:
-        raise ValueError(f"reward.normalise: all {len(scores)} texts of {source} have the same score")
+        raise UsageError(f"reward.normalise: all {len(scores)} texts of {source} have the same score")
     return normalise_reward(model, gain=1.0 / spread, bias=-float(scores.mean()) / spread)

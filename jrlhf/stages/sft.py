@@ -23,6 +23,7 @@ from jrlhf.stages.inputs import SFTInputs
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.system.lines import json_line, write_text
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.keys import stream_key
 from jrlhf.train.loop import Loop, run_loop
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
@@ -31,7 +32,7 @@ from jrlhf.train.positions import Positions
 from jrlhf.train.start import computed, mesh_of, start_training
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
-from jrlhf.types import Params, SFTBatch
+from jrlhf.types import Key, Params, SFTBatch
 
 
 def run_sft(config: Config) -> dict[str, Any]:
@@ -65,8 +66,10 @@ def run_sft(config: Config) -> dict[str, Any]:
         tokens = float(batches.lengths.mean())
         slices = reading_slices(share, microbatch=sft.microbatch, tokens=tokens, platform=platform)
         step = make_sft_step(model.logprob_fn, tx, accumulation=slices, selective=True)
-        trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
-        state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
+        trained, frozen = trainable(model, sft.lora, stream_key(config.seed, "sft", "lora"), mesh=mesh, path="sft.lora")
+        state, update = start_training(
+            step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, stage="sft", frozen=frozen
+        )
 
         flops = training_flops(model.arch, frozen=frozen is not None)
 
@@ -79,7 +82,9 @@ def run_sft(config: Config) -> dict[str, Any]:
             return state._replace(train=train, cursor=state.cursor + 1), metrics
 
         generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
-        samples = _sample_writer(sft, generate, tokenizer, shown, folder, mesh=mesh, seed=config.seed)
+        samples = _sample_writer(
+            sft, generate, tokenizer, shown, folder, mesh=mesh, key=stream_key(config.seed, "sft", "samples")
+        )
         score = _evaluator(sft, model, heldout, mesh)
         safety = make_safety(
             config,
@@ -88,6 +93,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             tokenizer,
             folder,
             mesh,
+            key=stream_key(config.seed, "sft", "safety"),
             batch_size=sft.batch_size,
             positions=answering,
         )
@@ -175,7 +181,7 @@ def _sample_writer(
     folder: Path,
     *,
     mesh: Mesh,
-    seed: int,
+    key: Key,
 ) -> Callable[[Params, int], None]:
     """Appends answers to the prompts of the first held-out rows (plain text has only a BOS) to samples.jsonl, once a
     step however often a run is broken off."""
@@ -189,7 +195,7 @@ def _sample_writer(
             prompts,
             tokenizer,
             samples=1,
-            seed=seed,
+            key=key,
             mesh=mesh,
             batch_size=sft.batch_size,
             show_progress=False,
@@ -220,7 +226,7 @@ def _write_candidates(
         prompts,
         tokenizer,
         samples=sft.candidates,
-        seed=config.seed,
+        key=stream_key(config.seed, "sft", "candidates"),
         mesh=mesh,
         batch_size=sft.batch_size,
         show_progress=sft.log.progress,

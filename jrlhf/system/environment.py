@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import suppress
 
+from jrlhf.system.errors import UsageError
 from jrlhf.system.interrupts import held
 
 # As in typing, whose import takes longer than all of this file.
@@ -102,7 +103,7 @@ def _below_home(variable: str, name: str) -> "Path":
         folder = os.environ.get(variable) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", name)
         return Path(expanded(folder))
     except ValueError as error:
-        raise ValueError(f"there is no home folder; set HOME or {variable}") from error
+        raise UsageError(f"there is no home folder; set HOME or {variable}") from error
 
 
 def _trouble(folder: "Path") -> str:

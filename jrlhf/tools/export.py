@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, ConfigError, LoRAConfig, load_config, to_yaml
@@ -25,6 +24,7 @@ from jrlhf.runs.exports import RUN_CONFIG, companions, from_metadata, write_expo
 from jrlhf.runs.folder import StageName, model_source, read_summary
 from jrlhf.runs.origin_check import check_base
 from jrlhf.stages.inputs import stage_inputs
+from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.state import abstract
 from jrlhf.types import Params
@@ -97,7 +97,7 @@ def _export_step(
     lora, part = _trained_part(config, stage)
     if lora.rank:
         check_base(stage_inputs(config, stage), checkpoints.metadata(step))
-    like, frozen = trainable(start, lora, jax.random.key(0), mesh=mesh, path=f"{stage}.lora")
+    like, frozen = trainable(start, lora, stream_key(config.seed, stage, "lora"), mesh=mesh, path=f"{stage}.lora")
     params: Params = combine(checkpoints.restore(step, abstract(like), part=part), frozen)
     write_export(start, params, out, beside=beside, dtype=_dtype(config, stage, args))
 
@@ -112,7 +112,8 @@ def _start(config: Config, stage: StageName, mesh: Mesh) -> Pretrained | RewardM
         case "ppo":
             source = model_source(config, config.ppo.model.path, key="ppo.model.path", stage="sft")
     if stage == "reward":
-        return load_reward_start(source, jax.random.key(0), dtype="float32", mesh=mesh, option="reward.model.path")
+        key = stream_key(config.seed, stage, "init")
+        return load_reward_start(source, key, dtype="float32", mesh=mesh, option="reward.model.path")
     return load_pretrained(source, dtype="float32", mesh=mesh, option=f"{stage}.model.path")
 
 

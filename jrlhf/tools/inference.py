@@ -14,6 +14,7 @@ from jrlhf.rollout.reward_models import score_texts
 from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
 from jrlhf.runs.folder import exported_folder
 from jrlhf.system.lines import json_line, write_output
+from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
 
 
@@ -64,7 +65,7 @@ def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
         prompts,
         tokenizer,
         samples=args.samples,
-        seed=args.seed,
+        key=stream_key(args.seed, "generate", "samples"),
         mesh=mesh,
         batch_size=args.batch_size,
         together=together,

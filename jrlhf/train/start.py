@@ -14,6 +14,7 @@ from jrlhf.data import tokenizer_files
 from jrlhf.models.hf.folder_files import write_files
 from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.train.batches import tree_copy
+from jrlhf.train.keys import stream_key
 from jrlhf.train.state import RunState
 from jrlhf.types import Key, Metrics, Params, TrainState
 
@@ -49,13 +50,15 @@ def start_training(
     mesh: Mesh,
     rules: Rules,
     seed: int,
+    stage: str,
     frozen: Params | None,
     ema: Params | None = None,
     kl_coef: float = 0.0,
 ) -> tuple[RunState, JittedStep]:
     """The state before the first step, sharded by the same rules as its parameters, and the step jitted for it.
 
-    ``params`` are those that are trained, ``frozen`` completes them: see ``stages.adapters.trainable``.
+    ``params`` are those that are trained, ``frozen`` completes them: see ``train.lora.trainable``.
+    ``stage`` names the steps' stream of keys.
     """
 
     # Copies: the jitted step donates its state, and the caller keeps the model it loaded.
@@ -63,7 +66,7 @@ def start_training(
     shardings = tree_shardings(jax.eval_shape(lambda: train), mesh, rules)
     # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
     scalars = jax.jit(
-        lambda: (jax.random.key(seed), jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh)
+        lambda: (stream_key(seed, stage, "train"), jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh)
     )
     key, cursor, beta = scalars()
     moving = RunState(train._replace(frozen=frozen), key, cursor, beta)

@@ -99,7 +99,7 @@ def sft_state(devices: Any) -> tuple[RunState, Any]:
     model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
     tx, _ = make_optimizer(OptimConfig(lr=1e-3), updates=100)
     step = make_sft_step(model.logprob_fn, tx, accumulation=1, selective=True)
-    return start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=0, frozen=None)
+    return start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=0, stage="sft", frozen=None)
 
 
 def open_checkpoints(folder: Path) -> Checkpoints:
