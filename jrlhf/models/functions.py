@@ -149,6 +149,19 @@ def init_head(arch: ArchConfig, key: Key) -> Params:
     }
 
 
+def is_matrix(params: Params) -> Params:
+    """For each leaf of a model's tree whether it is a matrix: weight decay leaves vectors alone.
+
+    The decoder's layers are stacked on axis 0, so that a norm of all of them is a matrix in shape only.
+    """
+
+    def matrix(path: tuple, leaf: jax.Array) -> bool:
+        stacked = jax.tree_util.DictKey("layers") in path
+        return leaf.ndim - stacked >= 2
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
+
+
 def reward_params(params: Params, arch: ArchConfig, key: Key) -> Params:
     """A reward model's tree: a language model's decoder without its LM head, and a fresh scalar head."""
     decoder = {name: leaf for name, leaf in params.items() if name != "lm_head"}

@@ -14,6 +14,7 @@ import jax
 from jrlhf.parallel.coordination import client_through, coordinator_address, runs_service
 from jrlhf.parallel.peers import FAILURE, GRACE, watching
 from jrlhf.parallel.relay import Relay
+from jrlhf.parallel.settings import agree_in_our_own_way
 from jrlhf.system.errors import UsageError
 
 LEAVING = 10.0
@@ -123,10 +124,7 @@ def joined(
     if launch is None:
         yield
         return
-    # Of a CPU; other devices have collectives of their own.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It takes SIGTERM for itself, which must end a run that is not in its loop; and the loop has its own way to agree.
-    jax.config.update("jax_enable_preemption_service", False)
+    agree_in_our_own_way()
     relays: list[Relay] = []
     with _ending_if_lost(relays, "starting", after=GRACE):
         _initialize(launch, relays, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)

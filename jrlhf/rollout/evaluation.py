@@ -122,7 +122,7 @@ def _judge_scorer(config: Config, actors: Actors, heldout: PromptRows, mesh: Mes
     if judge.reward_tokenizer is None:
         positions = Positions(reward_of(judge).arch, "ppo.prompts.max_length", model="ppo.canary.judge")
         positions.answering(config.ppo.sampling, "ppo.sampling").check({"ppo.prompts.eval": heldout})
-    return make_scorer(judge, mesh, slices=slices)
+    return make_scorer(judge, mesh, slices=slices, option="ppo.canary.judge")
 
 
 def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:

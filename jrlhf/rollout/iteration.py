@@ -12,13 +12,13 @@ from jrlhf.config import Config, PPOConfig
 from jrlhf.core import combine, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, fetch, shard_batch
+from jrlhf.parallel.step import Step
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.sampling import GenerateFn
 from jrlhf.rollout.scores import Rewards, part_metrics
 from jrlhf.steps import make_readings, make_targets, rollout_metrics, without_padding
 from jrlhf.train.batches import device_share, gradient_slices
 from jrlhf.train.performance import PHASES, rollout_work, timed
-from jrlhf.train.start import JittedStep
 from jrlhf.train.state import RunState
 from jrlhf.types import Generation, Metrics, Readings, Rollout, SFTBatch
 
@@ -27,6 +27,15 @@ BatchOf = Callable[[RunState, int], dict[str, np.ndarray]]
 
 SLICES = 8
 """In so many the episodes are read where the config does not say; a slice that holds padding alone is left out."""
+
+
+MAXIMA = (
+    "policy/ratio_max",
+    "policy/max_abs_log_ratio",
+    "policy/first_minibatch_max_abs_log_ratio",
+    "sampler/max_abs_logprob_diff",
+)
+"""The metrics of an iteration that are maxima over its tokens: ``Sums.maximum`` of the step, and the rollout's."""
 
 
 def episode_slices(ppo: PPOConfig, rows: int, mesh: Mesh, *, key: str) -> int:
@@ -79,7 +88,7 @@ def make_iteration(
     actors: Actors,
     generate: GenerateFn,
     score: Rewards,
-    update: JittedStep,
+    update: Step,
     prompts: PromptRows,
     ptx: SFTRows | None,
     mesh: Mesh,

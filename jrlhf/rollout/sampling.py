@@ -20,10 +20,14 @@ GenerateFn = Callable[..., Generation]
 
 
 def jit_generate(
-    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Any, mesh: Mesh, *, samples: int = 1
+    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Any, mesh: Mesh, *, option: str, samples: int = 1
 ) -> GenerateFn:
-    """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are."""
-    stop_tokens, pad_token = stop_token_ids(tokenizer, config.stop), int(tokenizer.pad_token_id)
+    """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are.
+
+    ``option`` names the config in errors.
+    """
+    stop_tokens = stop_token_ids(tokenizer, config.stop, option=f"{option}.stop")
+    pad_token = int(tokenizer.pad_token_id)
     return jit_sampler(decode_fns, config, mesh, stop_tokens=stop_tokens, pad_token=pad_token, samples=samples)
 
 

@@ -81,11 +81,11 @@ def make_rewards(config: Config, actors: Actors, mesh: Mesh, *, slices: int) -> 
 
 def learned_scorer(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Scorer:
     """The reward model's scores, or those that it and the further ones come to together."""
-    first = make_scorer(actors, mesh, slices=slices)
+    first = make_scorer(actors, mesh, slices=slices, option="ppo.reward")
     if not actors.others:
         return first
     others = (actors._replace(reward=judge.model, reward_tokenizer=judge.tokenizer) for judge in actors.others)
-    scorers = [first, *(make_scorer(other, mesh, slices=slices) for other in others)]
+    scorers = [first, *(make_scorer(other, mesh, slices=slices, option="ppo.rewards.models") for other in others)]
     coef = rewards.lower_bound_coef if rewards.combine == "lower_bound" else 0.0
     agree = jax.jit(lambda scores: agreed(jnp.stack(scores), coef=coef), out_shardings=batch_sharding(mesh))
     return lambda generation, prompts, rows: agree([score(generation, prompts, rows) for score in scorers])

@@ -94,11 +94,13 @@ class EndpointError(Exception):
     """A server gave no scores: it was not reached, was too slow, refused, or answered something else."""
 
 
-def by_endpoint(url: str, episodes: Sequence[Episode], *, timeout: float, retries: int, deadline: float) -> list[float]:
+def by_endpoint(
+    url: str, episodes: Sequence[Episode], *, timeout: float, retries: int, deadline: float, limit: str = ""
+) -> list[float]:
     """POST ``{"prompts", "completions", "columns"}`` for ``{"scores": [...]}``; EndpointError where all tries fail.
 
     What may pass is tried again: no connection, no answer in time, 429 and 5xx; but not after ``deadline``, of
-    ``time.monotonic()``.
+    ``time.monotonic()``, which errors say that the option ``limit`` sets.
     """
     told = arguments(episodes)
     body = {"prompts": told.pop("prompts"), "completions": told.pop("completions"), "columns": told}
@@ -106,7 +108,7 @@ def by_endpoint(url: str, episodes: Sequence[Episode], *, timeout: float, retrie
     for left in range(retries, -1, -1):
         remains = deadline - time.monotonic()
         if remains <= 0:
-            raise EndpointError(f"{url}: no time is left for a request (ppo.rewards.timeout)")
+            raise EndpointError(f"{url}: no time is left for a request{f' ({limit})' if limit else ''}")
         try:
             return _scores(_answer(request, min(timeout, remains)), len(episodes))
         except (OSError, ValueError, RecursionError) as error:

@@ -6,9 +6,10 @@ import optax
 
 from jrlhf.config import Config, PPOConfig, to_yaml
 from jrlhf.parallel import device_peaks
+from jrlhf.parallel.step import Step
 from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_actors
 from jrlhf.rollout.evaluation import judged, make_evaluator
-from jrlhf.rollout.iteration import episode_slices, make_iteration
+from jrlhf.rollout.iteration import MAXIMA, episode_slices, make_iteration
 from jrlhf.rollout.rules import make_rules
 from jrlhf.rollout.safety import make_safety
 from jrlhf.rollout.sampling import jit_generate
@@ -23,7 +24,7 @@ from jrlhf.train.loop import Loop, run_loop
 from jrlhf.train.optim import make_actor_critic_optimizer
 from jrlhf.train.performance import phase_rates, rates
 from jrlhf.train.positions import Positions
-from jrlhf.train.start import JittedStep, mesh_of, start_training
+from jrlhf.train.start import mesh_of, start_training
 from jrlhf.train.window import Rate
 
 SHOWN = ("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second")
@@ -68,7 +69,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             ema=trained.policy if ppo.ema_decay else None,
             kl_coef=ppo.kl.coef,
         )
-        generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh)
+        generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh, option="ppo.sampling")
         score = make_rewards(config, actors, mesh, slices=slices)
         iterate, batch_of = make_iteration(config, actors, generate, score, update, prompts, ptx, mesh, slices=slices)
         heldout_figures = make_evaluator(config, actors, generate, heldout, folder, mesh)
@@ -103,6 +104,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
             best_metric="eval/judge_mean" if judged(ppo.canary) else "eval/score_mean",
             best_mode="max",
             shown=SHOWN,
+            maxima=MAXIMA,
         )
         outcome = run_loop(
             loop,
@@ -132,7 +134,7 @@ def run_ppo(config: Config) -> dict[str, Any]:
         return summary
 
 
-def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, *, accumulation: int) -> JittedStep:
+def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, *, accumulation: int) -> Step:
     """``make_ppo_step`` with a config's settings: 0 is off there, None here."""
     return make_ppo_step(
         actors.policy.logprob_fn,

@@ -81,7 +81,7 @@ def run_sft(config: Config) -> dict[str, Any]:
             metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
             return state._replace(train=train, cursor=state.cursor + 1), metrics
 
-        generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
+        generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh, option="sft.sampling")
         samples = _sample_writer(
             sft, generate, tokenizer, shown, folder, mesh=mesh, key=stream_key(config.seed, "sft", "samples")
         )

@@ -1,6 +1,7 @@
-"""What must be set before Python or JAX starts: flags of the compiler, a cache of what it made, and huge pages.
+"""Every environment variable and every setting of Python that jrlhf changes for the whole process.
 
-Imports no JAX.
+Most of them must be set before Python or JAX starts: flags of the compiler, a cache of what it made, and huge pages.
+Imports no JAX; JAX's own settings are in ``jrlhf.parallel.settings``.
 """
 
 import os
@@ -132,6 +133,18 @@ def set_compiler_flags() -> None:
 def quiet_compiler() -> None:
     """XLA's warnings are left out: planning shows what they lead to, and tries again what XLA says it cannot do."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def quiet_transformers() -> None:
+    """Transformers does not advise to install PyTorch: only its tokenizers are used."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def allow_wide_cells(characters: int) -> None:
+    """The csv module reads cells of so many characters; its own bound is 131,072, which long chats exceed."""
+    import csv
+
+    csv.field_size_limit(characters)
 
 
 def restart_in_utf8() -> None:

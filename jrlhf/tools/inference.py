@@ -58,7 +58,7 @@ def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     model = load_pretrained(source, dtype=args.dtype, mesh=mesh, option="model")
     Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
     together = drawn_together(args.samples, batch_size=args.batch_size, devices=mesh.size)
-    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, samples=together)
+    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, option="sampling", samples=together)
     drawn = answers(
         generate,
         model.params,

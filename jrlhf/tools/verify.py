@@ -18,12 +18,12 @@ from jrlhf.core import gae, kwise_ranking_loss, masked_whiten, positions_from_ma
 from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
+from jrlhf.parallel.step import Step
 from jrlhf.runs.folder import exported_folder
 from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
 from jrlhf.system.terminal import show_all_characters
 from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
-from jrlhf.train.start import JittedStep
 from jrlhf.types import Generation, Key, PPOParams, Rollout, TrainState
 
 EXACT = 0.0
@@ -49,7 +49,7 @@ class Subject(NamedTuple):
     critic: RewardModel
     generation: Generation
     rollout: Rollout
-    step: JittedStep
+    step: Step
     """One update on a whole rollout."""
     temperature: float
     key: Key
@@ -149,7 +149,7 @@ def _params(subject: Subject) -> PPOParams:
     return PPOParams(policy=subject.model.params, value=subject.critic.params)
 
 
-def _make_step(model: Pretrained, critic: RewardModel, *, temperature: float, accumulation: int) -> JittedStep:
+def _make_step(model: Pretrained, critic: RewardModel, *, temperature: float, accumulation: int) -> Step:
     ppo = PPOConfig()
     return make_ppo_step(
         model.logprob_fn,

@@ -13,12 +13,11 @@ from jrlhf.config import Config, ConfigError, ModelConfig
 from jrlhf.data import tokenizer_files
 from jrlhf.models.hf.folder_files import write_files
 from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
+from jrlhf.parallel.step import Step
 from jrlhf.train.batches import tree_copy
 from jrlhf.train.keys import stream_key
 from jrlhf.train.state import RunState
-from jrlhf.types import Key, Metrics, Params, TrainState
-
-JittedStep = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
+from jrlhf.types import Params, TrainState
 
 
 def mesh_of(config: Config) -> Mesh:
@@ -43,7 +42,7 @@ def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
 
 
 def start_training(
-    step: JittedStep,
+    step: Step,
     tx: optax.GradientTransformation,
     params: Params,
     *,
@@ -54,7 +53,7 @@ def start_training(
     frozen: Params | None,
     ema: Params | None = None,
     kl_coef: float = 0.0,
-) -> tuple[RunState, JittedStep]:
+) -> tuple[RunState, Step]:
     """The state before the first step, sharded by the same rules as its parameters, and the step jitted for it.
 
     ``params`` are those that are trained, ``frozen`` completes them: see ``train.lora.trainable``.

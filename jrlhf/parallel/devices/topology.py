@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jrlhf.parallel.devices.peaks import KNOWN, Chip, Peaks, device_peaks, known_chip
+from jrlhf.parallel.settings import simulate_cpus
 from jrlhf.system.errors import UsageError
 
 
@@ -91,11 +92,7 @@ def _example(chip: Chip) -> str:
 
 def simulated_devices(count: int) -> Sequence[Any]:
     """``count`` of the CPU's devices; JAX is told to simulate them where it has not started yet."""
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # it has: those that there are must do
+    simulate_cpus(count)
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise UsageError(f"{count} devices to simulate, but JAX has started with {len(devices)}: use a new process")

@@ -1,0 +1,20 @@
+"""Architectures that are small enough for tests."""
+
+from typing import Any
+
+from jrlhf.models import ArchConfig
+
+
+def small_arch(**changes: Any) -> ArchConfig:
+    """A Llama of two layers with grouped queries, odd sizes and tied embeddings; ``changes`` are its fields."""
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_positions": 64,
+    }
+    return ArchConfig(**(sizes | {"tie_embeddings": True} | changes))
