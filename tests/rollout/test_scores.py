@@ -46,8 +46,7 @@ from jrlhf.stages.ppo import run_ppo
 from jrlhf.train.keys import stream_key
 from jrlhf.train.signals import Interrupted
 from jrlhf.types import Generation
-from tests.stages.test_pipeline import compare_runs
-from tests.support.runs import read_jsonl, small_config
+from tests.support.runs import compare_runs, read_jsonl, small_config
 
 LENGTH = LengthRuleConfig(weight=2.0, min=3, max=5)
 RULES = RewardsConfig(model_weight=0.0, json=JSONRuleConfig(weight=1.0), length=LENGTH)

@@ -7,7 +7,7 @@ from jrlhf.models import ArchConfig
 
 def small_arch(**changes: Any) -> ArchConfig:
     """A Llama of two layers with grouped queries, odd sizes and tied embeddings; ``changes`` are its fields."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 61,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -16,5 +16,10 @@ def small_arch(**changes: Any) -> ArchConfig:
         "num_kv_heads": 2,
         "head_dim": 8,
         "max_positions": 64,
+        "tie_embeddings": True,
     }
-    return ArchConfig(**(sizes | {"tie_embeddings": True} | changes))
+    return ArchConfig(**(sizes | changes))
+
+
+ONE_LAYER = small_arch(num_layers=1, qkv_bias=True, window=3)
+"""Small enough to be trained in a test, with biases that adapters and packing must not lose."""

@@ -29,6 +29,7 @@ from jrlhf.parallel import (
 )
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.steps import make_sft_step
+from jrlhf.system.errors import USAGE_ERRORS, UsageError
 from jrlhf.system.interrupts import end_at_once
 from jrlhf.system.terminal import complain
 from jrlhf.train.optim import make_optimizer
@@ -66,7 +67,7 @@ def agree(folder: Path) -> None:
     (folder / f"agreed-{jax.process_index()}.json").write_text(json.dumps(found))
 
     def refuse() -> None:
-        raise ValueError("the first one refuses")
+        raise UsageError("the first one refuses")
 
     from_first("look", refuse)
 
@@ -139,7 +140,7 @@ def main(task: str, folder: str, *arguments: str) -> int:
             {"rows": read_rows, "agree": agree, "train": train, "reload": reload}[task](Path(folder), *arguments)
     except BaseException as error:
         complain(f"{type(error).__name__}: {error}")
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, USAGE_ERRORS) else 1
     return 0
 
 

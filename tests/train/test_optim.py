@@ -26,7 +26,7 @@ def test_decay_leaves_vectors_alone() -> None:
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     decayed = {name for name, update in leaves(updates).items() if np.any(update)}
-    assert decayed == {name for name in leaves(params) if name.endswith(("/kernel", "/embedding"))} - {"head/kernel"}
+    assert decayed == {name for name in leaves(params) if name.endswith(("/kernel", "/embed"))} - {"head/kernel"}
     assert decayed == {name for name, matrix in leaves(is_matrix(params)).items() if matrix}
 
 
