@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrlhf.models import ArchConfig, Rope, init_params
+from jrlhf.models import ArchConfig, init_params
 from jrlhf.models.flops import forward_flops
 from jrlhf.models.hf.names import language_model_table
 from jrlhf.models.hf.write import write_folder
@@ -70,12 +70,6 @@ def arch_of(args: argparse.Namespace) -> ArchConfig:
         num_kv_heads=args.kv_heads or kv_heads,
         head_dim=hidden // heads,
         max_positions=65536,
-        norm_eps=1e-5,
-        rope=Rope(kind="default", theta=1e4),
-        activation="silu",
-        qkv_bias=False,
-        attention_out_bias=False,
-        mlp_bias=False,
         tie_embeddings=tied,
     )
 

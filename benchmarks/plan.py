@@ -105,7 +105,7 @@ def write_small(out: Path) -> None:
     from common import save_random_model
 
     from jrlhf import assets
-    from jrlhf.models import ArchConfig, Rope, load_pretrained, reward_from_pretrained, save_reward_model
+    from jrlhf.models import ArchConfig, load_pretrained, reward_from_pretrained, save_reward_model
 
     arch = ArchConfig(
         vocab_size=512,
@@ -116,12 +116,6 @@ def write_small(out: Path) -> None:
         num_kv_heads=8,
         head_dim=64,
         max_positions=1024,
-        norm_eps=1e-5,
-        rope=Rope(kind="default", theta=1e4),
-        activation="silu",
-        qkv_bias=False,
-        attention_out_bias=False,
-        mlp_bias=False,
         tie_embeddings=True,
     )
     (out / "model").mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def train(
 ) -> None:
     """A step as the stages run it: jitted over a mesh, its state donated, a new batch put on the device each time."""
     mesh, (trained, frozen) = make_mesh(data=-1, fsdp=1, tensor=1), split
-    state, update = start_training(step, tx, trained, mesh=mesh, rules=RULES, seed=0, frozen=frozen)
+    state, update = start_training(step, tx, trained, mesh=mesh, rules=RULES, seed=0, stage="sft", frozen=frozen)
     train, key = state.train, state.key
 
     def call() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jrlhf.system.errors import UsageError
+
 _PREFIX = "asset:"
 _FOLDER = Path(__file__).parent / "quickstart"
 
@@ -14,12 +16,12 @@ def names() -> list[str]:
 def resolve(path: str) -> str:
     """``asset:NAME`` becomes the path of a shipped file or folder; any other string comes back as it is.
 
-    An unknown name is a ValueError that lists the known ones.
+    An unknown name is a UsageError that lists the known ones.
     """
     if not path.startswith(_PREFIX):
         return path
     name = path.removeprefix(_PREFIX)
     if name not in names():
-        raise ValueError(f"no asset {name!r}; there are: {', '.join(names())}")
+        raise UsageError(f"no asset {name!r}; there are: {', '.join(names())}")
     folder = _FOLDER / name
     return str(folder if folder.is_dir() else folder.with_suffix(".jsonl"))

@@ -21,7 +21,7 @@ from jrlhf.config.tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.runs.lock import RunLocked
+from jrlhf.system.errors import USAGE_ERRORS
 from jrlhf.system.interrupts import Interrupted, raise_signals
 from jrlhf.system.terminal import complain
 
@@ -69,7 +69,7 @@ def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
-        usage = is_usage_error(error)
+        usage = isinstance(error, USAGE_ERRORS)
         if os.environ.get("JRLHF_DEBUG", "0") != "0":
             traceback.print_exc()
         elif usage:
@@ -158,21 +158,6 @@ def run_training(command: str, config: Config) -> None:
         folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
         if is_first():
             print(f"{command} done: {folder / 'summary.json'}")
-
-
-def is_usage_error(error: Exception) -> bool:
-    """Whether the user can fix the error: a ValueError that jrlhf itself raises, a missing file, or a run in use.
-
-    A ValueError from a library or an array operation is a failure of the program instead.
-    """
-    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | ConfigError | RunLocked):
-        return True
-    frames = [*traceback.walk_tb(error.__traceback__)]
-    if not isinstance(error, ValueError) or not frames:
-        return False
-    own = str(frames[-1][0].f_globals.get("__name__", "")).startswith("jrlhf.")
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return own and line.startswith("raise")
 
 
 def message_of(error: Exception) -> str:

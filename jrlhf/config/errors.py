@@ -1,12 +1,14 @@
-"""Errors that a user can put right. Imports no JAX."""
+"""Errors of a config. Imports no JAX."""
 
 import re
+
+from jrlhf.system.errors import UsageError
 
 LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 """User and password of a URL."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError):
     """A config that cannot run. Each line of the message begins with the place and path of one mistake.
 
     A user and password in a URL are replaced by ``***``.

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jrlhf.system.errors import UsageError
+
 HOLDS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _GATE = re.compile(r"\s*(?P<metric>[\w/.-]+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>[-+.\deE]+)\s*")
 FORM = "a metric, one of < <= >= >, and a number, such as 'accuracy >= 0.6'"
@@ -37,14 +39,14 @@ class GatesFailed(RuntimeError):
 
 
 def parse_gate(text: str) -> Gate:
-    """Parse a gate such as ``"accuracy >= 0.6"``; ValueError for any other form."""
+    """Parse a gate such as ``"accuracy >= 0.6"``; UsageError for any other form."""
     match = _GATE.fullmatch(text)
     try:
         bound = math.nan if match is None else float(match["bound"])
     except ValueError:
         bound = math.nan
     if match is None or not math.isfinite(bound):
-        raise ValueError(f"{text!r} is not a gate: expected {FORM}")
+        raise UsageError(f"{text!r} is not a gate: expected {FORM}")
     return Gate(match["metric"], match["sign"], bound)
 
 

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jrlhf.system.errors import UsageError
+
 log = logging.getLogger("jrlhf.data")
 
 REASONS_SHOWN = 20
@@ -14,7 +16,7 @@ NAME_SHOWN = 60
 """Characters of a name: somebody's text may stand where a name should."""
 
 
-class DataError(ValueError):
+class DataError(UsageError):
     """Data that cannot be trained on. The message names file, row and column."""
 
 

@@ -94,6 +94,8 @@ class Columns(NamedTuple):
     """Kept where a row has them."""
     every: bool = False
     """Keep all that a row has."""
+    reader: str = ""
+    """What reads the needed ones, for errors."""
 
 
 def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> Kind:
@@ -105,7 +107,7 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
         tools = parse_tools(row, prompt)
         for name in columns.needed:
             if row.get(name) is None:
-                raise absent(row, name, rest=", but a rule of ppo.rewards reads it")
+                raise absent(row, name, rest=f", but {columns.reader} reads it" if columns.reader else "")
         kept = row if columns.every else (*columns.needed, *columns.optional)
         others = {name: row[name] for name in kept if name in row}
         whole = encoder.prompt(prompt, tools)
@@ -113,7 +115,8 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
         encoded = {"tokens": [tokens], "shown": [_json(others | _shown(prompt, tools))]}
         return Encoded(encoded, {}, cut_note([len(whole)], config.max_length))
 
-    settings = columns._asdict() if any(columns) else {}
+    kept_columns = {name: value for name, value in columns._asdict().items() if name != "reader"}
+    settings = kept_columns if any(kept_columns.values()) else {}
     unread = unread_of("prompts", tokenizer, (*columns.needed, *columns.optional))
     return Kind("prompts", settings, SHOWN, encode, (lambda row: []) if columns.every else unread)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.data.errors import BadRow, DataError, Placed, Row
+from jrlhf.system.environment import allow_wide_cells
 
 BOM = b"\xef\xbb\xbf"
 WIDEST_CELL = 2**31 - 1
@@ -92,7 +93,7 @@ def csv_rows(path: Path) -> Iterator[Placed]:
     Cells are separated by commas (in a .tsv file by tabs), or else by what separates the header's: commas, tabs or
     semicolons.
     """
-    csv.field_size_limit(WIDEST_CELL)
+    allow_wide_cells(WIDEST_CELL)
     with _opened(path) as file:
         try:
             lines = _Lines(_text_lines(path, file), "\t" if ".tsv" in path.name.lower() else ",")

@@ -1,7 +1,6 @@
 """The tokenizer of a model folder, with a pad token that is not its EOS, and the tokens that end an answer."""
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from jrlhf.data.vocabulary import (
 )
 from jrlhf.models.hf.adapter_folder import find_tokenizer
 from jrlhf.models.hf.generation import generation_eos
+from jrlhf.system.environment import quiet_transformers
 
 log = logging.getLogger("jrlhf.data")
 
@@ -48,8 +48,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 def read_tokenizer(path: str) -> Any:
     """The transformers tokenizer of a folder or hub id as it is: it may lack what a ``Tokenizer`` has."""
-    # Only tokenizers are wanted; that PyTorch is missing is no news.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    quiet_transformers()
     try:
         folder = find_tokenizer(path)
     except (FileNotFoundError, ValueError) as error:
@@ -81,14 +80,17 @@ def _spare_token(tokenizer: Tokenizer, path: str) -> str:
     raise DataError(f"{path}: the tokenizer has no token to pad with: set pad_token to one that is not its EOS")
 
 
-def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...], *, option: str = "stop") -> tuple[int, ...]:
     """What ends an answer: EOS, the chat template's end of an assistant turn, the ``eos_token_id`` of the
-    ``generation_config.json`` beside the tokenizer, and the tokens named in ``extra``."""
+    ``generation_config.json`` beside the tokenizer, and the tokens named in ``extra``.
+
+    DataError, which names ``option``, for one of ``extra`` that the tokenizer or the model does not know.
+    """
     known = tokenizer.get_vocab()
     for token in extra:
         if token not in known:
-            raise DataError(f"sampling.stop: {token!r} is not a token of this tokenizer")
-        check_roles(tokenizer, {"stop token": known[token]}, where="sampling.stop")
+            raise DataError(f"{option}: {token!r} is not a token of this tokenizer")
+        check_roles(tokenizer, {"stop token": known[token]}, where=option)
     folder = tokenizer_folder(tokenizer)
     beside = () if folder is None else generation_eos(folder)
     ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *beside, *(known[token] for token in extra)]

@@ -36,7 +36,7 @@ def abstract_pretrained(
 ) -> Pretrained:
     """As ``load_pretrained``, of a folder or hub id of which only config.json is read; a PEFT folder is its base model.
 
-    A reward model's folder gives the language model of the same sizes. ValueError, as where the model is loaded, for
+    A reward model's folder gives the language model of the same sizes. UsageError, as where the model is loaded, for
     one that is not of ``kind``; None: either may be.
     """
     source = model_folder(path, weights=False)

@@ -38,7 +38,7 @@ class AttentionKind(NamedTuple):
 
 @dataclass(frozen=True)
 class ArchConfig:
-    """Sizes and switches of a decoder. As they stand, the switches are those of Llama."""
+    """Sizes and switches of a decoder. Sizes have no defaults; the switches' are those of Llama 2."""
 
     vocab_size: int
     hidden_size: int
@@ -49,14 +49,14 @@ class ArchConfig:
     head_dim: int
     max_positions: int
     """Positions the weights were trained for; learned ones end there."""
-    norm_eps: float
-    rope: Rope | None
+    norm_eps: float = 1e-5
+    rope: Rope | None = Rope("default", 10_000.0)
     """None: positions are learned, one vector each."""
-    activation: Activation
-    qkv_bias: bool
-    attention_out_bias: bool
-    mlp_bias: bool
-    tie_embeddings: bool
+    activation: Activation = "silu"
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
     """The LM head is the transposed embedding; there is no lm_head leaf."""
     family: Family = "llama"
     """Decides the names in a checkpoint, and nothing else."""

@@ -21,6 +21,7 @@ from jrlhf.models.linear import NORMAL, Linear, matmul_transposed
 from jrlhf.models.rope import rotary_angles
 from jrlhf.models.splash import Segments
 from jrlhf.parallel.mesh import spread_rows
+from jrlhf.system.errors import UsageError
 from jrlhf.types import DecodeFns, TokenMask
 
 
@@ -40,11 +41,11 @@ class KVCache(NamedTuple):
 def init_cache(arch: ArchConfig, batch: int, length: int, dtype: Any) -> KVCache:
     """An empty cache for ``batch`` rows of at most ``length`` tokens.
 
-    ValueError where "dynamic" rotary positions would have to grow within it: what is cached was turned by the angles of
+    UsageError where "dynamic" rotary positions would have to grow within it: what is cached was turned by the angles of
     a shorter sequence, so the sampler's probabilities would not be the trainer's.
     """
     if arch.rope is not None and arch.rope.kind == "dynamic" and length > arch.rope.original_max_positions:
-        raise ValueError(
+        raise UsageError(
             f"{length} tokens, but 'dynamic' rotary positions can be sampled only up to the "
             f"{arch.rope.original_max_positions} that the weights were trained for"
         )
@@ -74,7 +75,7 @@ def sights(
     """For each kind of attention in ``arch`` its angles at the queries and its mask."""
     rotary_dim = arch.rotary_dim or arch.head_dim
     if segments is not None and not arch.packable:
-        raise ValueError("sequences cannot be packed: 'dynamic' rotary positions depend on the length of each")
+        raise UsageError("sequences cannot be packed: 'dynamic' rotary positions depend on the length of each")
     return tuple(
         Sight(
             angles=None if kind.rope is None else rotary_angles(kind.rope, rotary_dim, queries),

@@ -11,6 +11,7 @@ from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
 from jrlhf.models.unembedding import hidden_logprobs
+from jrlhf.system.errors import UsageError
 from jrlhf.types import (
     ActorCriticFn,
     ApplyFn,
@@ -54,14 +55,14 @@ def decoder_fns(
 
     The backward pass computes again what is not a product with a weight, with ``remat`` whole layers.
     ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds on a device. Both change memory, not results.
-    ``attention``: "cudnn" wants a GPU and bfloat16; ValueError where the architecture's attention has a soft cap.
+    ``attention``: "cudnn" wants a GPU and bfloat16; UsageError where the architecture's attention has a soft cap.
     "splash" wants a TPU, elsewhere it is interpreted, far too slowly but for tests; a window counts places, so tokens
     of a sequence must stand in one piece.
     ``mesh``: rows stay spread over it, whatever the parameters' shardings would suggest.
     """
     dtype = jnp.dtype(dtype)
     if attention == "cudnn" and arch.attention_softcap is not None:
-        raise ValueError(f"attention: {attention!r} knows no soft cap, which this architecture has")
+        raise UsageError(f"attention: {attention!r} knows no soft cap, which this architecture has")
     module = Decoder(arch, dtype, remat, attention, mesh)
     devices = 1 if mesh is None else mesh.size
 
@@ -146,6 +147,19 @@ def init_head(arch: ArchConfig, key: Key) -> Params:
         "kernel": std * jax.random.normal(key, (arch.hidden_size,), jnp.float32),
         "bias": jnp.zeros((), jnp.float32),
     }
+
+
+def is_matrix(params: Params) -> Params:
+    """For each leaf of a model's tree whether it is a matrix: weight decay leaves vectors alone.
+
+    The decoder's layers are stacked on axis 0, so that a norm of all of them is a matrix in shape only.
+    """
+
+    def matrix(path: tuple, leaf: jax.Array) -> bool:
+        stacked = jax.tree_util.DictKey("layers") in path
+        return leaf.ndim - stacked >= 2
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def reward_params(params: Params, arch: ArchConfig, key: Key) -> Params:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.hf.names import Entry, decoder_table
+from jrlhf.system.errors import UsageError
 from jrlhf.types import Key, Params
 
 ADAPTER = ("lora_a", "lora_b", "lora_scale")
@@ -31,14 +32,14 @@ def linear_maps(arch: ArchConfig) -> Iterator[Entry]:
 def add_adapters(params: Params, arch: ArchConfig, key: Key, *, rank: int, alpha: float, targets: str) -> Params:
     """``params`` with a fresh adapter at every linear map whose Hugging Face name ``targets`` is found in.
 
-    A is uniform within ±1/√in as in PEFT, B is 0: the model is the same as before. ValueError where ``targets`` finds
-    nothing, naming what there is.
+    A is uniform within ±1/√in as in PEFT, B is 0: the model is the same as before. UsageError, which names what there
+    is, where ``targets`` finds nothing.
     """
     maps = list(linear_maps(arch))
     chosen = [entry for entry in maps if re.search(targets, module_name(entry))]
     if not chosen:
         names = ", ".join(dict.fromkeys(map(module_name, maps)))
-        raise ValueError(f"targets: {targets!r} is found in none of {names}")
+        raise UsageError(f"targets: {targets!r} is found in none of {names}")
     return at_kernels(
         params, [entry.path for entry in chosen], lambda leaves, i: leaves | _fresh(leaves, key, i, rank, alpha)
     )

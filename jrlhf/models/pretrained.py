@@ -61,7 +61,7 @@ def load_pretrained(
 
     ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: whole
     layers are computed again in the backward pass. ``attention``: as in ``decoder_fns``. ``option``: what names the
-    path in a config, for errors. ValueError where config or tensors do not fit, and for a reward model;
+    path in a config, for errors. UsageError where config or tensors do not fit, and for a reward model;
     FileNotFoundError where they are missing.
     """
     source = model_folder(path)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jrlhf.models.arch import Family
+from jrlhf.system.errors import UsageError
 
 ScoreAt = Literal["stop_token", "whole_chat"]
 
@@ -47,7 +48,7 @@ STOP_TOKEN = Reading("stop_token")
 def reading_of(config: Mapping[str, Any], family: Family) -> Reading:
     """The reading of a reward model by its config.json: jrlhf's, where that has left its note, else transformers'.
 
-    ValueError for a note that says neither.
+    UsageError for a note that says neither.
     """
     note = config.get(NOTE, {FIELD: "whole_chat"})
     match note.get(FIELD, "stop_token") if isinstance(note, dict) else note:
@@ -57,4 +58,4 @@ def reading_of(config: Mapping[str, Any], family: Family) -> Reading:
             pad = config.get("pad_token_id", DEFAULT_PADS.get(family))
             return Reading("whole_chat", pad if isinstance(pad, int) and not isinstance(pad, bool) else None)
         case other:
-            raise ValueError(f"{NOTE}.{FIELD}: expected {' or '.join(get_args(ScoreAt))}, found {other!r}")
+            raise UsageError(f"{NOTE}.{FIELD}: expected {' or '.join(get_args(ScoreAt))}, found {other!r}")

@@ -27,6 +27,7 @@ from jrlhf.models.lora import merge_adapters
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.models.reading import FIELD, NOTE, STOP_TOKEN, Reading, reading_of
 from jrlhf.parallel import ShardingRules, tree_shardings
+from jrlhf.system.errors import UsageError
 from jrlhf.system.paths import expanded
 from jrlhf.types import Key, Params, ScoreFn
 
@@ -175,11 +176,11 @@ def _check_head(folder: Path, config: Mapping[str, Any]) -> tuple[float, float, 
     # transformers counts the names of the labels, and takes two labels where it finds neither.
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
-        raise ValueError(f"{folder}: num_labels: a reward model has 1 label, this one has {labels}")
+        raise UsageError(f"{folder}: num_labels: a reward model has 1 label, this one has {labels}")
     ours = config.get(NOTE, {})
     values = [ours.get(name, default) for name, default in (("gain", 1.0), ("bias", 0.0), ("head_bias", 0.0))]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise ValueError(f"{folder}: {NOTE}: gain, bias and head_bias must be finite numbers, found {ours}")
+        raise UsageError(f"{folder}: {NOTE}: gain, bias and head_bias must be finite numbers, found {ours}")
     gain, bias, head_bias = (float(value) for value in values)
     return gain, bias, head_bias
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jrlhf.models.arch import Rope
 from jrlhf.models.hf.fields import number, number_or_none, size, switch
+from jrlhf.system.errors import UsageError
 
 _KEYS = {
     "rope_type",
@@ -45,10 +46,10 @@ def rope_from_hf(config: Mapping[str, Any], given: Any, *, field: str, theta: fl
     """``given`` is what stands at ``field``; ``theta`` what holds where it names none."""
     given = {} if given is None else given
     if not isinstance(given, Mapping):
-        raise ValueError(f"{field}: expected a mapping, found {given!r}")
+        raise UsageError(f"{field}: expected a mapping, found {given!r}")
     for key in given:
         if key not in _KEYS and given[key] is not None:
-            raise ValueError(f"{field}.{key}: not supported")
+            raise UsageError(f"{field}.{key}: not supported")
     theta = number(given, "rope_theta", field=f"{field}.rope_theta", default=theta)
 
     def given_number(key: str, default: float | None = None) -> float:
@@ -62,13 +63,13 @@ def rope_from_hf(config: Mapping[str, Any], given: Any, *, field: str, theta: fl
             return Rope(kind="linear", theta=theta, factor=given_number("factor"))
         case "dynamic":
             if head_dim <= 2:
-                raise ValueError(f"{field}.rope_type: 'dynamic' needs heads of more than 2 dimensions")
+                raise UsageError(f"{field}.rope_type: 'dynamic' needs heads of more than 2 dimensions")
             longest = size(config, "max_position_embeddings")
             return Rope(kind="dynamic", theta=theta, factor=given_number("factor"), original_max_positions=longest)
         case "llama3":
             low, high = given_number("low_freq_factor"), given_number("high_freq_factor")
             if low == high:
-                raise ValueError(f"{field}.high_freq_factor: {high!r} must differ from low_freq_factor")
+                raise UsageError(f"{field}.high_freq_factor: {high!r} must differ from low_freq_factor")
             return Rope(
                 kind="llama3",
                 theta=theta,
@@ -93,7 +94,7 @@ def rope_from_hf(config: Mapping[str, Any], given: Any, *, field: str, theta: fl
             )
         case _:
             supported = "'default', 'linear', 'dynamic', 'llama3', 'yarn'"
-            raise ValueError(f"{field}.rope_type: {kind!r} is not supported; supported: {supported}")
+            raise UsageError(f"{field}.rope_type: {kind!r} is not supported; supported: {supported}")
 
 
 def layer_rope(config: Mapping[str, Any], kind: str, theta_key: str, theta: float, *, scaling: Any) -> Rope:
@@ -102,15 +103,15 @@ def layer_rope(config: Mapping[str, Any], kind: str, theta_key: str, theta: floa
     new = {} if new is None else new
     for key in new if isinstance(new, Mapping) else ():
         if key not in ("full_attention", "sliding_attention") and new[key] is not None:
-            raise ValueError(f"rope_parameters.{key}: not supported; this family has them by layer_types")
+            raise UsageError(f"rope_parameters.{key}: not supported; this family has them by layer_types")
     given = new.get(kind) if isinstance(new, Mapping) else new
     field = f"rope_parameters.{kind}" if given else "rope_scaling"
     parts = [part for part in (given, scaling) if part is not None]
     if any(not isinstance(part, Mapping) for part in parts):
-        raise ValueError(f"{field}: expected a mapping, found {next(p for p in parts if not isinstance(p, Mapping))!r}")
+        raise UsageError(f"{field}: expected a mapping, found {next(p for p in parts if not isinstance(p, Mapping))!r}")
     rope: dict[str, Any] = {key: value for part in parts for key, value in part.items()}
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ValueError(f"{field}.partial_rotary_factor: {rope['partial_rotary_factor']!r} is not supported; only 1.0")
+        raise UsageError(f"{field}.partial_rotary_factor: {rope['partial_rotary_factor']!r} is not supported; only 1.0")
     # With one mapping a kind of layer, transformers looks for the original positions in it alone.
     sizes = {key: value for key, value in config.items() if key != "original_max_position_embeddings"}
     theta = number(config, theta_key, default=theta)

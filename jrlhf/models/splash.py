@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jrlhf.models.attention import KEPT
 from jrlhf.parallel.mesh import BATCH_AXES
+from jrlhf.system.errors import UsageError
 
 LANES, LARGEST = 128, 512
 """What a block's length is a multiple of, and its most. Larger ones are read less often, but a square of 512 scores
@@ -50,12 +51,12 @@ def splash_attention(
 
     ``windows``: of each kind, the last so many places that are seen (0: all); they are the last so many tokens where a
     sequence stands in one piece. Rows are spread over the mesh as a batch's are and heads over ``tensor``; what does
-    not divide, every device of that axis computes. ValueError where JAX is told to multiply bfloat16 at more than the
+    not divide, every device of that axis computes. UsageError where JAX is told to multiply bfloat16 at more than the
     default precision, for which there is no such kernel.
     """
     asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     if q.dtype == jnp.bfloat16 and asked not in (None, "default", "bfloat16"):
-        raise ValueError(f"attention: splash takes bfloat16 at the default matmul precision alone, not at {asked!r}")
+        raise UsageError(f"attention: splash takes bfloat16 at the default matmul precision alone, not at {asked!r}")
     rows, length, _, _ = q.shape
     count = -(-length // LARGEST)
     block = LANES * -(-length // (LANES * count))

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jrlhf.parallel.peers import PeerLost, PeerRefused, Peers, current
+from jrlhf.system.errors import USAGE_ERRORS, UsageError
 
 _numbers = count()
 """All processes meet in the same order: the n-th meeting of each is the same one."""
@@ -60,7 +61,7 @@ def first_goes_ahead(what: str) -> Iterator[list[Any]]:
     try:
         yield said
     except Exception as error:
-        peers.client.key_value_set(key, json.dumps({"error": str(error), "usage": isinstance(error, ValueError)}))
+        peers.client.key_value_set(key, json.dumps({"error": str(error), "usage": isinstance(error, USAGE_ERRORS)}))
         raise
     peers.mark()
     peers.client.key_value_set(key, json.dumps({"said": said}))
@@ -82,12 +83,12 @@ def _received(peers: Peers, key: str, what: str) -> list[Any]:
 
 
 def same_everywhere(what: str, value: Callable[[], str]) -> None:
-    """ValueError on a process whose ``value`` is not process 0's: they would not do the same steps."""
+    """UsageError on a process whose ``value`` is not process 0's: they would not do the same steps."""
     if current() is None:
         return
     here = value()
     if from_first(f"tell of {what}", lambda: here) != here:
-        raise ValueError(f"{what}: not the same on process {jax.process_index()} as on process 0")
+        raise UsageError(f"{what}: not the same on process {jax.process_index()} as on process 0")
 
 
 def fetch(tree: Any) -> Any:

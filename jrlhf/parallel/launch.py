@@ -14,6 +14,8 @@ import jax
 from jrlhf.parallel.coordination import client_through, coordinator_address, runs_service
 from jrlhf.parallel.peers import FAILURE, GRACE, watching
 from jrlhf.parallel.relay import Relay
+from jrlhf.parallel.settings import agree_in_our_own_way
+from jrlhf.system.errors import UsageError
 
 LEAVING = 10.0
 """Seconds that a process may take to leave once the coordinator has left."""
@@ -44,7 +46,7 @@ def find_launch(
 
     What is given ("", 0 and -1 are not) wins over ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and
     ``JAX_PROCESS_ID``, which Kubeflow Trainer sets, and these over Slurm, Open MPI, Cloud TPU and Kubernetes. ``tpu``:
-    this machine has one. ValueError where something is missing that no engine tells.
+    this machine has one. UsageError where something is missing that no engine tells.
     """
     told = {name: environment.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")}
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "")
@@ -59,20 +61,20 @@ def find_launch(
     if len(missing) == len(given):
         return None if engine is None else Launch(engine)
     if engine is None:
-        raise ValueError(
+        raise UsageError(
             f"distributed.{missing[0]}: is not set, and no engine that tells it was found; several processes need "
             "distributed.coordinator, distributed.processes and distributed.process"
         )
     if coordinator and not coordinator.rpartition(":")[2].isdigit():
-        raise ValueError(f"distributed.coordinator: must be host:port, got {coordinator!r}")
+        raise UsageError(f"distributed.coordinator: must be host:port, got {coordinator!r}")
     if processes and process >= processes:
-        raise ValueError(f"distributed.process: must be below distributed.processes ({processes}), got {process}")
+        raise UsageError(f"distributed.process: must be below distributed.processes ({processes}), got {process}")
     return Launch(engine, coordinator or None, processes or None, process if process >= 0 else None)
 
 
 def _whole(name: str, text: str, missing: int) -> int:
     if text and not text.isdigit():
-        raise ValueError(f"{name}: must be a whole number, got {text!r}")
+        raise UsageError(f"{name}: must be a whole number, got {text!r}")
     return int(text) if text else missing
 
 
@@ -87,7 +89,7 @@ def _engine(environment: Mapping[str, str], *, tpu: bool) -> str | None:
         return "Cloud TPU"
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         if importlib.util.find_spec("kubernetes") is None:
-            raise ValueError(
+            raise UsageError(
                 "distributed: this is a pod of an indexed Job; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
                 "JAX_PROCESS_ID as configs/launch/jobset.yaml does, install jax[k8s] so that JAX asks the cluster, or "
                 "set distributed.processes to 1 where each pod runs alone"
@@ -116,16 +118,13 @@ def joined(
     """Run the block together with the other processes of the run, if there are any; before any device is used.
 
     They leave together: one that fails or is lost ends the others, which say so. All times are in seconds.
-    ValueError for a launch that cannot be; PeerLost where an error in the block is another process's doing.
+    UsageError for a launch that cannot be; PeerLost where an error in the block is another process's doing.
     """
     launch = find_launch(os.environ, coordinator=coordinator, processes=processes, process=process, tpu=_has_tpu())
     if launch is None:
         yield
         return
-    # Of a CPU; other devices have collectives of their own.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # It takes SIGTERM for itself, which must end a run that is not in its loop; and the loop has its own way to agree.
-    jax.config.update("jax_enable_preemption_service", False)
+    agree_in_our_own_way()
     relays: list[Relay] = []
     with _ending_if_lost(relays, "starting", after=GRACE):
         _initialize(launch, relays, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
@@ -186,7 +185,7 @@ def _initialize(launch: Launch, relays: list[Relay], *, start_timeout: int, hear
         # They tell each other of their devices: left for later, it could be while one waits for another.
         jax.devices()
     except Exception as error:
-        raise ValueError(f"distributed: {launch.engine}: {error}") from error
+        raise UsageError(f"distributed: {launch.engine}: {error}") from error
     finally:
         late.cancel()
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jrlhf.parallel.hosts import mark_progress
+from jrlhf.system.errors import UsageError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -16,14 +17,14 @@ BATCH_AXES = ("data", "fsdp")
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over ``("data", "fsdp", "tensor")``; ``data=-1`` takes all devices that the other axes leave.
 
-    ``devices``: all of the job's by default. ValueError where the axes' product is not the number of devices.
+    ``devices``: all of the job's by default. UsageError where the axes' product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
-        raise ValueError(f"mesh axes are at least 1 (data may be -1): data={data}, fsdp={fsdp}, tensor={tensor}")
+        raise UsageError(f"mesh axes are at least 1 (data may be -1): data={data}, fsdp={fsdp}, tensor={tensor}")
     shape = (len(devices) // (fsdp * tensor) if data == -1 else data, fsdp, tensor)
     if np.prod(shape) != len(devices):
-        raise ValueError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use exactly {len(devices)} devices")
+        raise UsageError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use exactly {len(devices)} devices")
     # Given explicitly: the default of jax.make_mesh is not the same in all versions.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -52,7 +53,7 @@ def spread_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Put a pytree of NumPy arrays on the mesh by rows (axis 0). Every host passes the whole batch and keeps its part.
 
-    ValueError where the rows do not divide.
+    UsageError where the rows do not divide.
     """
     mark_progress()
     sharding = batch_sharding(mesh)
@@ -60,7 +61,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
     def place(x: np.ndarray) -> jax.Array:
         if x.shape[0] % groups:
-            raise ValueError(
+            raise UsageError(
                 f"{x.shape[0]} rows do not divide over {groups} devices "
                 f"(data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']})"
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 from jrlhf.rank.store import Decision
 from jrlhf.rank.tasks import LONGEST_NAME, Content, Task, is_name, is_rank, turn_text
+from jrlhf.system.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Placed:
         """With whatever a file says of margin, note and seconds."""
         note = about.get("note")
         if not is_name(rater):
-            raise ValueError(f"rater: not a name of at most {LONGEST_NAME} printable characters: {rater!r}")
+            raise UsageError(f"rater: not a name of at most {LONGEST_NAME} printable characters: {rater!r}")
         return cls(
             rater,
             dense(ranks),
@@ -54,7 +55,7 @@ class Placed:
 def read_order(order: Sequence[int], rater: str, about: Mapping[str, Any]) -> Placed:
     """A list of answers, best first, with the ties of ``about`` where these still fit the list."""
     if sorted(order) != list(range(len(order))):
-        raise ValueError(f"not an order of answers: {list(order)}")
+        raise UsageError(f"not an order of answers: {list(order)}")
     ranks = [order.index(answer) for answer in range(len(order))]
     said = about.get("ranks")
     if is_ranking(said, len(ranks)):

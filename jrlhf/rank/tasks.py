@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jrlhf.system.errors import UsageError
 from jrlhf.system.lines import json_line, numbered_lines
 
 Content = str | list[dict[str, Any]]
@@ -20,7 +21,7 @@ LONGEST_NAME = 64
 """Characters of a rater's name."""
 
 
-class TaskError(ValueError):
+class TaskError(UsageError):
     """A file of tasks or rankings that cannot be used. The message names file, line and column."""
 
 

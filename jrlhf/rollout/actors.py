@@ -12,6 +12,7 @@ from jrlhf.data import Tokenizer
 from jrlhf.models import ArchConfig, Pretrained, RewardModel
 from jrlhf.models.reading import STOP_TOKEN
 from jrlhf.rollout.models import ModelReader
+from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.positions import Positions
 from jrlhf.types import Params, PPOParams, TrainState
@@ -141,11 +142,11 @@ def blank_value(models: ModelReader, policy: Pretrained, *, shared: bool) -> Rew
 
 
 def trainable_actors(
-    lora: LoRAConfig, seed: int, actors: Actors, mesh: Mesh, *, path: str
+    lora: LoRAConfig, seed: int, actors: Actors, mesh: Mesh, *, stage: str
 ) -> tuple[PPOParams, PPOParams | None]:
     """What is trained, and with LoRA the frozen bases: the very arrays of the models they start from."""
-    keys = jax.random.split(jax.random.key(seed))
-    critic = value_of(actors)
+    keys = jax.random.split(stream_key(seed, stage, "lora"))
+    critic, path = value_of(actors), f"{stage}.lora"
     policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path=path)
     if actors.shared:
         value, value_base = partition(critic.params, lambda path: True)

@@ -25,6 +25,7 @@ from jrlhf.rollout.scores import make_rewards
 from jrlhf.runs.exports import exported_form
 from jrlhf.system.lines import json_line, read_json_lines, write_text
 from jrlhf.train.batches import device_multiple
+from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
 from jrlhf.train.site import Site
 from jrlhf.train.state import RunState
@@ -55,7 +56,7 @@ def make_evaluator(
     judge = None
     if judged(section.canary):
         judge = _judge_scorer(site, section, actors, prompts, models, slices=slices)
-    key = jax.random.key(site.config.seed)
+    key = stream_key(site.config.seed, stage, "eval")
     exported = exported_form(actors.policy, section.export_dtype)
 
     @jax.jit
@@ -126,7 +127,7 @@ def _judge_scorer(
     if judge.reward_tokenizer is None:
         positions = Positions(reward_of(judge).arch, f"{stage}.prompts.max_length", model=f"{stage}.canary.judge")
         positions.answering(section.sampling, f"{stage}.sampling").check({f"{stage}.prompts.eval": heldout})
-    return make_scorer(judge, site.mesh, slices=slices, stage=stage)
+    return make_scorer(judge, site.mesh, slices=slices, option=f"{stage}.canary.judge")
 
 
 def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:

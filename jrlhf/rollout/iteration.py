@@ -30,6 +30,15 @@ SLICES = 8
 """In so many the episodes are read where the config does not say; a slice that holds padding alone is left out."""
 
 
+MAXIMA = (
+    "policy/ratio_max",
+    "policy/max_abs_log_ratio",
+    "policy/first_minibatch_max_abs_log_ratio",
+    "sampler/max_abs_logprob_diff",
+)
+"""The metrics of an iteration that are maxima over its tokens: ``Sums.maximum`` of the step, and the rollout's."""
+
+
 def episode_slices(section: RolloutConfig, rows: int, mesh: Mesh, *, key: str) -> int:
     """In how many equal slices ``rows`` episodes are read; see ``gradient_slices``."""
     share = device_share(rows, mesh, key=key)

@@ -16,6 +16,7 @@ from jrlhf.models.hf.adapter_folder import model_folder
 from jrlhf.models.hf.families import arch_from_hf
 from jrlhf.models.hf.folder import read_config
 from jrlhf.runs.folder import model_source
+from jrlhf.train.keys import stream_key
 from jrlhf.train.programs import Target, planned_model, planned_source
 from jrlhf.train.start import computed
 
@@ -59,7 +60,7 @@ def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
         return load_reward_model(source, mesh=mesh, **options(model, key, option))
 
     def blank_value(policy: Pretrained) -> RewardModel:
-        model = reward_from_pretrained(policy, jax.random.key(0))
+        model = reward_from_pretrained(policy, stream_key(0, "ppo", "init"))
         return replace(model, params=model.params | {"head": jax.tree.map(jnp.zeros_like, model.params["head"])})
 
     return ModelReader(source, load_tokenizer, language, reward, blank_value)

@@ -29,11 +29,11 @@ Scorer = Callable[[Generation, PromptRows, Int[np.ndarray, "B"]], jax.Array]
 NARROWEST = 32
 
 
-def make_scorer(actors: Actors, mesh: Mesh, *, slices: int, stage: str) -> Scorer:
-    """The reward model on sampled answers; ``slices`` as in ``without_padding``."""
+def make_scorer(actors: Actors, mesh: Mesh, *, slices: int, option: str) -> Scorer:
+    """The reward model on sampled answers; ``slices`` as in ``without_padding``. ``option`` names it in errors."""
     reward = reward_of(actors)
     if actors.reward_tokenizer is not None:
-        return _by_text(reward, actors.tokenizer, actors.reward_tokenizer, mesh, stage)
+        return _by_text(reward, actors.tokenizer, actors.reward_tokenizer, mesh, option=option)
     score = jit_score(actors, mesh, slices=slices)
     return lambda generation, prompts, rows: score(reward.params, generation.tokens, generation.mask)
 
@@ -55,7 +55,9 @@ def jit_score(actors: Actors, mesh: Mesh, *, slices: int) -> Any:
     )
 
 
-def _by_text(reward: RewardModel, tokenizer: Tokenizer, reward_tokenizer: Tokenizer, mesh: Mesh, stage: str) -> Scorer:
+def _by_text(
+    reward: RewardModel, tokenizer: Tokenizer, reward_tokenizer: Tokenizer, mesh: Mesh, *, option: str
+) -> Scorer:
     """Prompt and answer as text, in the reward model's own tokens and chat template. Only scores come of these.
 
     What is longer than its positions loses the start of the prompt, and that is said the first time.
@@ -70,9 +72,7 @@ def _by_text(reward: RewardModel, tokenizer: Tokenizer, reward_tokenizer: Tokeni
         try:
             before, after = encoder.continued(row["prompt"], answer, stopped=stopped, tools=row.get("tools"))
         except (BadRow, DataError) as error:
-            raise DataError(
-                f"{stage}.reward: its tokenizer cannot read a prompt of {stage}.prompts: {error}"
-            ) from error
+            raise DataError(f"{option}: its tokenizer cannot read a prompt: {error}") from error
         if len(before) + len(after) > limit and not warned:
             warned = True
             log.warning("%s: texts of more than its %d tokens are cut at the prompt's start", reward.source, limit)

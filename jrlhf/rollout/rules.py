@@ -92,7 +92,8 @@ def columns_read(rewards: RewardsConfig) -> Columns:
     """What the rules that are on read of a prompt's row."""
     needed = (rewards.answer.column,) if rewards.answer.weight else ()
     outside = bool(rewards.function.weight or rewards.endpoint.weight)
-    return Columns(needed, (rewards.refusal.column,) if rewards.refusal.weight else (), every=outside)
+    optional = (rewards.refusal.column,) if rewards.refusal.weight else ()
+    return Columns(needed, optional, every=outside, reader="a rule of ppo.rewards")
 
 
 def start_rules(
@@ -227,9 +228,9 @@ def _endpoint(rule: EndpointRuleConfig, limit: float) -> Callable[[Sequence[Epis
     nine tenths are for its requests: then the rest is left out too, before the run is ended for it."""
 
     def request(episodes: Sequence[Episode], deadline: float) -> Scores:
-        at = {"timeout": rule.timeout, "retries": rule.retries, "deadline": deadline}
+        at = {"timeout": rule.timeout, "retries": rule.retries, "limit": "ppo.rewards.timeout"}
         try:
-            return by_endpoint(rule.url, episodes, **at)
+            return by_endpoint(rule.url, episodes, deadline=deadline, **at)
         except EndpointError as error:
             if rule.on_failure == "error":
                 raise

@@ -11,6 +11,7 @@ from jrlhf.parallel import is_first
 from jrlhf.rollout.sampling import GenerateFn, answers
 from jrlhf.rules import REFUSALS, refuses, yes_or_no
 from jrlhf.system.lines import json_line, write_text
+from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
 from jrlhf.train.site import Site
 from jrlhf.types import Params
@@ -47,7 +48,7 @@ def make_safety(
     def evaluate(params: Params, number: int) -> Rates:
         at = {
             "samples": 1,
-            "seed": site.config.seed,
+            "key": stream_key(site.config.seed, site.stage, "safety"),
             "mesh": site.mesh,
             "batch_size": batch_size,
             "show_progress": False,

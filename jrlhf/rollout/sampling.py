@@ -20,10 +20,14 @@ GenerateFn = Callable[..., Generation]
 
 
 def jit_generate(
-    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Tokenizer, mesh: Mesh, *, samples: int = 1
+    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Tokenizer, mesh: Mesh, *, option: str, samples: int = 1
 ) -> GenerateFn:
-    """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are."""
-    stop_tokens, pad_token = stop_token_ids(tokenizer, config.stop), int(tokenizer.pad_token_id)
+    """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are.
+
+    ``option`` names the config in errors.
+    """
+    stop_tokens = stop_token_ids(tokenizer, config.stop, option=f"{option}.stop")
+    pad_token = int(tokenizer.pad_token_id)
     return jit_sampler(decode_fns, config, mesh, stop_tokens=stop_tokens, pad_token=pad_token, samples=samples)
 
 
@@ -94,7 +98,7 @@ def answers(
     tokenizer: Tokenizer,
     *,
     samples: int,
-    seed: int,
+    key: Key,
     mesh: Mesh,
     batch_size: int,
     show_progress: bool,
@@ -112,8 +116,8 @@ def answers(
         total, "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True
     ) as bar:
         for draw in range(samples // together):
-            key = jax.random.fold_in(jax.random.key(seed), draw)
-            batches = generate_all(generate, params, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=0)
+            at = {"key": jax.random.fold_in(key, draw), "mesh": mesh, "batch_size": batch_size, "limit": 0}
+            batches = generate_all(generate, params, prompts, **at)
             for indices, real, generation in batches:
                 texts = [answer for _, answer in texts_of(tokenizer, generation)]
                 for row, (index, keep) in enumerate(zip(indices, real, strict=True)):

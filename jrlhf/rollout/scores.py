@@ -84,11 +84,11 @@ def make_rewards(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: 
 
 def learned_scorer(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: int, stage: str) -> Scorer:
     """The reward model's scores, or those that it and the further ones come to together."""
-    first = make_scorer(actors, mesh, slices=slices, stage=stage)
+    first = make_scorer(actors, mesh, slices=slices, option=f"{stage}.reward")
     if not actors.others:
         return first
     others = (actors._replace(reward=judge.model, reward_tokenizer=judge.tokenizer) for judge in actors.others)
-    scorers = [first, *(make_scorer(other, mesh, slices=slices, stage=stage) for other in others)]
+    scorers = [first, *(make_scorer(other, mesh, slices=slices, option=f"{stage}.rewards.models") for other in others)]
     coef = rewards.lower_bound_coef if rewards.combine == "lower_bound" else 0.0
     agree = jax.jit(lambda scores: agreed(jnp.stack(scores), coef=coef), out_shardings=batch_sharding(mesh))
     return lambda generation, prompts, rows: agree([score(generation, prompts, rows) for score in scorers])

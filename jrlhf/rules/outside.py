@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from jrlhf.rules.episode import Episode
+from jrlhf.system.errors import UsageError
 
 MAX_REPLY_BYTES = 2**24
 """Maximum size of a server's reply; a longer one is a failure."""
@@ -23,18 +24,18 @@ MAX_PAUSE_SECONDS = 8.0
 
 
 def load_function(path: str) -> Callable[..., Any]:
-    """Import ``my_module:reward``, also from the current folder. ValueError if that fails."""
+    """Import ``my_module:reward``, also from the current folder. UsageError if that fails."""
     module, _, name = path.partition(":")
     try:
         with _current_folder_first():
             function = vars(import_module(module))[name]
     except KeyError as error:
-        raise ValueError(f"{path}: the module has no function {name}") from error
+        raise UsageError(f"{path}: the module has no function {name}") from error
     except Exception as error:
         # A user's module may raise anything when it is imported.
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise ValueError(f"{path}: not a function but {type(function).__name__}")
+        raise UsageError(f"{path}: not a function but {type(function).__name__}")
     return function
 
 
@@ -95,11 +96,13 @@ class EndpointError(Exception):
     """A server returned no scores: it was unreachable, too slow, refused, or replied with something else."""
 
 
-def by_endpoint(url: str, episodes: Sequence[Episode], *, timeout: float, retries: int, deadline: float) -> list[float]:
+def by_endpoint(
+    url: str, episodes: Sequence[Episode], *, timeout: float, retries: int, deadline: float, limit: str = ""
+) -> list[float]:
     """POST ``{"prompts", "completions", "columns"}`` for ``{"scores": [...]}``; EndpointError if all attempts fail.
 
     It retries temporary failures (no connection, no reply in time, 429 and 5xx) until ``deadline``, a time of
-    ``time.monotonic()``.
+    ``time.monotonic()``; errors name the option ``limit``, which sets it.
     """
     columns = arguments(episodes)
     body = {"prompts": columns.pop("prompts"), "completions": columns.pop("completions"), "columns": columns}
@@ -107,7 +110,7 @@ def by_endpoint(url: str, episodes: Sequence[Episode], *, timeout: float, retrie
     for left in range(retries, -1, -1):
         remains = deadline - time.monotonic()
         if remains <= 0:
-            raise EndpointError(f"{url}: no time left for a request (ppo.rewards.timeout)")
+            raise EndpointError(f"{url}: no time left for a request{f' ({limit})' if limit else ''}")
         try:
             return _scores(_answer(request, min(timeout, remains)), len(episodes))
         except (OSError, ValueError, RecursionError) as error:

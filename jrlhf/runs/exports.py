@@ -26,6 +26,7 @@ from jrlhf.models.hf.rounding import round_to_stored
 from jrlhf.models.hf.write import WeightDtype
 from jrlhf.models.reading import STOP_TOKEN
 from jrlhf.parallel import fetch, is_first
+from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
 
 RUN_CONFIG = "jrlhf.yaml"
@@ -77,7 +78,7 @@ def from_metadata(saved: Mapping[str, Any], *, stop: tuple[str, ...] | None, whe
     files = {name: text.encode("utf-8") for name, text in saved["tokenizer"].items()}
     files |= {name: base64.b64decode(text) for name, text in saved.get("tokenizer_base64", {}).items()}
     if outside := [name for name in files if not stays_inside(name)]:
-        raise ValueError(f"{where}: {outside[0]!r} is not the name of a tokenizer's file")
+        raise UsageError(f"{where}: {outside[0]!r} is not the name of a tokenizer's file")
     if "pad_token" in saved:
         return Companions(files, int(saved["pad_token"]), tuple(saved["stop_tokens"]), saved["config"])
     with TemporaryDirectory() as folder:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jrlhf.system.errors import UsageError
 
-class RunLocked(RuntimeError):
+
+class RunLocked(UsageError):
     """A run folder that a live process is using."""
 
 

@@ -19,6 +19,7 @@ from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_a
 from jrlhf.rollout.evaluation import judged, make_evaluator
 from jrlhf.rollout.inputs import RolloutInputs
 from jrlhf.rollout.iteration import (
+    MAXIMA,
     RolloutPrograms,
     episode_slices,
     jit_readings,
@@ -38,6 +39,7 @@ from jrlhf.stages.run import run_stage
 from jrlhf.stages.stage import Export, Prepared, Stage, load_language
 from jrlhf.steps import PPOSettings, make_ppo_step
 from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
+from jrlhf.train.keys import stream_key
 from jrlhf.train.optim import make_actor_critic_optimizer
 from jrlhf.train.performance import phase_rates, rates
 from jrlhf.train.positions import Positions
@@ -107,7 +109,7 @@ def build_ppo(config: Config, actors: Actors, mesh: Mesh, *, slices: EpisodeSlic
     ppo = config.ppo
     tx, schedule = make_actor_critic_optimizer(ppo.optim, value_lr=ppo.value_lr, updates=updates)
     step = make_step(ppo, actors, tx, accumulation=slices.update)
-    trained, frozen = trainable_actors(ppo.lora, config.seed, actors, mesh, path="ppo.lora")
+    trained, frozen = trainable_actors(ppo.lora, config.seed, actors, mesh, stage="ppo")
     ema = trained.policy if ppo.ema_decay else None
     training = build_training(step, tx, trained, frozen, mesh=mesh, rules=actors.policy.rules, ema=ema)
     read = jit_readings(ppo, actors, mesh, slices=slices.scoring)
@@ -157,7 +159,7 @@ def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
     def read(params: PPOParams, generation: Generation) -> Readings:
         return programs.read(params.policy, actors.policy.params, params.value, generation)
 
-    generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh)
+    generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh, option="ppo.sampling")
     score = make_rewards(ppo.rewards, actors, mesh, slices=slices.scoring, stage="ppo")
     jitted = RolloutPrograms(generate, read, programs.targets, programs.training.step)
     iterate, batch_of = make_iteration(site, ppo, actors, jitted, score, prompts, ptx)
@@ -187,6 +189,7 @@ def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
         advance=iterate,
         batch_of=batch_of,
         max_skipped=ppo.max_skipped,
+        maxima=MAXIMA,
         guards=ppo.guards,
         canary=ppo.canary,
         gates=ppo.gates,
@@ -197,7 +200,11 @@ def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
         best_mode="max",
         shown=("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second"),
     )
-    return Prepared(loop, begin(programs.training, mesh=mesh, seed=config.seed, kl_coef=ppo.kl.coef), export)
+    return Prepared(
+        loop,
+        begin(programs.training, mesh=mesh, key=stream_key(config.seed, "ppo", "train"), kl_coef=ppo.kl.coef),
+        export,
+    )
 
 
 def plan_ppo(config: PlanConfig, target: Target) -> Sized:

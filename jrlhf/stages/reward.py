@@ -37,8 +37,10 @@ from jrlhf.stages.reward_figures import calibration_bins, ordered_differences, p
 from jrlhf.stages.run import run_stage
 from jrlhf.stages.stage import Export, Prepared, Stage
 from jrlhf.steps import make_reward_step, score_completions
+from jrlhf.system.errors import UsageError
 from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.performance import rates, timed, training_flops
@@ -126,7 +128,9 @@ def build_reward(config: Config, model: RewardModel, mesh: Mesh, *, slices: int,
     reward = config.reward
     tx, schedule = make_optimizer(reward.optim, updates=updates)
     step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
-    trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")
+    trained, frozen = trainable(
+        model, reward.lora, stream_key(config.seed, "reward", "lora"), mesh=mesh, path="reward.lora"
+    )
     training = build_training(step, tx, trained, frozen, mesh=mesh, rules=model.rules)
     score = jax.jit(lambda params, batch: score_completions(model.score_fn, params, batch))
     return RewardPrograms(training, score, schedule)
@@ -142,7 +146,7 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
     config, mesh = site.config, site.mesh
     reward, rows, heldout, texts = config.reward, inputs.train, inputs.heldout, inputs.texts
     options = computed(reward.model, mesh, key="reward.model")
-    model = load_reward_start(inputs.source, jax.random.key(config.seed), mesh=mesh, **options)
+    model = load_reward_start(inputs.source, stream_key(config.seed, "reward", "init"), mesh=mesh, **options)
     positions = Positions(model.arch, "reward.data.max_length")
     normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {inputs.texts_source})"
     positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})
@@ -202,7 +206,7 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
         best_mode="max",
         shown=("loss", "accuracy", "pairs_per_second"),
     )
-    return Prepared(loop, begin(programs.training, mesh=mesh, seed=config.seed), export)
+    return Prepared(loop, begin(programs.training, mesh=mesh, key=stream_key(config.seed, "reward", "train")), export)
 
 
 def _packed(rows: RankingRows, reward: RewardConfig) -> PackedRankingRows:
@@ -247,7 +251,7 @@ def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source
     scores = score_texts(model, texts, mesh=mesh, batch_size=batch_size, show_progress=show_progress)
     spread = float(scores.std())
     if not spread > 0:
-        raise ValueError(f"reward.normalise: all {len(scores)} texts of {source} have the same score")
+        raise UsageError(f"reward.normalise: all {len(scores)} texts of {source} have the same score")
     return normalise_reward(model, gain=1.0 / spread, bias=-float(scores.mean()) / spread)
 
 
@@ -299,7 +303,7 @@ def packed_rankings(target: Target, lead: tuple[int, int, int], length: int) -> 
 
 def load_start(source: str, *, mesh: Mesh, option: str) -> RewardModel:
     """The initial model in float32; a checkpoint replaces its head and its weights."""
-    return load_reward_start(source, jax.random.key(0), dtype="float32", mesh=mesh, option=option)
+    return load_reward_start(source, stream_key(0, "reward", "init"), dtype="float32", mesh=mesh, option=option)
 
 
 REWARD = Stage(

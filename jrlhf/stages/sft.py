@@ -29,6 +29,7 @@ from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.system.lines import json_line, write_text
 from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.keys import Stream, stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.performance import rates, timed, training_flops
@@ -116,7 +117,7 @@ def build_sft(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, upd
     sft = config.sft
     tx, schedule = make_optimizer(sft.optim, updates=updates)
     step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
-    trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
+    trained, frozen = trainable(model, sft.lora, stream_key(config.seed, "sft", "lora"), mesh=mesh, path="sft.lora")
     training = build_training(step, tx, trained, frozen, mesh=mesh, rules=model.rules)
     return SFTPrograms(training, jax.jit(make_sft_eval(model.logprob_fn)), schedule)
 
@@ -154,7 +155,7 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
         metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
         return state._replace(train=train, cursor=state.cursor + 1), metrics
 
-    generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh)
+    generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh, option="sft.sampling")
     samples = _sample_writer(site, generate, shown)
     score = _evaluator(sft, programs.losses, heldout, mesh)
     safety = make_safety(site, inputs.safety_prompts, generate, batch_size=sft.batch_size, positions=answering)
@@ -196,7 +197,7 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
         best_mode="min",
         shown=("loss", "tokens_per_second"),
     )
-    return Prepared(loop, begin(programs.training, mesh=mesh, seed=config.seed), export)
+    return Prepared(loop, begin(programs.training, mesh=mesh, key=stream_key(config.seed, "sft", "train")), export)
 
 
 def _evaluator(
@@ -226,7 +227,7 @@ def _sample_writer(site: Site, generate: GenerateFn, prompts: PromptRows | None)
         return lambda params, number: None
 
     def write(params: Params, number: int) -> None:
-        drawn = _answers(site, generate, params, prompts, samples=1, show_progress=False)
+        drawn = _answers(site, generate, params, prompts, stream="samples", samples=1, show_progress=False)
         rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, drawn, strict=True)]
         if is_first():
             drop_after(site.folder / "samples.jsonl", number - 1)
@@ -239,14 +240,29 @@ def _sample_writer(site: Site, generate: GenerateFn, prompts: PromptRows | None)
 def _write_candidates(site: Site, generate: GenerateFn, params: Params, prompts: PromptRows) -> None:
     """Several answers to each prompt, for people to rank: add ``"ranks"`` to a row and it is a row of reward data."""
     sft = site.config.sft
-    drawn = _answers(site, generate, params, prompts, samples=sft.candidates, show_progress=sft.log.progress)
+    drawn = _answers(
+        site,
+        generate,
+        params,
+        prompts,
+        stream="candidates",
+        samples=sft.candidates,
+        show_progress=sft.log.progress,
+    )
     rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
     if is_first():
         write_text(site.folder / "candidates.jsonl", "".join(map(json_line, rows)))
 
 
 def _answers(
-    site: Site, generate: GenerateFn, params: Params, prompts: PromptRows, *, samples: int, show_progress: bool
+    site: Site,
+    generate: GenerateFn,
+    params: Params,
+    prompts: PromptRows,
+    *,
+    stream: Stream,
+    samples: int,
+    show_progress: bool,
 ) -> list[list[str]]:
     """``samples`` answers to each prompt, the same draws every time."""
     return answers(
@@ -255,7 +271,7 @@ def _answers(
         prompts,
         site.tokenizer,
         samples=samples,
-        seed=site.config.seed,
+        key=stream_key(site.config.seed, "sft", stream),
         mesh=site.mesh,
         batch_size=site.config.sft.batch_size,
         show_progress=show_progress,

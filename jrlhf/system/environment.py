@@ -1,12 +1,14 @@
-"""Settings from before Python or JAX starts: compiler flags, caches, the encoding, and huge pages.
+"""Every environment variable and every setting of Python that jrlhf changes for the whole process.
 
-Imports no JAX.
+Most of them must be set before Python or JAX starts: flags of the compiler, a cache of what it made, and huge pages.
+Imports no JAX; JAX's own settings are in ``jrlhf.parallel.settings``.
 """
 
 import os
 import sys
 from contextlib import suppress
 
+from jrlhf.system.errors import UsageError
 from jrlhf.system.interrupts import hold_signals
 
 # The import of typing would take longer than all of this file.
@@ -105,7 +107,7 @@ def _below_home(variable: str, name: str) -> "Path":
         folder = os.environ.get(variable) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", name)
         return Path(expanded(folder))
     except ValueError as error:
-        raise ValueError(f"there is no home folder; set HOME or {variable}") from error
+        raise UsageError(f"there is no home folder; set HOME or {variable}") from error
 
 
 def _trouble(folder: "Path") -> str:
@@ -134,6 +136,18 @@ def set_compiler_flags() -> None:
 def quiet_compiler() -> None:
     """Hide XLA's warnings: planning shows their effects itself, and retries what XLA reports as impossible."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+def quiet_transformers() -> None:
+    """Transformers does not advise to install PyTorch: only its tokenizers are used."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def allow_wide_cells(characters: int) -> None:
+    """The csv module reads cells of so many characters; its own bound is 131,072, which long chats exceed."""
+    import csv
+
+    csv.field_size_limit(characters)
 
 
 def restart_in_utf8() -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jrlhf.system.errors import UsageError
+
 BOM = b"\xef\xbb\xbf"
 _ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 """Characters that other readers take for line ends, and halves of surrogate pairs, which no encoding accepts."""
@@ -68,7 +70,7 @@ def _parsed(path: Path, number: int, line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+        raise UsageError(f"{path}:{number}: not JSON: {error}") from error
 
 
 def write_output(path: str, text: str) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from jrlhf.system.errors import UsageError
+
 PATH = "path"
 """Mark of a type whose text is, or may be, a path: a source of rows, or a model."""
 PathText = Annotated[str, PATH]
@@ -20,11 +22,11 @@ def expanded(text: str) -> str:
         return text
     user = text[1:].partition("/")[0]
     if not user and os.environ.get("HOME") == "":
-        raise ValueError(f"{text}: ~ is not known, because HOME is empty; set HOME, or write the full path")
+        raise UsageError(f"{text}: ~ is not known, because HOME is empty; set HOME, or write the full path")
     path = os.path.expanduser(text)
     if path.startswith("~"):
         reason = f"there is no user {user!r} here" if user else "HOME is not set, and the user has no home folder"
-        raise ValueError(f"{text}: {text.partition('/')[0]} is not known: {reason}; write the full path (or ./~)")
+        raise UsageError(f"{text}: {text.partition('/')[0]} is not known: {reason}; write the full path (or ./~)")
     return path
 
 
@@ -44,7 +46,7 @@ def expanded_value(value: Any) -> Any:
     if isinstance(value, dict):
         weights = {expanded(source): weight for source, weight in value.items()}
         if len(weights) < len(value):
-            raise ValueError(f"{', '.join(value)}: two of these are the same source")
+            raise UsageError(f"{', '.join(value)}: two of these are the same source")
         return weights
     return tuple(map(expanded, value))
 

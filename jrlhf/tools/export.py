@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, ConfigError, load_config, stage_section, to_yaml
@@ -20,6 +19,7 @@ from jrlhf.runs.folder import read_summary
 from jrlhf.runs.origin_check import check_base
 from jrlhf.stages.stage import Stage
 from jrlhf.stages.table import STAGES
+from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.state import abstract
 from jrlhf.types import Params
@@ -90,7 +90,9 @@ def _export_step(
     lora = stage_section(config, stage.name).lora
     if lora.rank:
         check_base(stage.inputs(config), checkpoints.metadata(step))
-    like, frozen = trainable(start, lora, jax.random.key(0), mesh=mesh, path=f"{stage.name}.lora")
+    like, frozen = trainable(
+        start, lora, stream_key(config.seed, stage.name, "lora"), mesh=mesh, path=f"{stage.name}.lora"
+    )
     params: Params = combine(checkpoints.restore(step, abstract(like), part=stage.trained_part(config)), frozen)
     write_export(start, params, out, beside=beside, dtype=_dtype(config, stage, args))
 

@@ -15,6 +15,7 @@ from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
 from jrlhf.runs.folder import exported_folder
 from jrlhf.stages.table import stages_of_kind
 from jrlhf.system.lines import json_line, write_output
+from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
 
 
@@ -58,14 +59,14 @@ def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     model = load_pretrained(source, dtype=args.dtype, mesh=mesh, option="model")
     Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
     together = drawn_together(args.samples, batch_size=args.batch_size, devices=mesh.size)
-    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, samples=together)
+    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, option="sampling", samples=together)
     drawn = answers(
         generate,
         model.params,
         prompts,
         tokenizer,
         samples=args.samples,
-        seed=args.seed,
+        key=stream_key(args.seed, "generate", "samples"),
         mesh=mesh,
         batch_size=args.batch_size,
         together=together,

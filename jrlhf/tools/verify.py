@@ -23,8 +23,9 @@ from jrlhf.runs.folder import exported_folder
 from jrlhf.stages.table import stages_of_kind
 from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, rollout_metrics, separate
 from jrlhf.system.terminal import show_all_characters
+from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
-from jrlhf.types import Generation, PPOParams, Rollout, TrainState
+from jrlhf.types import Generation, Key, PPOParams, Rollout, TrainState
 
 EXACT = 0.0
 FLOAT32 = 1e-5
@@ -52,6 +53,8 @@ class Subject(NamedTuple):
     step: Step
     """One update on a whole rollout."""
     temperature: float
+    key: Key
+    """The key of every update: they differ in nothing else than what is compared."""
 
 
 def run_verify(args: VerifyConfig) -> bool:
@@ -74,7 +77,7 @@ def _prepare(args: VerifyConfig) -> Subject:
     source = exported_folder(assets.resolve(args.model), stages=stages_of_kind("language"))
     tokenizer = load_tokenizer(source)
     model = load_pretrained(source, dtype=args.dtype, option="model")
-    critic = reward_from_pretrained(model, jax.random.key(args.seed))
+    critic = reward_from_pretrained(model, stream_key(args.seed, "verify", "init"))
     prompt_source = args.prompts or "asset:prompts_heldout"
     prompts = load_prompts(DataConfig(max_length=args.max_length), prompt_source, tokenizer)
     positions = Positions(model.arch, "max_length", args.max_new_tokens, "max_new_tokens")
@@ -91,11 +94,13 @@ def _prepare(args: VerifyConfig) -> Subject:
         stop_tokens=stop_token_ids(tokenizer, ()),
         pad_token=int(tokenizer.pad_token_id),
     )
-    generation = jax.jit(generate)(model.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(args.seed))
+    key = stream_key(args.seed, "verify", "samples")
+    generation = jax.jit(generate)(model.params, jnp.asarray(tokens), jnp.asarray(mask), key)
     scores = jax.jit(critic.score)(critic.params, generation.tokens, generation.mask)
     rollout = _experience(model, critic, generation, scores, args)
     step = jax.jit(_make_step(model, critic, temperature=args.temperature, accumulation=1))
-    return Subject(model, critic, generation, rollout, step, args.temperature)
+    key = stream_key(args.seed, "verify", "train")
+    return Subject(model, critic, generation, rollout, step, args.temperature, key)
 
 
 def _experience(
@@ -171,12 +176,12 @@ def _start(rate: float, params: PPOParams) -> TrainState:
 
 
 def _update(subject: Subject, *, rate: float, rollout: Rollout) -> tuple[TrainState, Any]:
-    return subject.step(_start(rate, _params(subject)), rollout, jax.random.key(0))
+    return subject.step(_start(rate, _params(subject)), rollout, subject.key)
 
 
 def _sliced_update(subject: Subject) -> TrainState:
     step = _make_step(subject.model, subject.critic, temperature=subject.temperature, accumulation=2)
-    return jax.jit(step)(_start(1.0, _params(subject)), subject.rollout, jax.random.key(0))[0]
+    return jax.jit(step)(_start(1.0, _params(subject)), subject.rollout, subject.key)[0]
 
 
 def _update_over_devices(subject: Subject) -> TrainState:
@@ -189,7 +194,7 @@ def _update_over_devices(subject: Subject) -> TrainState:
     parts = mesh.shape["data"]
     rollout = jax.tree.map(lambda x: np.concatenate([np.asarray(x)] * parts), subject.rollout)
     step = _make_step(subject.model, subject.critic, temperature=subject.temperature, accumulation=1)
-    return jit_step(step, mesh=mesh, state_shardings=shardings)(state, shard_batch(rollout, mesh), jax.random.key(0))[0]
+    return jit_step(step, mesh=mesh, state_shardings=shardings)(state, shard_batch(rollout, mesh), subject.key)[0]
 
 
 def _distance(a: Any, b: Any) -> float:

@@ -52,6 +52,8 @@ class Loop(NamedTuple):
     best_mode: BestMode
     shown: tuple[str, ...]
     """The metrics that the progress bar shows."""
+    maxima: tuple[str, ...] = ()
+    """The metrics that are maxima over what a step reads: of several steps, a log line has the greatest."""
 
 
 EventKind = Literal["begin", "step", "line", "evaluation", "save", "rollback"]
@@ -115,7 +117,7 @@ class Attempt:
         self.last: dict[str, float] = past.get("last", {})
         self._began = time.perf_counter() - past.get("seconds", 0.0)
         self._skipped_in_row: int = past.get("skipped_in_row", 0)
-        self._window = Window(loop.rates, kept=past.get("window"))
+        self._window = Window(loop.rates, maxima=loop.maxima, kept=past.get("window"))
         self._watch = None if loop.guards is None else Watch(loop.guards, past.get("guards"))
         self._canary = None
         if loop.canary is not None and loop.canary.action != "off":
@@ -258,11 +260,12 @@ class Attempt:
         if canary.action == "warn":
             return
         if canary.action == "rollback" and watch.may_go_back:
-            best = self._checkpoints.best_step
-            if (
-                self._go_back(watch, done, lambda: best() if best() is not None else self._newest_calm(done))
-                is not None
-            ):
+
+            def best_or_calm() -> int | None:
+                best = self._checkpoints.best_step()
+                return self._newest_calm(done) if best is None else best
+
+            if self._go_back(watch, done, best_or_calm) is not None:
                 return
         self.ended = True
         self._writer.event(done, "ended", rollbacks=watch.rollbacks)

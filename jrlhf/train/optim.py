@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jrlhf.config import OptimConfig
+from jrlhf.models.functions import is_matrix
 from jrlhf.types import Params, PPOParams
 
 
@@ -30,23 +31,13 @@ def make_schedule(config: OptimConfig, *, peak: float, updates: int) -> optax.Sc
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def _is_matrix(params: Params) -> Params:
-    """Weight decay leaves vectors alone. Layers are stacked on axis 0, so a stacked norm is a matrix in shape only."""
-
-    def decays(path: tuple, leaf: jax.Array) -> bool:
-        stacked = any("layers" in str(part) for part in path)
-        return leaf.ndim - stacked >= 2
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
 def make_optimizer(
     config: OptimConfig, *, updates: int, peak: float | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with clipping by global norm, and its schedule; ``peak`` stands in for ``config.lr``."""
     schedule = make_schedule(config, peak=config.lr if peak is None else peak, updates=updates)
     adam = optax.adamw(
-        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_is_matrix
+        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=is_matrix
     )
     if config.max_grad_norm == 0:
         return adam, schedule

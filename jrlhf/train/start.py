@@ -78,16 +78,14 @@ def build_training(
     return Training(trained, frozen, ema, shardings, start, jit_moving(step, mesh=mesh, state_shardings=shardings))
 
 
-def begin(training: Training, *, mesh: Mesh, seed: int, kl_coef: float = 0.0) -> RunState:
-    """Return the state before the first step."""
+def begin(training: Training, *, mesh: Mesh, key: Key, kl_coef: float = 0.0) -> RunState:
+    """Return the state before the first step. ``key`` is that of the stage's steps."""
     # Copies: the step donates its state, and the caller keeps the model it loaded.
     train = training.start(tree_copy(training.trained), tree_copy(training.ema))
     # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
-    scalars = jax.jit(
-        lambda: (jax.random.key(seed), jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh)
-    )
-    key, cursor, coef = scalars()
-    return RunState(train._replace(frozen=training.frozen), key, cursor, coef)
+    scalars = jax.jit(lambda: (key, jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh))
+    run_key, cursor, coef = scalars()
+    return RunState(train._replace(frozen=training.frozen), run_key, cursor, coef)
 
 
 def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | None], TrainState]:

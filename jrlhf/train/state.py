@@ -13,7 +13,7 @@ class RunState(NamedTuple):
 
     train: TrainState
     key: Key
-    """The run's key; step i uses ``fold_in(key, i)``."""
+    """The key of the stage's steps: step i uses ``fold_in(key, i)``."""
     cursor: Int[Array, ""]
     """Steps (PPO: iterations) done; with the seed it decides the next batch."""
     kl_coef: Float[Array, ""]

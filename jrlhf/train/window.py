@@ -1,7 +1,7 @@
 """The steps since the last log line: means, maxima, counts as rates, and what share of the time went where."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,16 +22,20 @@ class Rate(NamedTuple):
 
 
 class Window:
-    """What is logged of the steps since the last line. ``kept``: what ``keep`` gave for an unfinished one."""
+    """What is logged of the steps since the last line: means, but of ``maxima`` the greatest.
+
+    ``kept``: what ``keep`` gave for an unfinished line.
+    """
 
     def __init__(
         self,
         rates: tuple[Rate, ...],
         clock: Callable[[], float] = time.perf_counter,
         *,
+        maxima: Collection[str] = (),
         kept: Mapping[str, Any] | None = None,
     ) -> None:
-        self._rates = rates
+        self._rates, self._maxima = rates, maxima
         self._clock = clock
         self._restart()
         if kept is not None:
@@ -73,7 +77,7 @@ class Window:
         told = np.ones_like(skipped) if skipped.all() else ~skipped
         counts = {rate.of for rate in self._rates}
         line = {
-            name: float(values[told].max() if "max" in name else values[told].mean())
+            name: float(values[told].max() if name in self._maxima else values[told].mean())
             for name, values in columns.items()
             if name not in counts
         }

@@ -38,7 +38,10 @@ TOOLS = {
     "verify": VerifyConfig,
     "quickstart": QuickstartConfig,
 }
-PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in COMMANDS} | {
+PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in ("pipeline", "sft", "reward", "ppo")} | {
+    "plan": ("jrlhf.plan", "run_plan"),
+    "report": ("jrlhf.report", "run_report"),
+    **{name: (f"jrlhf.tools.{name}", f"run_{name}") for name in ("export", "verify", "quickstart")},
     "generate": ("jrlhf.tools.inference", "run_generate"),
     "sample": ("jrlhf.tools.inference", "run_sample"),
     "rank": ("jrlhf.rank.run", "run_rank"),

@@ -12,11 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from jrlhf import assets
 from jrlhf.config import DataConfig
 from jrlhf.data import load_tokenizer
+from tests.support.chats import CHATML
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CORPUS = ["Hello there, what is the answer? The answer is 42!\n\nHuman: hi\n\nAssistant: Well, hello world.\n"] * 3
 
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]

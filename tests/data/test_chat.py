@@ -12,7 +12,6 @@ from jrlhf.data import BadRow, DataError, load_sft
 from jrlhf.data.chat import ChatTemplate, template_of
 from jrlhf.data.encode import Encoder
 from jrlhf.data.formats import Answered
-from tests.data.test_encode import TEXTS, turns
 from tests.support.chat_templates import (
     ASK,
     CHATML,
@@ -27,6 +26,7 @@ from tests.support.chat_templates import (
     im_pieces,
     made,
 )
+from tests.support.chats import TEXTS, turns
 
 Way = tuple[Any, Callable[[Messages], Pieces]]
 Templated = Callable[..., Any]

@@ -13,37 +13,11 @@ from jrlhf.data.encode import Encoder
 from jrlhf.data.formats import Answered
 from tests.support.chat_templates import SPECIALS as SPECIAL_TOKENS
 from tests.support.chat_templates import WAYS, made
-
-WORDS = [
-    "Hello",
-    "hello world",
-    " there",
-    "\n",
-    "\n\n",
-    " ",
-    "  ",
-    ".",
-    "!?",
-    "'t",
-    "42",
-    "é",
-    "漢字",
-    "😀",
-    "\t",
-    "Ā",
-    "a",
-]
-TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=6).map("".join).filter(str.strip)
+from tests.support.chats import TEXTS, turns
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def turns(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
-    """The user begins; then they take turns."""
-    spoken = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    return ([{"role": "system", "content": system}] if system else []) + spoken
 
 
 @given(TEXTS, TEXTS)

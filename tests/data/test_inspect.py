@@ -10,7 +10,7 @@ from jrlhf.data import inspect as looking
 from jrlhf.data.encode import Encoder
 from jrlhf.data.inspect import Lens, Seen, Tally, first_row, kind_of, look, texts_of
 from jrlhf.data.sources import open_source
-from tests.data.test_encode import turns
+from tests.support.chats import turns
 
 
 def looked_at(source: str, tokenizer: Any, kind: Any, **config: Any) -> tuple[list[Seen], Tally]:

@@ -10,7 +10,7 @@ from jrlhf.data import BadRow, Columns, load_prompts, load_rankings, load_sft, l
 from jrlhf.data.errors import NAMES_COUNTED, NAMES_SHOWN, Skips
 from jrlhf.data.formats import parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.unread import READ_COLUMNS, template_fields, unread_of
-from tests.data.conftest import CHATML
+from tests.support.chats import CHATML
 
 ASK, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 TEXT, PAIR = {"prompt": "Q", "completion": " a"}, {"prompt": "Q", "chosen": " yes", "rejected": " no"}

@@ -1,6 +1,7 @@
 """The floors of the house, read from the imports of every file."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ from tests.support import ROOT as CHECKOUT
 
 ROOT = Path(jrlhf.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+TESTS = sorted((CHECKOUT / "tests").rglob("*.py"))
 
 # What each part may import besides itself. `steps` sees neither models nor config: any user's model works there.
 FLOORS: dict[str, set[str]] = {
     "types": set(),
     "core": {"types"},
     "system": set(),
-    "rules": set(),
-    "assets": set(),
+    "rules": {"system"},
+    "assets": {"system"},
     "config": {"system"},
     # The page where people rank: it starts without JAX (test_purity.py holds it to that).
     "rank": {"config", "system"},
@@ -42,9 +44,9 @@ def part(module):
     return module.split(".")[1] if "." in module else ""
 
 
-def imports(path):
+def imports(path, root=ROOT):
     """Every module a file imports, at its top or inside a function, relative imports resolved."""
-    package = ["jrlhf", *path.relative_to(ROOT).parent.parts]
+    package = [*(["jrlhf"] if root == ROOT else []), *path.relative_to(root).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -129,6 +131,15 @@ def test_tests_mirror_the_package():
     folders = {path.name for path in (CHECKOUT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders - {"benchmarks", "examples", "fixtures", "house", "support"} <= {*FLOORS}
     assert {path.name for path in (CHECKOUT / "tests").glob("test_*.py")} == set()
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_a_test_module_imports_from_no_other(path):
+    """What they share is in tests/support; a fixture comes from a conftest by its name."""
+    found = [module for module in imports(path, CHECKOUT) if module.split(".")[0] == "tests"]
+    assert [module for module in found if not f"{module}.".startswith("tests.support.")] == []
+    # A program for a process of its own stands in a string.
+    assert not re.findall(r"^ +(?:from|import) tests\.(?!support)", path.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @of

@@ -1,10 +1,16 @@
 """Importing touches no device, no global JAX config and nothing heavy. Each case in a fresh interpreter."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import jrlhf
+
+PACKAGE = Path(jrlhf.__file__).parent
 
 
 def run(code):
@@ -59,3 +65,35 @@ def test_steps_need_neither_flax_nor_orbax_nor_transformers():
     loaded = loaded_by("jrlhf.steps")
     assert not {"flax", "orbax", "transformers", "datasets"} & loaded
     assert "jax" in loaded
+
+
+def process_wide(tree):
+    """Calls and assignments that change JAX, the environment or the csv module for the whole process, by line."""
+    changes = {"setdefault", "update", "pop", "clear", "popitem"}
+    for node in ast.walk(tree):
+        name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else []
+        if (
+            name in {"jax.config.update", "csv.field_size_limit", "os.putenv", "os.unsetenv"}
+            or (name.startswith("os.environ.") and name.rpartition(".")[2] in changes)
+            or any(ast.unparse(target).startswith("os.environ[") for target in targets)
+        ):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_set_for_the_whole_process_is_set_in_one_place(path):
+    """The third place sets a variable for the call that needs it, and puts back what was there."""
+    places = {"system/environment.py", "parallel/settings.py", "parallel/coordination.py"}
+    found = [*process_wide(ast.parse(path.read_text(encoding="utf-8")))]
+    assert bool(found) == (str(path.relative_to(PACKAGE)) in places), f"lines {found}"
+
+
+def test_the_reader_of_process_wide_changes_sees_them():
+    lines = (
+        "os.environ['A'] = 'b'",
+        "os.environ.setdefault('A', 'b')",
+        "csv.field_size_limit(1)",
+        "del os.environ['A']",
+    )
+    assert sorted(process_wide(ast.parse("\n".join((*lines, "os.environ.get('A')"))))) == [1, 2, 3, 4]

@@ -9,30 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.models import ArchConfig, Rope
+from jrlhf.models import ArchConfig
+from tests.support.archs import small_arch
 from tests.support.checkpoints import CONFIGS, padded_batches
 
 
 @pytest.fixture(scope="session")
 def arch() -> ArchConfig:
     """Grouped queries and odd sizes, for tests that need no checkpoint."""
-    return ArchConfig(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_positions=64,
-        norm_eps=1e-5,
-        rope=Rope(kind="default", theta=10000.0),
-        activation="silu",
-        qkv_bias=False,
-        attention_out_bias=False,
-        mlp_bias=False,
-        tie_embeddings=True,
-    )
+    return small_arch(num_layers=3)
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from jrlhf.models import decoder_fns, init_params, int8_cache
 from jrlhf.models.attention import attend, attention_mask
 from jrlhf.models.cache import Quantised, append, attend_cached, quantise
 from jrlhf.steps import make_generate
-from tests.models.test_attention import HEADS, KV_HEADS, LENGTH, RIGHT, ROWS, WIDTH, by_hand
-from tests.models.test_decoder import batch
+from tests.support.attention import HEADS, KV_HEADS, LENGTH, RIGHT, ROWS, WIDTH, by_hand
+from tests.support.batches import token_batch
 
 SHAPES = {
     "grouped": {},
@@ -160,7 +160,7 @@ def decoded(fns, params, tokens, mask, *, prefill):
 def test_a_decoder_says_nearly_what_it_says_with_an_exact_cache(arch, spread, shape, dtype):
     arch = replace(arch, **SHAPES[shape])
     params = spread(init_params(arch, jax.random.key(0)))
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     fns = decoder_fns(arch, dtype=dtype, remat=False).decode_fns
     exact, _ = decoded(fns, params, tokens, mask, prefill=6)
     found, _ = decoded(int8_cache(fns), params, tokens, mask, prefill=6)
@@ -175,7 +175,7 @@ def test_a_decoder_says_nearly_what_it_says_with_an_exact_cache(arch, spread, sh
 
 def test_it_does_not_matter_how_much_of_a_prompt_is_read_at_once(arch, spread):
     params = spread(init_params(arch, jax.random.key(0)))
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     fns = int8_cache(decoder_fns(arch, dtype="float32", remat=False).decode_fns)
     one, six, nine = (decoded(fns, params, tokens, mask, prefill=n)[0][:, -2:] for n in (1, 6, 9))
     # A number that another order of sums takes across a half moves a logit by some 0.002.
@@ -200,7 +200,7 @@ def test_its_leaves_have_rows_first_and_take_a_byte_a_number(arch, dtype, size):
     vectors = 2 * arch.num_layers * rows * arch.num_kv_heads * slots
     assert size_of(cache) == vectors * (arch.head_dim + 4)
     assert size_of(plain.init_cache(rows, slots)) == vectors * arch.head_dim * size
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     _, after = decoded(int8_cache(plain), init_params(arch, jax.random.key(0)), tokens, mask, prefill=6)
     before, found = (jax.tree.map(lambda x: (x.shape, x.dtype), x) for x in (cache, after))
     assert found == before
@@ -208,7 +208,7 @@ def test_its_leaves_have_rows_first_and_take_a_byte_a_number(arch, dtype, size):
 
 def test_reading_a_prompt_once_and_leaving_out_what_has_stopped_change_no_answer(arch, spread):
     params = spread(init_params(arch, jax.random.key(0)))
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     fns = int8_cache(decoder_fns(arch, dtype="float32", remat=False).decode_fns)
     settings = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": tuple(range(9))}
 

@@ -19,6 +19,7 @@ from jrlhf.models.functions import abstract_params, abstract_reward_params
 from jrlhf.models.rope import inverse_frequencies
 from jrlhf.steps import make_generate
 from jrlhf.types import DecodeFns
+from tests.support.batches import token_batch
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,6 @@ def fns(arch):
 @pytest.fixture(scope="module")
 def jitted_logprobs(fns):
     return jax.jit(lambda params, tokens, mask: fns.logprob_fn(params, tokens, mask, temperature=0.7))
-
-
-def batch(rows=3, length=10):
-    tokens = jax.random.randint(jax.random.key(7), (rows, length), 1, 61, jnp.int32)
-    lengths = jnp.array([length, 4, 7][:rows])[:, None]
-    columns = jnp.arange(length)[None, :]
-    return tokens, columns < lengths, columns >= length - lengths
 
 
 ROW = np.random.default_rng(1).integers(1, 61, 8).astype(np.int32)
@@ -63,7 +57,7 @@ def test_padding_changes_no_logprob(params, jitted_logprobs, length, width, shif
 @pytest.mark.parametrize("prefill", [1, 6, 9])
 def test_cached_decode_equals_the_full_forward(arch, fns, params, prefill):
     """Left-padded prompts, prefilled in one go, then token by token."""
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     full = fns.apply_fn(params, tokens, mask)
     positions = positions_from_mask(mask)
     cache = fns.decode_fns.init_cache(3, 14)
@@ -87,7 +81,7 @@ def test_a_cache_that_is_too_short_is_refused(fns, params):
 
 
 def test_sampler_logprobs_equal_the_forward(fns, params):
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     generate = make_generate(
         fns.decode_fns, max_new_tokens=6, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(5,), pad_token=0
     )
@@ -99,7 +93,7 @@ def test_sampler_logprobs_equal_the_forward(fns, params):
 
 
 def test_reading_a_prompt_once_and_leaving_out_what_has_stopped_change_no_answer(fns, params):
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     settings = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": tuple(range(9))}
 
     def drawn(tokens, mask, **options):
@@ -117,7 +111,7 @@ def test_reading_a_prompt_once_and_leaving_out_what_has_stopped_change_no_answer
 
 def test_weights_that_are_cast_once_give_the_same_tokens(arch, params):
     """In bfloat16 a step of decoding reads half the bytes; norms keep their float32 scales."""
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     fns = decoder_fns(arch, dtype="bfloat16", remat=False).decode_fns
     kinds = {path[-1].key: leaf.dtype.name for path, leaf in jax.tree_util.tree_leaves_with_path(fns.prepare(params))}
     assert kinds["kernel"] == kinds["embed"] == "bfloat16"
@@ -134,7 +128,7 @@ def test_weights_that_are_cast_once_give_the_same_tokens(arch, params):
 def test_chunked_logprobs_and_their_gradient_equal_the_plain_ones(arch, spread, tied, columns):
     arch = replace(arch, tie_embeddings=tied)
     params = spread(init_params(arch, jax.random.key(0)))
-    tokens, mask, _ = batch()
+    tokens, mask, _ = token_batch()
     chunked = decoder_fns(arch, dtype="float32", remat=True, logits_at_once=3 * 61 * columns)
     plain = decoder_fns(arch, dtype="float32", remat=False)
     weights = jax.random.normal(jax.random.key(5), tokens.shape)
@@ -170,7 +164,7 @@ def test_what_is_wanted_and_its_gradient_are_what_they_are_among_all(arch, param
     """Slices of three columns, and of as many as all logits would take: two then, by the sizes set here."""
     monkeypatch.setattr(unembedding, "PARTS", 2)
     monkeypatch.setattr(unembedding, "TOKENS", 1)
-    tokens, mask, _ = batch()
+    tokens, mask, _ = token_batch()
     wanted = WANTED[which](mask)
     fns = decoder_fns(arch, dtype="float32", remat=False, logits_at_once=3 * 61 * columns)
     weights = jax.random.normal(jax.random.key(5), tokens.shape)
@@ -209,7 +203,7 @@ def test_columns_that_nobody_wants_are_not_computed(first, slices):
 
 
 def test_no_chunk_holds_more_logits_than_asked(arch):
-    tokens, mask, _ = batch()
+    tokens, mask, _ = token_batch()
     fns = decoder_fns(arch, dtype="float32", remat=False, logits_at_once=3 * 61 * 4)
     run = partial(fns.logprob_fn, temperature=1.0)
     shapes = set()
@@ -226,7 +220,7 @@ def test_no_chunk_holds_more_logits_than_asked(arch):
 
 
 def test_an_all_masked_row_is_finite_and_changes_nothing(fns, params):
-    tokens, mask, _ = batch()
+    tokens, mask, _ = token_batch()
 
     def loss(params, tokens, mask):
         logprobs, entropy = fns.logprob_fn(params, tokens, mask, temperature=1.0)
@@ -246,7 +240,7 @@ def test_an_all_masked_row_is_finite_and_changes_nothing(fns, params):
 def test_bfloat16_computes_close_to_float32_with_float32_logits(arch, params):
     fns = decoder_fns(arch, dtype="bfloat16", remat=False)
     exact = decoder_fns(arch, dtype="float32", remat=False)
-    tokens, _, mask = batch()
+    tokens, _, mask = token_batch()
     logits = fns.apply_fn(params, tokens, mask)
     expected = exact.apply_fn(params, tokens, mask)
     assert logits.dtype == jnp.float32
@@ -261,7 +255,7 @@ def test_bfloat16_computes_close_to_float32_with_float32_logits(arch, params):
 
 
 def test_what_is_computed_again_changes_no_gradient(arch, params, monkeypatch):
-    tokens, mask, _ = batch()
+    tokens, mask, _ = token_batch()
     reward = reward_params(params, arch, jax.random.key(1))
 
     def grads(remat):

@@ -99,7 +99,9 @@ def test_a_planned_state_has_the_bytes_of_a_real_one(kind: str, lora: LoRAConfig
             loaded = base.params, critic.params
             tx, _ = make_actor_critic_optimizer(config.ppo.optim, value_lr=0.0, updates=9)
             more = {"ema": trained.policy}
-    state, _ = start_training(never, tx, trained, mesh=site.mesh, rules=base.rules, seed=0, frozen=frozen, **more)
+    state, _ = start_training(
+        never, tx, trained, mesh=site.mesh, rules=base.rules, seed=0, stage="sft", frozen=frozen, **more
+    )
 
     real = {"trained": state.train.params, "optimizer": state.train.opt_state, "average": state.train.ema}
     assert {name: device_bytes(held[name]) for name in real} == {name: spread(tree) for name, tree in real.items()}

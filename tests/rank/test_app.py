@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.rank.conftest import TOKEN, Client, write_tasks
+from tests.support.rank import TOKEN, Client, write_tasks
 
 pytest.importorskip("starlette")
 pytest.importorskip("markdown_it")

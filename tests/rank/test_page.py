@@ -8,8 +8,7 @@ import pytest
 
 from jrlhf.rank import read_tasks
 from jrlhf.rank.store import Store
-from tests.rank.conftest import write_tasks
-from tests.rank.test_serve import Server
+from tests.support.rank import Server, write_tasks
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [

@@ -4,10 +4,8 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import urllib.request
-from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,38 +13,7 @@ import pytest
 from jrlhf.cli import main
 from jrlhf.rank import read_tasks
 from jrlhf.rank.store import Store
-from tests.rank.conftest import write_tasks
-
-
-class Server:
-    """`jrlhf rank` as its users start it."""
-
-    def __init__(self, path, *flags):
-        command = [sys.executable, "-m", "jrlhf", "rank", "--tasks", str(path), *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        line = self.process.stdout.readline()
-        assert "open http" in line, self.process.communicate()
-        self.address = re.search(r"http://\S+", line)[0]
-        self.token = re.search(r"token=([\w-]+)", line)[1]
-        self.host = urlsplit(self.address).netloc
-        self.connections = []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for connection in self.connections:
-            connection.close()
-        self.process.kill()
-        self.process.communicate()
-
-    def connect(self):
-        connection = HTTPConnection(self.host, timeout=30)
-        self.connections.append(connection)
-        connection.request("GET", f"/?token={self.token}")
-        reply = connection.getresponse()
-        reply.read()
-        return connection, reply.headers["set-cookie"].split(";")[0]
+from tests.support.rank import Server, write_tasks
 
 
 def post(connection, cookie, path, body):

@@ -129,11 +129,13 @@ def test_a_chat_goes_through_the_reward_model_s_own_template(reward_folder: Path
     lines = [{"prompt": messages}, {"prompt": messages, "tools": [{"name": "search"}]}]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines) * 4, encoding="utf-8")
     prompts = load_prompts(DataConfig(max_length=64), str(source), policy_tokenizer)
-    generate = jit_generate(actors.policy.decode_fns, config.ppo.sampling, policy_tokenizer, mesh)
+    generate = jit_generate(
+        actors.policy.decode_fns, config.ppo.sampling, policy_tokenizer, mesh, option="ppo.sampling"
+    )
     rows = np.arange(8)
     tokens, mask = prompts.batch(rows)
     generation = generate(actors.policy.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0))
-    found = np.asarray(make_scorer(actors, mesh, slices=1)(generation, prompts, rows))
+    found = np.asarray(make_scorer(actors, mesh, slices=1, option="ppo.reward")(generation, prompts, rows))
     answers = [answer for _, answer in texts_of(policy_tokenizer, generation)]
     theirs, alone = actors.reward_tokenizer, scorer_alone(actors.reward)
     for row in range(8):

@@ -43,10 +43,10 @@ from jrlhf.rules import EndpointError, Episode
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo
 from jrlhf.stages.ppo import run_ppo
+from jrlhf.train.keys import stream_key
 from jrlhf.train.signals import Interrupted
 from jrlhf.types import Generation
-from tests.stages.test_pipeline import compare_runs
-from tests.support.runs import read_jsonl, small_config
+from tests.support.runs import compare_runs, read_jsonl, small_config
 
 LENGTH = LengthRuleConfig(weight=2.0, min=3, max=5)
 RULES = RewardsConfig(model_weight=0.0, json=JSONRuleConfig(weight=1.0), length=LENGTH)
@@ -368,7 +368,7 @@ def test_the_rules_score_a_part_of_a_rollout_while_the_next_is_drawn(
     run_ppo(replace(config, ppo=replace(config.ppo, prompts=prompts)))
     assert told == ["drawn 8", "drawn 8", "rules 8", "read", "rules 8"] * 2
     for number, (generation, scores) in enumerate(rollouts):
-        sample_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), number))
+        sample_key, _ = jax.random.split(jax.random.fold_in(stream_key(config.seed, "ppo", "train"), number))
         (first_key, first), (second_key, second) = parts[2 * number : 2 * number + 2]
         drawn_by = jnp.stack([first_key, second_key])
         assert np.array_equal(jax.random.key_data(drawn_by), jax.random.key_data(jax.random.split(sample_key)))

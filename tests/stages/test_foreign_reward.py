@@ -147,7 +147,9 @@ def test_ppo_its_ensemble_and_the_canary_read_it_alike(foreign: Foreign, chat: b
     source = tmp_path / "prompts.jsonl"
     source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in given), encoding="utf-8")
     prompts = load_prompts(DataConfig(max_length=200), str(source), actors.tokenizer)
-    generate = jit_generate(actors.policy.decode_fns, config.ppo.sampling, actors.tokenizer, mesh)
+    generate = jit_generate(
+        actors.policy.decode_fns, config.ppo.sampling, actors.tokenizer, mesh, option="ppo.sampling"
+    )
     rows = np.resize(np.arange(3), 8)
     tokens, mask = prompts.batch(rows)
     generation = generate(actors.policy.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0))
@@ -161,9 +163,9 @@ def test_ppo_its_ensemble_and_the_canary_read_it_alike(foreign: Foreign, chat: b
         ]
         return [float(model.score([one])[0]) for one in ids]
 
-    scores = make_scorer(actors, mesh, slices=1)(generation, prompts, rows)
+    scores = make_scorer(actors, mesh, slices=1, option="ppo.reward")(generation, prompts, rows)
     np.testing.assert_allclose(scores, recipe(foreign), atol=SCORED)
-    judge = make_scorer(judging(config, actors, mesh), mesh, slices=1)(generation, prompts, rows)
+    judge = make_scorer(judging(config, actors, mesh), mesh, slices=1, option="ppo.reward")(generation, prompts, rows)
     np.testing.assert_allclose(judge, recipe(foreign), atol=SCORED)
     together = learned_scorer(config.ppo.rewards, actors, mesh, slices=1)(generation, prompts, rows)
     np.testing.assert_allclose(together, np.mean([recipe(foreign), recipe(second)], axis=0), atol=SCORED)

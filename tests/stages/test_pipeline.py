@@ -22,7 +22,7 @@ from jrlhf.rank import distinct
 from jrlhf.rollout import iteration as ppo_iteration
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.folder import open_stage
-from jrlhf.runs.lock import run_lock
+from jrlhf.runs.lock import RunLocked, run_lock
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import sft
 from jrlhf.stages.pipeline import run_pipeline
@@ -32,7 +32,7 @@ from jrlhf.stages.sft import run_sft
 from jrlhf.tools.export import run_export
 from jrlhf.tools.inference import run_generate, run_sample, run_score
 from jrlhf.train.signals import Interrupted
-from tests.support.runs import read_jsonl, small_config
+from tests.support.runs import compare_runs, read_jsonl, small_config
 
 Finished = tuple[Config, dict[str, Any]]
 
@@ -133,18 +133,6 @@ def test_what_is_done_is_skipped(finished: Finished) -> None:
     assert again["ppo"] == summary["ppo"]
 
 
-def deterministic(line: dict[str, float]) -> dict[str, float]:
-    measured = ("time", "seconds/", "share/", "perf/", "compile/")
-    return {k: v for k, v in line.items() if not k.startswith(measured) and not k.endswith("_per_second")}
-
-
-def compare_runs(a: Path, b: Path) -> None:
-    """The same metrics and the same weights, to the bit."""
-    first, second = (list(map(deterministic, read_metrics(folder / "metrics.jsonl"))) for folder in (a, b))
-    assert first == second
-    assert (a / "hf/model.safetensors").read_bytes() == (b / "hf/model.safetensors").read_bytes()
-
-
 @pytest.mark.parametrize(("name", "stage"), [("sft", sft), ("ppo", ppo_iteration)])
 def test_an_interrupted_run_ends_as_the_unbroken_one(
     name: str, stage: Any, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -204,7 +192,7 @@ def test_texts_that_cannot_be_scored_are_named_before_the_first_step(tmp_path: P
 
 def test_a_folder_in_use_is_refused(finished: Finished) -> None:
     config, _ = finished
-    with run_lock(Path(config.run) / "sft"), pytest.raises(RuntimeError, match="in use by process"):
+    with run_lock(Path(config.run) / "sft"), pytest.raises(RunLocked, match="in use by process"):
         run_sft(config)
 
 

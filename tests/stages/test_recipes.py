@@ -23,13 +23,12 @@ from tests.support import ROOT
 
 CONFIGS = ROOT / "configs"
 LLAMA3 = Rope("llama3", 5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
-SHARED = {"norm_eps": 1e-5, "activation": "silu", "tie_embeddings": True} | dict.fromkeys(
-    ("qkv_bias", "attention_out_bias", "mlp_bias"), False
-)
 ARCHS = {  # from the models' own config.json
-    "HuggingFaceTB/SmolLM2-135M": ArchConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, rope=Rope("default", 1e5), **SHARED),
-    "meta-llama/Llama-3.2-1B": ArchConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope=LLAMA3, **SHARED),
-    "asset:stories260k": ArchConfig(512, 64, 172, 5, 8, 4, 8, 512, rope=Rope("default", 1e4), **SHARED),
+    "HuggingFaceTB/SmolLM2-135M": ArchConfig(
+        49152, 576, 1536, 30, 9, 3, 64, 8192, rope=Rope("default", 1e5), tie_embeddings=True
+    ),
+    "meta-llama/Llama-3.2-1B": ArchConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope=LLAMA3, tie_embeddings=True),
+    "asset:stories260k": ArchConfig(512, 64, 172, 5, 8, 4, 8, 512, tie_embeddings=True),
 }
 KEY = jax.eval_shape(lambda: jax.random.key(0))
 

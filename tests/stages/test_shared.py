@@ -13,8 +13,7 @@ from jrlhf.plan.programs import device_bytes
 from jrlhf.plan.run import planned_site
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
-from tests.stages.test_pipeline import compare_runs
-from tests.support.runs import small_config
+from tests.support.runs import compare_runs, small_config
 
 RULES = RewardsConfig(model_weight=0.0, length=LengthRuleConfig(weight=2.0, min=3, max=5))
 

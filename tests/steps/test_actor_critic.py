@@ -8,7 +8,7 @@ import pytest
 from jrlhf.models.functions import decoder_fns, init_head, init_params
 from jrlhf.steps import PPOSettings, make_ppo_step, make_readings, shared
 from jrlhf.types import Generation, PPOParams, TrainState
-from tests.steps.test_packing import ARCH
+from tests.support.archs import ONE_LAYER as ARCH
 from tests.support.batches import KEY, assert_close, jit, rollout_batch, sft_batch
 
 FNS = decoder_fns(ARCH, dtype="float32", remat=False)

@@ -7,8 +7,8 @@ from jrlhf.core import from_logits, gae
 from jrlhf.steps import make_experience, make_generate, make_readings, rollout_metrics, separate, shared
 from jrlhf.steps.experience import repetition
 from jrlhf.types import DecodeFns, Generation
-from tests.steps.test_generate import prompts
 from tests.support.batches import all_finite, assert_close, assert_same, jit
+from tests.support.prompts import prompts
 from tests.support.tiny_models import VOCABULARY, plain_decode, plain_init, plain_init_cache, recomputing_decode
 
 SCORES = jnp.array([1.0, -2.0, 0.5, 3.0, 0.0, 1.5])

@@ -7,21 +7,11 @@ from jrlhf.core import from_logits, sample
 from jrlhf.steps import make_generate
 from jrlhf.types import DecodeFns
 from tests.support.batches import assert_same, jit
+from tests.support.prompts import LENGTHS, prompts
 from tests.support.tiny_models import VOCABULARY, plain_decode, plain_init_cache, recomputing_decode
 
 KEY, NEW = jax.random.key(3), 8
-LENGTHS = (1, 4, 2, 3, 4, 1)
 PLAIN = DecodeFns(plain_init_cache, plain_decode)
-
-
-def prompts(width=4):
-    """Left-padded prompts of different lengths."""
-    rng = np.random.default_rng(0)
-    rows = [rng.integers(0, VOCABULARY, n) for n in LENGTHS]
-    tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
-    for b, row in enumerate(rows):
-        tokens[b, width - len(row) :], mask[b, width - len(row) :] = row, True
-    return jnp.asarray(tokens), jnp.asarray(mask)
 
 
 def generator(decode_fns, **changes):

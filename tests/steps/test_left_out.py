@@ -8,8 +8,8 @@ import optax
 from jrlhf.core import from_logits
 from jrlhf.steps import make_experience, make_readings, make_targets, rollout_metrics, separate
 from jrlhf.types import Generation
-from tests.steps.test_ppo_step import ppo_step, start
 from tests.support.batches import KEY, assert_close, assert_same, jit, rollout_batch
+from tests.support.ppo import ppo_step, start
 
 OUT = 2
 

@@ -11,29 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jrlhf.core import positions_from_mask, predictable
-from jrlhf.models import ArchConfig, Rope, decoder_fns, init_params, reward_params
+from jrlhf.models import Rope, decoder_fns, init_params, reward_params
 from jrlhf.steps import make_reward_step, make_sft_step
 from jrlhf.types import PackedRankingBatch, RankingBatch, SFTBatch, TrainState
+from tests.support.archs import small_arch
 
-ARCH = ArchConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    norm_eps=1e-5,
-    rope=Rope("default", 10000.0),
-    activation="silu",
-    qkv_bias=True,
-    attention_out_bias=False,
-    mlp_bias=False,
-    tie_embeddings=True,
-    window=3,
-    local_layers=(True, False),
-)
+ARCH = small_arch(qkv_bias=True, window=3, local_layers=(True, False))
 LENGTHS = (7, 3, 5, 2, 8, 4)
 LAYOUT = ((0, 1, 2), (4, 3, 5), ())  # a row of padding alone too
 WIDTH = 16

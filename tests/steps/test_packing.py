@@ -1,6 +1,5 @@
 """Padding dropped on the device: the layout against brute force, and results that do not change."""
 
-from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -25,10 +24,9 @@ from jrlhf.steps import (
 )
 from jrlhf.steps.packing import packed_layout
 from jrlhf.types import Generation, PPOParams, TrainState
-from tests.steps.test_packed import ARCH as TWO_LAYERS
+from tests.support.archs import ONE_LAYER as ARCH
 from tests.support.batches import KEY, assert_close, assert_same, jit, ppo_settings, rollout_batch, sft_batch
 
-ARCH = replace(TWO_LAYERS, num_layers=1, local_layers=())
 FNS = decoder_fns(ARCH, dtype="float32", remat=False)
 NETWORKS = separate(FNS.logprob_fn, FNS.score_fn)
 layout_of = jax.jit(packed_layout, static_argnames="slices")

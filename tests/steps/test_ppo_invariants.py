@@ -10,7 +10,6 @@ from jrlhf.core import from_logits
 from jrlhf.steps import make_ppo_step, separate
 from jrlhf.steps.minibatches import shuffled_minibatches
 from jrlhf.types import PPOParams, SFTBatch
-from tests.steps.test_ppo_step import ppo_step, start
 from tests.support.batches import (
     KEY,
     all_finite,
@@ -25,6 +24,7 @@ from tests.support.batches import (
     sft_batch,
     take,
 )
+from tests.support.ppo import ppo_step, start
 from tests.support.tiny_models import VOCABULARY
 
 

@@ -7,8 +7,6 @@ import optax
 import pytest
 
 from jrlhf.steps.minibatches import shuffled_minibatches
-from tests.steps.test_ppo_step import ppo_step, reference_loss, start
-from tests.steps.test_sft_step import reference_loss as sft_reference_loss
 from tests.support.batches import (
     KEY,
     all_finite,
@@ -20,6 +18,8 @@ from tests.support.batches import (
     rollout_batch,
     sft_batch,
 )
+from tests.support.ppo import ppo_step, reference_loss, start
+from tests.support.sft import reference_loss as sft_reference_loss
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,8 @@ from tests.support.batches import (
     sft_batch,
     take,
 )
+from tests.support.sft import reference_loss
 from tests.support.tiny_models import VOCABULARY
-
-
-def reference_loss(apply_fn, params, batch):
-    """Written from the definition: the mean over trained tokens of -log p(token | tokens before it)."""
-    mask = np.asarray(batch.mask)
-    wanted = zip(*np.nonzero(np.asarray(batch.loss_mask)), strict=True)
-    counted = [(b, t) for b, t in wanted if t > 0 and mask[b, t] and mask[b, t - 1]]
-    row, at = np.array(counted).T
-    logp = jax.nn.log_softmax(apply_fn(params, batch.tokens, batch.mask), axis=-1)
-    return -jnp.sum(logp[row, at - 1, batch.tokens[row, at]]) / len(counted)
 
 
 def sgd_step(model, accumulation=1, lr=1.0):

@@ -9,7 +9,6 @@ import pytest
 from jrlhf.core import from_logits
 from jrlhf.steps import make_reward_step, make_sft_step
 from jrlhf.steps.ppo import shuffled_minibatches
-from tests.steps.test_ppo_step import ppo_step, start
 from tests.support.batches import (
     KEY,
     all_finite,
@@ -22,6 +21,7 @@ from tests.support.batches import (
     rollout_batch,
     sft_batch,
 )
+from tests.support.ppo import ppo_step, start
 
 TX = optax.adam(0.1)
 

@@ -125,3 +125,11 @@ def pad_columns(batch, left, right, fill=0):
         return jnp.asarray(np.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, right)], constant_values=value))
 
     return jax.tree.map(pad, batch)
+
+
+def token_batch(rows=3, length=10):
+    """Tokens of a small vocabulary, with a mask that is padded on the right and one that is padded on the left."""
+    tokens = jax.random.randint(jax.random.key(7), (rows, length), 1, 61, jnp.int32)
+    lengths = jnp.array([length, 4, 7][:rows])[:, None]
+    columns = jnp.arange(length)[None, :]
+    return tokens, columns < lengths, columns >= length - lengths

@@ -147,3 +147,18 @@ def padded_batches() -> dict[str, tuple[np.ndarray, np.ndarray]]:
             tokens[place, where], mask[place, where] = row, True
         batches[side] = (tokens, mask)
     return batches
+
+
+SMALL_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": True,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "vocab_size": 61,
+}

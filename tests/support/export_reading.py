@@ -26,7 +26,7 @@ def greedy_answers(folder: Path) -> list[tuple[list[int], list[int]]]:
     tokenizer, model = load_tokenizer(str(folder)), load_pretrained(folder, dtype="float32")
     sampling = SamplingConfig(max_new_tokens=LONGEST, temperature=0.0)
     mesh = make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-    generate = jit_generate(model.decode_fns, sampling, tokenizer, mesh)
+    generate = jit_generate(model.decode_fns, sampling, tokenizer, mesh, option="sampling")
     prompts = [Encoder(tokenizer).prompt(question) for question in questions()]
     width = max(map(len, prompts))
     tokens = np.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts], np.int32)

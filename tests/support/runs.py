@@ -21,6 +21,7 @@ from jrlhf.config import (
     SamplingConfig,
     SFTConfig,
 )
+from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from tests.support.chat_model import write_chat_model, write_chats
 
@@ -177,3 +178,15 @@ def rounded_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Co
 
 def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def deterministic(line: dict[str, float]) -> dict[str, float]:
+    measured = ("time", "seconds/", "share/", "perf/", "compile/")
+    return {k: v for k, v in line.items() if not k.startswith(measured) and not k.endswith("_per_second")}
+
+
+def compare_runs(a: Path, b: Path) -> None:
+    """The same metrics and the same weights, to the bit."""
+    first, second = (list(map(deterministic, read_metrics(folder / "metrics.jsonl"))) for folder in (a, b))
+    assert first == second
+    assert (a / "hf/model.safetensors").read_bytes() == (b / "hf/model.safetensors").read_bytes()

@@ -20,6 +20,7 @@ from jrlhf.parallel import fetch, is_first, joined, make_mesh, shard_batch
 from jrlhf.parallel.hosts import AnyProcess, first_goes_ahead, from_first, same_everywhere
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.steps import make_sft_step
+from jrlhf.system.errors import USAGE_ERRORS, UsageError
 from jrlhf.system.interrupts import end_at_once
 from jrlhf.system.terminal import complain
 from jrlhf.train.optim import make_optimizer
@@ -57,7 +58,7 @@ def agree(folder: Path) -> None:
     (folder / f"agreed-{jax.process_index()}.json").write_text(json.dumps(found))
 
     def refuse() -> None:
-        raise ValueError("the first one refuses")
+        raise UsageError("the first one refuses")
 
     from_first("look", refuse)
 
@@ -90,7 +91,7 @@ def sft_state(devices: Any) -> tuple[RunState, Any]:
     model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
     tx, _ = make_optimizer(OptimConfig(lr=1e-3), updates=100)
     step = make_sft_step(model.logprob_fn, tx, accumulation=1)
-    return start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=0, frozen=None)
+    return start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=0, stage="sft", frozen=None)
 
 
 def open_checkpoints(folder: Path) -> Checkpoints:
@@ -130,7 +131,7 @@ def main(task: str, folder: str, *arguments: str) -> int:
             {"rows": read_rows, "agree": agree, "train": train, "reload": reload}[task](Path(folder), *arguments)
     except BaseException as error:
         complain(f"{type(error).__name__}: {error}")
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, USAGE_ERRORS) else 1
     return 0
 
 

@@ -7,31 +7,15 @@ import numpy as np
 import pytest
 
 from jrlhf.config import LoRAConfig, ModelConfig, PPOConfig, SamplingConfig
-from jrlhf.models import ArchConfig, Rope
 from jrlhf.models.cache import CacheKind
 from jrlhf.models.flops import forward_flops
 from jrlhf.parallel.devices.peaks import Peaks
 from jrlhf.train.performance import phase_rates, rates, rollout_work, training_flops
 from jrlhf.train.window import Rate, Window
 from jrlhf.types import Generation, SFTBatch
+from tests.support.archs import small_arch
 
-ARCH = ArchConfig(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    max_positions=64,
-    norm_eps=1e-5,
-    rope=Rope("default", 1e4),
-    activation="silu",
-    qkv_bias=False,
-    attention_out_bias=False,
-    mlp_bias=False,
-    tie_embeddings=True,
-)
+ARCH = small_arch(vocab_size=32, hidden_size=16, intermediate_size=24, num_heads=2, num_kv_heads=1)
 
 
 class Clock:
@@ -44,11 +28,13 @@ class Clock:
 
 def test_a_line_has_means_maxima_rates_and_shares_of_the_time() -> None:
     clock = Clock()
-    window = Window((Rate("tokens", "tokens_per_second"), Rate("work", "used", unit=2.0, during="seconds/fast")), clock)
+    counts = Rate("tokens", "tokens_per_second"), Rate("work", "used", unit=2.0, during="seconds/fast")
+    window = Window(counts, clock, maxima=("highest",))
     for loss, highest, seconds in ((1.0, 5.0, 0.5), (3.0, 4.0, 1.5)):
         step = {
             "loss": loss,
-            "ratio_max": highest,
+            "highest": highest,
+            "max_length_rule": loss,
             "tokens": 40.0,
             "work": 8.0,
             "seconds/fast": seconds,
@@ -60,7 +46,8 @@ def test_a_line_has_means_maxima_rates_and_shares_of_the_time() -> None:
     clock.now += 8.0
     assert window.close() == {
         "loss": 2.0,
-        "ratio_max": 5.0,
+        "highest": 5.0,
+        "max_length_rule": 2.0,
         "skipped": 0.0,
         "seconds/fast": 1.0,
         "tokens_per_second": 80.0 / 8.0,

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 from jrlhf.models.hf.families import CLASSES, arch_from_hf, is_sequence_classification
 from jrlhf.models.hf.folder import ADAPTER_CONFIG, find_folder, read_config, read_json
+from jrlhf.system.errors import UsageError
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -31,7 +32,7 @@ def base_of(folder: Path) -> str:
     """The folder or hub id of the model that an adapter belongs to, as its config has it."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ValueError(f"{folder}: base_model_name_or_path: expected a folder or hub id, found {base!r}")
+        raise UsageError(f"{folder}: base_model_name_or_path: expected a folder or hub id, found {base!r}")
     return base
 
 
@@ -46,7 +47,7 @@ def base_folder(folder: Path, *, weights: bool = True) -> Path:
         return beside
     revision = read_json(folder / ADAPTER_CONFIG).get("revision")
     if revision is not None and not isinstance(revision, str):
-        raise ValueError(f"{folder}: revision: expected a name, found {revision!r}")
+        raise UsageError(f"{folder}: revision: expected a name, found {revision!r}")
     try:
         return find_folder(base, weights=weights, revision=revision or None)
     except FileNotFoundError as error:
@@ -58,7 +59,7 @@ def _down_to_base(folder: Path, *, weights: bool) -> Iterator[Path]:
     seen: list[Path] = []
     while is_adapter_folder(folder):
         if any(folder.samefile(other) for other in seen):
-            raise ValueError(f"{folder}: base_model_name_or_path: the adapter is its own base")
+            raise UsageError(f"{folder}: base_model_name_or_path: the adapter is its own base")
         seen.append(folder)
         yield folder
         folder = base_folder(folder, weights=weights)
@@ -100,16 +101,16 @@ def model_kind(source: ModelFolder) -> ModelKind:
 
 
 def require_kind(source: ModelFolder, kind: ModelKind, *, option: str) -> None:
-    """ValueError for a model of the other kind; ``option`` is what names its path in a config, or ""."""
+    """UsageError for a model of the other kind; ``option`` is what names its path in a config, or ""."""
     actual = model_kind(source)
     if actual == kind:
         return
     needs = f"{option} needs a {kind} model" if option else f"a {kind} model is needed"
     if source.adapters:
         hint = ": a reward model's adapter needs score in modules_to_save, or a reward model as its base"
-        raise ValueError(f"{source.path}: the adapter of a {actual} model; {needs}{hint if kind == 'reward' else ''}")
+        raise UsageError(f"{source.path}: the adapter of a {actual} model; {needs}{hint if kind == 'reward' else ''}")
     config = read_config(source.base)
     names = ", ".join(config.get("architectures") or ()) or "no architectures"
     classes = CLASSES[arch_from_hf(config).family]
     hint = f" (architectures: a reward model is a {classes.sequence_classification})" if kind == "reward" else ""
-    raise ValueError(f"{source.path}: a {actual} model ({names}); {needs}{hint}")
+    raise UsageError(f"{source.path}: a {actual} model ({names}); {needs}{hint}")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jrlhf.models.arch import ArchConfig, Family, Rope
 from jrlhf.models.hf.fields import activation, number, number_or_none, require, size, size_or, switch
 from jrlhf.models.rope import layer_rope, rope_field, rope_from_hf
+from jrlhf.system.errors import UsageError
 
 
 class Classes(NamedTuple):
@@ -31,7 +32,7 @@ def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
     """Sizes and switches of a config.
 
     Fields that transformers itself makes optional get transformers' defaults; dropout is not applied. A family, rope
-    type, activation or switch that is not understood here is a ``ValueError`` that names the field.
+    type, activation or switch that is not understood here is a ``UsageError`` that names the field.
     """
     match config.get("model_type"):
         case "llama":
@@ -51,16 +52,16 @@ def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
         case "gpt_neox":
             arch = _gpt_neox(config)
         case "gemma3":
-            raise ValueError(
+            raise UsageError(
                 "model_type: 'gemma3' reads images too and is not supported; its text model, 'gemma3_text', is"
             )
         case other:
-            raise ValueError(f"model_type: {other!r} is not supported; supported: {', '.join(map(repr, CLASSES))}")
+            raise UsageError(f"model_type: {other!r} is not supported; supported: {', '.join(map(repr, CLASSES))}")
     for name in config.get("architectures") or ():
         if name not in CLASSES[arch.family]:
-            raise ValueError(f"architectures: {name!r} is not supported; supported: {', '.join(CLASSES[arch.family])}")
+            raise UsageError(f"architectures: {name!r} is not supported; supported: {', '.join(CLASSES[arch.family])}")
     if config.get("quantization_config") is not None:
-        raise ValueError("quantization_config: quantised weights are not supported; use the unquantised checkpoint")
+        raise UsageError("quantization_config: quantised weights are not supported; use the unquantised checkpoint")
     return arch
 
 
@@ -78,7 +79,7 @@ def _llama(config: Mapping[str, Any]) -> ArchConfig:
 def _mistral(config: Mapping[str, Any]) -> ArchConfig:
     config = {"num_key_value_heads": 8, "sliding_window": 4096} | dict(config)
     if config.get("layer_types") is not None:
-        raise ValueError("layer_types: not supported for 'mistral', whose layers are all alike")
+        raise UsageError("layer_types: not supported for 'mistral', whose layers are all alike")
     window = size_or(config, "sliding_window", 0)
     local = (True,) * size(config, "num_hidden_layers") if window else ()
     return _gated(config, "mistral", max_positions=131072, window=window, local_layers=local)
@@ -110,11 +111,11 @@ def _qwen_windows(config: Mapping[str, Any]) -> tuple[int, tuple[bool, ...]]:
     layers = size(config, "num_hidden_layers")
     first = config.get("max_window_layers", 28)
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise ValueError(f"max_window_layers: expected 0 or a positive integer, found {first!r}")
+        raise UsageError(f"max_window_layers: expected 0 or a positive integer, found {first!r}")
     window = size_or(config, "sliding_window", 0) if switch(config, "use_sliding_window") else 0
     local = _local_layers(config, [bool(window) and layer >= first for layer in range(layers)])
     if any(local) and not window:
-        raise ValueError("layer_types: 'sliding_attention' needs use_sliding_window and sliding_window")
+        raise UsageError("layer_types: 'sliding_attention' needs use_sliding_window and sliding_window")
     return window, local
 
 
@@ -182,7 +183,7 @@ def _gated(
     hidden_size, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     kv_heads = size_or(config, "num_key_value_heads", heads)
     if heads % kv_heads:
-        raise ValueError(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
+        raise UsageError(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
     head_dim = _head_dim(config, hidden_size, heads)
     config = {"max_position_embeddings": max_positions} | dict(config)
     if "rope" not in switches:
@@ -213,7 +214,7 @@ def _gpt2(config: Mapping[str, Any]) -> ArchConfig:
     require(config, "add_cross_attention", value=False)
     width, heads = size(config, "n_embd"), size(config, "n_head")
     if width % heads:
-        raise ValueError(f"n_head: {heads} does not divide n_embd {width}")
+        raise UsageError(f"n_head: {heads} does not divide n_embd {width}")
     return ArchConfig(
         family="gpt2",
         vocab_size=size(config, "vocab_size"),
@@ -245,7 +246,7 @@ def _gpt_neox(config: Mapping[str, Any]) -> ArchConfig:
     rotated = number(given, "partial_rotary_factor", field="rope_parameters.partial_rotary_factor", default=old)
     rotary_dim = int(head_dim * rotated)
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
-        raise ValueError(f"rotary_pct: {rotated} of {head_dim} dimensions is no even number of them")
+        raise UsageError(f"rotary_pct: {rotated} of {head_dim} dimensions is no even number of them")
     config = {"max_position_embeddings": 2048} | dict(config)
     bias = switch(config, "attention_bias", default=True)
     return ArchConfig(
@@ -275,10 +276,10 @@ def _gpt_neox(config: Mapping[str, Any]) -> ArchConfig:
 def _head_dim(config: Mapping[str, Any], hidden_size: int, heads: int) -> int:
     explicit = config.get("head_dim") is not None
     if not explicit and hidden_size % heads:
-        raise ValueError(f"num_attention_heads: {heads} does not divide hidden_size {hidden_size}; head_dim is not set")
+        raise UsageError(f"num_attention_heads: {heads} does not divide hidden_size {hidden_size}; head_dim is not set")
     head_dim = size(config, "head_dim") if explicit else hidden_size // heads
     if head_dim % 2:
-        raise ValueError(f"head_dim: {head_dim} is odd; rotary positions need pairs")
+        raise UsageError(f"head_dim: {head_dim} is odd; rotary positions need pairs")
     return head_dim
 
 
@@ -294,7 +295,7 @@ def _whole_heads_are_rotated(config: Mapping[str, Any]) -> None:
     for place, source in ((f"{field}.", given if isinstance(given, Mapping) else {}), ("", config)):
         found = source.get("partial_rotary_factor")
         if found not in (None, 1, 1.0):
-            raise ValueError(f"{place}partial_rotary_factor: {found!r} is not supported; only 1.0")
+            raise UsageError(f"{place}partial_rotary_factor: {found!r} is not supported; only 1.0")
 
 
 def _local_layers(config: Mapping[str, Any], default: list[bool]) -> tuple[bool, ...]:
@@ -303,10 +304,10 @@ def _local_layers(config: Mapping[str, Any], default: list[bool]) -> tuple[bool,
     if types is None:
         return tuple(default)
     if not isinstance(types, list) or len(types) != len(default):
-        raise ValueError(f"layer_types: expected a list of {len(default)} names, found {types!r}")
+        raise UsageError(f"layer_types: expected a list of {len(default)} names, found {types!r}")
     for name in types:
         if name not in ("sliding_attention", "full_attention"):
-            raise ValueError(
+            raise UsageError(
                 f"layer_types: {name!r} is not supported; supported: 'sliding_attention', 'full_attention'"
             )
     return tuple(name == "sliding_attention" for name in types)

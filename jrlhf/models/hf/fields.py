@@ -1,9 +1,10 @@
-"""Reading single fields of a Hugging Face config: what does not fit is a ``ValueError`` that names the field."""
+"""Reading single fields of a Hugging Face config: what does not fit is a ``UsageError`` that names the field."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from jrlhf.models.arch import Activation
+from jrlhf.system.errors import UsageError
 
 LARGEST = 2**24
 """Of all sizes: no model has more of anything, and arrays are made of some before the weights are looked at."""
@@ -13,9 +14,9 @@ def size(config: Mapping[str, Any], key: str) -> int:
     """A positive integer."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{key}: expected a positive integer, found {value!r}")
+        raise UsageError(f"{key}: expected a positive integer, found {value!r}")
     if value > LARGEST:
-        raise ValueError(f"{key}: expected at most {LARGEST}, found {value}")
+        raise UsageError(f"{key}: expected at most {LARGEST}, found {value}")
     return value
 
 
@@ -29,7 +30,7 @@ def number(config: Mapping[str, Any], key: str, *, field: str | None = None, def
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{field or key}: expected a positive number, found {value!r}")
+        raise UsageError(f"{field or key}: expected a positive number, found {value!r}")
     return float(value)
 
 
@@ -44,7 +45,7 @@ def switch(config: Mapping[str, Any], key: str, *, default: bool = False) -> boo
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise ValueError(f"{key}: expected true or false, found {value!r}")
+        raise UsageError(f"{key}: expected true or false, found {value!r}")
     return value
 
 
@@ -60,11 +61,11 @@ def activation(config: Mapping[str, Any], key: str, *, default: str) -> Activati
             return "gelu_tanh"
         case _:
             supported = "'silu', 'gelu', 'gelu_new', 'gelu_fast', 'gelu_pytorch_tanh'"
-            raise ValueError(f"{key}: {name!r} is not supported; supported: {supported}")
+            raise UsageError(f"{key}: {name!r} is not supported; supported: {supported}")
 
 
 def require(config: Mapping[str, Any], key: str, *, value: bool) -> None:
     """A switch whose other position is not built."""
     found = switch(config, key, default=value)
     if found is not value:
-        raise ValueError(f"{key}: {str(found).lower()} is not supported")
+        raise UsageError(f"{key}: {str(found).lower()} is not supported")

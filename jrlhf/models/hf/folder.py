@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.models.hf.names import Entry
+from jrlhf.system.errors import UsageError
 from jrlhf.system.paths import expanded
 from jrlhf.system.suggest import near_folder
 from jrlhf.types import Params
@@ -53,7 +54,7 @@ def find_folder(path: str | Path, *, weights: bool = True, revision: str | None 
     if folder.is_dir():
         return folder
     if folder.suffix in PICKLED:
-        raise ValueError(f"{path}: pickled weights are never opened; convert them to a folder with safetensors")
+        raise UsageError(f"{path}: pickled weights are never opened; convert them to a folder with safetensors")
     if folder.exists():
         raise FileNotFoundError(f"{path}: a file; name the Hugging Face folder that holds it")
     if not _may_be_hub_id(str(path)):
@@ -105,9 +106,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+        raise UsageError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object")
+        raise UsageError(f"{file}: expected a JSON object")
     return content
 
 

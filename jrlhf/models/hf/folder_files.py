@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jrlhf.models.hf.folder import CONFIG, GENERATION_CONFIG, read_json
+from jrlhf.system.errors import UsageError
 
 
 def appear(file: Path, write: Callable[[Path], Any]) -> None:
@@ -34,9 +35,9 @@ def read_files(folder: Path, patterns: Iterable[str]) -> dict[str, bytes]:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """``read_files`` backwards. ValueError for a name that leads out of the folder."""
+    """``read_files`` backwards. UsageError for a name that leads out of the folder."""
     if outside := [name for name in files if not stays_inside(name)]:
-        raise ValueError(f"{folder}: {outside[0]!r} is not the name of a file in a folder")
+        raise UsageError(f"{folder}: {outside[0]!r} is not the name of a file in a folder")
     for name, content in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,13 @@ from pathlib import Path
 from jrlhf.models.hf.adapter_folder import base_folder, is_adapter_folder
 from jrlhf.models.hf.fields import size
 from jrlhf.models.hf.folder import CONFIG, GENERATION_CONFIG, find_folder, read_config, read_json
+from jrlhf.system.errors import UsageError
 
 
 def generation_eos(path: str | Path) -> tuple[int, ...]:
     """The token ids that end an answer by ``generation_config.json``, in its order; empty where it names none.
 
-    A PEFT folder without that file has its base model's. ValueError for what is no id of the model's vocabulary.
+    A PEFT folder without that file has its base model's. UsageError for what is no id of the model's vocabulary.
     """
     folder = find_folder(path, weights=False)
     while is_adapter_folder(folder) and not (folder / GENERATION_CONFIG).is_file():
@@ -23,7 +24,7 @@ def generation_eos(path: str | Path) -> tuple[int, ...]:
     vocabulary = size(read_config(folder), "vocab_size") if (folder / CONFIG).is_file() else None
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-            raise ValueError(f"{file}: eos_token_id: expected a token id or a list of them, found {value!r}")
+            raise UsageError(f"{file}: eos_token_id: expected a token id or a list of them, found {value!r}")
         if vocabulary is not None and token >= vocabulary:
-            raise ValueError(f"{file}: eos_token_id: {token} is not an id of the model's {vocabulary} tokens")
+            raise UsageError(f"{file}: eos_token_id: {token} is not an id of the model's {vocabulary} tokens")
     return tuple(dict.fromkeys(ids))

@@ -15,6 +15,7 @@ from jrlhf.models.hf.folder_files import appear
 from jrlhf.models.hf.names import Entry
 from jrlhf.models.hf.write import fused
 from jrlhf.models.lora import linear_maps, module_name
+from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
 
 _PREFIX = "base_model.model."
@@ -29,7 +30,7 @@ def is_own_adapter(folder: Path) -> bool:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
             return _HEAD_BIAS in (file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: not a readable safetensors file: {error}") from error
+        raise UsageError(f"{folder / ADAPTER_WEIGHTS}: not a readable safetensors file: {error}") from error
 
 
 def save_adapter(params: Params, arch: ArchConfig, folder: Path, *, base: str, alpha: float) -> None:

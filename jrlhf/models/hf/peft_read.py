@@ -15,6 +15,7 @@ from jrlhf.models.hf.names import Entry
 from jrlhf.models.hf.peft import _HEAD, _HEAD_BIAS, _PREFIX, _by_tensor
 from jrlhf.models.hf.read import unfused
 from jrlhf.models.lora import at_kernels
+from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
 
 _HEAD_BIAS_TENSOR = _PREFIX + "score.bias"
@@ -49,7 +50,7 @@ class Adapter(NamedTuple):
 def insert_adapter(params: Params, arch: ArchConfig, folder: Path, *, needs_head: bool = True) -> Params:
     """``params`` with the adapters of a folder, and with its head where ``params`` are a reward model's.
 
-    ``needs_head``: a reward model's adapter must have one; otherwise its base's stays. ValueError for what is no plain
+    ``needs_head``: a reward model's adapter must have one; otherwise its base's stays. UsageError for what is no plain
     LoRA, and naming the tensors that have no place here.
     """
     adapter = _read_adapter(folder)
@@ -64,12 +65,12 @@ def insert_adapter(params: Params, arch: ArchConfig, folder: Path, *, needs_head
     if "head" in params:
         head = _read_head(adapter, arch, used)
         if head is None and needs_head:
-            raise ValueError(f"{folder}: a reward model's adapter needs {_HEAD} of shape [1, {arch.hidden_size}]")
+            raise UsageError(f"{folder}: a reward model's adapter needs {_HEAD} of shape [1, {arch.hidden_size}]")
         params = params if head is None else params | {"head": head}
     if unknown := sorted(adapter.tensors.keys() - used):
-        raise ValueError(f"{folder}: tensors that have no place here: {', '.join(unknown[:8])}; {_MERGE}")
+        raise UsageError(f"{folder}: tensors that have no place here: {', '.join(unknown[:8])}; {_MERGE}")
     if not used:
-        raise ValueError(f"{folder / ADAPTER_WEIGHTS}: holds no tensors")
+        raise UsageError(f"{folder / ADAPTER_WEIGHTS}: holds no tensors")
     paths = list(adapters)
     return at_kernels(params, paths, lambda leaves, i: leaves | adapters[paths[i]])
 
@@ -87,21 +88,21 @@ def _read_adapter(folder: Path) -> Adapter:
             unread = [name for name in names if dtypes[name] not in DTYPES]
             tensors = {name: handle.get_tensor(name) for name in names if name not in unread}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
+        raise UsageError(f"{file}: not a readable safetensors file: {error}") from error
     if unread:
-        raise ValueError(f"{file}: {unread[0]} is {dtypes[unread[0]]}; supported: {', '.join(DTYPES)}")
+        raise UsageError(f"{file}: {unread[0]} is {dtypes[unread[0]]}; supported: {', '.join(DTYPES)}")
     return Adapter(folder, config, tensors, metadata)
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}: peft_type: {config.get('peft_type')!r} is not supported; supported: 'LORA'")
+        raise UsageError(f"{folder}: peft_type: {config.get('peft_type')!r} is not supported; supported: 'LORA'")
     if config.get("bias") not in (None, "none"):
-        raise ValueError(f"{folder}: bias: {config['bias']!r} is not supported; supported: 'none'")
+        raise UsageError(f"{folder}: bias: {config['bias']!r} is not supported; supported: 'none'")
     for key in ("r", "lora_alpha"):
         if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float) or config[key] <= 0:
-            raise ValueError(f"{folder}: {key}: expected a positive number, found {config.get(key)!r}")
+            raise UsageError(f"{folder}: {key}: expected a positive number, found {config.get(key)!r}")
     for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
         _check_patterns(folder, key, config.get(key))
     _check_layers(folder, config.get("layers_to_transform"))
@@ -110,50 +111,50 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     for name in saved if isinstance(saved, list) else [] if saved is None else [saved]:
         # PEFT lists the usual names of a classifier's head, whether the model has them or not.
         if name not in ("score", "classifier"):
-            raise ValueError(
+            raise UsageError(
                 f"{folder}: modules_to_save: {name!r} is not supported, only a reward model's score; {_MERGE}"
             )
     for key, value in config.items():
         # Null, false, 0 and what is empty is off, in PEFT's fields as they are and presumably in those to come.
         if value and key not in FIELDS_READ | FIELDS_WITHOUT_EFFECT:
-            raise ValueError(f"{folder}: {key}: not supported, and it may change what the adapter does; {_MERGE}")
+            raise UsageError(f"{folder}: {key}: not supported, and it may change what the adapter does; {_MERGE}")
     return config
 
 
 def _check_patterns(folder: Path, key: str, value: Any) -> None:
-    """ValueError for a field whose patterns are none, or whose numbers are not positive."""
+    """UsageError for a field whose patterns are none, or whose numbers are not positive."""
     if key in ("rank_pattern", "alpha_pattern") and value and not isinstance(value, dict):
-        raise ValueError(f"{folder}: {key}: expected a number a pattern, found {value!r}")
+        raise UsageError(f"{folder}: {key}: expected a number a pattern, found {value!r}")
     patterns = value if isinstance(value, dict | list) else [] if value is None else [value]
     for pattern in patterns:
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(f"{folder}: {key}: {pattern!r} is no pattern: {error}") from error
+            raise UsageError(f"{folder}: {key}: {pattern!r} is no pattern: {error}") from error
     for number in value.values() if isinstance(value, dict) else ():
         if isinstance(number, bool) or not isinstance(number, int | float) or number <= 0:
-            raise ValueError(f"{folder}: {key}: expected positive numbers, found {number!r}")
+            raise UsageError(f"{folder}: {key}: expected positive numbers, found {number!r}")
 
 
 def _check_layers(folder: Path, value: Any) -> None:
-    """ValueError for ``layers_to_transform`` that are no numbers of layers."""
+    """UsageError for ``layers_to_transform`` that are no numbers of layers."""
     layers = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise ValueError(f"{folder}: layers_to_transform: expected whole numbers, found {value!r}")
+        raise UsageError(f"{folder}: layers_to_transform: expected whole numbers, found {value!r}")
 
 
 def _check_init(folder: Path, init: Any) -> None:
-    """ValueError, which names it, for an initialisation after which the base is another model than it was."""
+    """UsageError, which names it, for an initialisation after which the base is another model than it was."""
     known = init.lower() if isinstance(init, str) else init
     if isinstance(known, str) and known.startswith(INITS_THAT_CHANGE_THE_BASE):
         convert = "" if known == "loftq" else "save it with path_initial_model_for_weight_conversion (PEFT), or "
-        raise ValueError(
+        raise UsageError(
             f"{folder}: init_lora_weights: {init!r} took its first factors out of the base's weights, so on the base "
             f"as it was the adapter makes another model; {convert}{_MERGE}"
         )
     if not any(known is plain or (isinstance(known, str) and known == plain) for plain in PLAIN_INITS):
         names = ", ".join(repr(plain) for plain in PLAIN_INITS if isinstance(plain, str))
-        raise ValueError(
+        raise UsageError(
             f"{folder}: init_lora_weights: {init!r} is not supported; supported: true, false, {names}; {_MERGE}"
         )
 
@@ -165,7 +166,7 @@ def _read_head(adapter: Adapter, arch: ArchConfig, used: set[str]) -> Params | N
     kernel, bias = adapter.tensors[_HEAD], adapter.tensors.get(_HEAD_BIAS_TENSOR)
     for name, tensor, shape in ((_HEAD, kernel, (1, arch.hidden_size)), (_HEAD_BIAS_TENSOR, bias, (1,))):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(
+            raise UsageError(
                 f"{adapter.folder}: {name} has shape {list(tensor.shape)}, a scalar head has {list(shape)}"
             )
     used.update({_HEAD, _HEAD_BIAS_TENSOR} & adapter.tensors.keys())
@@ -182,13 +183,13 @@ def _read_layer(adapter: Adapter, name: str, layer: int, used: set[str]) -> tupl
         return None
     for n in names:
         if n not in tensors:
-            raise ValueError(f"{folder}: missing tensor: {n}")
+            raise UsageError(f"{folder}: missing tensor: {n}")
     used.update(names)
     rank = _of_pattern(config, "rank_pattern", module, config["r"])
     a, b = (tensors[n] for n in names)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         shapes = f"{list(a.shape)} and {list(b.shape)}"
-        raise ValueError(
+        raise UsageError(
             f"{folder}: {names[0]} and lora_B have shapes {shapes}; by {ADAPTER_CONFIG} their rank is {rank}"
         )
     alpha = _of_pattern(config, "alpha_pattern", module, config["lora_alpha"])
@@ -231,7 +232,7 @@ def _stacked(
         a, b = factors
         b = b if entry.fused is None else unfused(b, entry.fused)
         if a.shape[0] != width or b.shape != (a.shape[1], features):
-            raise ValueError(
+            raise UsageError(
                 f"{where}: an adapter of {a.shape} and {b.shape} does not fit a map of {(width, features)}"
             )
         a_stack[layer, :, : a.shape[1]], b_stack[layer, : len(b)] = a, b

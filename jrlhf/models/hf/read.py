@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.hf.folder import DTYPES, INDEX, PICKLED, WEIGHTS, Stored, leaf_at, names_of, read_json
 from jrlhf.models.hf.names import IGNORED, Entry, Fused, base_prefix, decoder_table, lm_head_name
+from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
 
 
@@ -35,12 +36,12 @@ class Tensors:
                     self.stored[prefix + name] = Stored(part.get_dtype(), file)
         for name, (dtype, _) in self.stored.items():
             if dtype not in DTYPES:
-                raise ValueError(f"{folder}: {name} is {dtype}; supported: {', '.join(DTYPES)}")
+                raise UsageError(f"{folder}: {name} is {dtype}; supported: {', '.join(DTYPES)}")
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._shapes[name]
         if found != shape:
-            raise ValueError(f"{self.folder}: {name} has shape {list(found)}, the config asks for {list(shape)}")
+            raise UsageError(f"{self.folder}: {name} has shape {list(found)}, the config asks for {list(shape)}")
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         with _opened(self.folder / self.stored[name].file) as handle:
@@ -52,7 +53,7 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         handle: Any = safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
+        raise UsageError(f"{file}: not a readable safetensors file: {error}") from error
     with handle:
         yield handle
 
@@ -86,16 +87,16 @@ def _sharded(index: Path) -> dict[str, str]:
     """Which file has which tensor."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index}: weight_map must map tensor names to file names")
+        raise UsageError(f"{index}: weight_map must map tensor names to file names")
     for file in sorted(set(weight_map.values())):
         # A name that leads elsewhere would read whatever it points to.
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: {file!r} is not the name of a safetensors file in this folder")
+            raise UsageError(f"{index}: {file!r} is not the name of a safetensors file in this folder")
         with _opened(index.parent / file) as handle:
             held = set(handle.keys())
         for name in (name for name, where in weight_map.items() if where == file):
             if name not in held:
-                raise ValueError(f"{index}: {name} is not in {file}")
+                raise UsageError(f"{index}: {name} is not in {file}")
     return weight_map
 
 
@@ -104,11 +105,11 @@ def read_tree(
 ) -> Params:
     """The tree of ``table``'s entries in float32, leaf by leaf; of each only the parts that this host's devices hold.
 
-    ``shapes``: a tree with at least these leaves. ValueError naming what is missing, unexpected or misshapen.
+    ``shapes``: a tree with at least these leaves. UsageError naming what is missing, unexpected or misshapen.
     """
     if arch.num_layers > len(tensors.stored):
         has = f"has {len(tensors.stored)} tensors"
-        raise ValueError(f"{tensors.folder}: the config asks for {arch.num_layers} layers, the folder {has}")
+        raise UsageError(f"{tensors.folder}: the config asks for {arch.num_layers} layers, the folder {has}")
     _check_names(tensors, arch, {name for entry in table for name in names_of(entry, shapes)})
     tree: dict[str, Any] = {}
     # The biggest first: while one is read it is held twice, which matters most when all the rest is there already.
@@ -142,7 +143,7 @@ def _check_names(tensors: Tensors, arch: ArchConfig, expected: set[str]) -> None
     ]
     if listed:
         hints = _hints(arch, expected - found, extra)
-        raise ValueError(f"{tensors.folder}: {'; '.join(listed + hints)}")
+        raise UsageError(f"{tensors.folder}: {'; '.join(listed + hints)}")
 
 
 def _hints(arch: ArchConfig, missing: set[str], extra: set[str]) -> list[str]:

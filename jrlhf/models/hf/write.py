@@ -13,6 +13,7 @@ from jrlhf.models.arch import ArchConfig
 from jrlhf.models.hf.folder import CONFIG, DTYPES, INDEX, WEIGHTS, Stored, leaf_at, names_of, read_json
 from jrlhf.models.hf.folder_files import appear, json_bytes, read_files, write_files
 from jrlhf.models.hf.names import Entry, lm_head_name
+from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
 
 Source = tuple[Entry, int | None]
@@ -44,7 +45,7 @@ def their_tensor(tree: Params, sources: list[Source], dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         narrow = np.ascontiguousarray(theirs.astype(DTYPES[dtype]))
     if dtype == "F16" and not np.isfinite(narrow[np.isfinite(theirs)]).all():
-        raise ValueError(
+        raise UsageError(
             f"{entry.name}: a weight is beyond 65504, the largest number in float16; export float32 instead"
         )
     return narrow

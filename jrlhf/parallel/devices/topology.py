@@ -9,6 +9,8 @@ import jax
 import numpy as np
 
 from jrlhf.parallel.devices.peaks import KNOWN, Chip, Peaks, device_peaks, known_chip
+from jrlhf.parallel.settings import simulate_cpus
+from jrlhf.system.errors import UsageError
 
 
 class Topology(NamedTuple):
@@ -23,7 +25,7 @@ class Topology(NamedTuple):
     """The devices are this machine's own; else the CPU's simulated ones stand in for them."""
 
     def devices(self) -> Sequence[Any]:
-        """To compile for. ValueError where JAX runs already, with fewer."""
+        """To compile for. UsageError where JAX runs already, with fewer."""
         return jax.devices() if self.real else simulated_devices(self.size)
 
     def platform(self) -> str:
@@ -60,7 +62,7 @@ class Topology(NamedTuple):
 def parse_topology(text: str) -> Topology:
     """``v5p-128`` (cores, as Google counts them: 64 chips), ``h100x64``, ``cpu:8``; empty: this machine.
 
-    ValueError for any other, with the names there are.
+    UsageError for any other, with the names there are.
     """
     if not text:
         count, device = jax.device_count(), jax.devices()[0]
@@ -71,12 +73,12 @@ def parse_topology(text: str) -> Topology:
         return Topology(text, int(number), None, real=False)
     chip = next((chip for chip in KNOWN if chip.name == name and mark == _mark(chip)), None)
     if chip is None or not int(number):
-        raise ValueError(f"{text!r} is not known; there are {', '.join(_example(chip) for chip in KNOWN)}, cpu:8")
+        raise UsageError(f"{text!r} is not known; there are {', '.join(_example(chip) for chip in KNOWN)}, cpu:8")
     count, rest = divmod(int(number), chip.units)
     if rest:
-        raise ValueError(f"{text!r}: the number counts cores, of which a chip has {chip.units}")
+        raise UsageError(f"{text!r}: the number counts cores, of which a chip has {chip.units}")
     if chip.beyond is None and count > chip.joined:
-        raise ValueError(f"{text!r}: a pod has {chip.joined * chip.units} at most")
+        raise UsageError(f"{text!r}: a pod has {chip.joined * chip.units} at most")
     return Topology(text, count, chip, real=False)
 
 
@@ -90,12 +92,8 @@ def _example(chip: Chip) -> str:
 
 def simulated_devices(count: int) -> Sequence[Any]:
     """``count`` of the CPU's devices; JAX is told to simulate them where it has not started yet."""
-    try:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:
-        pass  # it has: those that there are must do
+    simulate_cpus(count)
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise ValueError(f"{count} devices to simulate, but JAX has started with {len(devices)}: use a new process")
+        raise UsageError(f"{count} devices to simulate, but JAX has started with {len(devices)}: use a new process")
     return devices[:count]

@@ -25,20 +25,7 @@ from jrlhf.models.hf.names import language_model_table
 from jrlhf.models.hf.write import write_folder
 from jrlhf.models.reward import load_reward_start, normalise_reward
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": True,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "model_type": "llama",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-    "vocab_size": 61,
-}
+from tests.support.checkpoints import SMALL_LLAMA
 
 
 @pytest.fixture
@@ -48,8 +35,8 @@ def folder(arch, spread, tmp_path):
     params = spread(init_params(arch, jax.random.key(0)))
     out = tmp_path / "source"
     out.mkdir()
-    write_folder(out, CONFIG, params, arch, language_model_table(arch), {}, out, ())
-    (out / "config.json").write_text(json.dumps(CONFIG).replace("1e-05", "1e-5"))
+    write_folder(out, SMALL_LLAMA, params, arch, language_model_table(arch), {}, out, ())
+    (out / "config.json").write_text(json.dumps(SMALL_LLAMA).replace("1e-05", "1e-5"))
     return out
 
 
@@ -144,7 +131,7 @@ def test_a_dtype_that_is_no_weight_is_named(folder):
 
 
 def test_a_tied_checkpoint_may_hold_its_matrix_twice(folder, tmp_path):
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+    (folder / "config.json").write_text(json.dumps(SMALL_LLAMA | {"tie_word_embeddings": True}))
     with pytest.raises(ValueError, match=r"unexpected tensors: lm_head\.weight"):
         load_pretrained(folder, dtype="float32")
     edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
@@ -272,7 +259,7 @@ def test_a_folder_of_models_names_them(folder):
 def test_tensors_that_people_are_known_to_have_come_with_what_to_do(folder, change, hint):
     if "architectures" in change:
         edit(folder, lambda tensors: tensors.update({"score.weight": np.zeros((1, 32), np.float32)}))
-    (folder / "config.json").write_text(json.dumps(CONFIG | change))
+    (folder / "config.json").write_text(json.dumps(SMALL_LLAMA | change))
     with pytest.raises(ValueError, match=hint):
         load_pretrained(folder, dtype="float32")
 

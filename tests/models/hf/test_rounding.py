@@ -24,7 +24,7 @@ from jrlhf.models.hf.folder_files import appear, generation_config, read_files, 
 from jrlhf.models.hf.names import language_model_table
 from jrlhf.models.hf.rounding import round_to_stored
 from jrlhf.models.hf.write import write_folder
-from tests.models.hf.test_folder import CONFIG
+from tests.support.checkpoints import SMALL_LLAMA
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def narrow(arch32, spread, tmp_path):
         names = [n.format(layer=i) for entry in table for n in [entry.name] for i in range(3)]
         stored = {n: Stored(dtype(n), f"model-0000{1 + ('layers' in n)}-of-00002.safetensors") for n in names}
         source.mkdir()
-        write_folder(source, CONFIG | {"torch_dtype": "bfloat16"}, params, arch32, table, stored, source, ())
+        write_folder(source, SMALL_LLAMA | {"torch_dtype": "bfloat16"}, params, arch32, table, stored, source, ())
         return source
 
     return write
