@@ -22,7 +22,7 @@ import jrlhf.train.loop as stage_loop
 from jrlhf.config import Config, DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, SamplingConfig
 from jrlhf.core import partition
 from jrlhf.models import (
-    RULES,
+    SHARDING_RULES,
     ArchConfig,
     add_adapters,
     decoder_fns,
@@ -92,7 +92,7 @@ def train(
 ) -> None:
     """A step as the stages run it: jitted over a mesh, its state donated, a new batch put on the device each time."""
     mesh, (trained, frozen) = make_mesh(data=-1, fsdp=1, tensor=1), split
-    state, update = start_training(step, tx, trained, mesh=mesh, rules=RULES, seed=0, frozen=frozen)
+    state, update = start_training(step, tx, trained, mesh=mesh, rules=SHARDING_RULES, seed=0, frozen=frozen)
     train, key = state.train, state.key
 
     def call() -> dict[str, Any]:

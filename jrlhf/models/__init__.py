@@ -28,7 +28,7 @@ from jrlhf.models.hf.digests import file_digest, model_file_digest, model_files
 from jrlhf.models.hf.families import arch_from_hf
 from jrlhf.models.hf.folder import find_folder
 from jrlhf.models.hf.generation import generation_eos
-from jrlhf.models.hf.names import RULES
+from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.models.hf.peft import save_adapter
 from jrlhf.models.hf.peft_read import insert_adapter
 from jrlhf.models.hf.rounding import round_to_stored
@@ -46,7 +46,7 @@ from jrlhf.models.reward import (
 )
 
 __all__ = [
-    "RULES",
+    "SHARDING_RULES",
     "STOP_TOKEN",
     "ArchConfig",
     "CacheKind",

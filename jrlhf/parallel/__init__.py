@@ -15,7 +15,7 @@ from jrlhf.parallel.hosts import (
 from jrlhf.parallel.launch import joined
 from jrlhf.parallel.mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, replicated, shard_batch, spread_rows
 from jrlhf.parallel.peers import PeerLost, leave_at_once
-from jrlhf.parallel.sharding import Rules, init_sharded, leaf_spec, tree_shardings
+from jrlhf.parallel.sharding import ShardingRules, init_sharded, leaf_spec, tree_shardings
 from jrlhf.parallel.step import Step, jit_moving, jit_step
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "Compilations",
     "Peaks",
     "PeerLost",
-    "Rules",
+    "ShardingRules",
     "Step",
     "Topology",
     "array_bytes",

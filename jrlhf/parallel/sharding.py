@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Rules = tuple[tuple[str, PartitionSpec], ...]
+ShardingRules = tuple[tuple[str, PartitionSpec], ...]
 """``(regex, spec)`` pairs. The regex is searched for in a leaf's path, such as ``"decoder/layers/attn/q/kernel"``."""
 
 
-def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """A ``NamedSharding`` for every leaf of a tree of arrays or shapes.
 
     The first rule found in a leaf's path decides, without the axes whose size does not divide the dimension they name.
@@ -29,7 +29,7 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def leaf_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+def leaf_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: ShardingRules) -> PartitionSpec:
     """The spec of one leaf; see ``tree_shardings``."""
     for pattern, spec in rules:
         # A factored optimizer keeps row and column sums under the parameter's path: the rule does not fit their rank.
@@ -58,7 +58,7 @@ def _largest_dimension(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*[None] * divisible.index(max(divisible)), "fsdp")
 
 
-def init_sharded(init_fn: Callable[..., Any], *args: Any, mesh: Mesh, rules: Rules) -> Any:
+def init_sharded(init_fn: Callable[..., Any], *args: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """``init_fn(*args)`` born sharded: shapes by ``eval_shape``, shardings by the rules, values by a jitted init.
 
     No device ever holds more than its own part of the result.

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jrlhf.config import LoRAConfig, ModelConfig, PlanConfig, SamplingConfig
 from jrlhf.core import partition
 from jrlhf.models import ArchConfig, ModelKind, Pretrained, abstract_pretrained, is_trained, placed
-from jrlhf.parallel import Rules, Topology, batch_sharding, jit_moving, replicated, tree_shardings
+from jrlhf.parallel import ShardingRules, Topology, batch_sharding, jit_moving, replicated, tree_shardings
 from jrlhf.plan.programs import Figures, Program
 from jrlhf.rollout.sampling import jit_sampler
 from jrlhf.runs.folder import model_source
@@ -115,7 +115,7 @@ def planned_model(
 
 
 def abstract_trainable(
-    params: Params, arch: ArchConfig, lora: LoRAConfig, site: Site, rules: Rules, *, path: str
+    params: Params, arch: ArchConfig, lora: LoRAConfig, site: Site, rules: ShardingRules, *, path: str
 ) -> tuple[Params, Params | None]:
     """As ``stages.adapters.trainable``, of shapes."""
     if lora.rank == 0:
@@ -144,7 +144,7 @@ class Training(NamedTuple):
 
 
 def planned_training(
-    step: Any, tx: Any, trained: Params, frozen: Any, site: Site, rules: Rules, *, loaded: Any, ema: Any = None
+    step: Any, tx: Any, trained: Params, frozen: Any, site: Site, rules: ShardingRules, *, loaded: Any, ema: Any = None
 ) -> Training:
     """See ``Training``."""
     init = first_state(tx)

@@ -24,7 +24,7 @@ from jrlhf.models import (
     save_reward_model,
 )
 from jrlhf.models.hf.folder import GENERATION_CONFIG
-from jrlhf.models.hf.folder_files import generation_config, stays_inside, write_files
+from jrlhf.models.hf.folder_files import generation_config, is_inside, write_files
 from jrlhf.parallel import fetch, is_first
 from jrlhf.types import Params
 
@@ -76,7 +76,7 @@ def from_metadata(saved: Mapping[str, Any], *, stop: tuple[str, ...] | None, whe
     """
     files = {name: text.encode("utf-8") for name, text in saved["tokenizer"].items()}
     files |= {name: base64.b64decode(text) for name, text in saved.get("tokenizer_base64", {}).items()}
-    if outside := [name for name in files if not stays_inside(name)]:
+    if outside := [name for name in files if not is_inside(name)]:
         raise ValueError(f"{where}: {outside[0]!r} is not the name of a tokenizer's file")
     if "pad_token" in saved:
         return Companions(files, int(saved["pad_token"]), tuple(saved["stop_tokens"]), saved["config"])

@@ -77,7 +77,8 @@ def run_reward(config: Config) -> dict[str, Any]:
         order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
         total = math.ceil(reward.epochs * order.steps_per_epoch)
         tx, schedule = make_optimizer(reward.optim, updates=total)
-        platform, tokens = mesh.devices.flat[0].platform, float(reward.pack_length or rows.most * rows.lengths.mean())
+        platform = mesh.devices.flat[0].platform
+        tokens = float(reward.pack_length or rows.max_completions * rows.lengths.mean())
         slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
         step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
         trained, frozen = trainable(model, reward.lora, jax.random.key(config.seed), mesh=mesh, path="reward.lora")

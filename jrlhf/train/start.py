@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, ConfigError, ModelConfig
 from jrlhf.data import tokenizer_files
 from jrlhf.models.hf.folder_files import write_files
-from jrlhf.parallel import Rules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
+from jrlhf.parallel import ShardingRules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.train.batches import tree_copy
 from jrlhf.train.state import RunState
 from jrlhf.types import Key, Metrics, Params, TrainState
@@ -47,7 +47,7 @@ def start_training(
     params: Params,
     *,
     mesh: Mesh,
-    rules: Rules,
+    rules: ShardingRules,
     seed: int,
     frozen: Params | None,
     ema: Params | None = None,

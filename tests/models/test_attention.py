@@ -44,8 +44,8 @@ def in_blocks(q, k, v, seen):
 @pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_it_is_attention_over_what_each_query_sees(monkeypatch, attention, queries, most, layout, window):
-    monkeypatch.setattr(attention_module, "QUERIES", queries)
-    monkeypatch.setattr(attention_module, "MOST_BLOCKS", most)
+    monkeypatch.setattr(attention_module, "MIN_BLOCK_QUERIES", queries)
+    monkeypatch.setattr(attention_module, "MAX_BLOCKS", most)
     segments = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 2, 3, 3, 0, 0]], np.int32)
     mask = {"right": RIGHT, "left": RIGHT[:, ::-1], "packed": segments}[layout]
     positions = positions_from_mask(jnp.asarray(mask))
@@ -71,8 +71,8 @@ def test_it_is_attention_over_what_each_query_sees(monkeypatch, attention, queri
 @pytest.mark.parametrize(("queries", "most"), [(2, 3), (4, 8), (16, 8)])
 def test_its_gradient_is_that_of_the_plain_form(monkeypatch, queries, most, window, cap):
     """Of sequences packed and padded; what a padding query's mean is worth comes back to nobody."""
-    monkeypatch.setattr(attention_module, "QUERIES", queries)
-    monkeypatch.setattr(attention_module, "MOST_BLOCKS", most)
+    monkeypatch.setattr(attention_module, "MIN_BLOCK_QUERIES", queries)
+    monkeypatch.setattr(attention_module, "MAX_BLOCKS", most)
     segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], jnp.int32)
     positions = positions_from_mask(segments)
     seen = attention_mask(positions, positions, window=window, segments=segments)

@@ -175,8 +175,8 @@ WANTED = {
 @pytest.mark.parametrize("columns", [3, 30])
 def test_what_is_wanted_and_its_gradient_are_what_they_are_among_all(arch, params, monkeypatch, which, columns):
     """Slices of three columns, and of as many as all logits would take: two then, by the sizes set here."""
-    monkeypatch.setattr(unembedding, "PARTS", 2)
-    monkeypatch.setattr(unembedding, "TOKENS", 1)
+    monkeypatch.setattr(unembedding, "MAX_COLUMN_SLICES", 2)
+    monkeypatch.setattr(unembedding, "MIN_SLICE_TOKENS", 1)
     tokens, mask, _ = batch()
     wanted = WANTED[which](mask)
     fns = decoder_fns(arch, dtype="float32", remat=False, logits_at_once=3 * 61 * columns)

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jrlhf.core import from_logits
-from jrlhf.parallel import Rules, Step, init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
+from jrlhf.parallel import ShardingRules, Step, init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.steps import make_ppo_step, make_reward_step, make_sft_step
 from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 32, 16, 16, 6
 MESHES = {"8,1,1": (8, 1, 1), "2,2,2": (2, 2, 2), "1,8,1": (1, 8, 1)}
-RULES: Rules = (
+RULES: ShardingRules = (
     ("embedding$", P("tensor", "fsdp")),
     ("up/kernel$", P("fsdp", "tensor")),
     ("down/kernel$", P("tensor", "fsdp")),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jrlhf.cli import main
-from jrlhf.data.inspect import Sequence
+from jrlhf.data.tally import InspectedSequence
 from jrlhf.tools.show import Spelling, about, spelt, visible
 from tests.support.chat_templates import MARKED, QWEN2
 
@@ -108,7 +108,7 @@ pairs 2; the longer answer is the better one in 50.0% (no bias: 50 %)
         0  the pad token in the text
         0  special tokens written in the text
         1  cannot be trained on: chosen: the same as rejected (first: {data}:2)
-        1  cannot be trained on: not a JSON object a line (first: {data}:4)
+        1  cannot be trained on: not a JSON object per line (first: {data}:4)
 """
     )
 
@@ -242,7 +242,7 @@ def byte_level():
 def test_parts_of_a_character_go_by_the_vocabulary_s_name(byte_level):
     spelling = Spelling(byte_level)
     ids = np.asarray(byte_level("é \n<|im_end|>")["input_ids"])
-    line = spelt(Sequence(ids, ids == ids[2], ids), spelling)
+    line = spelt(InspectedSequence(ids, ids == ids[2], ids), spelling)
     assert line.plain == "<Ã>·<©>⟦ ⟧⏎\n<|im_end|>"
 
 

@@ -21,7 +21,7 @@ from jrlhf.models import (
     save_reward_model,
 )
 from jrlhf.models.hf.folder import Stored
-from jrlhf.models.hf.folder_files import appear, generation_config, read_files, write_files
+from jrlhf.models.hf.folder_files import generation_config, read_files, write_atomically, write_files
 from jrlhf.models.hf.names import language_model_table
 from jrlhf.models.hf.write import write_folder
 from tests.models.hf.test_folder import CONFIG
@@ -126,7 +126,7 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        appear(tmp_path / "file", fail)
+        write_atomically(tmp_path / "file", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
 
