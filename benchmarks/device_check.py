@@ -55,7 +55,7 @@ def results(fns: DecoderFns, given: Inputs, new: int) -> dict[str, Any]:
     logprobs, entropy = jax.jit(lambda params, batch: fns.logprob_fn(params, batch.tokens, mask, temperature=1.0))(
         given.params, given.text
     )
-    sft = after(make_sft_step(fns.logprob_fn, tx, accumulation=2, selective=True), given.params, given.text)
+    sft = after(make_sft_step(fns.logprob_fn, tx, accumulation=2), given.params, given.text)
     reward = after(make_reward_step(fns.score_fn, tx, center_coef=0.1, accumulation=2), given.reward, given.rankings)
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "stop_tokens": (), "pad_token": 0}
     drawn = jax.jit(make_generate(fns.decode_fns, max_new_tokens=new, **greedy))(

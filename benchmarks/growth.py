@@ -54,7 +54,7 @@ def training(step: Any, params: Any, tx: optax.GradientTransformation, batch: An
 def sft(arch: ArchConfig, dtype: str, rows: int, length: int) -> tuple[Any, float, int, float]:
     fns, tx = decoder_fns(arch, dtype=dtype, remat=False), optax.adamw(1e-5)
     tokens, mask = jnp.ones((rows, length), jnp.int32), jnp.ones((rows, length), jnp.bool_)
-    step = make_sft_step(fns.logprob_fn, tx, accumulation=1, selective=True)
+    step = make_sft_step(fns.logprob_fn, tx, accumulation=1)
     found = training(step, init_params(arch, jax.random.key(0)), tx, SFTBatch(tokens, mask, mask))
     return *found, 3 * batch_flops(arch, rows, length, logits=rows * length)
 

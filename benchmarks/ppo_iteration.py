@@ -7,7 +7,7 @@ import optax
 from common import arch_of, arguments, batch_flops, measure, peaks_of, report, shares
 
 from jrlhf.models import decoder_fns, init_params, reward_params
-from jrlhf.steps import make_experience, make_generate, make_ppo_step, score_sequences
+from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, score_sequences, separate
 from jrlhf.types import PPOParams, TrainState
 
 
@@ -30,42 +30,29 @@ def main() -> None:
         )
     )
     score = jax.jit(lambda params, tokens, mask: score_sequences(fns.score_fn, params, tokens, mask))
+    networks = separate(fns.logprob_fn, fns.score_fn)
     experience = jax.jit(
         make_experience(
-            fns.logprob_fn,
-            fns.score_fn,
+            networks,
             temperature=1.0,
             gamma=1.0,
             lam=0.95,
             kl_estimator="k1",
             missing_eos_penalty=0.0,
             whiten_rewards=False,
-            selective=True,
         )
     )
-    step = jax.jit(
-        make_ppo_step(
-            fns.logprob_fn,
-            fns.score_fn,
-            tx,
-            epochs=args.epochs,
-            minibatches=args.minibatches,
-            accumulation=args.accumulation,
-            drop_padding=args.accumulation > 1,
-            temperature=1.0,
-            clip=0.2,
-            dual_clip=None,
-            value_clip=0.2,
-            value_coef=0.1,
-            entropy_coef=0.0,
-            ptx_coef=0.0,
-            target_approx_kl=None,
-            critic_warmup_updates=0,
-            ema_decay=None,
-            selective=True,
-        ),
-        donate_argnums=0,
+    settings = PPOSettings(
+        epochs=args.epochs,
+        minibatches=args.minibatches,
+        temperature=1.0,
+        clip=0.2,
+        value_clip=0.2,
+        value_coef=0.1,
+        accumulation=args.accumulation,
+        drop_padding=args.accumulation > 1,
     )
+    step = jax.jit(make_ppo_step(networks, tx, settings), donate_argnums=0)
     prompts = np.random.default_rng(0).integers(0, arch.vocab_size, (args.episodes, args.prompt), np.int32)
     tokens, mask = jnp.asarray(prompts), jnp.ones(prompts.shape, jnp.bool_)
     # Copies: the step donates its state, and reference and reward model, which share arrays, are still needed.

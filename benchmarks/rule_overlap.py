@@ -21,8 +21,7 @@ from peers.cases import OPTIMIZER
 from peers.jrlhf_steps import ppo_config
 
 from jrlhf.config import Config, LogConfig
-from jrlhf.config.rewards import FunctionRuleConfig
-from jrlhf.config.schema import RewardsConfig
+from jrlhf.config.rewards import FunctionRuleConfig, RewardsConfig
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
 

@@ -17,7 +17,7 @@ def main() -> None:
     fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat, attention=args.attention)
     params = init_params(arch, jax.random.key(0))
     tx = optax.adamw(1e-5)
-    step = jax.jit(make_sft_step(fns.logprob_fn, tx, accumulation=args.accumulation, selective=True), donate_argnums=0)
+    step = jax.jit(make_sft_step(fns.logprob_fn, tx, accumulation=args.accumulation), donate_argnums=0)
     tokens = np.random.default_rng(0).integers(0, arch.vocab_size, (args.batch, args.length), np.int32)
     mask = jnp.ones(tokens.shape, jnp.bool_)
     batch = SFTBatch(jnp.asarray(tokens), mask, mask)

@@ -1,4 +1,4 @@
-"""What a step needs of a model, and the batches that flow between floors.
+"""The protocols of a model that steps call, and the batches that flow between floors.
 
 Every per-token array is ``[B, T]`` and index ``t`` belongs to ``tokens[:, t]``: ``logprobs[:, t]`` scores token ``t``
 given the tokens before it, ``values[:, t]`` is the value of the prefix before ``t``. Index 0 is always masked.
@@ -16,7 +16,7 @@ Params = Any
 """A pytree of arrays, of whatever structure the user's model has."""
 
 TokenMask = Bool[Array, "B T"] | Int[Array, "B T"]
-"""Which tokens are real. Where several sequences are packed into a row: 0 for padding, else the sequence's number."""
+"""True at real tokens. Where several sequences are packed into a row: 0 for padding, else the sequence's number."""
 
 Key = PRNGKeyArray
 Metrics = dict[str, Scalar]
@@ -26,7 +26,8 @@ Metrics = dict[str, Scalar]
 class ApplyFn(Protocol):
     """A language model: logits at every position. ``mask`` marks real tokens; positions follow from it.
 
-    Only who packs sequences passes segment numbers instead: then a token sees those of its own number alone.
+    Callers that pack several sequences into a row pass segment numbers instead; tokens attend only within their
+    segment. A model that is never called on packed rows need not know them.
     """
 
     def __call__(self, params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /) -> Float[Array, "B T V"]: ...
@@ -34,16 +35,11 @@ class ApplyFn(Protocol):
 
 @runtime_checkable
 class LogprobFn(Protocol):
-    """``(logprobs, entropy)`` of every token under ``softmax(logits / temperature)``, aligned to ``tokens``."""
+    """``(logprobs, entropy)`` of every token under ``softmax(logits / temperature)``, aligned to ``tokens``.
 
-    def __call__(
-        self, params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /, *, temperature: float
-    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]: ...
-
-
-@runtime_checkable
-class SelectiveLogprobFn(Protocol):
-    """A ``LogprobFn`` that may leave out what is not ``wanted``: there any number will do, and nothing is computed."""
+    Only the numbers at ``where`` are read: elsewhere any number will do, so a model may save the work, or ignore the
+    mask. None means everywhere. ``jrlhf.core.from_logits`` makes one of any model that returns logits.
+    """
 
     def __call__(
         self,
@@ -53,7 +49,7 @@ class SelectiveLogprobFn(Protocol):
         /,
         *,
         temperature: float,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]: ...
 
 
@@ -66,7 +62,7 @@ class ScoreFn(Protocol):
 
 @runtime_checkable
 class ActorCriticFn(Protocol):
-    """A ``SelectiveLogprobFn`` and a ``ScoreFn`` at once: ``(logprobs, entropy, scores)``."""
+    """A ``LogprobFn`` and a ``ScoreFn`` in one forward pass: ``(logprobs, entropy, scores)``."""
 
     def __call__(
         self,
@@ -76,7 +72,7 @@ class ActorCriticFn(Protocol):
         /,
         *,
         temperature: float,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]: ...
 
 
@@ -110,7 +106,8 @@ class DecodeFns(NamedTuple):
     init_cache: InitCacheFn
     decode: DecodeFn
     prepare: Callable[[Params], Params] = unchanged
-    """What ``decode`` would do to its parameters at every token, done once; it gives the same with them or without."""
+    """Work on the parameters that ``decode`` would repeat at every token, done once before the first: such as a cast.
+    ``decode`` must give the same with prepared parameters as without."""
 
 
 class SFTBatch(NamedTuple):
@@ -138,7 +135,7 @@ class PackedRankingBatch(NamedTuple):
     segments: Int[Array, "B T"]
     """0 for padding, else the number of the completion in its row."""
     ends: Int[Array, "B G K"]
-    """Where in its row each completion ends; 0 where ``valid`` is False."""
+    """Column of each completion's last token; 0 where ``valid`` is False."""
     ranks: Int[Array, "B G K"]
     valid: Bool[Array, "B G K"]
     margin: Float[Array, "B G"]
@@ -158,7 +155,7 @@ class Generation(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """What the networks say of a generation, before anyone has judged it. Read at response tokens alone."""
+    """Log-probs, entropy and values of a generation, before it is scored. Only response tokens mean anything."""
 
     logprobs: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
@@ -187,8 +184,8 @@ class Rollout(NamedTuple):
 
 
 class PPOParams(NamedTuple):
-    """What one optimizer moves in PPO, and what is saved together. Where actor and critic share a network, ``value`` is
-    what the critic has besides it."""
+    """Parameters of policy and critic, moved by one optimizer and saved together. Where they share a network, ``value``
+    holds what the critic has besides it, such as a scalar head."""
 
     policy: Params
     value: Params
@@ -204,4 +201,4 @@ class TrainState(NamedTuple):
     ema: Params | None = None
     """Exponential moving average of the policy's parameters, None where it is off."""
     frozen: Params | None = None
-    """The leaves that no optimizer moves, where ``params`` holds only the trained ones (``jrlhf.core.partition``)."""
+    """The leaves that no optimizer moves, if ``params`` holds only the trained ones (``jrlhf.core.partition``)."""

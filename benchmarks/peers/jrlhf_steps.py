@@ -128,7 +128,7 @@ def sft(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
     tx, _ = make_optimizer(optimizer(spec), updates=1)
     tokens = token_batches(spec, arch.vocab_size, (spec["rows"], spec["length"]))
     mask = np.ones((spec["rows"], spec["length"]), np.bool_)
-    step = make_sft_step(fns.logprob_fn, tx, accumulation=slices(spec, spec["length"]), selective=True)
+    step = make_sft_step(fns.logprob_fn, tx, accumulation=slices(spec, spec["length"]))
     train(rounds, spec, step, tx, split or (params, None), lambda: SFTBatch(next(tokens), mask, mask))
 
 

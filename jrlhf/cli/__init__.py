@@ -1,4 +1,4 @@
-"""``jrlhf <command>``: YAML and flags in, one stage or tool out."""
+"""Command line: ``jrlhf <command>`` reads YAML and flags and runs a stage or a tool."""
 
 from jrlhf.cli.entry import COMMANDS, main
 

@@ -1,4 +1,4 @@
-"""Each command: its arguments read, its stage imported, and JAX with it, and whatever ends it made an exit code."""
+"""Runs a command: reads its arguments, imports its stage and JAX, and turns every outcome into an exit code."""
 
 import logging
 import os
@@ -38,16 +38,16 @@ TOOLS: dict[str, type] = {
     "export": ExportConfig,
     "verify": VerifyConfig,
 }
-"""Commands that read no YAML."""
+"""Configs of the commands that read no YAML."""
 
 
 def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str) -> int:
-    """Run a command, and turn whatever ends it into an exit code and a line or two on stderr.
+    """Run a command, and turn every error into an exit code and a line or two on stderr.
 
-    ``about``: the line of its help. ``resumes``: what is said of an interrupted one besides.
+    ``about`` is the first line of its help, ``resumes`` a hint that follows the message of an interrupted command.
     """
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    # How far the tokenising of a large file is.
+    # Shows the progress of tokenising a large file.
     logging.getLogger("jrlhf.data").setLevel(logging.INFO)
     try:
         if "-h" in argv or "--help" in argv:
@@ -59,13 +59,13 @@ def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str
     except KeyboardInterrupt as error:
         where = f": {error}" if str(error) else ""
         complain(f"{command} interrupted{where}{resumes}")
-        # 128 and the signal's number, as shells have it.
+        # Shells report 128 plus the number of the signal.
         return 128 + error.number if isinstance(error, Interrupted) else INTERRUPTED
     except GatesFailed as failed:
         complain(str(failed))
         return GATE
     except BrokenPipeError:
-        # Whoever read the output (head, less) has seen enough; the flush at exit must not fail again.
+        # The reader of the output (head, less) has closed it; the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except Exception as error:
@@ -81,7 +81,7 @@ def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str
 
 
 def run(command: str, argv: Sequence[str]) -> int:
-    """Read the arguments, then import the stage, and JAX with it, and run it."""
+    """Read the arguments, import the stage and JAX, and run it."""
     match command:
         case "generate":
             generate = tool_config(command, GenerateConfig, argv)
@@ -140,7 +140,7 @@ def run(command: str, argv: Sequence[str]) -> int:
 
 
 def run_stage(command: str, config: Config) -> None:
-    """One stage of the recipe, or all of them; ends with where its results are."""
+    """Run one stage of the recipe, or all of them, and print where the results are."""
     require_data(command, config)
     from jrlhf.parallel import is_first, joined
 
@@ -152,6 +152,7 @@ def run_stage(command: str, config: Config) -> None:
 
 
 def require_data(command: str, config: Config) -> None:
+    """Raise ConfigError if the stage has no training data."""
     match command:
         case "sft":
             require(config.sft.data.train, "sft.data.train")
@@ -162,6 +163,7 @@ def require_data(command: str, config: Config) -> None:
 
 
 def run_joined(command: str, config: Config) -> None:
+    """Run a stage or the pipeline, once the processes of the run are connected."""
     match command:
         case "sft":
             from jrlhf.stages.sft import run_sft
@@ -183,13 +185,13 @@ def run_joined(command: str, config: Config) -> None:
 
 def require(value: Sources, path: str) -> None:
     if not value:
-        raise ConfigError(f"{path}: is empty; set it in the YAML (--config) or with --{path}")
+        raise ConfigError(f"{path}: must be set, in the YAML (--config) or with --{path}")
 
 
 def is_usage_error(error: Exception) -> bool:
-    """Whether the user can put it right: a ValueError that jrlhf itself raises, a missing file, a run in use.
+    """Whether the user can fix the error: a ValueError that jrlhf itself raises, a missing file, or a run in use.
 
-    A ValueError from inside a library, or from an array operation, is a failure of the program instead.
+    A ValueError from a library or an array operation is a failure of the program instead.
     """
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | ConfigError | RunLocked):
         return True
@@ -202,6 +204,7 @@ def is_usage_error(error: Exception) -> bool:
 
 
 def message_of(error: Exception) -> str:
+    """Return the message of an error, with the file that it is about."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error) or type(error).__name__

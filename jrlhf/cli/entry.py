@@ -1,4 +1,4 @@
-"""`jrlhf <command>`: YAML and flags in, one stage out. JAX is imported only once the arguments have been read.
+"""Entry point of `jrlhf <command>`. It imports JAX only after it has read the arguments.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or data, 3 a gate failed, 130 or 143 interrupted.
 """
@@ -24,29 +24,29 @@ __all__ = ["COMMANDS", "early", "main"]
 OK, USAGE = 0, 2
 
 COMMANDS = {
-    "quickstart": "See all three stages at work on a small model and film reviews, in minutes on a CPU.",
-    "pipeline": "Run the stages of one YAML, skipping what is done.",
-    "sft": "Fine-tune a model on answers.",
-    "reward": "Train a reward model on people's rankings.",
+    "quickstart": "Run all three stages on a small model and film reviews, in minutes on a CPU.",
+    "pipeline": "Run all stages of one YAML that are not done yet.",
+    "sft": "Fine-tune a model on example answers.",
+    "reward": "Train a reward model on human rankings.",
     "ppo": "Optimise the policy on the reward under a KL penalty.",
-    "plan": "Memory, traffic and time of every stage on devices that need not be there.",
-    "generate": "Answer a file of prompts with a Hugging Face folder or a run.",
-    "sample": "Draw several answers to each prompt, as tasks for people to rank.",
-    "rank": "Let people rank answers in the browser; export what they decided, report how far they agree.",
+    "plan": "Estimate memory, traffic and time of every stage, without its devices.",
+    "generate": "Answer a file of prompts with a trained model.",
+    "sample": "Sample several answers to each prompt, as tasks for people to rank.",
+    "rank": "Let people rank answers in the browser; export their decisions, report their agreement.",
     "score": "Score a file of answers with a reward model.",
-    "data show": "Show rows as the model sees them, and count what is odd.",
-    "report": "A run, or two side by side, on one page that opens without a network.",
+    "data show": "Show rows as the model sees them, and count odd ones.",
+    "report": "Show a run, or two side by side, on one page that opens without a network.",
     "export": "Write a run's checkpoint as a Hugging Face folder.",
-    "verify": "Check the invariants of RLHF on a model, each with its figure.",
+    "verify": "Check the invariants of RLHF on a model, and print their figures.",
 }
 RESUMABLE = ("pipeline", "sft", "reward", "ppo", "quickstart")
 COMPUTING = (*RESUMABLE, "generate", "sample", "score", "verify")
 READING = (*COMPUTING, "plan", "data", "export")
-"""Commands that read models, tokenizers or rows, and so may read them from the hub."""
+"""Commands that read models, tokenizers or rows, possibly from the hub."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. `argv` is without the program's name."""
+    """Run one command and return its exit code. `argv` excludes the name of the program."""
     if argv is not None:
         return run_command([*argv])
     end_at_once()
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(argv: list[str]) -> int:
-    """`main` once the process is ready for it."""
+    """Run one command in a process that is ready for it."""
     match argv:
         case []:
             print(overview(), file=sys.stderr)
@@ -76,7 +76,7 @@ def run_command(argv: list[str]) -> int:
     if command in COMMANDS:
         resumes = "; the same command resumes it" if command in RESUMABLE else ""
         say_at_the_end(f"{command} interrupted{resumes}")
-        # Imported only here, as all that it takes is slow: by now a signal ends the process in good order.
+        # A slow import comes last: by now a signal ends the process cleanly.
         from jrlhf.cli.commands import run_reporting
 
         return ended(run_reporting(command, rest, about=COMMANDS[command], resumes=resumes))
@@ -88,24 +88,24 @@ def run_command(argv: list[str]) -> int:
 
 
 def prepare_process(command: Sequence[str]) -> None:
-    """Set what commands that compute profit from, before JAX is imported."""
+    """Set the environment of commands that compute, before JAX is imported."""
     restart_in_utf8()
-    troubles = []
+    warnings = []
     if command and command[0] in COMPUTING:
-        troubles.append(keep_compiled_programs())
+        warnings.append(keep_compiled_programs())
         set_compiler_flags()
         if command[0] in RESUMABLE:
             restart_with_huge_pages()
     if command and command[0] in READING:
-        troubles.append(keep_hub_files())
-    if said := "; ".join(filter(None, troubles)):
-        complain(said)
+        warnings.append(keep_hub_files())
+    if text := "; ".join(filter(None, warnings)):
+        complain(text)
     if command and command[0] == "plan":
         quiet_compiler()
 
 
 def overview() -> str:
-    """What `jrlhf --help` prints."""
+    """Return the text of `jrlhf --help`."""
     lines = "\n".join(f"  {name:<12}{summary}" for name, summary in COMMANDS.items())
     return f"""usage: jrlhf COMMAND [--config FILE.yaml] [--FLAG VALUE ...]
 
@@ -113,13 +113,13 @@ RLHF in JAX: SFT, a reward model from human rankings, and PPO under a KL penalty
 
 {lines}
 
-jrlhf COMMAND --help lists every flag with its default; a flag is the path of a key in the YAML (--sft.optim.lr 1e-4).
+jrlhf COMMAND --help lists every flag and its default. A flag is the path of a key in the YAML (--sft.optim.lr 1e-4).
 jrlhf --version prints the version. Exit codes: 0 done, 1 failure, 2 bad usage or data, 3 a gate failed,
 130 or 143 interrupted. JRLHF_DEBUG=1 in the environment shows an error's traceback."""
 
 
 def ended(code: int) -> int:
-    """The exit code; a process of several that failed must not wait for the others on its way out."""
+    """Return the exit code, after a failed process of several has left without waiting for the others."""
     parallel = sys.modules.get("jrlhf.parallel")
     if parallel is not None:
         parallel.leave_at_once(code)

@@ -1,4 +1,4 @@
-"""Command lines into configs, and the help that lists their flags. Imports no JAX."""
+"""Turns command lines into configs, and prints the help of their flags. Imports no JAX."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
@@ -16,21 +16,21 @@ STAGES = {
     "reward": ("run", "seed", "accept_changes", "mesh", "distributed", "reward"),
     "ppo": ("run", "seed", "accept_changes", "mesh", "distributed", "ppo"),
 }
-"""Commands that train by a YAML, and the parts of it that each sets by flags."""
-PLANNED = ("topology", "completions", "out")
-"""What only planning asks for, besides all that a pipeline does."""
+"""Commands that train, and the sections of the YAML that their flags set."""
+PLAN_ONLY = ("topology", "completions", "out")
+"""Fields of a plan that are not in the config of a pipeline."""
 
 
 def stage_config(command: str, argv: Sequence[str]) -> Config:
-    """The defaults, under the YAML, under the flags."""
+    """Read the config of a stage: flags override the YAML, and the YAML overrides the defaults."""
     return _under_flags(read_flags(command, argv, stage_flags(Config, STAGES[command])))
 
 
 def plan_config(argv: Sequence[str]) -> PlanConfig:
-    """A pipeline's config, and what stands on the command line alone."""
-    flags = read_flags("plan", argv, stage_flags(PlanConfig, (*PLANNED, *STAGES["pipeline"])))
-    asked = {name: flags.pop(name) for name in PLANNED if name in flags}
-    config = apply_flags(PlanConfig(**vars(_under_flags(flags))), asked)
+    """Read the config of a plan: that of a pipeline, and the fields that only flags set."""
+    flags = read_flags("plan", argv, stage_flags(PlanConfig, (*PLAN_ONLY, *STAGES["pipeline"])))
+    own = {name: flags.pop(name) for name in PLAN_ONLY if name in flags}
+    config = apply_flags(PlanConfig(**vars(_under_flags(flags))), own)
     check(config)
     return config
 
@@ -45,32 +45,34 @@ def _under_flags(flags: dict[str, list[str]]) -> Config:
 
 
 def stage_flags(cls: type, parts: Sequence[str]) -> dict[str, Any]:
-    """Flag -> type; the parts of other stages are the YAML's alone."""
-    kept = {path: hint for path, hint in flag_types(cls).items() if path.split(".")[0] in parts}
-    return {"config": str, **kept}
+    """Map each flag to its type. Only the YAML sets the sections of other stages."""
+    flags = {path: hint for path, hint in flag_types(cls).items() if path.split(".")[0] in parts}
+    return {"config": str, **flags}
 
 
 def tool_config(command: str, cls: type[T], argv: Sequence[str]) -> T:
-    """The arguments of a command that reads no YAML; what has no default comes first, without a flag."""
+    """Read the arguments of a command without YAML. A field without a default is a positional argument."""
     required = required_fields(cls)
     named = [*required, *(f.name for f in fields(cast(Any, cls)) if f.metadata.get("positional"))]
     flags = read_flags(command, argv, flag_types(cls), positional=named)
     if missing := [name for name in required if name not in flags]:
         order = " ".join(name.upper() for name in required)
-        raise ConfigError(f"{missing[0]}: is missing; usage: jrlhf {command} {order} [--FLAG VALUE ...]")
+        raise ConfigError(f"{missing[0]}: required; usage: jrlhf {command} {order} [--FLAG VALUE ...]")
     config = apply_flags(cls(**dict.fromkeys(required, "")), flags)
     check(config)
     return config
 
 
 def required_fields(cls: Any) -> list[str]:
+    """Return the names of the fields without a default."""
     return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def read_flags(
     command: str, argv: Sequence[str], types: Mapping[str, Any], *, positional: Sequence[str] = ()
 ) -> dict[str, list[str]]:
-    """Texts by path, of `--a.b VALUE`, `--a.b=VALUE`, `--list X Y` and `--switch [true|false]`; a later one wins."""
+    """Read the texts of `--a.b VALUE`, `--a.b=VALUE`, `--list X Y` and `--switch [true|false]` by path; the last one
+    wins."""
     flags: dict[str, list[str]] = {}
     rest = list(argv)
     while rest:
@@ -78,16 +80,16 @@ def read_flags(
         if argument == "-" or not argument.startswith("-"):
             name = next((name for name in positional if name not in flags), None)
             if name is None:
-                raise ConfigError(f"{argument}: unexpected; a value follows its flag, as in --seed 1")
+                raise ConfigError(f"{argument}: unexpected argument; write a value after its flag, as in --seed 1")
             flags[name] = [argument]
             continue
         flag, equals, value = argument.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if name not in types or not flag.startswith("--"):
-            meant = did_you_mean(flag.lstrip("-"), types, "--") if len(flag) > 2 else ""
-            # Beside a top-level flag stand whole sections too, so a list of the flags there would say too little.
-            known = meant if "." in name or "did you mean" in meant else f"; jrlhf {command} --help lists them"
-            raise ConfigError(f"{flag}: unknown flag{known}")
+            guess = did_you_mean(flag.lstrip("-"), types, "--") if len(flag) > 2 else ""
+            # The top level has sections as well, so a list of its flags alone would mislead.
+            hint = guess if "." in name or "did you mean" in guess else f"; jrlhf {command} --help lists them"
+            raise ConfigError(f"{flag}: unknown flag{hint}")
         if equals:
             flags[name] = [value]
         elif get_origin(types[name]) is tuple:
@@ -104,22 +106,22 @@ def read_flags(
 
 
 def print_help(command: str, cls: type, about: str) -> None:
-    """Every flag with its type, meaning and default, from the dataclasses and their docstrings; no other stage's."""
+    """Print every flag of a command with its type, meaning and default, from the dataclasses and their docstrings."""
     import tyro
 
     if issubclass(cls, Config):
         parts = STAGES.get(command, STAGES["pipeline"])
-        config_help = tyro.conf.arg(help="A recipe; it may hold the other stages too.", metavar="FILE.yaml")
-        changed: list[Any] = [("config", Annotated[str, config_help], field(default=""))]
+        config_help = tyro.conf.arg(help="YAML file of the run; it may hold the other stages too.", metavar="FILE.yaml")
+        shown: list[Any] = [("config", Annotated[str, config_help], field(default=""))]
         for f in fields(Config):
             if f.name not in parts:
                 suppressed = Annotated[f.type, tyro.conf.Suppress]  # pyright: ignore[reportInvalidTypeForm]
-                changed += [(f.name, suppressed, field(default_factory=f.default_factory))]
-        cls = make_dataclass("Shown", changed, bases=(cls,), frozen=True)
-        about += " Flags win over the YAML, and the YAML over the defaults shown here."
+                shown += [(f.name, suppressed, field(default_factory=f.default_factory))]
+        cls = make_dataclass("Shown", shown, bases=(cls,), frozen=True)
+        about += " Flags override the YAML, which overrides the defaults below."
     elif required := required_fields(cls):
         named = " ".join(f"--{name} {name.upper()}" for name in required)
-        about += f" The positional arguments may be named instead: {named}."
+        about += f" Positional arguments also work as flags: {named}."
     markers = (
         tyro.conf.FlagConversionOff,
         tyro.conf.PositionalRequiredArgs,
@@ -132,13 +134,13 @@ def print_help(command: str, cls: type, about: str) -> None:
             tyro.cli(
                 cls, prog=f"jrlhf {command}", description=about, args=["--help"], use_underscores=True, config=markers
             )
-    except SystemExit as done:
-        if done.code:
+    except SystemExit as exit_:
+        if exit_.code:
             raise
 
 
 def _sources_help(info: Any) -> Any:
-    """How sources are written on a command line: as in the YAML."""
+    """Show sources in the help as the YAML writes them."""
     from tyro.constructors import PrimitiveConstructorSpec
 
     if info.type != get_args(Sources)[0]:

@@ -1,25 +1,28 @@
 """The schema of a run, its checks, and its YAML. Imports no JAX."""
 
-from jrlhf.config.check import ConfigError, check
+from jrlhf.config.check import check
+from jrlhf.config.errors import ConfigError
 from jrlhf.config.files import load_config, to_yaml
 from jrlhf.config.schema import (
-    CanaryConfig,
     CheckpointConfig,
-    Config,
     DataConfig,
     DistributedConfig,
-    KLConfig,
     LogConfig,
     LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    SamplingConfig,
+    Sources,
+)
+from jrlhf.config.stages import (
+    CanaryConfig,
+    Config,
+    KLConfig,
     PlanConfig,
     PPOConfig,
     RewardConfig,
-    SamplingConfig,
     SFTConfig,
-    Sources,
 )
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""YAML files and command-line flags into the dataclasses of `config`, strictly, and back. Imports no JAX.
+"""Reads YAML files and command-line flags into the config dataclasses, strictly, and writes YAML. Imports no JAX.
 
-Both come in as YAML nodes and are read by the same functions, so an error reads alike wherever it was made. Nodes are
-read but never constructed: no tag (`!!python/object`) can do anything, and `1e-5`, to YAML a string, becomes a float.
+The same functions read both as YAML nodes, so errors have the same text for both. Nodes are read but never
+constructed: no tag (`!!python/object`) has any effect, and `1e-5`, which YAML takes for a string, becomes a float.
 """
 
 import math
@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import yaml
 
-from jrlhf.config.check import ConfigError, check, leaves
-from jrlhf.config.schema import Config, Sources
+from jrlhf.config.check import check, leaves
+from jrlhf.config.errors import ConfigError
+from jrlhf.config.schema import Sources
+from jrlhf.config.stages import Config
 from jrlhf.config.yaml_merge import MergeError, merged_pairs
 from jrlhf.system.paths import expanded, expanded_value
 from jrlhf.system.suggest import did_you_mean, either
@@ -24,19 +26,19 @@ __all__ = ["ConfigError", "apply_flags", "check", "config_path", "diff_configs",
 T = TypeVar("T")
 TAG = "tag:yaml.org,2002:"
 SOURCES = get_args(Sources)[0]
-"""The type itself, without the mark that its texts are paths."""
+"""Type of sources without the mark that their texts are paths."""
 EXPECTED: dict[Any, str] = {str: "a string", bool: "true or false", int: "a whole number", float: "a finite number"}
 ANCHORS = (".", "x-")
 """Prefixes of top-level keys that only hold an anchor: ``.common: &common {lr: 1e-4}``."""
-LONGEST_SHOWN = 200
-"""Characters of a wrong value that an error repeats, and digits of a whole number."""
+MAX_QUOTED = 200
+"""Maximum number of characters that an error quotes of a wrong value, and of digits in a whole number."""
 KINDS = {"str": "a string", "bool": "a boolean", "int": "a whole number", "float": "a number", "timestamp": "a date"}
 
 
 def load_config(path: str | Path, flags: Mapping[str, Sequence[str]] | None = None) -> Config:
-    """The YAML file's values over the defaults, then `flags` over both; checked. An empty file is all defaults.
+    """Load a YAML file over the defaults, apply `flags` over both, and check the result.
 
-    ConfigError names file, line and key of every mistake, one a line.
+    An empty file gives the defaults. ConfigError names the file, line and key of every mistake, one a line.
     """
     try:
         path = Path(expanded(str(path)))
@@ -49,9 +51,9 @@ def load_config(path: str | Path, flags: Mapping[str, Sequence[str]] | None = No
 
 
 def apply_flags(config: T, flags: Mapping[str, Sequence[str]]) -> T:
-    """`config` with values as typed on a command line: `{"seed": ["1"], "sft.sampling.stop": ["a", "b"]}`.
+    """Set values as typed on a command line: `{"seed": ["1"], "sft.sampling.stop": ["a", "b"]}`.
 
-    ConfigError names every value of a wrong type, one a line. The names are those of `flag_types`.
+    The names come from `flag_types`. ConfigError names every value of a wrong type, one a line.
     """
     types, problems = flag_types(type(config)), []
     for name, texts in flags.items():
@@ -67,46 +69,46 @@ def apply_flags(config: T, flags: Mapping[str, Sequence[str]]) -> T:
 
 
 def to_yaml(config: Any) -> str:
-    """Every field of a config, defaults too; `load_config` reads it back to an equal one."""
+    """Write every field of a config, defaults included; `load_config` reads it back to an equal config."""
     return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
 def diff_configs(old: T, new: T) -> list[str]:
-    """`path: old -> new` for every field that differs."""
+    """Return `path: old -> new` for every field that differs."""
     before, after = dict(leaves(old)), dict(leaves(new))
     return [f"{path}: {before[path]!r} -> {value!r}" for path, value in after.items() if before[path] != value]
 
 
 def config_path(name: str) -> Path:
-    """A recipe that comes with jrlhf, such as `quickstart/full.yaml`, in a checkout or an installed package."""
+    """Return the path of a shipped recipe, such as `quickstart/full.yaml`, in a checkout or an installed package."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "recipes", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise ConfigError(f"{name}: no such recipe in {package / 'recipes'} or {package.parent / 'configs'}")
+    raise ConfigError(f"{name}: there is no such recipe in {package / 'recipes'} or {package.parent / 'configs'}")
 
 
 def schema(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> type, of every section (`mesh`) and every value in it (`mesh.fsdp`)."""
-    found: dict[str, Any] = {}
+    """Map the dotted path of every section (`mesh`) and every value in it (`mesh.fsdp`) to its type."""
+    types: dict[str, Any] = {}
     for name, hint in get_type_hints(cls, include_extras=True).items():
-        found[prefix + name] = hint
+        types[prefix + name] = hint
         if isinstance(hint, type) and is_dataclass(hint):
-            found |= schema(hint, f"{prefix}{name}.")
-    return found
+            types |= schema(hint, f"{prefix}{name}.")
+    return types
 
 
 def flag_types(cls: type) -> dict[str, Any]:
-    """Dotted path -> type, of the values alone: what a command line can set."""
+    """Map the dotted path of every value that a command line can set to its type."""
     return {path: hint for path, hint in schema(cls).items() if not is_dataclass(hint)}
 
 
 class _WrongValueError(ValueError):
-    """Says what was expected and what stands there, but not yet where."""
+    """A wrong value: the message has the expected and the actual value, but not the place."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Tuples as lists, so that no Python tag is written; in quotes what YAML would read as the end of a line."""
+    """Writes tuples as lists, so that no Python tag is needed, and quotes characters that YAML reads as line ends."""
 
 
 def _quoted(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
@@ -144,7 +146,7 @@ def _load_unchecked(path: Path) -> Config:
 
 
 def _read_section(node: yaml.Node | None, current: T, path: str, file: str, problems: list[str]) -> T:
-    """`current` with the values of a YAML mapping put in; a section without any is left as it is."""
+    """Return `current` with the values of a YAML mapping. A section without values stays as it is."""
     if node is None or node.tag == TAG + "null":
         return current
     if not isinstance(node, yaml.MappingNode) or node.tag != TAG + "map":
@@ -181,7 +183,7 @@ def _read_section(node: yaml.Node | None, current: T, path: str, file: str, prob
 
 
 def _read_value(node: yaml.Node, hint: Any) -> Any:
-    """A field's value, or an error that says what was expected."""
+    """Return the value of a field; the error names the expected type."""
     if get_origin(hint) is Annotated:
         return _read_path(node, get_args(hint)[0])
     if hint == SOURCES:
@@ -213,7 +215,7 @@ def _read_path(node: yaml.Node, hint: Any) -> Any:
 
 
 def _read_weights(node: yaml.MappingNode) -> dict[str, float]:
-    """Sources with their weights: ``{a.jsonl: 3, b.jsonl: 1}``."""
+    """Read sources with their weights: ``{a.jsonl: 3, b.jsonl: 1}``."""
     if node.tag != TAG + "map":
         raise _WrongValueError(f"expected a string, or strings with weights, got {_describe(node)}")
     weights: dict[str, float] = {}
@@ -224,7 +226,7 @@ def _read_weights(node: yaml.MappingNode) -> dict[str, float]:
     for key_node, value_node in pairs:
         source = _read_value(key_node, str)
         if source in weights:
-            raise _WrongValueError(f"{source!r} is there twice")
+            raise _WrongValueError(f"{source!r} appears twice")
         weight = _scalar(value_node, float) if isinstance(value_node, yaml.ScalarNode) else None
         if not isinstance(weight, float):
             raise _WrongValueError(
@@ -235,7 +237,7 @@ def _read_weights(node: yaml.MappingNode) -> dict[str, float]:
 
 
 def _scalar(node: yaml.ScalarNode, hint: type) -> str | bool | int | float | None:
-    """None where the text is not of the type. Text in quotes is a string, never a number."""
+    """Return the value, or None if the text is not of the type. Quoted text is a string, never a number."""
     if hint is str:
         return node.value if node.tag == TAG + "str" else None
     if hint is bool:
@@ -243,8 +245,8 @@ def _scalar(node: yaml.ScalarNode, hint: type) -> str | bool | int | float | Non
     if node.style is not None:
         return None
     if hint is int:
-        # Not YAML's own rule, to which 010 is 8 and 1:30 is 90. Python itself reads no more than 4,300 digits.
-        is_whole = re.fullmatch(r"[-+]?\d+(_\d+)*", node.value) and len(node.value) <= LONGEST_SHOWN
+        # YAML's own rule reads 010 as 8 and 1:30 as 90. Python refuses more than 4,300 digits.
+        is_whole = re.fullmatch(r"[-+]?\d+(_\d+)*", node.value) and len(node.value) <= MAX_QUOTED
         return int(node.value) if is_whole else None
     try:
         value = float(node.value)
@@ -262,7 +264,7 @@ def _flag_node(texts: Sequence[str], hint: Any) -> yaml.Node:
     [text] = texts
     if hint == SOURCES and text.lstrip().startswith("{"):
         return _composed(text)
-    # The shell took the quotes away, so what a flag means is decided by its field: a run may be called 2026.
+    # The shell has removed the quotes, so the type of the field decides: a run may have the name 2026.
     is_text = hint in (str, SOURCES) or get_origin(hint) is Literal
     tag = TAG + "str" if is_text else yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False))
     return yaml.ScalarNode(tag, text)
@@ -272,7 +274,9 @@ def _composed(text: str) -> yaml.Node:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise _WrongValueError(f"expected sources with weights, as {{a.jsonl: 3, b.jsonl: 1}}, got {text!r}") from error
+        raise _WrongValueError(
+            f"expected sources with weights, such as {{a.jsonl: 3, b.jsonl: 1}}, got {text!r}"
+        ) from error
     assert node is not None  # it begins with a brace
     return node
 
@@ -280,10 +284,10 @@ def _composed(text: str) -> yaml.Node:
 def _describe(node: yaml.Node) -> str:
     kind = node.tag.removeprefix(TAG)
     if isinstance(node, yaml.ScalarNode) and kind in KINDS:
-        cut = "..." if len(node.value) > LONGEST_SHOWN else ""
-        return f"{node.value[:LONGEST_SHOWN]!r}{cut} ({KINDS[kind]})"
+        cut = "..." if len(node.value) > MAX_QUOTED else ""
+        return f"{node.value[:MAX_QUOTED]!r}{cut} ({KINDS[kind]})"
     plain = {"null": "nothing", "seq": "a list", "map": "a section"}
-    return plain.get(kind, f"the tag {node.tag.replace(TAG, '!!')}, which is never read")
+    return plain.get(kind, f"the tag {node.tag.replace(TAG, '!!')}, which is not allowed")
 
 
 def _replace_at(config: Any, path: Sequence[str], value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Bounds that a stage's held-out figures must keep before its model is passed on. Imports no JAX."""
+"""Bounds on a stage's held-out figures, which a model must meet before it is passed on. Imports no JAX."""
 
 import math
 import operator
@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 HOLDS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _GATE = re.compile(r"\s*(?P<metric>[\w/.-]+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>[-+.\deE]+)\s*")
-FORM = "a metric, one of < <= >= >, and a number, as 'accuracy >= 0.6'"
+FORM = "a metric, one of < <= >= >, and a number, such as 'accuracy >= 0.6'"
 
 
 class Gate(NamedTuple):
-    """``metric`` is a name of the stage's evaluation, without its ``eval/``."""
+    """One bound. ``metric`` is a name from the stage's evaluation without its ``eval/``."""
 
     metric: str
     sign: str
@@ -23,7 +23,7 @@ class Gate(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a gate found. ``missed_by`` is 0 where it passed."""
+    """Result of one gate. ``missed_by`` is 0 if it passed."""
 
     gate: str
     value: float
@@ -32,22 +32,24 @@ class Verdict(NamedTuple):
 
 
 class GatesFailed(RuntimeError):
-    """A stage's model is not passed on. The message is a table of what failed, and by how much."""
+    """Gates failed, so the stage's model is not passed on. The message is a table of the failed gates and their
+    distances."""
 
 
 def parse_gate(text: str) -> Gate:
-    """``"accuracy >= 0.6"``; ValueError for anything else."""
+    """Parse a gate such as ``"accuracy >= 0.6"``; ValueError for any other form."""
     match = _GATE.fullmatch(text)
     try:
         bound = math.nan if match is None else float(match["bound"])
     except ValueError:
         bound = math.nan
     if match is None or not math.isfinite(bound):
-        raise ValueError(f"{text!r} is no gate: {FORM}")
+        raise ValueError(f"{text!r} is not a gate: expected {FORM}")
     return Gate(match["metric"], match["sign"], bound)
 
 
 def is_gate(text: str) -> bool:
+    """Whether a text has the form of a gate."""
     try:
         parse_gate(text)
     except ValueError:
@@ -56,12 +58,12 @@ def is_gate(text: str) -> bool:
 
 
 def unknown_metrics(gates: Sequence[str], figures: Mapping[str, float]) -> list[str]:
-    """The metrics that gates name and an evaluation does not have."""
+    """Return the metrics that gates name but the evaluation lacks."""
     return [name for name in (parse_gate(gate).metric for gate in gates) if f"eval/{name}" not in figures]
 
 
 def judge(gates: Sequence[str], figures: Mapping[str, float]) -> list[Verdict]:
-    """Each gate on an evaluation's figures. A figure that is not finite, or not there, passes no gate."""
+    """Test each gate on the figures of an evaluation. A figure that is missing or not finite passes no gate."""
     return [_judge_one(parse_gate(gate), figures) for gate in gates]
 
 
@@ -72,13 +74,14 @@ def _judge_one(gate: Gate, figures: Mapping[str, float]) -> Verdict:
 
 
 def all_pass(gates: Sequence[str], figures: Mapping[str, float]) -> bool:
+    """Whether the figures of an evaluation pass every gate."""
     return all(verdict.passed for verdict in judge(gates, figures))
 
 
 def failure(stage: str, verdicts: Sequence[Verdict]) -> GatesFailed:
-    """The error for those of ``verdicts`` that did not pass."""
+    """Build the error for the verdicts that did not pass."""
     failed = [verdict for verdict in verdicts if not verdict.passed]
     width = max(len(verdict.gate) for verdict in failed)
     rows = [f"  {v.gate:<{width}}  got {v.value:.4g}, missed by {v.missed_by:.4g}" for v in failed]
-    told = f"{stage}: {len(failed)} of {len(verdicts)} gates failed; its model is not passed on"
-    return GatesFailed("\n".join([told, *rows]))
+    summary = f"{stage}: {len(failed)} of {len(verdicts)} gates failed; its model is not passed on"
+    return GatesFailed("\n".join([summary, *rows]))

@@ -1,4 +1,4 @@
-"""The schema of ``ppo.rewards``: what an answer's score is made of besides the reward model. Imports no JAX."""
+"""The schema of ``ppo.rewards``: rules and further reward models in an answer's score. Imports no JAX."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,10 +8,10 @@ from jrlhf.system.paths import PathText, WithPaths
 
 @dataclass(frozen=True)
 class RuleConfig(WithPaths):
-    """What every rule has."""
+    """Setting that every rule has."""
 
     weight: float = 0.0
-    """Of the rule in the score; 0 is off."""
+    """Weight of the rule in the score; 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -19,131 +19,135 @@ class JSONRuleConfig(RuleConfig):
     """1 for an answer that is valid JSON, else 0."""
 
     schema: PathText = ""
-    """A JSON Schema file that the answer must fit too (pip install "jrlhf[rules]"). Empty: any JSON."""
+    """JSON Schema file that the answer must satisfy too (pip install "jrlhf[rules]"). Empty: any JSON."""
     fenced: bool = False
-    """JSON inside a Markdown code fence counts as well."""
+    """Accept JSON inside a Markdown code fence as well."""
 
 
 @dataclass(frozen=True)
 class LengthRuleConfig(RuleConfig):
-    """1 for an answer as long as asked for; outside it falls with the ratio, to 0 for one that is empty or endless."""
+    """1 for an answer with a length from min to max; outside, the score falls with the ratio to the bound, to 0 for an
+    empty or endless answer."""
 
     unit: Literal["tokens", "words"] = "tokens"
-    """What is counted."""
+    """Unit of min and max."""
     min: int = 1
-    """Least that counts as inside."""
+    """Minimum length."""
     max: int = 128
-    """Most that counts as inside."""
+    """Maximum length."""
 
 
 @dataclass(frozen=True)
 class MarkdownRuleConfig(RuleConfig):
-    """The share of what is asked for that holds of an answer's Markdown; all its code fences must be closed."""
+    """Fraction of the requirements that the Markdown of an answer meets. One is that all code fences are closed."""
 
     headings: int = 0
-    """So many at least; 0: not asked for."""
+    """Minimum number of headings; 0: no requirement."""
     lists: int = 0
-    """So many list items at least; 0: not asked for."""
+    """Minimum number of list items; 0: no requirement."""
 
 
 @dataclass(frozen=True)
 class StopRuleConfig(RuleConfig):
-    """1 for an answer that a stop token ended, 0 for one that the length limit did."""
+    """1 for an answer that a stop token ends, 0 for one that reaches the length limit."""
 
 
 @dataclass(frozen=True)
 class RepetitionRuleConfig(RuleConfig):
-    """Minus the share of the runs of n words that were there before in the answer."""
+    """Minus the fraction of the runs of n words that repeat an earlier one in the answer."""
 
     n: int = 3
-    """Words of a run."""
+    """Number of words in a run."""
 
 
 @dataclass(frozen=True)
 class BannedRuleConfig(RuleConfig):
-    """Minus the share of the patterns that are found in the answer."""
+    """Minus the fraction of the patterns that occur in the answer."""
 
     patterns: tuple[str, ...] = ()
-    """Regular expressions, as the regex package reads them."""
+    """Regular expressions in the syntax of the regex package."""
     match_timeout: float = 1.0
-    """Seconds a pattern may take on an answer before the run ends and names it."""
+    """Maximum seconds to match a pattern against an answer; a slower match ends the run and names the pattern."""
 
 
 @dataclass(frozen=True)
 class RequiredRuleConfig(RuleConfig):
-    """The share of the patterns that are found in the answer."""
+    """Fraction of the patterns that occur in the answer."""
 
     patterns: tuple[str, ...] = ()
-    """As in banned."""
+    """Regular expressions in the syntax of the regex package."""
     match_timeout: float = 1.0
-    """As in banned."""
+    """Maximum seconds to match a pattern against an answer; a slower match ends the run and names the pattern."""
 
 
 @dataclass(frozen=True)
 class RefusalRuleConfig(RuleConfig):
-    """1 for a refusal where the prompt's row wants one, minus benign_penalty for one where it does not; else 0."""
+    """1 for a refusal where the prompt's row expects one, minus benign_penalty for one where it does not, else 0."""
 
     column: str = "refusal"
-    """Of the prompt's row: true where a refusal is wanted. A row without it wants none."""
+    """Column of the prompt's row that is true where a refusal is expected. A row without it expects none."""
     benign_penalty: float = 1.0
-    """Taken for the refusal of what should be answered."""
+    """Penalty for refusing a prompt that should be answered."""
     patterns: tuple[str, ...] = ()
-    """What a refusal is told by, in the first 400 characters of an answer. Empty: the usual phrases of English ones."""
+    """Regular expressions that mark a refusal in the first 400 characters of an answer. Empty: common phrases of
+    English refusals."""
     match_timeout: float = 1.0
-    """As in banned."""
+    """Maximum seconds to match a pattern against an answer; a slower match ends the run and names the pattern."""
 
 
 @dataclass(frozen=True)
 class AnswerRuleConfig(RuleConfig):
-    """1 for an answer that comes to the reference's result, else 0: GSM8K's form, "#### 42", is read in both."""
+    """1 for an answer with the result of the reference, else 0. Both may mark it in GSM8K's form, "#### 42"."""
 
     column: str = "answer"
-    """Of the prompt's row: the reference."""
+    """Column of the prompt's row that holds the reference."""
     match: Literal["number", "text"] = "number"
-    """number: the one after ####, else the last one (1,234.50 is 1234.5). text: what is after ####, else all, but for
-    case and white space."""
+    """Form of the result. number: the first number after ####, else the last number (1,234.50 is 1234.5). text: the
+    text after ####, else all of it; case and white space do not count."""
 
 
 @dataclass(frozen=True)
 class FunctionRuleConfig(RuleConfig):
-    """What a Python function of your own says: (prompts=[...], completions=[...], **columns) -> a list of floats."""
+    """Scores from your own Python function: (prompts=[...], completions=[...], **columns) -> a list of floats."""
 
     path: str = ""
-    """my_module:reward; modules in the current folder are found. It is code that you choose to run."""
+    """Module and function, such as my_module:reward; the module may be in the current folder. The run executes this
+    code."""
 
 
 @dataclass(frozen=True)
 class EndpointRuleConfig(RuleConfig):
-    """What a server says: POST {"prompts", "completions", "columns"}, and it answers {"scores": [...]}."""
+    """Scores from a server that answers POST {"prompts", "completions", "columns"} with {"scores": [...]}."""
 
     url: str = ""
-    """https, or http on this machine."""
+    """URL of the server: https, or http on this machine."""
     timeout: float = 10.0
-    """Seconds to wait for it."""
+    """Seconds to wait for an answer of the server."""
     retries: int = 3
-    """Tries after the first, for a server that is not reached, too slow, or answers 429 or 5xx. None begins when nine
-    tenths of ppo.rewards.timeout have passed."""
+    """Maximum number of retries, for a server that cannot be reached, is too slow, or answers 429 or 5xx. No retry
+    begins after nine tenths of ppo.rewards.timeout."""
     batch_size: int = 64
-    """Answers a request, at most."""
+    """Maximum number of answers in a request."""
     on_failure: Literal["error", "skip"] = "error"
-    """A request without scores ends the run, or its answers are left out of the update and counted
-    (reward/left_out)."""
+    """Response to a request that gets no scores. error: end the run. skip: leave its answers out of the update and
+    count them (reward/left_out)."""
 
 
 @dataclass(frozen=True)
 class RewardsConfig(WithPaths):
-    """Score = model_weight · learned + Σ weight · rule. Rules are read off the text, on the host."""
+    """Score of an answer: model_weight · learned + Σ weight · rule. Rules read the text, on the host."""
 
     model_weight: float = 1.0
-    """Of the reward model; 0: none is loaded, and the value network starts from the policy."""
+    """Weight of the reward model; 0 loads none, and the value network starts from the policy."""
     models: tuple[PathText, ...] = ()
-    """Further reward models, as ppo.reward.path; each may have a tokenizer of its own."""
+    """Further reward models, in the forms of ppo.reward.path; each may have its own tokenizer."""
     combine: Literal["mean", "lower_bound"] = "mean"
-    """Of all reward models' scores of an answer. lower_bound: the mean less lower_bound_coef standard deviations."""
+    """Combination of all reward models' scores of an answer. mean: their mean. lower_bound: the mean minus
+    lower_bound_coef standard deviations."""
     lower_bound_coef: float = 1.0
-    """What the models' disagreement costs."""
+    """Number of standard deviations that lower_bound subtracts for the models' disagreement."""
     timeout: float = 120.0
-    """Seconds a rule may take for one batch of answers before the run ends."""
+    """Maximum seconds for a rule to score one batch of answers; a slower rule ends the run."""
     json: JSONRuleConfig = field(default_factory=JSONRuleConfig)
     markdown: MarkdownRuleConfig = field(default_factory=MarkdownRuleConfig)
     length: LengthRuleConfig = field(default_factory=LengthRuleConfig)
@@ -158,5 +162,5 @@ class RewardsConfig(WithPaths):
 
     @property
     def uses_model(self) -> bool:
-        """Whether a learned reward has a part in the score."""
+        """Whether a reward model contributes to the score."""
         return self.model_weight > 0

@@ -1,8 +1,7 @@
-"""What the values of ``ppo.rewards`` must satisfy, before any device or file is touched. Imports no JAX."""
+"""Checks of ``ppo.rewards``. Imports no JAX."""
 
 import re
 from collections.abc import Iterator
-from typing import Any
 from urllib.parse import urlsplit
 
 import regex
@@ -15,27 +14,25 @@ from jrlhf.config.rewards import (
     RewardsConfig,
     RuleConfig,
 )
+from jrlhf.config.schema_check import Check
 
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
-Rule = tuple[bool, str, Any, str]
-"""As in ``config_check``."""
 
-
-def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iterator[Rule]:
-    """Of the block, and of what it makes possible."""
-    rules = weights_of(rewards)
-    for name, weight in rules.items():
+def rewards_checks(path: str, rewards: RewardsConfig, *, value_from: str) -> Iterator[Check]:
+    """Check the section itself, and the value network that depends on it."""
+    weights = rule_weights(rewards)
+    for name, weight in weights.items():
         yield weight >= 0, f"{path}.{name}.weight", weight, "0 (off) or more"
     yield rewards.model_weight >= 0, f"{path}.model_weight", rewards.model_weight, "0 (no reward model) or more"
-    scored = rewards.uses_model or any(rules.values())
-    yield scored, f"{path}.model_weight", rewards.model_weight, f"above 0, as no rule of {path} has a weight"
-    read = not rewards.models or rewards.uses_model
-    yield read and all(rewards.models), f"{path}.models", rewards.models, f"paths, with {path}.model_weight above 0"
+    has_score = rewards.uses_model or any(weights.values())
+    yield has_score, f"{path}.model_weight", rewards.model_weight, f"above 0, because no rule of {path} has a weight"
+    used = not rewards.models or rewards.uses_model
+    yield used and all(rewards.models), f"{path}.models", rewards.models, f"paths, with {path}.model_weight above 0"
     yield rewards.lower_bound_coef >= 0, f"{path}.lower_bound_coef", rewards.lower_bound_coef, "0 or more"
     yield rewards.timeout > 0, f"{path}.timeout", rewards.timeout, "above 0"
-    unmade = value_from == "reward" and not rewards.uses_model
-    yield not unmade, "ppo.value_from", value_from, f"auto or policy, as {path}.model_weight is 0"
+    has_start = value_from != "reward" or rewards.uses_model
+    yield has_start, "ppo.value_from", value_from, f"auto or policy, because {path}.model_weight is 0"
     yield from _length(f"{path}.length", rewards.length)
     yield from _outside(path, rewards)
     yield rewards.markdown.headings >= 0, f"{path}.markdown.headings", rewards.markdown.headings, "0 or more"
@@ -49,33 +46,33 @@ def rewards_rules(path: str, rewards: RewardsConfig, *, value_from: str) -> Iter
         yield bool(column) and column != "prompt", f"{path}.{name}.column", column, "a column other than prompt"
 
 
-def _outside(path: str, rewards: RewardsConfig) -> Iterator[Rule]:
+def _outside(path: str, rewards: RewardsConfig) -> Iterator[Check]:
     function, endpoint = rewards.function, rewards.endpoint
-    named = bool(DOTTED.fullmatch(function.path)) or not (function.weight or function.path)
-    yield named, f"{path}.function.path", function.path, "module:function, as my_rewards:score"
-    safe = endpoint.url.startswith("https://") or (endpoint.url.startswith("http://") and _here(endpoint.url))
+    valid = bool(DOTTED.fullmatch(function.path)) or not (function.weight or function.path)
+    yield valid, f"{path}.function.path", function.path, "module:function, such as my_rewards:score"
+    safe = endpoint.url.startswith("https://") or (endpoint.url.startswith("http://") and _is_local(endpoint.url))
     safe = safe or not (endpoint.weight or endpoint.url)
-    yield safe, f"{path}.endpoint.url", endpoint.url, "an https URL, or an http one of this machine"
+    yield safe, f"{path}.endpoint.url", endpoint.url, "an https URL, or an http URL of this machine"
     yield endpoint.timeout > 0, f"{path}.endpoint.timeout", endpoint.timeout, "above 0"
     yield endpoint.retries >= 0, f"{path}.endpoint.retries", endpoint.retries, "0 or more"
     yield endpoint.batch_size >= 1, f"{path}.endpoint.batch_size", endpoint.batch_size, "1 or more"
 
 
-def _here(url: str) -> bool:
+def _is_local(url: str) -> bool:
     try:
         return urlsplit(url).hostname in {"localhost", "127.0.0.1", "::1"}
     except ValueError:
         return False
 
 
-def _patterns(path: str, rule: BannedRuleConfig | RequiredRuleConfig | RefusalRuleConfig) -> Iterator[Rule]:
-    known = isinstance(rule, RefusalRuleConfig) or bool(rule.patterns)
-    yield not rule.weight or known, f"{path}.patterns", rule.patterns, "set, as the rule has a weight"
-    yield from pattern_rules(path, rule.patterns, rule.match_timeout)
+def _patterns(path: str, rule: BannedRuleConfig | RequiredRuleConfig | RefusalRuleConfig) -> Iterator[Check]:
+    has_patterns = isinstance(rule, RefusalRuleConfig) or bool(rule.patterns)
+    yield not rule.weight or has_patterns, f"{path}.patterns", rule.patterns, "set, because the rule has a weight"
+    yield from pattern_checks(path, rule.patterns, rule.match_timeout)
 
 
-def pattern_rules(path: str, patterns: tuple[str, ...], match_timeout: float) -> Iterator[Rule]:
-    """Of expressions that are matched against answers."""
+def pattern_checks(path: str, patterns: tuple[str, ...], match_timeout: float) -> Iterator[Check]:
+    """Check regular expressions that are matched against answers."""
     for pattern in patterns:
         yield bool(pattern) and _compiles(pattern), f"{path}.patterns", pattern, "a regular expression"
     yield match_timeout > 0, f"{path}.match_timeout", match_timeout, "above 0"
@@ -89,11 +86,11 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def weights_of(rewards: RewardsConfig) -> dict[str, float]:
-    """Of each rule by its name."""
+def rule_weights(rewards: RewardsConfig) -> dict[str, float]:
+    """Return the weight of each rule by its name."""
     return {name: part.weight for name, part in vars(rewards).items() if isinstance(part, RuleConfig)}
 
 
-def _length(path: str, rule: LengthRuleConfig) -> Iterator[Rule]:
+def _length(path: str, rule: LengthRuleConfig) -> Iterator[Check]:
     yield rule.min >= 1, f"{path}.min", rule.min, "1 or more"
     yield rule.max >= rule.min, f"{path}.max", rule.max, f"at least {path}.min ({rule.min})"

@@ -1,4 +1,4 @@
-"""The schema of the commands that read no YAML: what has no default is a positional argument. Imports no JAX."""
+"""The schema of the commands that read no YAML. A field without a default is a positional argument. Imports no JAX."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,154 +12,160 @@ class GenerateConfig(WithPaths):
     """Answers to a file of prompts, as JSONL."""
 
     model: PathText
-    """A Hugging Face folder, a hub id, or a run or stage folder."""
+    """Model: a Hugging Face folder, a hub id, or a run or stage folder."""
     prompts: PathText
-    """A file, folder or hub id in the forms of data.train, asset:NAME, or - (stdin, one a line)."""
+    """Prompts: a file, folder or hub id in the forms of data.train, asset:NAME, or - (stdin, one prompt a line)."""
     out: PathText = "-"
-    """The JSONL file to write; - is stdout."""
+    """JSONL file to write; - is stdout."""
     samples: int = 1
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the sampler."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch_size: int = 16
-    """Answers drawn at once."""
+    """Number of answers sampled at once."""
     max_length: int = 1024
-    """Longest prompt in tokens; longer ones are cut at their start."""
+    """Maximum length of a prompt in tokens; longer ones are cut at their start."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
 
 
 @dataclass(frozen=True)
 class SampleConfig(GenerateConfig):
-    """Several answers to each prompt, as tasks for people to rank."""
+    """Sample several answers to each prompt, as tasks for people to rank."""
 
     out: PathText = "tasks.jsonl"
-    """The task file to write; - is stdout."""
+    """Task file to write; - is stdout."""
     samples: int = 4
-    """Answers to each prompt, from 2 to 9; those that are the same are shown once."""
+    """Number of answers to each prompt, from 2 to 9; identical answers are shown once."""
 
 
 @dataclass(frozen=True)
 class RankConfig(WithPaths):
-    """A page on this machine where people order answers; or what they have decided, as files and figures."""
+    """A page on this machine where people rank answers; or their decisions, as files and figures."""
 
     tasks: PathText = "tasks.jsonl"
-    """The task file that jrlhf sample wrote, or a stage's candidates.jsonl."""
+    """Task file that jrlhf sample wrote, or a stage's candidates.jsonl."""
     rater: str = ""
-    """Whose page the printed address opens. Empty: the page asks for a name."""
+    """Name of the rater whose page the printed address opens. Empty: the page asks for a name."""
     state: PathText = ""
-    """The SQLite file that keeps the decisions. Empty: beside the tasks, with .sqlite for its suffix."""
+    """SQLite file that stores the decisions. Empty: beside the task file, with the suffix .sqlite."""
     report: bool = False
-    """Print agreement, accuracy and pace of the raters, and serve no page."""
+    """Print the raters' agreement, accuracy and pace instead of serving the page."""
     export: PathText = ""
-    """Write the decisions to this file (- is stdout), and serve no page."""
+    """Write the decisions to this file (- is stdout) instead of serving the page."""
     import_from: PathText = ""
-    """Take decisions made elsewhere from this file, and serve no page."""
+    """Read decisions made elsewhere from this file instead of serving the page."""
     format: Literal["ranking", "argilla", "label-studio"] = "ranking"
-    """Of what is exported or imported. ranking: JSONL that reward.data.train reads."""
+    """Format of the exported or imported file. ranking: JSONL that reward.data.train reads."""
     host: str = "127.0.0.1"
-    """The address the page is served at; any but this machine's own lets others in who know the printed address."""
+    """Address to serve the page at. Any address but this machine's own also admits others who know the printed one."""
     port: int = 0
-    """0: a free one."""
+    """Port to serve the page at; 0 takes a free one."""
 
 
 @dataclass(frozen=True)
 class ScoreConfig(WithPaths):
-    """A reward model's scores of a file of texts, as JSONL."""
+    """Score a file of texts with a reward model, as JSONL."""
 
     model: PathText
-    """A reward model: a Hugging Face folder, a hub id, or a run or stage folder. jrlhf's own score a text at the token
-    that ends the answer. Any other is read as by transformers: the chat template over the whole chat, or plain text as
-    it is tokenised, scored at the last token that is not its pad_token_id."""
+    """Reward model: a Hugging Face folder, a hub id, or a run or stage folder. One that jrlhf trained scores a text at
+    the token that ends the answer. Any other scores as transformers does: the chat template over the whole chat, or
+    plain text as it is tokenised, at the last token that is not its pad_token_id."""
     data: PathText
-    """Rows, in generate's forms: prompt (optional) and completion, completions, or chosen and rejected; or text."""
+    """Rows in the forms of data.train, with prompt (optional) and completion, completions, or chosen and rejected; or
+    with text."""
     out: PathText = "-"
-    """The JSONL file to write; - is stdout."""
+    """JSONL file to write; - is stdout."""
     batch_size: int = 32
-    """Texts scored at once."""
+    """Number of texts scored at once."""
     max_length: int = 1024
-    """Longest sequence in tokens; longer ones are cut at the prompt's start."""
+    """Maximum length of a sequence in tokens; longer ones are cut at the prompt's start."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype."""
 
 
 @dataclass(frozen=True)
 class ShowConfig(WithPaths):
-    """Rows as the model sees them, and counts of what is odd about them."""
+    """Show rows as the model sees them, and counts of odd ones."""
 
     model: PathText
-    """Whose tokenizer is used: a Hugging Face folder, a hub id, asset:NAME, or a run or stage folder."""
+    """Source of the tokenizer: a Hugging Face folder, a hub id, asset:NAME, or a run or stage folder."""
     data: PathText
-    """Rows, in the forms of data.train: one source."""
+    """Rows from one source, in the forms of data.train."""
     kind: Literal["auto", "sft", "reward", "prompts"] = "auto"
-    """What the rows are for. auto: by the columns of the first one."""
+    """Purpose of the rows. auto: decided by the columns of the first row."""
     rows: int = 3
-    """First rows that are shown; the counts are of all."""
+    """Number of first rows to show; the counts cover all rows."""
     max_length: int = 1024
-    """Longest sequence in tokens, as in the stage's data block."""
+    """Maximum length of a sequence in tokens, as in the data section of the stage."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
-    """What is learnt, as in sft.train_on."""
+    """Tokens in the loss. completion: the answer. assistant: also assistant turns inside a chat prompt. all: also the
+    prompt."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be trained on makes the exit code 2, as training would end there, or not. All are counted."""
+    """Response to rows that cannot be used for training. error: exit code 2, as training would end there. skip: exit
+    code 0. Both count all of them."""
 
 
 @dataclass(frozen=True)
 class ExportConfig(WithPaths):
-    """A checkpoint as a Hugging Face folder."""
+    """Write a checkpoint as a Hugging Face folder."""
 
     run: PathText
-    """A run folder, or a stage's folder in it."""
+    """Run folder, or the folder of a stage in it."""
     out: PathText
-    """The folder to write."""
+    """Folder to write."""
     stage: Literal["last", "sft", "reward", "ppo"] = "last"
-    """Which stage of a run folder; last: the furthest one that has a checkpoint."""
+    """Stage of a run folder; last: the furthest stage that has a checkpoint."""
     step: int = -1
-    """Which checkpoint; -1 is the newest."""
+    """Step of the checkpoint; -1 is the newest."""
     dtype: Literal["stage", "float32", "source"] = "stage"
-    """Dtype of the weights. stage takes the stage's own export_dtype. float32 keeps all that the checkpoint holds.
-    source takes the dtypes of the files that the stage's model was read from."""
+    """Dtype of the weights. stage: the stage's own export_dtype. float32: every bit of the checkpoint. source: the
+    dtypes of the files that the stage's model came from."""
 
 
 @dataclass(frozen=True)
 class VerifyConfig(WithPaths):
-    """The invariants of RLHF with PPO, checked on one model."""
+    """Check the invariants of RLHF with PPO on one model."""
 
     model: PathText
-    """A Hugging Face folder, a hub id, or a run or stage folder."""
+    """Model: a Hugging Face folder, a hub id, or a run or stage folder."""
     prompts: PathText = ""
-    """Prompts, in the forms of generate's. Empty: a few that come with jrlhf."""
+    """Prompts: a file, folder or hub id in the forms of data.train, asset:NAME, or - (stdin, one prompt a line). Empty:
+    a few that ship with jrlhf."""
     temperature: float = 0.7
-    """Of the draws and of every log-prob; other than 1, so that a forgotten division shows."""
+    """Temperature of the sampler and of every log-prob. It differs from 1, so that a missing division shows."""
     max_new_tokens: int = 32
-    """Longest answer in tokens."""
+    """Maximum length of an answer in tokens."""
     batch_size: int = 8
-    """Prompts used."""
+    """Number of prompts to use."""
     max_length: int = 128
-    """Longest prompt in tokens; longer ones are cut at their start."""
+    """Maximum length of a prompt in tokens; longer ones are cut at their start."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the sampler."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype; the tolerances are those of float32."""
+    """Compute dtype; the tolerances are for float32."""
 
 
 @dataclass(frozen=True)
 class ReportConfig(WithPaths):
-    """A run's figures, curves and answers on one page that opens without a network."""
+    """Write a run's figures, curves and answers to one page that opens without a network."""
 
     run: PathText
-    """A run's folder, done or not. The page is written into it: report.html, or comparison.html beside another run."""
+    """Folder of a run, finished or not. The page is written into it: report.html, or comparison.html beside another
+    run."""
     other: PathText = field(default="", metadata={"positional": True})
-    """A second run's folder, to compare with; it may stand behind the first one."""
+    """Folder of a second run to compare with; it may follow the first as a positional argument."""
 
 
 @dataclass(frozen=True)
 class QuickstartConfig(WithPaths):
-    """All three stages on the small model and the film reviews that come with jrlhf."""
+    """Run all three stages on the small model and the film reviews that ship with jrlhf."""
 
     out: PathText = "jrlhf-quickstart"
-    """The run's folder."""
+    """Folder of the run."""
     seed: int = 0
-    """Of every random choice in the run."""
+    """Seed of every random choice in the run."""
     preset: Literal["full", "smoke"] = "full"
-    """full: to the reported figures, up to ten minutes on two CPU cores. smoke: every stage, briefly."""
+    """Length of the run. full: reaches the reported figures, in up to ten minutes on two CPU cores. smoke: every stage,
+    briefly."""

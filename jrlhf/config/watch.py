@@ -1,4 +1,4 @@
-"""The schema of what a run is watched by: ``ppo.guards`` and ``safety``. Imports no JAX."""
+"""The schema of ``ppo.guards`` and ``safety``, which watch a run. Imports no JAX."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,52 +11,55 @@ class GuardConfig:
     """A bound on a figure of each rollout."""
 
     bound: float = 0.0
-    """What is crossed."""
+    """Bound of the figure."""
     patience: int = 1
-    """Rollouts in a row that cross it before anything is done."""
+    """Number of consecutive rollouts beyond the bound before the guard acts."""
     action: Literal["off", "warn", "stop", "rollback"] = "warn"
-    """warn: an event in events.jsonl and a line on stderr. stop: also, the run ends. rollback: also, it goes back to
-    the newest checkpoint of before."""
+    """Response of the guard. warn: write an event to events.jsonl and a line to stderr. stop: also end the run.
+    rollback: warn, and return to the newest checkpoint from before the crossing."""
 
 
 @dataclass(frozen=True)
 class GuardsConfig:
-    """What a run is stopped or put back for."""
+    """Bounds whose crossing warns, stops the run or rolls it back."""
 
     kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=100.0, action="rollback"))
-    """Nats a sequence to the SFT model, above bound."""
+    """KL per sequence to the SFT model, in nats, above bound."""
     negative_kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=2))
-    """The same, below bound: answers do not come from the policy that is trained."""
+    """KL per sequence to the SFT model, in nats, below bound: answers do not come from the policy in training."""
     sampler: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.5))
-    """The largest difference of a token's log-prob in the sampler and in the update, nats, above bound: the same, seen
-    at once. In float32 it is some 1e-5 where all is well."""
+    """Largest difference of a token's log-prob between sampler and update, in nats, above bound: answers do not come
+    from the policy in training. About 1e-5 is normal in float32."""
     entropy: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.01, patience=3))
-    """Nats a token, below bound."""
+    """Entropy per token, in nats, below bound."""
     length: GuardConfig = field(default_factory=lambda: GuardConfig(bound=4.0, patience=3))
-    """Mean answer length: more than bound times the first rollout's, or less than the first's divided by bound."""
+    """Mean answer length above bound times the first rollout's, or below the first rollout's divided by bound."""
     repetition: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.3, patience=3))
-    """Share of answer tokens that end a run of three seen before in the answer: so much above the first rollout's."""
+    """Fraction of answer tokens that end a run of three repeated within the answer, more than bound above the first
+    rollout's."""
     explained_variance: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=20))
-    """Of the returns by the value network, below bound."""
+    """Explained variance of the returns by the value network, below bound."""
     rollbacks: int = 2
-    """So often a run goes back; then it stops. Parameters, optimizer, averages and beta are those of the checkpoint;
-    the data goes on."""
+    """Maximum number of rollbacks; the next one stops the run. Parameters, optimizer, averages and β come from the
+    checkpoint; the data goes on."""
     rollback_lr: float = 0.5
-    """Each time the learning rates are multiplied by this."""
+    """Factor on the learning rates at each rollback."""
     rollback_beta: float = 2.0
-    """And beta by this."""
+    """Factor on β at each rollback."""
 
 
 @dataclass(frozen=True)
 class SafetyConfig(WithPaths):
-    """Prompts of which some should be refused, answered with each held-out evaluation of SFT and PPO: refusal_rate of
-    those, and benign_refusal_rate of the others, are figures for gates."""
+    """Prompts of which some should be refused. SFT and PPO answer them at each held-out evaluation: the refusal_rate of
+    those and the benign_refusal_rate of the others are figures for gates."""
 
     prompts: PathText = ""
-    """As data.eval; read as sft.data or ppo.prompts say. Empty: none."""
+    """Prompts, in the forms of data.eval; SFT reads them by the settings of sft.data, PPO by those of ppo.prompts.
+    Empty: none."""
     column: str = "refusal"
-    """True where a refusal is wanted; a row without it wants none."""
+    """Column of a row that is true where a refusal is expected. A row without it expects none."""
     patterns: tuple[str, ...] = ()
-    """What a refusal is told by, as in ppo.rewards.refusal."""
+    """Regular expressions that mark a refusal in the first 400 characters of an answer. Empty: common phrases of
+    English refusals."""
     match_timeout: float = 1.0
-    """As in ppo.rewards.banned."""
+    """Maximum seconds to match a pattern against an answer; a slower match ends the run and names the pattern."""

@@ -1,13 +1,14 @@
-"""What the values of ``ppo.guards``, ``ppo.canary`` and ``safety`` must satisfy. Imports no JAX."""
+"""Checks of ``ppo.guards``, ``ppo.canary`` and ``safety``. Imports no JAX."""
 
 from collections.abc import Iterator
 
-from jrlhf.config.rewards_check import Rule, pattern_rules
-from jrlhf.config.schema import PPOConfig
+from jrlhf.config.rewards_check import pattern_checks
+from jrlhf.config.schema_check import Check
+from jrlhf.config.stages import PPOConfig
 from jrlhf.config.watch import GuardConfig, GuardsConfig, SafetyConfig
 
 
-def guards_rules(path: str, guards: GuardsConfig) -> Iterator[Rule]:
+def guards_checks(path: str, guards: GuardsConfig) -> Iterator[Check]:
     for name, guard in vars(guards).items():
         if isinstance(guard, GuardConfig):
             yield guard.patience >= 1, f"{path}.{name}.patience", guard.patience, "1 or more"
@@ -17,27 +18,27 @@ def guards_rules(path: str, guards: GuardsConfig) -> Iterator[Rule]:
     yield guards.rollback_beta >= 1, f"{path}.rollback_beta", guards.rollback_beta, "1 or more"
 
 
-def canary_rules(path: str, ppo: PPOConfig) -> Iterator[Rule]:
+def canary_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
     canary = ppo.canary
     yield canary.errors >= 0, f"{path}.canary.errors", canary.errors, "0 or more"
     unread = bool(canary.judge.path) and canary.action == "off"
-    off = f"empty, as {path}.canary.action is off and so nobody would ask it"
+    off = f"empty, because {path}.canary.action is off and would not use it"
     yield not unread, f"{path}.canary.judge.path", canary.judge.path, off
     if canary.action != "off":
-        why = f"as {path}.canary.action is {canary.action}"
-        yield bool(ppo.prompts.eval), f"{path}.prompts.eval", ppo.prompts.eval, f"set, {why}"
+        reason = f"because {path}.canary.action is {canary.action}"
+        yield bool(ppo.prompts.eval), f"{path}.prompts.eval", ppo.prompts.eval, f"set, {reason}"
         yield (
             ppo.checkpoint.keep_best >= 1,
             f"{path}.checkpoint.keep_best",
             ppo.checkpoint.keep_best,
-            f"1 or more, {why}",
+            f"1 or more, {reason}",
         )
         saved = ppo.log.eval_every % max(ppo.checkpoint.every, 1) == 0
-        every = f"a divisor of {path}.log.eval_every ({ppo.log.eval_every}), {why}"
+        every = f"a divisor of {path}.log.eval_every ({ppo.log.eval_every}), {reason}"
         yield saved, f"{path}.checkpoint.every", ppo.checkpoint.every, every
 
 
-def safety_rules(path: str, safety: SafetyConfig) -> Iterator[Rule]:
-    named = bool(safety.column) and safety.column != "prompt"
-    yield named, f"{path}.column", safety.column, "a column other than prompt"
-    yield from pattern_rules(path, safety.patterns, safety.match_timeout)
+def safety_checks(path: str, safety: SafetyConfig) -> Iterator[Check]:
+    valid = bool(safety.column) and safety.column != "prompt"
+    yield valid, f"{path}.column", safety.column, "a column other than prompt"
+    yield from pattern_checks(path, safety.patterns, safety.match_timeout)

@@ -9,7 +9,7 @@ Pair = tuple[yaml.Node, yaml.Node]
 
 
 class MergeError(ValueError):
-    """A merge key whose value cannot be merged; ``line`` is its own, from 1."""
+    """A merge key whose value cannot be merged; ``line`` is its line number, from 1."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -17,17 +17,17 @@ class MergeError(ValueError):
 
 
 def merged_pairs(node: yaml.MappingNode) -> list[Pair]:
-    """The keys and values of a mapping, with what its merge key takes in behind its own.
+    """Return the keys and values of a mapping: first its own, then those that its merge key adds.
 
-    A mapping's own key wins over a merged one, and of several mappings the one that is listed first. A key that one
-    of them has twice stays there twice. MergeError for what is no mapping, and for one that merges itself.
+    A mapping's own key wins over a merged one, and an earlier mapping in a list over a later one. A key that one
+    mapping has twice stays twice. MergeError if a merged value is not a mapping, or if a mapping merges itself.
     """
     return _pairs(node, {}, ())
 
 
 def _pairs(node: yaml.MappingNode, known: dict[int, list[Pair]], above: tuple[int, ...]) -> list[Pair]:
     if id(node) in known:
-        # Each is worked out once, however many aliases of aliases lead to it.
+        # Every mapping is merged once, however many aliases lead to it.
         return known[id(node)]
     own = [pair for pair in node.value if pair[0].tag != MERGE]
     names = {_name(key) for key, _ in own}
@@ -54,5 +54,5 @@ def _parts(value: yaml.Node, line: int) -> Iterator[yaml.MappingNode]:
 
 
 def _name(key: yaml.Node) -> tuple[str, object]:
-    """What makes two keys one."""
+    """Return a value that is equal for equal keys."""
     return key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)

@@ -1,6 +1,7 @@
 """Pure maths over arrays: masks, log-probs, KL, advantages, losses, sampling. JAX only, never a config."""
 
 from jrlhf.core.advantages import gae, shape_rewards
+from jrlhf.core.decoding import uncached_decode_fns
 from jrlhf.core.kl import KLEstimator, kl_penalty, update_kl_coef
 from jrlhf.core.logprobs import (
     align_to_tokens,
@@ -61,6 +62,7 @@ __all__ = [
     "shape_rewards",
     "token_logprobs",
     "truncate_logits",
+    "uncached_decode_fns",
     "uniforms",
     "update_kl_coef",
 ]

@@ -2,13 +2,13 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Real
 
 from jrlhf.core.masks import last_token_mask
 
 
 def shape_rewards(
-    scores: Float[Array, "B"],
+    scores: Real[Array, "B"],
     kl: Float[Array, "B T"],
     mask: Bool[Array, "B T"],
     *,
@@ -16,7 +16,8 @@ def shape_rewards(
 ) -> Float[Array, "B T"]:
     """r_t = -β · KL_t, plus the score on the last unmasked token; 0 where masked. Stiennon et al. 2020, section 3.4.
 
-    A row that is all masked gets no reward at all, not even its score.
+    The result is float32 whatever dtype the scores have: integers would cut the penalty off. A row that is all masked
+    gets no reward at all, not even its score.
     """
     penalty = -kl_coef * jnp.where(mask, kl.astype(jnp.float32), 0.0)
     return penalty + jnp.where(last_token_mask(mask), scores.astype(jnp.float32)[:, None], 0.0)

@@ -62,8 +62,15 @@ def from_logits(apply_fn: ApplyFn) -> LogprobFn:
     """
 
     def logprob_fn(
-        params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /, *, temperature: float
+        params: Params,
+        tokens: Int[Array, "B T"],
+        mask: TokenMask,
+        /,
+        *,
+        temperature: float,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        del where  # The logits are there already.
         logits = jnp.where(real_tokens(mask)[:, :, None], apply_fn(params, tokens, mask), 0.0)
         return logprobs_and_entropy(logits, tokens, temperature=temperature)
 

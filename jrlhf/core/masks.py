@@ -30,7 +30,7 @@ def masked_whiten(x: Float[Array, "*S"], mask: Bool[Array, "*S"], *, shift_mean:
 
 
 def real_tokens(mask: TokenMask) -> Bool[Array, "B T"]:
-    """Segment numbers as a mask; a mask as it is."""
+    """A boolean mask of the real tokens, from a mask or from segment numbers."""
     return mask if mask.dtype == jnp.bool_ else mask > 0
 
 

@@ -43,43 +43,46 @@ def sample(
 
 
 def uniforms(key: Key, rows: int) -> Float[Array, "2 B"]:
-    """What ``sample`` draws with: from 0 up to, not including, 1."""
+    """The random numbers that ``sample`` draws a token a row with, uniform on [0, 1)."""
     # Two numbers a row in place of one a logit, and two so that even a token of little mass is hit in proportion.
     return jax.random.uniform(key, (2, rows), jnp.float32)
 
 
 def sample_at(
-    logits: Float[Array, "B V"], at: Float[Array, "2 B"], *, temperature: float, top_k: int, top_p: float
+    logits: Float[Array, "B V"], draws: Float[Array, "2 B"], *, temperature: float, top_k: int, top_p: float
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """``sample`` with given ``uniforms``, by inversion: first of the mass of groups of tokens, then within one."""
+    """``sample`` with given ``uniforms`` as draws.
+
+    By inversion of the cumulative mass: the first number chooses a group of tokens, the second a token within it.
+    """
     logits = logits.astype(jnp.float32)
     if temperature == 0.0:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return tokens, jnp.zeros(tokens.shape, jnp.float32)
-    kept = truncate_logits(logits / temperature, top_k=top_k, top_p=top_p)
-    highest = jnp.max(kept, axis=-1, keepdims=True)
-    mass = _in_groups(jnp.exp(kept - highest))
-    of_group = jnp.sum(mass, axis=-1)
-    group = _invert(of_group, at[0])
-    place = _invert(jnp.take_along_axis(mass, group[:, None, None], axis=1)[:, 0], at[1])
+    truncated = truncate_logits(logits / temperature, top_k=top_k, top_p=top_p)
+    highest = jnp.max(truncated, axis=-1, keepdims=True)
+    mass = _in_groups(jnp.exp(truncated - highest))
+    group_mass = jnp.sum(mass, axis=-1)
+    group = _invert(group_mass, draws[0])
+    place = _invert(jnp.take_along_axis(mass, group[:, None, None], axis=1)[:, 0], draws[1])
     tokens = group * jnp.int32(mass.shape[-1]) + place
-    logits_of = jnp.take_along_axis(kept - highest, tokens[:, None], axis=-1)[:, 0]
-    return tokens, logits_of - jnp.log(jnp.sum(of_group, axis=-1))
+    token_logits = jnp.take_along_axis(truncated - highest, tokens[:, None], axis=-1)[:, 0]
+    return tokens, token_logits - jnp.log(jnp.sum(group_mass, axis=-1))
 
 
 def _in_groups(mass: Float[Array, "B V"]) -> Float[Array, "B groups size"]:
-    """Padded with nothing, in about as many groups as each has tokens."""
+    """The vocabulary padded with zeros and split into groups, about as many as each has tokens."""
     vocabulary = mass.shape[-1]
     size = 1 << max(0, math.ceil(math.log2(vocabulary) / 2))
     return jnp.pad(mass, ((0, 0), (0, -vocabulary % size))).reshape(mass.shape[0], -1, size)
 
 
-def _invert(mass: Float[Array, "B N"], at: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The first index up to which more than ``at`` (from 0 up to, not including, 1) of the row's mass lies.
+def _invert(mass: Float[Array, "B N"], draws: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first index up to which more than the fraction ``draws`` (in [0, 1)) of the row's mass lies.
 
     Masses ``[1, 0, 3]`` at 0.25 give 2. An index without mass is never it, however sums are rounded.
     """
-    below = jnp.cumsum(mass, axis=-1)
-    some = mass > 0.0
-    beyond = some & (below > at[:, None] * below[:, -1:])
-    return jnp.argmax(some.astype(jnp.int32) + beyond.astype(jnp.int32), axis=-1).astype(jnp.int32)
+    cumulative = jnp.cumsum(mass, axis=-1)
+    positive = mass > 0.0
+    beyond = positive & (cumulative > draws[:, None] * cumulative[:, -1:])
+    return jnp.argmax(positive.astype(jnp.int32) + beyond.astype(jnp.int32), axis=-1).astype(jnp.int32)

@@ -9,12 +9,12 @@ import jax
 def partition(tree: Any, trained: Callable[[str], bool]) -> tuple[Any, Any]:
     """``(trained, frozen)``: two trees of the same form, each with None where the other has a leaf.
 
-    ``trained`` is asked with the path of every leaf, such as ``"layers/attention/q/lora_a"``.
+    ``trained`` is called with the path of every leaf, such as ``"layers/attention/q/lora_a"``.
     """
 
-    def side(kept: bool) -> Any:
+    def side(is_trained: bool) -> Any:
         def leaf(path: tuple[Any, ...], x: Any) -> Any:
-            return x if trained(jax.tree_util.keystr(path, simple=True, separator="/")) is kept else None
+            return x if trained(jax.tree_util.keystr(path, simple=True, separator="/")) is is_trained else None
 
         return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -22,7 +22,7 @@ def partition(tree: Any, trained: Callable[[str], bool]) -> tuple[Any, Any]:
 
 
 def combine(trained: Any, frozen: Any) -> Any:
-    """``partition`` backwards; ``trained`` itself where nothing is frozen."""
+    """The whole tree of a ``partition``; ``trained`` itself where nothing is frozen."""
     if frozen is None:
         return trained
     return jax.tree.map(lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda x: x is None)

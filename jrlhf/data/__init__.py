@@ -6,6 +6,7 @@ from jrlhf.data.kinds import Columns
 from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.recipe import encoder_for
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.sources import open_source
@@ -27,6 +28,7 @@ __all__ = [
     "SFTRows",
     "SourceRows",
     "TextRows",
+    "Tokenizer",
     "bucket_lengths",
     "encoder_for",
     "load_prompts",

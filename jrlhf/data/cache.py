@@ -25,7 +25,7 @@ import numpy as np
 
 from jrlhf.data.columns import Schema, Table, Writer, mapped_table
 from jrlhf.data.errors import DataError, Skips
-from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.parallel import first_goes_ahead
 from jrlhf.parallel.peers import current
 from jrlhf.system.environment import cache_home, usable_cache

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from jrlhf.data.calls import CallForms, call_forms
 from jrlhf.data.errors import BadRow, DataError
 from jrlhf.data.messages import Message, Tools, message_text
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.rendered import Turn, call_texts, check_messages, check_tools
-from jrlhf.data.tokenizer import Tokenizer, end_of_turn
+from jrlhf.data.tokenizer import end_of_turn
 
 TODAY = datetime(2024, 7, 26)
 """The date that templates see as today (Llama 3's default); with the real date a resumed run would see other tokens."""

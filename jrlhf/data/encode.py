@@ -13,7 +13,8 @@ from jrlhf.data.chat import NO_STOP_TOKEN, ChatTemplate, Turn
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import Example
 from jrlhf.data.messages import Content, Message, Tools, is_learnt, last_assistant
-from jrlhf.data.tokenizer import Tokenizer, end_of_turn
+from jrlhf.data.protocol import Tokenizer
+from jrlhf.data.tokenizer import end_of_turn
 from jrlhf.data.vocabulary import check_ids
 
 ANCHORS = ("\n", "a", ".")

@@ -10,8 +10,8 @@ import numpy as np
 from jrlhf.config import DataConfig
 from jrlhf.data.errors import BadRow, DataError, PlacedRow, Row
 from jrlhf.data.kinds import TRUNCATION_NOTE, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.tally import InspectedRow, InspectedSequence, Tally
-from jrlhf.data.tokenizer import Tokenizer
 
 KindName = Literal["sft", "reward", "prompts"]
 NO_LIMIT = 2**31 - 1

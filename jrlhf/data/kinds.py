@@ -12,8 +12,8 @@ from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, Row, missing_value
 from jrlhf.data.formats import Example, parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.messages import Content, Tools, has_weights
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.recipe import encoder_for
-from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.unread import unread_of
 from jrlhf.models import STOP_TOKEN, Reading
 

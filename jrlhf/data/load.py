@@ -14,11 +14,11 @@ from jrlhf.data.columns import Encoded, Table, Writer, concatenate, memory_table
 from jrlhf.data.errors import BadRow, Row, Skips
 from jrlhf.data.kinds import TRUNCATION_NOTE, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind, texts_kind
 from jrlhf.data.order import Part
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.ragged import Objects, Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
 from jrlhf.data.sources import Source, open_source
 from jrlhf.data.stamps import SourceRows, stamps
-from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.data.vocabulary import vocabulary_limit
 from jrlhf.data.workers import encode_all
 from jrlhf.models import STOP_TOKEN, Reading

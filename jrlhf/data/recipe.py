@@ -4,7 +4,7 @@ from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow
 from jrlhf.data.formats import Example
 from jrlhf.data.messages import Content, Tools
-from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.vocabulary import check_ids
 from jrlhf.models.reading import Reading
 

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jrlhf.data.order import Part
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.ragged import Ragged
 from jrlhf.data.stamps import SourceRows
-from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.types import RankingBatch, SFTBatch
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from jrlhf.data.errors import BadRow, ExcludedRow, Row
 from jrlhf.data.formats import parse_prompt
 from jrlhf.data.kinds import TRUNCATION_NOTE
-from jrlhf.data.tokenizer import Tokenizer, stop_token_ids
+from jrlhf.data.protocol import Tokenizer
+from jrlhf.data.tokenizer import stop_token_ids
 
 SPEAKERS = ("role", "from")
 """Fields of a message that name its speaker."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jrlhf.data.errors import DataError
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.tokenizer_errors import failure_reason, unreadable_sentencepiece
 from jrlhf.data.vocabulary import (
     check_roles,
@@ -18,9 +19,6 @@ from jrlhf.models.hf.adapter_folder import find_tokenizer
 from jrlhf.models.hf.generation import generation_eos
 
 log = logging.getLogger("jrlhf.data")
-
-Tokenizer = Any
-"""A transformers tokenizer. The type is Any because transformers is imported only to load one."""
 
 PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 NUL_BYTE = ("<0x00>", "Ā")
@@ -49,8 +47,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
-def read_tokenizer(path: str) -> Tokenizer:
-    """Read the tokenizer of a folder or hub id unchanged, whatever tokens it has or lacks."""
+def read_tokenizer(path: str) -> Any:
+    """Read the transformers tokenizer of a folder or hub id unchanged; it may lack what a ``Tokenizer`` has."""
     # Tokenizers do not need PyTorch, so transformers' advice to install it is noise.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:

@@ -6,7 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from jrlhf.data.tokenizer import Tokenizer, read_tokenizer, tokenizer_folder
+from jrlhf.data.protocol import Tokenizer
+from jrlhf.data.tokenizer import read_tokenizer, tokenizer_folder
 from jrlhf.models.hf.folder import TOKENIZER_FILES
 from jrlhf.models.hf.folder_files import read_files
 

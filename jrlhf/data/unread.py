@@ -12,7 +12,7 @@ from jrlhf.data.chat import template_of
 from jrlhf.data.foreign import INPUTS, OUTPUTS
 from jrlhf.data.labels import is_verdict
 from jrlhf.data.messages import FIELDS
-from jrlhf.data.tokenizer import Tokenizer
+from jrlhf.data.protocol import Tokenizer
 
 Shapes = Mapping[tuple[str, ...], frozenset[str]]
 """The columns that are read, by the columns that decide a row's shape; the first key that the row has fully applies."""

@@ -6,9 +6,9 @@ JAX clamps an index beyond an array to its last row, so a token without an embed
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from jrlhf.data.errors import DataError
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.models.hf.adapter_folder import model_folder
 from jrlhf.models.hf.folder import CONFIG, read_json
 
@@ -38,18 +38,18 @@ def embedding_rows(path: str | Path) -> int | None:
     return rows if isinstance(rows, int) and not isinstance(rows, bool) else None
 
 
-def limit_vocabulary(tokenizer: Any, rows: int | None) -> None:
+def limit_vocabulary(tokenizer: Tokenizer, rows: int | None) -> None:
     """Limit a tokenizer's texts to the model's ``rows`` embeddings, if it has larger ids."""
     if rows is not None and max(tokenizer.get_vocab().values(), default=0) >= rows:
         setattr(tokenizer, _ATTRIBUTE, rows)
 
 
-def vocabulary_limit(tokenizer: Any) -> int | None:
+def vocabulary_limit(tokenizer: Tokenizer) -> int | None:
     """Return the number of the model's embeddings if the tokenizer has larger ids, else None."""
     return vars(tokenizer).get(_ATTRIBUTE)
 
 
-def check_roles(tokenizer: Any, roles: Mapping[str, int | None], *, where: str) -> None:
+def check_roles(tokenizer: Tokenizer, roles: Mapping[str, int | None], *, where: str) -> None:
     """Raise ``DataError`` if the model has no embedding for a token with a role, such as the EOS."""
     limit = vocabulary_limit(tokenizer)
     beyond = {
@@ -60,14 +60,14 @@ def check_roles(tokenizer: Any, roles: Mapping[str, int | None], *, where: str) 
         raise DataError(f"{where}: {named}: {_size_text(tokenizer)}; {REMEDY}")
 
 
-def check_ids(tokenizer: Any, ids: Iterable[int]) -> None:
+def check_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> None:
     """Raise ``DataError`` if the model has no embedding for one of these ids."""
     limit = vocabulary_limit(tokenizer)
     if limit is not None and (beyond := sorted({token for token in ids if token >= limit})):
         raise DataError(f"{_token_names(tokenizer, beyond)}: {_size_text(tokenizer)}; {REMEDY}")
 
 
-def warn_of_spare_tokens(tokenizer: Any, *, where: str) -> None:
+def warn_of_spare_tokens(tokenizer: Tokenizer, *, where: str) -> None:
     """Log once which tokens no text may use; some good models have a few such tokens, which are never used."""
     limit = vocabulary_limit(tokenizer)
     if limit is not None:
@@ -75,13 +75,13 @@ def warn_of_spare_tokens(tokenizer: Any, *, where: str) -> None:
         log.warning("%s: %s: %s; no text may use them", where, _token_names(tokenizer, beyond), _size_text(tokenizer))
 
 
-def _token_names(tokenizer: Any, ids: list[int]) -> str:
+def _token_names(tokenizer: Tokenizer, ids: list[int]) -> str:
     names = [f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})" for token in ids[:MAX_TOKENS_NAMED]]
     others = [f"{len(ids) - MAX_TOKENS_NAMED} others"] if len(ids) > MAX_TOKENS_NAMED else []
     return ", ".join([*names, *others])
 
 
-def _size_text(tokenizer: Any) -> str:
+def _size_text(tokenizer: Tokenizer) -> str:
     return (
         f"beyond the model's embeddings (its vocab_size is {vocabulary_limit(tokenizer)}, the tokenizer has "
         f"{len(tokenizer)} tokens)"

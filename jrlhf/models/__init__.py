@@ -1,7 +1,6 @@
 """Bundled decoders: Hugging Face folders in and out, scalar heads, and adapters for a user's own modules."""
 
 from jrlhf.models.abstract import abstract_pretrained, abstract_reward, placed
-from jrlhf.models.adapters import from_equinox, from_linen, from_nnx, uncached_decode_fns
 from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.cache import CacheKind
 from jrlhf.models.decoder import Decoder, KVCache, int8_cache
@@ -44,6 +43,7 @@ from jrlhf.models.reward import (
     reward_from_pretrained,
     save_reward_model,
 )
+from jrlhf.models.wrap import from_equinox, from_linen, from_nnx
 
 __all__ = [
     "SHARDING_RULES",
@@ -100,5 +100,4 @@ __all__ = [
     "save_adapter",
     "save_pretrained",
     "save_reward_model",
-    "uncached_decode_fns",
 ]

@@ -16,10 +16,10 @@ from jrlhf.types import (
     ApplyFn,
     DecodeFns,
     Key,
+    LogprobFn,
     Params,
     PPOParams,
     ScoreFn,
-    SelectiveLogprobFn,
     TokenMask,
 )
 
@@ -34,7 +34,7 @@ class DecoderFns(NamedTuple):
     """A decoder's functions. The first three take a language model's tree, ``score_fn`` a reward model's."""
 
     apply_fn: ApplyFn
-    logprob_fn: SelectiveLogprobFn
+    logprob_fn: LogprobFn
     decode_fns: DecodeFns
     score_fn: ScoreFn
     actor_critic_fn: ActorCriticFn
@@ -99,13 +99,13 @@ def decoder_fns(
         /,
         *,
         temperature: float,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         hidden = run(params, tokens, mask, method="hidden")
-        return logprobs_of_hidden(params, hidden, tokens, temperature=temperature, wanted=wanted)
+        return logprobs_of_hidden(params, hidden, tokens, temperature=temperature, where=where)
 
     def logprobs_of_hidden(
-        params: Params, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float, wanted: Any
+        params: Params, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float, where: Any
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         return hidden_logprobs(
             lambda hidden: run(params, hidden, method="unembed"),
@@ -113,7 +113,7 @@ def decoder_fns(
             tokens,
             temperature=temperature,
             columns=max(1, logits_at_once * devices // (len(tokens) * arch.vocab_size)),
-            wanted=wanted,
+            where=where,
         )
 
     def actor_critic_fn(
@@ -123,10 +123,10 @@ def decoder_fns(
         /,
         *,
         temperature: float,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
         hidden = run(params.policy, tokens, mask, method="hidden")
-        logprobs, entropy = logprobs_of_hidden(params.policy, hidden, tokens, temperature=temperature, wanted=wanted)
+        logprobs, entropy = logprobs_of_hidden(params.policy, hidden, tokens, temperature=temperature, where=where)
         return logprobs, entropy, head_scores(params.value["head"], hidden)
 
     decoding = DecodeFns(empty_cache, decode, prepare)

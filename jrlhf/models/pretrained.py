@@ -20,7 +20,7 @@ from jrlhf.models.hf.write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
 from jrlhf.parallel import ShardingRules, tree_shardings
 from jrlhf.system.paths import expanded
-from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, Params, ScoreFn, SelectiveLogprobFn
+from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, LogprobFn, Params, ScoreFn
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Pretrained:
     params: Params = field(repr=False)
     """Float32 master weights, layers stacked on axis 0."""
     apply_fn: ApplyFn
-    logprob_fn: SelectiveLogprobFn
+    logprob_fn: LogprobFn
     decode_fns: DecodeFns
     score_fn: ScoreFn
     """Scores from a reward model's tree, as ``reward_from_pretrained`` builds it from this decoder."""

@@ -32,11 +32,11 @@ def hidden_logprobs(
     *,
     temperature: float,
     columns: int,
-    wanted: Bool[Array, "B T"] | None,
+    where: Bool[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Return log-probs and entropy, aligned to ``tokens``, from at most ``columns`` positions of all rows at a time.
 
-    Slices are whole columns, so that rows stay on their devices. Tokens outside the mask ``wanted`` get 0, and a slice
+    Slices are whole columns, so that rows stay on their devices. Tokens outside the mask ``where`` get 0, and a slice
     without a token of the mask is skipped. With more than ``columns`` positions the backward pass recomputes logits.
     """
     rows, length = tokens.shape
@@ -46,7 +46,7 @@ def hidden_logprobs(
     def slice_logprobs(hidden: Float[Array, "B C D"], targets: Int[Array, "B C"]) -> tuple[Array, Array]:
         return next_token_logprobs(unembed(hidden), targets, temperature=temperature)
 
-    if wanted is None:
+    if where is None:
         slices = -(-length // columns)
         if slices == 1:
             logprobs, entropy = slice_logprobs(hidden, targets)
@@ -55,7 +55,7 @@ def hidden_logprobs(
             logprobs, entropy = _in_slices(jax.checkpoint(slice_logprobs), everything, columns=-(-length // slices))
         return align_to_tokens(logprobs), align_to_tokens(entropy)
 
-    requested = jnp.roll(wanted, -1, axis=1).at[:, -1].set(False)
+    requested = jnp.roll(where, -1, axis=1).at[:, -1].set(False)
     order = jnp.argsort(~requested, axis=1, stable=True)
     first = Columns(
         jnp.take_along_axis(hidden, order[:, :, None], axis=1),
@@ -63,10 +63,8 @@ def hidden_logprobs(
         jnp.max(jnp.sum(requested, axis=1, dtype=jnp.int32)),
     )
     policy = None if length > columns else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    min_columns = max(-(-length // MAX_COLUMN_SLICES), -(-MIN_SLICE_TOKENS // rows))
-    outputs = _in_slices(
-        jax.checkpoint(slice_logprobs, policy=policy), first, columns=min(columns, length, min_columns)
-    )
+    finest = max(-(-length // MAX_COLUMN_SLICES), -(-MIN_SLICE_TOKENS // rows))
+    outputs = _in_slices(jax.checkpoint(slice_logprobs, policy=policy), first, columns=min(columns, length, finest))
     inverse = jnp.argsort(order, axis=1)
     logprobs, entropy = (jnp.where(requested, jnp.take_along_axis(x, inverse, axis=1), 0.0) for x in outputs)
     return align_to_tokens(logprobs), align_to_tokens(entropy)

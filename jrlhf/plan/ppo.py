@@ -123,7 +123,8 @@ def planned_run(config: PlanConfig, site: Site, *, slices: int) -> Planned:
     )
     judges = tuple(Judge(model, _own_tokenizer(model, policy)) for model in others)
     own = None if reward is None else _own_tokenizer(reward, policy)
-    actors = Actors(policy, reward, value, tokenizer=None, reward_tokenizer=own, others=judges, shared=shared)
+    unread: Any = None
+    actors = Actors(policy, reward, value, tokenizer=unread, reward_tokenizer=own, others=judges, shared=shared)
     (p, p_base), (v, v_base) = (
         partition(model.params, lambda path: True)
         if shared and model is value

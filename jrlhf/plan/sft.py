@@ -35,7 +35,7 @@ def sft_stage(config: PlanConfig, site: Site) -> Sized:
     Positions(model.arch, key := "sft.data.max_length").check_length(sft.data.max_length, key=key)
     tx, _ = make_optimizer(sft.optim, updates=UPDATES)
     trained, frozen = abstract_trainable(model.params, model.arch, sft.lora, site, model.rules, path="sft.lora")
-    step = make_sft_step(model.logprob_fn, tx, accumulation=slices, selective=True)
+    step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
     run = planned_training(step, tx, trained, frozen, site, model.rules, loaded=model.params)
     whole, moved = combine(run.state.params, frozen), 2 * device_bytes(run.state.params, run.state.opt_state)
     row_flops = training_flops(model.arch, frozen=frozen is not None)(
@@ -48,7 +48,7 @@ def sft_stage(config: PlanConfig, site: Site) -> Sized:
         programs = [run.start, run.update(site, text, flops=float(row_flops) * batch, read=moved)]
         if sft.data.eval:
             args = whole, site.text(batch, sft.data.max_length)
-            sums = jax.jit(make_sft_eval(model.logprob_fn, selective=True))
+            sums = jax.jit(make_sft_eval(model.logprob_fn))
             programs.append(Program("evaluation", sums, args, alive=(run.held, args), timed=False))
         asked = batch if sft.candidate_prompts else min(batch, sft.log.samples) if sft.data.eval else 0
         if asked:

@@ -1,7 +1,7 @@
 """The models of a PPO run: policy, reward model, and what the value network starts from."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, ConfigError, PPOConfig
 from jrlhf.core import combine, partition
-from jrlhf.data import load_tokenizer
+from jrlhf.data import Tokenizer, load_tokenizer
 from jrlhf.models import (
     STOP_TOKEN,
     ArchConfig,
@@ -30,7 +30,7 @@ class Judge(NamedTuple):
     """A further reward model."""
 
     model: RewardModel
-    tokenizer: Any | None
+    tokenizer: Tokenizer | None
     """Its own, where it reads texts and not the policy's tokens: see ``own_tokenizer``."""
 
 
@@ -43,8 +43,8 @@ class Actors(NamedTuple):
     """None: scores come of rules alone."""
     value: RewardModel
     """What the value network starts from: the reward model itself, or the policy with a head of zeros."""
-    tokenizer: Any
-    reward_tokenizer: Any | None
+    tokenizer: Tokenizer
+    reward_tokenizer: Tokenizer | None
     """The reward model's own, where it reads texts and not the policy's tokens: see ``own_tokenizer``."""
     others: tuple[Judge, ...] = ()
     shared: bool = False
@@ -112,7 +112,7 @@ def load_actors(config: Config, mesh: Mesh) -> Actors:
     return Actors(policy, reward, value, tokenizer, own, others, shared)
 
 
-def own_tokenizer(reward: RewardModel, own: Any, policy: Pretrained, tokenizer: Any) -> Any | None:
+def own_tokenizer(reward: RewardModel, own: Tokenizer, policy: Pretrained, tokenizer: Tokenizer) -> Tokenizer | None:
     """``own`` where a reward model is to read texts, None where it reads the policy's very tokens.
 
     It reads texts where its tokens are others, where the policy may sample one that it has no embedding for, and where
@@ -122,7 +122,7 @@ def own_tokenizer(reward: RewardModel, own: Any, policy: Pretrained, tokenizer: 
     return None if same and reward.reading == STOP_TOKEN else own
 
 
-def _judge(config: Config, path: str, policy: Pretrained, tokenizer: Any, mesh: Mesh) -> Judge:
+def _judge(config: Config, path: str, policy: Pretrained, tokenizer: Tokenizer, mesh: Mesh) -> Judge:
     """One of ``ppo.rewards.models``, computed with as ``ppo.reward`` is."""
     source = model_source(config, path, key="ppo.rewards.models", stage=None)
     own = load_tokenizer(source)

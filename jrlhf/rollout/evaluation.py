@@ -59,7 +59,7 @@ def make_evaluator(
     @jax.jit
     def measure(policy: Params, reference: Params, generation: Generation) -> dict[str, jax.Array]:
         tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
-        at = {"temperature": ppo.sampling.temperature, "wanted": response}
+        at = {"temperature": ppo.sampling.temperature, "where": response}
         logprobs, entropy = logprob_fn(policy, tokens, mask, **at)
         ref_logprobs, _ = logprob_fn(reference, tokens, mask, **at)
         kl = kl_penalty(logprobs, ref_logprobs, estimator="k1")

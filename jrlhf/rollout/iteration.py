@@ -15,7 +15,7 @@ from jrlhf.parallel import batch_sharding, fetch, shard_batch
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.sampling import GenerateFn
 from jrlhf.rollout.scores import Rewards, part_metrics
-from jrlhf.steps import make_readings, make_targets, rollout_metrics, without_padding
+from jrlhf.steps import Networks, make_readings, make_targets, rollout_metrics, separate, shared, without_padding
 from jrlhf.train.batches import device_share, gradient_slices
 from jrlhf.train.performance import PHASES, rollout_work, timed
 from jrlhf.train.start import JittedStep
@@ -48,15 +48,22 @@ def reading_fn(actors: Actors, fn: Callable[..., Any], *, slices: int) -> Any:
     return without_padding(fn, slices=slices) if actors.packable else fn
 
 
+def networks_of(actors: Actors, *, slices: int | None = None) -> Networks:
+    """Policy and value network; with ``slices`` in that many parts without padding, where no gradient is taken."""
+
+    def reading(fn: Callable[..., Any]) -> Any:
+        return fn if slices is None else reading_fn(actors, fn, slices=slices)
+
+    if actors.shared:
+        return shared(reading(actors.policy.actor_critic_fn))
+    return separate(reading(actors.policy.logprob_fn), reading(actors.value.score_fn))
+
+
 def jit_readings(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Callable[..., Readings]:
     """``make_readings`` with a config's settings, laid out by rows."""
-    policy, value = actors.policy, actors.value
     read = make_readings(
-        reading_fn(actors, policy.logprob_fn, slices=slices),
-        reading_fn(actors, value.score_fn, slices=slices),
+        networks_of(actors, slices=slices),
         temperature=ppo.sampling.temperature,
-        selective=True,
-        actor_critic_fn=reading_fn(actors, policy.actor_critic_fn, slices=slices) if actors.shared else None,
         from_sampler=ppo.old_logprobs == "sampler",
     )
     return jax.jit(read, out_shardings=batch_sharding(mesh))

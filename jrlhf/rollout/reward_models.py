@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from jrlhf.core import at_last_token
-from jrlhf.data import BadRow, DataError, PromptRows, TextRows, encoder_for
+from jrlhf.data import BadRow, DataError, PromptRows, TextRows, Tokenizer, encoder_for
 from jrlhf.data.ragged import Ragged
 from jrlhf.models import RewardModel
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
@@ -55,7 +55,7 @@ def jit_score(actors: Actors, mesh: Mesh, *, slices: int) -> Any:
     )
 
 
-def _by_text(reward: RewardModel, tokenizer: Any, reward_tokenizer: Any, mesh: Mesh) -> Scorer:
+def _by_text(reward: RewardModel, tokenizer: Tokenizer, reward_tokenizer: Tokenizer, mesh: Mesh) -> Scorer:
     """Prompt and answer as text, in the reward model's own tokens and chat template. Only scores come of these.
 
     What is longer than its positions loses the start of the prompt, and that is said the first time.

@@ -8,7 +8,7 @@ import regex
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, DataConfig
-from jrlhf.data import Columns, DataError, PromptRows, load_prompts
+from jrlhf.data import Columns, DataError, PromptRows, Tokenizer, load_prompts
 from jrlhf.parallel import is_first
 from jrlhf.rollout.sampling import GenerateFn, answers
 from jrlhf.rules import REFUSALS, refuses, yes_or_no
@@ -19,7 +19,7 @@ from jrlhf.types import Params
 Rates = dict[str, float]
 
 
-def load_safety_prompts(config: Config, data: DataConfig, tokenizer: Any) -> PromptRows | None:
+def load_safety_prompts(config: Config, data: DataConfig, tokenizer: Tokenizer) -> PromptRows | None:
     """The rows of ``config.safety.prompts``, or None where it names none; ``data`` says how prompts are read."""
     safety = config.safety
     return load_prompts(data, safety.prompts, tokenizer, Columns((), (safety.column,))) if safety.prompts else None
@@ -29,7 +29,7 @@ def make_safety(
     config: Config,
     prompts: PromptRows | None,
     generate: GenerateFn,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     folder: Path,
     mesh: Mesh,
     *,

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jrlhf.config import SamplingConfig
-from jrlhf.data import PromptRows, stop_token_ids
+from jrlhf.data import PromptRows, Tokenizer, stop_token_ids
 from jrlhf.models import int8_cache
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
 from jrlhf.runs.metrics import progress
@@ -20,7 +20,7 @@ GenerateFn = Callable[..., Generation]
 
 
 def jit_generate(
-    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Any, mesh: Mesh, *, samples: int = 1
+    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Tokenizer, mesh: Mesh, *, samples: int = 1
 ) -> GenerateFn:
     """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are."""
     stop_tokens, pad_token = stop_token_ids(tokenizer, config.stop), int(tokenizer.pad_token_id)
@@ -64,7 +64,7 @@ def generate_all(
         yield indices, real, generate(params, tokens, mask, jax.random.fold_in(key, number))
 
 
-def texts_of(tokenizer: Any, generation: Generation) -> list[tuple[str, str]]:
+def texts_of(tokenizer: Tokenizer, generation: Generation) -> list[tuple[str, str]]:
     """``(prompt, answer)`` of each row, special tokens and NUL bytes, which are no text, left out.
 
     The answer is what the whole text has beyond the prompt: decoded alone it would lose its leading space.
@@ -91,7 +91,7 @@ def answers(
     generate: GenerateFn,
     params: Params,
     prompts: PromptRows,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     samples: int,
     seed: int,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jrlhf.config import Config
 from jrlhf.config.rewards import RewardsConfig
 from jrlhf.core import masked_mean
-from jrlhf.data import PromptRows
+from jrlhf.data import PromptRows, Tokenizer
 from jrlhf.parallel import batch_sharding, fetch, from_first, is_first, shard_batch
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.reward_models import Scorer, make_scorer
@@ -97,7 +97,7 @@ def agreed(scores: Float[Array, "M B"], *, coef: float) -> Float[Array, "B"]:
     return jnp.mean(scores, axis=0) - coef * jnp.std(scores, axis=0)
 
 
-def episodes_of(tokenizer: Any, generation: Generation, given: list[dict[str, Any]]) -> list[Episode]:
+def episodes_of(tokenizer: Tokenizer, generation: Generation, given: list[dict[str, Any]]) -> list[Episode]:
     """Each answer as the rules see it; all processes must ask."""
     stopped, response = fetch((generation.stopped, generation.response_mask))
     answers = [answer for _, answer in texts_of(tokenizer, generation)]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jrlhf.config import LoRAConfig
 from jrlhf.core import combine, partition
-from jrlhf.data import load_tokenizer, stop_token_ids, tokenizer_files
+from jrlhf.data import Tokenizer, load_tokenizer, stop_token_ids, tokenizer_files
 from jrlhf.models import (
     STOP_TOKEN,
     Pretrained,
@@ -45,7 +45,7 @@ class Companions(NamedTuple):
     """The run's config as YAML."""
 
 
-def companions(tokenizer: Any, config: str, *, stop: tuple[str, ...] | None) -> Companions:
+def companions(tokenizer: Tokenizer, config: str, *, stop: tuple[str, ...] | None) -> Companions:
     """The companions of a model with this tokenizer. ``stop``: tokens that end its answers besides the tokenizer's own;
     None for a reward model, which gives no answers."""
     stops = () if stop is None else stop_token_ids(tokenizer, stop)

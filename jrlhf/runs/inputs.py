@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jrlhf.config import Config, Sources
-from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, load_tokenizer
+from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, Tokenizer, load_tokenizer
 from jrlhf.runs.folder import StageName
 
 Rows = SFTRows | RankingRows | PromptRows | TextRows
@@ -37,7 +37,7 @@ class StageInputs(ABC):
         """The folder or hub id of the model that is trained."""
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer of that model."""
         return load_tokenizer(self.source)
 

@@ -6,7 +6,16 @@ from functools import cached_property
 from pathlib import Path
 
 from jrlhf.config import Config
-from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data import (
+    PromptRows,
+    RankingRows,
+    SFTRows,
+    TextRows,
+    load_prompts,
+    load_rankings,
+    load_sft,
+    load_texts,
+)
 from jrlhf.rollout.evaluation import judged
 from jrlhf.rollout.rules import columns_read
 from jrlhf.rollout.safety import load_safety_prompts

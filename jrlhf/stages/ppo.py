@@ -8,7 +8,7 @@ from jrlhf.config import Config, PPOConfig, to_yaml
 from jrlhf.parallel import device_peaks
 from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_actors
 from jrlhf.rollout.evaluation import judged, make_evaluator
-from jrlhf.rollout.iteration import episode_slices, make_iteration
+from jrlhf.rollout.iteration import episode_slices, make_iteration, networks_of
 from jrlhf.rollout.rules import make_rules
 from jrlhf.rollout.safety import make_safety
 from jrlhf.rollout.sampling import jit_generate
@@ -17,7 +17,7 @@ from jrlhf.runs.exports import as_metadata, companions, exported_form, write_ada
 from jrlhf.runs.folder import open_stage, pass_gates, write_json
 from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
 from jrlhf.stages.inputs import PPOInputs
-from jrlhf.steps import make_ppo_step
+from jrlhf.steps import PPOSettings, make_ppo_step
 from jrlhf.train.loop import Loop, run_loop
 from jrlhf.train.optim import make_actor_critic_optimizer
 from jrlhf.train.performance import phase_rates, rates
@@ -131,24 +131,20 @@ def run_ppo(config: Config) -> dict[str, Any]:
 
 def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, *, accumulation: int) -> JittedStep:
     """``make_ppo_step`` with a config's settings: 0 is off there, None here."""
-    return make_ppo_step(
-        actors.policy.logprob_fn,
-        actors.value.score_fn,
-        tx,
+    settings = PPOSettings(
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,
-        accumulation=accumulation,
-        drop_padding=actors.packable,
         temperature=ppo.sampling.temperature,
         clip=ppo.clip,
-        dual_clip=ppo.dual_clip or None,
         value_clip=ppo.value_clip,
         value_coef=ppo.value_coef,
         entropy_coef=ppo.entropy_coef,
+        dual_clip=ppo.dual_clip or None,
         ptx_coef=ppo.ptx_coef,
         target_approx_kl=ppo.target_approx_kl or None,
         critic_warmup_updates=ppo.critic_warmup * ppo.epochs * ppo.minibatches,
         ema_decay=ppo.ema_decay or None,
-        selective=True,
-        actor_critic_fn=actors.policy.actor_critic_fn if actors.shared else None,
+        accumulation=accumulation,
+        drop_padding=actors.packable,
     )
+    return make_ppo_step(networks_of(actors), tx, settings)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, SFTConfig, to_yaml
 from jrlhf.core import combine
-from jrlhf.data import Order, PromptRows, SFTRows, pack_sft
+from jrlhf.data import Order, PromptRows, SFTRows, Tokenizer, pack_sft
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import device_peaks, fetch, is_first, shard_batch
 from jrlhf.rollout.safety import make_safety
@@ -64,7 +64,7 @@ def run_sft(config: Config) -> dict[str, Any]:
         platform = mesh.devices.flat[0].platform
         tokens = float(batches.lengths.mean())
         slices = reading_slices(share, microbatch=sft.microbatch, tokens=tokens, platform=platform)
-        step = make_sft_step(model.logprob_fn, tx, accumulation=slices, selective=True)
+        step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
         trained, frozen = trainable(model, sft.lora, jax.random.key(config.seed), mesh=mesh, path="sft.lora")
         state, update = start_training(step, tx, trained, mesh=mesh, rules=model.rules, seed=config.seed, frozen=frozen)
 
@@ -152,7 +152,7 @@ def _evaluator(
     """Held-out negative log-likelihood per token, in nats; nothing where there are no held-out rows."""
     if heldout is None:
         return lambda params: {}
-    sums = jax.jit(make_sft_eval(model.logprob_fn, selective=True))
+    sums = jax.jit(make_sft_eval(model.logprob_fn))
     rows, batch_size = heldout, device_multiple(sft.batch_size, mesh)
 
     def evaluate(params: Params) -> dict[str, float]:
@@ -170,7 +170,7 @@ def _evaluator(
 def _sample_writer(
     sft: SFTConfig,
     generate: GenerateFn,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: PromptRows | None,
     folder: Path,
     *,
@@ -208,7 +208,7 @@ def _write_candidates(
     prompts: PromptRows,
     generate: GenerateFn,
     params: Params,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     folder: Path,
     mesh: Mesh,
 ) -> None:

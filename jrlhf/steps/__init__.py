@@ -2,12 +2,15 @@
 
 from jrlhf.steps.experience import make_experience, make_readings, make_targets, rollout_metrics
 from jrlhf.steps.generate import make_generate
+from jrlhf.steps.networks import Networks, separate, shared
 from jrlhf.steps.packing import without_padding
-from jrlhf.steps.ppo import make_ppo_step
+from jrlhf.steps.ppo import PPOSettings, make_ppo_step
 from jrlhf.steps.reward import make_reward_step, score_completions, score_sequences
 from jrlhf.steps.sft import make_sft_eval, make_sft_step, trained_tokens
 
 __all__ = [
+    "Networks",
+    "PPOSettings",
     "make_experience",
     "make_generate",
     "make_ppo_step",
@@ -19,6 +22,8 @@ __all__ = [
     "rollout_metrics",
     "score_completions",
     "score_sequences",
+    "separate",
+    "shared",
     "trained_tokens",
     "without_padding",
 ]

@@ -13,7 +13,7 @@ from jrlhf.types import Metrics, Params, TrainState
 
 
 class Sums(NamedTuple):
-    """What a slice contributes. ``total`` is already divided by the count of the *whole* batch, so slices add up."""
+    """The figures of one slice. ``total`` is already divided by the count of the *whole* batch, so slices add up."""
 
     total: Metrics
     maximum: Metrics
@@ -38,7 +38,7 @@ def split_rows(batch: Any, parts: int) -> Any:
 
 
 def no_sums(shapes: Sums) -> Sums:
-    """What the first slice is added to, in the given shapes."""
+    """The neutral element of adding slices up: zeros and -inf in the given shapes."""
     return Sums(
         jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes.total),
         jax.tree.map(lambda s: jnp.full(s.shape, -jnp.inf, s.dtype), shapes.maximum),
@@ -57,7 +57,7 @@ def accumulate_gradients(
     """Σ over slices of ∇ loss_fn(params, slice), and of what it reports; ``frozen`` completes ``params``.
 
     ``loss_fn`` returns Σ loss / N over its slice, N being the count of the whole batch: then N, and with it the loss,
-    is the same for any number of slices, any padding and any sharding. ``used``: slices from here on are left out.
+    is the same for any number of slices, any padding and any sharding. Only the first ``used`` slices are computed.
     """
     # Jitted, so that it is traced once for its shapes and for the loop.
     gradient = jax.jit(jax.value_and_grad(lambda trained, part: loss_fn(combine(trained, frozen), part), has_aux=True))
@@ -84,16 +84,19 @@ def apply_gradients(
     """One optimizer update, and ``{"grad_norm", "skipped"}``.
 
     Where the loss, or the gradient's norm, is not finite, nothing moves, neither parameters nor optimizer nor ``step``,
-    and ``skipped`` is 1.
+    and ``skipped`` is 1. Frozen parameters pass through untouched.
     """
     norm = optax.tree.norm(grads)
-    sound = jnp.isfinite(norm) & jnp.isfinite(loss)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    # Frozen parameters take no part in the choice between old and new: it would copy them.
+    trained = state._replace(frozen=None)
     # Optax raises Python floats to integer counts, which strict promotion, where the caller has set it, would refuse.
     with jax.numpy_dtype_promotion("standard"):
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-    moved = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
-    return select(sound, moved, state), {"grad_norm": norm, "skipped": 1.0 - sound.astype(jnp.float32)}
+    updated = trained._replace(params=params, opt_state=opt_state, step=state.step + 1)
+    new_state = select(finite, updated, trained)._replace(frozen=state.frozen)
+    return new_state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
 
 
 def select(condition: Bool[Array, ""], when_true: Any, when_false: Any) -> Any:

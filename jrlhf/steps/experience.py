@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from jrlhf.core import (
     KLEstimator,
@@ -17,24 +17,12 @@ from jrlhf.core import (
     masked_whiten,
     shape_rewards,
 )
-from jrlhf.steps.networks import apart
-from jrlhf.types import (
-    ActorCriticFn,
-    Generation,
-    LogprobFn,
-    Metrics,
-    Params,
-    PPOParams,
-    Readings,
-    Rollout,
-    ScoreFn,
-    SelectiveLogprobFn,
-)
+from jrlhf.steps.networks import Networks
+from jrlhf.types import Generation, Metrics, Params, PPOParams, Readings, Rollout
 
 
 def make_experience(
-    logprob_fn: LogprobFn | SelectiveLogprobFn,
-    value_fn: ScoreFn,
+    networks: Networks,
     *,
     temperature: float,
     gamma: float,
@@ -42,23 +30,14 @@ def make_experience(
     kl_estimator: KLEstimator,
     missing_eos_penalty: float,
     whiten_rewards: bool,
-    selective: bool = False,
-    actor_critic_fn: ActorCriticFn | None = None,
     from_sampler: bool = False,
-) -> Callable[[Params, Params, Params, Generation, Float[Array, "B"], Float[Array, ""]], Rollout]:
+) -> Callable[[Params, Params, Params, Generation, Real[Array, "B"], Float[Array, ""]], Rollout]:
     """A pure function ``(policy, ref, value params, generation, scores, kl_coef) -> Rollout``.
 
-    It is ``make_readings`` followed by ``make_targets``, which say what the settings do. Who waits for scores runs the
-    two apart: the first needs none.
+    It is ``make_readings`` followed by ``make_targets``, which say what the settings do. A caller that waits for scores
+    runs the two one by one: the first needs no scores.
     """
-    read = make_readings(
-        logprob_fn,
-        value_fn,
-        temperature=temperature,
-        selective=selective,
-        actor_critic_fn=actor_critic_fn,
-        from_sampler=from_sampler,
-    )
+    read = make_readings(networks, temperature=temperature, from_sampler=from_sampler)
     targets = make_targets(
         gamma=gamma,
         lam=lam,
@@ -72,7 +51,7 @@ def make_experience(
         reference: Params,
         value: Params,
         generation: Generation,
-        scores: Float[Array, "B"],
+        scores: Real[Array, "B"],
         kl_coef: Float[Array, ""],
     ) -> Rollout:
         return targets(generation, read(policy, reference, value, generation), scores, kl_coef)
@@ -81,36 +60,29 @@ def make_experience(
 
 
 def make_readings(
-    logprob_fn: LogprobFn | SelectiveLogprobFn,
-    value_fn: ScoreFn,
-    *,
-    temperature: float,
-    selective: bool = False,
-    actor_critic_fn: ActorCriticFn | None = None,
-    from_sampler: bool = False,
+    networks: Networks, *, temperature: float, from_sampler: bool = False
 ) -> Callable[[Params, Params, Params, Generation], Readings]:
     """A pure function ``(policy, ref, value params, generation) -> Readings``: all forward passes of a rollout.
 
     ``temperature`` must be the sampler's: one probability for sampler, old policy, new policy and reference.
-    ``selective``: ``logprob_fn`` is a ``SelectiveLogprobFn``, and asked about response tokens alone.
-    ``actor_critic_fn``: what reads policy and value in place of both, where they share a network.
-    ``from_sampler``: the policy does not read them again. Its log-probs are those it was sampled with, and for entropy
-    stands -log p of each token, of which it is the mean. ValueError where the value network is the policy's own.
+    ``from_sampler``: the policy does not read the responses again. Its log-probs are those it was sampled with, and for
+    entropy stands -log p of each token, whose expectation it is. ValueError where policy and value share a network.
     """
-    if from_sampler and actor_critic_fn is not None:
+    value_fn = networks.value_fn if from_sampler else None
+    if from_sampler and value_fn is None:
         raise ValueError("from_sampler: policy and value share a network, which reads the answers anyway")
-    both = actor_critic_fn or apart(logprob_fn, value_fn, selective=selective)
 
     def read(policy: Params, reference: Params, value: Params, generation: Generation) -> Readings:
         tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
-        only = {"wanted": response} if selective else {}
-        if from_sampler:
+        trained, frozen = PPOParams(policy, value), PPOParams(reference, value)
+        if value_fn is not None:
             logprobs, entropy = generation.logprobs, -generation.logprobs
-            values = value_fn(value, tokens, mask)
+            values = value_fn(trained, tokens, mask)
         else:
-            actors = PPOParams(policy, value)
-            logprobs, entropy, values = both(actors, tokens, mask, temperature=temperature, wanted=response)
-        ref_logprobs, _ = logprob_fn(reference, tokens, mask, temperature=temperature, **only)
+            logprobs, entropy, values = networks.actor_critic_fn(
+                trained, tokens, mask, temperature=temperature, where=response
+            )
+        ref_logprobs, _ = networks.logprob_fn(frozen, tokens, mask, temperature=temperature, where=response)
         values = align_to_tokens(values.astype(jnp.float32))
         return jax.lax.stop_gradient(Readings(logprobs, entropy, ref_logprobs, values))
 
@@ -119,7 +91,7 @@ def make_readings(
 
 def make_targets(
     *, gamma: float, lam: float, kl_estimator: KLEstimator, missing_eos_penalty: float, whiten_rewards: bool
-) -> Callable[[Generation, Readings, Float[Array, "B"], Float[Array, ""]], Rollout]:
+) -> Callable[[Generation, Readings, Real[Array, "B"], Float[Array, ""]], Rollout]:
     """A pure function ``(generation, readings, scores, kl_coef) -> Rollout``.
 
     ``missing_eos_penalty`` is taken from the score of a response that no stop token ended.
@@ -128,7 +100,7 @@ def make_targets(
     """
 
     def targets(
-        generation: Generation, readings: Readings, scores: Float[Array, "B"], kl_coef: Float[Array, ""]
+        generation: Generation, readings: Readings, scores: Real[Array, "B"], kl_coef: Float[Array, ""]
     ) -> Rollout:
         response, scores = generation.response_mask, scores.astype(jnp.float32)
         kl = kl_penalty(readings.logprobs, readings.ref_logprobs, estimator=kl_estimator)
@@ -157,7 +129,7 @@ def make_targets(
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-    """What a rollout says before anything is trained on it. KL, entropy and lengths count response tokens only.
+    """Figures of a rollout before anything is trained on it. KL, entropy and lengths count response tokens only.
 
     A row without a response is in no figure.
     """
@@ -191,12 +163,12 @@ def repetition(tokens: Int[Array, "B T"], response: Bool[Array, "B T"]) -> Float
 
     Of "a b c a b c" four tokens end a run of three, and the last of them (a b c) one that was there before: 1/4.
     """
-    back = jnp.stack([jnp.roll(tokens, by, axis=1) for by in range(3)])
-    whole = response & jnp.roll(response, 1, axis=1) & jnp.roll(response, 2, axis=1)
-    whole = whole & (jnp.arange(tokens.shape[1]) >= 2)[None]
-    same = jnp.all(back[:, :, :, None] == back[:, :, None, :], axis=0) & whole[:, None, :]
-    before = jnp.any(same & jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None], axis=-1)
-    return masked_mean(before.astype(jnp.float32), whole)
+    shifts = jnp.stack([jnp.roll(tokens, by, axis=1) for by in range(3)])
+    run_ends = response & jnp.roll(response, 1, axis=1) & jnp.roll(response, 2, axis=1)
+    run_ends = run_ends & (jnp.arange(tokens.shape[1]) >= 2)[None]
+    same = jnp.all(shifts[:, :, :, None] == shifts[:, :, None, :], axis=0) & run_ends[:, None, :]
+    repeats = jnp.any(same & jnp.tril(jnp.ones(same.shape[1:], bool), -1)[None], axis=-1)
+    return masked_mean(repeats.astype(jnp.float32), run_ends)
 
 
 def _centred(x: Float[Array, "*S"], mask: Array) -> Float[Array, "*S"]:

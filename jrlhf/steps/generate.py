@@ -32,8 +32,8 @@ class SamplingState(NamedTuple):
         return slice(None) if self.rows is None else self.rows
 
 
-def of_each_row(take: Callable[[Array], Array], tree: Any) -> Any:
-    """``take`` of every leaf that has rows."""
+def map_rows(take: Callable[[Array], Array], tree: Any) -> Any:
+    """``take`` applied to every leaf that has rows: all but scalars."""
     return jax.tree.map(lambda x: take(x) if x.ndim else x, tree)
 
 
@@ -73,22 +73,22 @@ def make_generate(
         key = jax.random.fold_in(key, column - (state.tokens.shape[1] - max_new_tokens))
         # Of all rows, those that have left too: a row's draw must not depend on who is still there.
         rows = state.decoded
-        at = uniforms(key, len(state.tokens))[:, rows]
-        drawn, logprobs = sample_at(state.logits, at, temperature=temperature, top_k=top_k, top_p=top_p)
+        draws = uniforms(key, len(state.tokens))[:, rows]
+        new_tokens, logprobs = sample_at(state.logits, draws, temperature=temperature, top_k=top_k, top_p=top_p)
         live = ~state.stopped[rows]
         return state._replace(
-            tokens=state.tokens.at[rows, column].set(jnp.where(live, drawn, jnp.int32(pad_token))),
+            tokens=state.tokens.at[rows, column].set(jnp.where(live, new_tokens, jnp.int32(pad_token))),
             response_mask=state.response_mask.at[rows, column].set(live),
             logprobs=state.logprobs.at[rows, column].set(jnp.where(live, logprobs, 0.0)),
-            stopped=state.stopped.at[rows].set(~live | is_stop(drawn)),
+            stopped=state.stopped.at[rows].set(~live | is_stop(new_tokens)),
             length=column + 1,
         )
 
     def without_stopped(state: SamplingState, left: int) -> SamplingState:
-        """``left`` rows are decoded further, those that have not stopped first."""
-        kept = jnp.argsort(state.stopped[state.decoded], stable=True)[:left].astype(jnp.int32)
-        logits, cache = of_each_row(lambda x: x[kept], (state.logits, state.cache))
-        return state._replace(rows=kept if state.rows is None else state.rows[kept], logits=logits, cache=cache)
+        """Decode only ``left`` rows further, those that have not stopped first."""
+        order = jnp.argsort(state.stopped[state.decoded], stable=True)[:left].astype(jnp.int32)
+        logits, cache = map_rows(lambda x: x[order], (state.logits, state.cache))
+        return state._replace(rows=order if state.rows is None else state.rows[order], logits=logits, cache=cache)
 
     def generate(params: Params, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], key: Key) -> Generation:
         total = prompts.shape[1] + max_new_tokens
@@ -96,8 +96,8 @@ def make_generate(
         cache = decode_fns.init_cache(len(prompts), total)
         logits, cache = decode_fns.decode(params, prompts, positions_from_mask(mask), cache)
         if samples > 1:
-            read = (prompts, mask, logits, cache)
-            prompts, mask, logits, cache = of_each_row(lambda x: jnp.repeat(x, samples, axis=0), read)
+            prefill = (prompts, mask, logits, cache)
+            prompts, mask, logits, cache = map_rows(lambda x: jnp.repeat(x, samples, axis=0), prefill)
         rows, prompt_length = prompts.shape
         prompt_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
 
@@ -110,7 +110,7 @@ def make_generate(
             return emit(state._replace(logits=logits, cache=cache), key)
 
         def until(state: SamplingState, left: int) -> SamplingState:
-            """Goes on while more than ``left`` rows have not stopped."""
+            """Advance while more than ``left`` rows have not stopped."""
             return jax.lax.while_loop(
                 lambda s: (s.length < total) & (jnp.sum(~s.stopped, dtype=jnp.int32) > left), advance, state
             )

@@ -16,7 +16,7 @@ PerToken = Callable[..., Any]
 
 
 class Layout(NamedTuple):
-    """Where the tokens of a batch ``[B, T]`` stand when its sequences are packed into as few of its rows as will do."""
+    """Places of the tokens of a batch ``[B, T]`` whose sequences are packed into as few of its rows as possible."""
 
     source: Int[Array, "B T"]
     """For each place the index of its token in the flattened batch; B · T where there is none."""
@@ -72,8 +72,8 @@ def _best_fit(lengths: Int[Array, "B"], width: int) -> tuple[Int[Array, "B"], In
 
     order = jnp.argsort(-lengths).astype(jnp.int32)
     empty = jnp.full(rows, width, jnp.int32), jnp.zeros(rows, jnp.int32)
-    _, found = lax.scan(put, empty, order)
-    row, start, number = (jnp.zeros(rows, jnp.int32).at[order].set(x) for x in found)
+    _, placement = lax.scan(put, empty, order)
+    row, start, number = (jnp.zeros(rows, jnp.int32).at[order].set(x) for x in placement)
     return row, start, number
 
 
@@ -81,7 +81,7 @@ def without_padding(fn: PerToken, *, slices: int) -> PerToken:
     """A ``LogprobFn`` or ``ScoreFn`` over packed rows, one of ``slices`` parts of them at a time, empty ones left out.
 
     Same results at real tokens (log-probs: that have one before them), 0 at padding. ``fn`` must know segment numbers,
-    as those of the bundled decoders do; ``wanted``, where given, is packed along. No gradient can be taken: how many
+    as those of the bundled decoders do; ``where``, if given, is packed along. No gradient can be taken: how many
     slices hold anything only the device knows.
     """
 
@@ -91,28 +91,28 @@ def without_padding(fn: PerToken, *, slices: int) -> PerToken:
         mask: Bool[Array, "B T"],
         /,
         *,
-        wanted: Bool[Array, "B T"] | None = None,
+        where: Bool[Array, "B T"] | None = None,
         **settings: Any,
     ) -> Any:
         layout = packed_layout(mask, slices=slices)
-        given = {} if wanted is None else {"wanted": layout.pack(wanted)}
-        parts = split_rows(((layout.pack(tokens), layout.segments), given), slices)
+        places = {} if where is None else {"where": layout.pack(where)}
+        parts = split_rows(((layout.pack(tokens), layout.segments), places), slices)
 
         # Jitted, so that it is traced once for its shapes and for the loop.
         @jax.jit
         def of_slice(params: Params, part: Any) -> Any:
-            arrays, given = part
-            return fn(params, *arrays, **given, **settings)
+            arrays, places = part
+            return fn(params, *arrays, **places, **settings)
 
         shapes = jax.eval_shape(of_slice, params, jax.tree.map(lambda x: x[0], parts))
         empty = jax.tree.map(lambda s: jnp.zeros((slices, *s.shape), s.dtype), shapes)
 
-        def add(number: Int[Array, ""], done: Any) -> Any:
+        def add(number: Int[Array, ""], results: Any) -> Any:
             new = of_slice(params, jax.tree.map(lambda x: x[number], parts))
-            return jax.tree.map(lambda out, part: out.at[number].set(part), done, new)
+            return jax.tree.map(lambda out, part: out.at[number].set(part), results, new)
 
-        done = lax.fori_loop(0, layout.used, add, empty)
+        results = lax.fori_loop(0, layout.used, add, empty)
         # Back from [slices, rows a slice, T] in the order of split_rows.
-        return jax.tree.map(lambda x: layout.unpack(jnp.swapaxes(x, 0, 1).reshape(mask.shape)), done)
+        return jax.tree.map(lambda x: layout.unpack(jnp.swapaxes(x, 0, 1).reshape(mask.shape)), results)
 
     return packed

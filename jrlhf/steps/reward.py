@@ -31,7 +31,7 @@ def score_completions(score_fn: ScoreFn, params: Params, batch: RankingBatch) ->
 
 
 class Rankings(NamedTuple):
-    """What people said of ``N`` prompts, however their completions are laid out."""
+    """Human rankings of ``N`` prompts, one row a prompt, however the completions' tokens are laid out."""
 
     ranks: Int[Array, "N K"]
     valid: Bool[Array, "N K"]
@@ -39,7 +39,7 @@ class Rankings(NamedTuple):
 
 
 def rankings_of(batch: AnyRankingBatch) -> Rankings:
-    """One row a prompt."""
+    """The rankings of a batch, one row a prompt."""
     if isinstance(batch, RankingBatch):
         return Rankings(batch.ranks, batch.valid, batch.margin)
     completions = batch.ranks.shape[-1]
@@ -49,7 +49,7 @@ def rankings_of(batch: AnyRankingBatch) -> Rankings:
 
 
 def score_rankings(score_fn: ScoreFn, params: Params, batch: AnyRankingBatch) -> Float[Array, "N K"]:
-    """The scores of every prompt's completions; of one that is not valid, anything finite."""
+    """The scores of every prompt's completions; anything finite for a completion that is not valid."""
     if isinstance(batch, RankingBatch):
         return score_completions(score_fn, params, batch)
     rows, _, completions = batch.ends.shape
@@ -68,30 +68,29 @@ def make_reward_step(
 
     def step(state: TrainState, batch: AnyRankingBatch, key: Key) -> tuple[TrainState, Metrics]:
         del key
-        whole = rankings_of(batch)
-        pairs = ordered_pairs(whole.ranks, whole.valid)
+        all_rankings = rankings_of(batch)
+        pairs = ordered_pairs(all_rankings.ranks, all_rankings.valid)
         prompts = jnp.maximum(jnp.sum(jnp.any(pairs, axis=(1, 2)), dtype=jnp.float32), 1.0)
         pair_count = jnp.maximum(jnp.sum(pairs, dtype=jnp.float32), 1.0)
 
         def loss_fn(params: Params, part: AnyRankingBatch) -> tuple[jax.Array, Sums]:
-            scores, given = score_rankings(score_fn, params, part), rankings_of(part)
-            loss = jnp.sum(kwise_ranking_loss(scores, given.ranks, given.valid, given.margin)) / prompts
+            scores, rankings = score_rankings(score_fn, params, part), rankings_of(part)
+            loss = jnp.sum(kwise_ranking_loss(scores, rankings.ranks, rankings.valid, rankings.margin)) / prompts
             if center_coef:
-                loss += center_coef * jnp.sum(kwise_centering_loss(scores, given.ranks, given.valid)) / prompts
-            correct, margin = pair_sums(scores, given)
+                loss += center_coef * jnp.sum(kwise_centering_loss(scores, rankings.ranks, rankings.valid)) / prompts
+            correct, margin = pair_sums(scores, rankings)
             return loss, Sums({"loss": loss, "accuracy": correct / pair_count, "margin": margin / pair_count}, {})
 
         grads, sums = accumulate_gradients(loss_fn, state.params, batch, slices=accumulation, frozen=state.frozen)
-        # Frozen weights are no part of it: nothing may be selected of them.
-        moved, applied = apply_gradients(tx, state._replace(frozen=None), grads, sums.total["loss"])
-        return moved._replace(frozen=state.frozen), sums.total | applied | {"pairs": pair_count}
+        new_state, update_metrics = apply_gradients(tx, state, grads, sums.total["loss"])
+        return new_state, sums.total | update_metrics | {"pairs": pair_count}
 
     return step
 
 
-def pair_sums(scores: Float[Array, "N K"], given: Rankings) -> tuple[jax.Array, jax.Array]:
-    """Over the strictly ordered pairs: how many are scored in the right order, and Σ (s_better - s_worse)."""
-    pairs = ordered_pairs(given.ranks, given.valid)
+def pair_sums(scores: Float[Array, "N K"], rankings: Rankings) -> tuple[jax.Array, jax.Array]:
+    """Number of strictly ordered pairs that are scored in the right order, and Σ (s_better - s_worse) over all."""
+    pairs = ordered_pairs(rankings.ranks, rankings.valid)
     difference = scores[:, :, None] - scores[:, None, :]
     correct = jnp.sum(pairs & (difference > 0.0), dtype=jnp.float32)
     return correct, jnp.sum(jnp.where(pairs, difference, 0.0))

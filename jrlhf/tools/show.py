@@ -13,9 +13,9 @@ from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
 from jrlhf.data.errors import names_with_rows
 from jrlhf.data.inspect import RowInspector, first_row, guess_kind, inspect_rows
+from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.sources import open_source
 from jrlhf.data.tally import InspectedRow, InspectedSequence, Tally
-from jrlhf.data.tokenizer import Tokenizer
 from jrlhf.runs.folder import exported_folder
 from jrlhf.system.terminal import show_all_characters
 

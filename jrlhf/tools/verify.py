@@ -19,7 +19,7 @@ from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.runs.folder import exported_folder
-from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
+from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, rollout_metrics, separate
 from jrlhf.system.terminal import show_all_characters
 from jrlhf.train.positions import Positions
 from jrlhf.train.start import JittedStep
@@ -102,8 +102,7 @@ def _experience(
 ) -> Rollout:
     ppo = PPOConfig()
     experience = make_experience(
-        model.logprob_fn,
-        critic.score_fn,
+        separate(model.logprob_fn, critic.score_fn),
         temperature=args.temperature,
         gamma=ppo.gamma,
         lam=ppo.lam,
@@ -146,25 +145,16 @@ def _params(subject: Subject) -> PPOParams:
 
 def _make_step(model: Pretrained, critic: RewardModel, *, temperature: float, accumulation: int) -> JittedStep:
     ppo = PPOConfig()
-    return make_ppo_step(
-        model.logprob_fn,
-        critic.score_fn,
-        _optimizer(1.0),
+    settings = PPOSettings(
         epochs=1,
         minibatches=1,
-        accumulation=accumulation,
-        drop_padding=False,
         temperature=temperature,
         clip=ppo.clip,
-        dual_clip=None,
         value_clip=ppo.value_clip,
         value_coef=ppo.value_coef,
-        entropy_coef=0.0,
-        ptx_coef=0.0,
-        target_approx_kl=None,
-        critic_warmup_updates=0,
-        ema_decay=None,
+        accumulation=accumulation,
     )
+    return make_ppo_step(separate(model.logprob_fn, critic.score_fn), _optimizer(1.0), settings)
 
 
 def _optimizer(rate: float) -> optax.GradientTransformation:

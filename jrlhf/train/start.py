@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, ConfigError, ModelConfig
-from jrlhf.data import tokenizer_files
+from jrlhf.data import Tokenizer, tokenizer_files
 from jrlhf.models.hf.folder_files import write_files
 from jrlhf.parallel import ShardingRules, init_sharded, is_first, jit_step, make_mesh, replicated, tree_shardings
 from jrlhf.train.batches import tree_copy
@@ -79,7 +79,7 @@ def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | 
     return init
 
 
-def export_tokenizer(tokenizer: Any, folder: Path) -> None:
+def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the tokenizer's own files beside weights, with whatever pad token was chosen."""
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)

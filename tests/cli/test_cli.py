@@ -11,7 +11,7 @@ import pytest
 
 from jrlhf import __version__
 from jrlhf.cli import COMMANDS, entry, main
-from jrlhf.cli.flags import PLANNED, STAGES
+from jrlhf.cli.flags import PLAN_ONLY, STAGES
 from jrlhf.config import Config, ConfigError, PlanConfig, SamplingConfig
 from jrlhf.config.files import flag_types
 from jrlhf.config.tools import (
@@ -44,6 +44,10 @@ PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in COMMANDS} | 
     "rank": ("jrlhf.rank.run", "run_rank"),
     "score": ("jrlhf.tools.inference", "run_score"),
     "data show": ("jrlhf.tools.show", "run_show"),
+    "export": ("jrlhf.tools.export", "run_export"),
+    "verify": ("jrlhf.tools.verify", "run_verify"),
+    "quickstart": ("jrlhf.tools.quickstart", "run_quickstart"),
+    "plan": ("jrlhf.plan", "run_plan"),
 }
 DATA = {"sft": "sft.data.train", "reward": "reward.data.train", "ppo": "ppo.prompts.train"}
 
@@ -115,7 +119,7 @@ def test_help_of_every_command_shows_every_field(command, capsys, monkeypatch):
         shown |= {name: name.upper() for name in ("model", "prompts", "data", "run", "out") if f"--{name}" not in words}
         shown = {name: text for name, text in shown.items() if name in flag_types(TOOLS[command])}
     else:
-        cls, parts = (PlanConfig, (*PLANNED, *STAGES["pipeline"])) if command == "plan" else (Config, STAGES[command])
+        cls, parts = (PlanConfig, (*PLAN_ONLY, *STAGES["pipeline"])) if command == "plan" else (Config, STAGES[command])
         shown = {name: f"--{name}" for name in flag_types(cls) if name.split(".")[0] in parts}
         assert "--config" in words
         assert not [w for w in words if w.startswith("--") and "." in w and w.removeprefix("--") not in shown]
@@ -126,7 +130,7 @@ def test_help_shows_meaning_and_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     main(["ppo", "--help"])
     out = capsys.readouterr().out
-    assert "Nats a sequence that an adaptive beta steers to" in out
+    assert "KL per sequence, in nats, that an adaptive β steers to" in out
     assert "(default: 10000)" in out
     assert "{k1,k2,k3}" in out
 
@@ -226,19 +230,19 @@ def test_a_switch_needs_no_value(stage):
         (["sft", "--seed", "1.5"], "--seed: expected a whole number, got '1.5' (a number)"),
         (["sft", "--sft.train_on", "prompt"],
          "--sft.train_on: expected completion, assistant or all, got 'prompt' (a string)"),
-        (["sft", "config.yaml"], "config.yaml: unexpected; a value follows its flag, as in --seed 1"),
-        (["sft"], "sft.data.train: is empty; set it in the YAML (--config) or with --sft.data.train"),
-        (["reward"], "reward.data.train: is empty; set it in the YAML (--config) or with --reward.data.train"),
+        (["sft", "config.yaml"], "config.yaml: unexpected argument; write a value after its flag, as in --seed 1"),
+        (["sft"], "sft.data.train: must be set, in the YAML (--config) or with --sft.data.train"),
+        (["reward"], "reward.data.train: must be set, in the YAML (--config) or with --reward.data.train"),
         (["ppo", "--ppo.episodes", "10", "--ppo.minibatches", "3"],
          "ppo.minibatches: must be a divisor of ppo.episodes (10), got 3"),
         (["pipeline", "--config", "absent.yaml"], "absent.yaml: No such file or directory"),
-        (["generate", "m"], "prompts: is missing; usage: jrlhf generate MODEL PROMPTS [--FLAG VALUE ...]"),
+        (["generate", "m"], "prompts: required; usage: jrlhf generate MODEL PROMPTS [--FLAG VALUE ...]"),
         (["generate", "m", "p", "q"], "q: unexpected"),
         (["generate", "m", "p", "--sampling.top_p", "2"], "sampling.top_p: must be above 0 and at most 1, got 2.0"),
         (["sample", "m", "p", "--samples", "10"], "samples: must be from 2 to 9, got 10"),
         (["rank", "--port", "70000"], "port: must be from 0 to 65535, got 70000"),
-        (["rank", "--report", "--export", "a"], "report: must be alone"),
-        (["rank", "--format", "argilla"], "format: must be given with export or import_from"),
+        (["rank", "--report", "--export", "a"], "report: must be set alone"),
+        (["rank", "--format", "argilla"], "format: must be set with export or import_from"),
         (["verify", "m", "--temprature", "1"], "--temprature: unknown flag; did you mean --temperature?"),
         (["quickstart", "--preset", "ful"], "--preset: expected full or smoke, got 'ful' (a string)"),
     ],

@@ -160,10 +160,10 @@ def test_sources_are_one_or_several_with_weights(tmp_path):
         ("{a.jsonl: .inf}", "expected a finite number as the weight of 'a.jsonl', got '.inf' (a number)"),
         ("{a.jsonl: [1]}", "expected a finite number as the weight of 'a.jsonl', got a list"),
         ("{a.jsonl:3}", "expected a finite number as the weight of 'a.jsonl:3', got nothing"),
-        ("{a.jsonl: 1, a.jsonl: 2}", "'a.jsonl' is there twice"),
+        ("{a.jsonl: 1, a.jsonl: 2}", "'a.jsonl' appears twice"),
         ("{7: 1}", "expected a string, got '7' (a whole number); put it in quotes"),
         ("!!python/dict {a: 1}",
-         "expected a string, or strings with weights, got the tag !!python/dict, which is never read"),
+         "expected a string, or strings with weights, got the tag !!python/dict, which is not allowed"),
     ],
 )  # fmt: skip
 def test_a_wrong_source_or_weight_is_named(tmp_path, text, problem):
@@ -177,7 +177,7 @@ def test_a_wrong_source_or_weight_is_named(tmp_path, text, problem):
 def test_a_flag_that_is_no_mapping_after_all_is_named():
     with pytest.raises(ConfigError) as caught:
         apply_flags(Config(), {"sft.data.train": ["{a.jsonl: 1"]})
-    must = "expected sources with weights, as {a.jsonl: 3, b.jsonl: 1}, got '{a.jsonl: 1'"
+    must = "expected sources with weights, such as {a.jsonl: 3, b.jsonl: 1}, got '{a.jsonl: 1'"
     assert str(caught.value) == f"--sft.data.train: {must}"
 
 
@@ -324,7 +324,7 @@ def test_a_value_out_of_range_is_named(name, text):
 
 def test_a_judge_that_nobody_would_ask_is_an_error(tmp_path):
     judge = "ppo: {canary: {judge: {path: judge}}}"
-    message = "ppo.canary.judge.path: must be empty, as ppo.canary.action is off and so nobody would ask it"
+    message = "ppo.canary.judge.path: must be empty, because ppo.canary.action is off and would not use it"
     assert [line for line in problems(tmp_path, judge) if "judge" in line] == [f"{message}, got 'judge'"]
 
 
@@ -334,7 +334,7 @@ def test_rules_between_fields_name_both():
         check(replace(Config(), ppo=ppo))
     assert str(caught.value).splitlines() == [
         "ppo.minibatches: must be a divisor of ppo.episodes (64), got 3",
-        "ppo.ptx.train: must be set, as ppo.ptx_coef is 1.0, got ''",
+        "ppo.ptx.train: must be set, because ppo.ptx_coef is 1.0, got ''",
     ]
 
 
@@ -350,14 +350,14 @@ def test_the_tools_values_are_checked_too():
 def test_a_quick_start_s_folder_is_checked_as_a_run_s():
     check(QuickstartConfig("/elsewhere/run"))
     with pytest.raises(
-        ConfigError, match=r"^out: must be without '\.\.'; a folder elsewhere has an absolute path, got"
+        ConfigError, match=r"^out: must be without '\.\.'; write an absolute path for a folder elsewhere, got"
     ):
         check(QuickstartConfig("../run"))
 
 
 def test_config_path_finds_recipes_and_names_a_missing_one():
     assert config_path("quickstart/full.yaml") == CONFIGS / "quickstart" / "full.yaml"
-    with pytest.raises(ConfigError, match=r"nope\.yaml: no such recipe"):
+    with pytest.raises(ConfigError, match=r"nope\.yaml: there is no such recipe"):
         config_path("nope.yaml")
 
 

@@ -27,7 +27,7 @@ def test_a_gate_is_a_metric_a_sign_and_a_number(text: str, gate: Gate) -> None:
 )
 def test_what_is_no_gate_is_refused(text: str) -> None:
     assert not is_gate(text)
-    with pytest.raises(ValueError, match="is no gate: a metric, one of"):
+    with pytest.raises(ValueError, match="is not a gate: expected a metric, one of"):
         parse_gate(text)
 
 

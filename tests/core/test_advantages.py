@@ -3,6 +3,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,8 +82,9 @@ def test_shaped_rewards_by_hand():
     np.testing.assert_allclose(got, [[0.0, -0.5, 4.0, 0.0], [0.0] * 4])
 
 
-def test_an_integer_score_keeps_its_fraction_of_kl():
-    # Rewards are float32 whatever dtype the scores come in: an int array would cut the penalty off.
-    got = shape_rewards(jnp.array([1.0], jnp.bfloat16), jnp.array([[0.3]]), jnp.array([[True]]), kl_coef=0.1)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
+def test_rewards_are_float32_whatever_dtype_the_scores_have(dtype):
+    # An integer array would cut the penalty off, bfloat16 would round it.
+    got = shape_rewards(jnp.array([1], dtype), jnp.array([[0.3]]), jnp.array([[True]]), kl_coef=0.1)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, [[0.97]], rtol=1e-6)

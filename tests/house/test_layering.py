@@ -127,7 +127,7 @@ def test_every_floor_is_there():
 
 def test_tests_mirror_the_package():
     folders = {path.name for path in (CHECKOUT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders - {"benchmarks", "fixtures", "house", "support"} <= {*FLOORS}
+    assert folders - {"benchmarks", "examples", "fixtures", "house", "support"} <= {*FLOORS}
     assert {path.name for path in (CHECKOUT / "tests").glob("test_*.py")} == set()
 
 

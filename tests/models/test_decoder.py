@@ -190,7 +190,7 @@ def test_what_is_wanted_and_its_gradient_are_what_they_are_among_all(arch, param
 
         return jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
 
-    (_, found), grads = loss(fns.logprob_fn, wanted=wanted)
+    (_, found), grads = loss(fns.logprob_fn, where=wanted)
     (_, expected), expected_grads = loss(from_logits(fns.apply_fn))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from jrlhf.core import from_logits
 from jrlhf.parallel import ShardingRules, Step, init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
-from jrlhf.steps import make_ppo_step, make_reward_step, make_sft_step
+from jrlhf.steps import PPOSettings, make_ppo_step, make_reward_step, make_sft_step, separate
 from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 32, 16, 16, 6
@@ -124,11 +124,11 @@ def ppo_case() -> Case:
     )
 
     def make_step(tx: optax.GradientTransformation, slices: int) -> Step:
-        return make_ppo_step(
-            from_logits(policy.apply), score_fn, tx, epochs=2, minibatches=2, accumulation=slices, drop_padding=False,
-            temperature=0.9, clip=0.2, dual_clip=3.0, value_clip=0.2, value_coef=0.5, entropy_coef=0.01, ptx_coef=0.1,
-            target_approx_kl=None, critic_warmup_updates=1, ema_decay=0.9,
+        settings = PPOSettings(
+            epochs=2, minibatches=2, temperature=0.9, clip=0.2, value_clip=0.2, value_coef=0.5, entropy_coef=0.01,
+            dual_clip=3.0, ptx_coef=0.1, critic_warmup_updates=1, ema_decay=0.9, accumulation=slices,
         )  # fmt: skip
+        return make_ppo_step(separate(from_logits(policy.apply), score_fn), tx, settings)
 
     def init(key: jax.Array) -> PPOParams:
         actor, critic = jax.random.split(key)

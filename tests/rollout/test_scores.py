@@ -126,7 +126,7 @@ def test_a_rule_that_fails_or_hangs_is_named() -> None:
 @pytest.mark.parametrize(
     ("rewards", "said"),
     [
-        (RewardsConfig(model_weight=0.0), r"ppo\.rewards\.model_weight: must be above 0, as no rule"),
+        (RewardsConfig(model_weight=0.0), r"ppo\.rewards\.model_weight: must be above 0, because no rule"),
         (RewardsConfig(model_weight=-1.0), r"ppo\.rewards\.model_weight: must be 0"),
         (RewardsConfig(json=JSONRuleConfig(weight=-1.0)), r"ppo\.rewards\.json\.weight: must be 0"),
         (RewardsConfig(timeout=0.0), r"ppo\.rewards\.timeout: must be above 0"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jrlhf.core import from_logits, gae
-from jrlhf.steps import make_experience, make_generate, rollout_metrics
+from jrlhf.steps import make_experience, make_generate, make_readings, rollout_metrics, separate, shared
 from jrlhf.steps.experience import repetition
 from jrlhf.types import DecodeFns, Generation
 from tests.steps.test_generate import prompts
@@ -37,7 +37,8 @@ def experience_of(model, **changes):
         "missing_eos_penalty": 0.0,
         "whiten_rewards": False,
     } | changes
-    return jit(make_experience(from_logits(model.apply_fn), model.score_fn, **settings))
+    networks = separate(from_logits(model.apply_fn), model.score_fn)
+    return jit(make_experience(networks, **settings))
 
 
 def test_the_sampler_s_own_log_probs_save_a_pass_and_change_nothing_else(plain, generation):
@@ -55,7 +56,7 @@ def test_the_sampler_s_own_log_probs_save_a_pass_and_change_nothing_else(plain, 
     nowhere = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), plain.params)
     assert all_finite(experience_of(plain, from_sampler=True)(nowhere, *args[1:]))
     with pytest.raises(ValueError, match="share a network"):
-        experience_of(plain, from_sampler=True, actor_critic_fn=lambda *_, **__: None)
+        make_readings(shared(lambda *_, **__: None), temperature=0.7, from_sampler=True)
 
 
 def reference():
@@ -234,8 +235,7 @@ def test_degenerate_rollouts_are_finite(plain, generation, case, whiten_rewards)
 
 def test_targets_are_constants(plain, generation):
     make = make_experience(
-        from_logits(plain.apply_fn),
-        plain.score_fn,
+        separate(from_logits(plain.apply_fn), plain.score_fn),
         temperature=0.7,
         gamma=1.0,
         lam=0.95,

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from jrlhf.core import from_logits
-from jrlhf.steps import make_experience, make_readings, make_targets, rollout_metrics
+from jrlhf.steps import make_experience, make_readings, make_targets, rollout_metrics, separate
 from jrlhf.types import Generation
 from tests.steps.test_ppo_step import ppo_step, start
 from tests.support.batches import KEY, assert_close, assert_same, jit, rollout_batch
@@ -22,7 +22,7 @@ def networks(model):
 
 
 def experience_of(model, generation, scores):
-    make = make_experience(from_logits(model.apply_fn), model.score_fn, temperature=0.7, **SHAPING)
+    make = make_experience(separate(from_logits(model.apply_fn), model.score_fn), temperature=0.7, **SHAPING)
     return jit(make)(*networks(model), generation, scores, jnp.float32(0.1))
 
 
@@ -57,7 +57,7 @@ def test_it_may_be_left_out_after_it_was_read(plain):
     """The networks are at the answers before the rules have said which have a score."""
     whole, scores = sampled(plain), jnp.asarray([1.0, -2.0, 0.0, 0.5, 3.0])
     emptied = whole._replace(response_mask=whole.response_mask & (jnp.arange(5) != OUT)[:, None])
-    read = make_readings(from_logits(plain.apply_fn), plain.score_fn, temperature=0.7)
+    read = make_readings(separate(from_logits(plain.apply_fn), plain.score_fn), temperature=0.7)
     readings = jit(read)(*networks(plain), whole)
     made = jit(make_targets(**SHAPING))(emptied, readings, scores, jnp.float32(0.1))
     expected = experience_of(plain, emptied, scores)

@@ -20,6 +20,7 @@ from jrlhf.steps import (
     make_sft_eval,
     make_sft_step,
     rollout_metrics,
+    separate,
     without_padding,
 )
 from jrlhf.steps.packing import packed_layout
@@ -29,6 +30,7 @@ from tests.support.batches import KEY, assert_close, assert_same, jit, ppo_setti
 
 ARCH = replace(TWO_LAYERS, num_layers=1, local_layers=())
 FNS = decoder_fns(ARCH, dtype="float32", remat=False)
+NETWORKS = separate(FNS.logprob_fn, FNS.score_fn)
 layout_of = jax.jit(packed_layout, static_argnames="slices")
 
 
@@ -110,39 +112,47 @@ def test_log_probs_and_scores_stay_what_they_are(params, rollout, slices):
 def test_only_the_answers_are_asked_about(params, rollout):
     asked = []
 
-    def noted(params, tokens, mask, *, temperature, wanted):
-        jax.debug.callback(lambda mask, wanted: asked.append((mask, wanted)), mask, wanted)
-        return FNS.logprob_fn(params, tokens, mask, temperature=temperature, wanted=wanted)
+    def noted(params, tokens, mask, *, temperature, where):
+        jax.debug.callback(lambda mask, where: asked.append((mask, where)), mask, where)
+        return FNS.logprob_fn(params, tokens, mask, temperature=temperature, where=where)
 
     fn = without_padding(noted, slices=4)
     answer = np.asarray(rollout.response_mask)
-    found = fn(params.policy, rollout.tokens, rollout.mask, temperature=0.7, wanted=rollout.response_mask)
+    found = fn(params.policy, rollout.tokens, rollout.mask, temperature=0.7, where=rollout.response_mask)
     jax.effects_barrier()
     for one, other in zip(found, FNS.logprob_fn(params.policy, *rollout[:2], temperature=0.7), strict=True):
         np.testing.assert_allclose(np.asarray(one)[answer], np.asarray(other)[answer], atol=1e-5)
-    masks, wanted = (np.concatenate(x) for x in zip(*asked, strict=True))
-    assert wanted.sum() == answer.sum()
-    assert not (wanted & (masks == 0)).any()
+    masks, where = (np.concatenate(x) for x in zip(*asked, strict=True))
+    assert where.sum() == answer.sum()
+    assert not (where & (masks == 0)).any()
+
+
+def everywhere(params, tokens, mask, /, *, temperature, where=None):
+    """The log-probs of every token, whichever are read."""
+    return FNS.logprob_fn(params, tokens, mask, temperature=temperature)
 
 
 @cache
-def compiled(changes):
-    return jit(make_ppo_step(FNS.logprob_fn, FNS.score_fn, optax.sgd(0.1), **ppo_settings(**dict(changes))))
+def compiled(logprob_fn, changes):
+    networks = separate(logprob_fn, FNS.score_fn)
+    return jit(make_ppo_step(networks, optax.sgd(0.1), ppo_settings(**dict(changes))))
 
 
-def update(params, rollout, **changes):
+def update(params, rollout, logprob_fn=FNS.logprob_fn, **changes):
     state = TrainState(params, optax.sgd(1.0).init(params), jnp.int32(0))
-    return compiled(tuple(sorted(changes.items())))(state, rollout, KEY)
+    return compiled(logprob_fn, tuple(sorted(changes.items())))(state, rollout, KEY)
 
 
 @pytest.mark.parametrize("how", [{"accumulation": 4}, {"accumulation": 2, "epochs": 2, "minibatches": 2}])
 @pytest.mark.parametrize(
-    "saved", [{"drop_padding": True}, {"selective": True}, {"drop_padding": True, "selective": True}]
+    "saved",
+    [{"drop_padding": True, "logprob_fn": everywhere}, {}, {"drop_padding": True}],
+    ids=["padding", "positions", "both"],
 )
 def test_the_update_stays_what_it_is(params, rollout, how, saved):
     rollout = rollout._replace(ptx=sft_batch((2, 9, 3, 5, 1, 10, 4, 4)))
     how = {"entropy_coef": 0.1, "ptx_coef": 0.2} | how
-    expected, metrics = update(params, rollout, **how)
+    expected, metrics = update(params, rollout, logprob_fn=everywhere, **how)
     found, packed_metrics = update(params, rollout, **saved, **how)
     assert_close(found.params, expected.params, atol=1e-5)
     assert_close(packed_metrics, metrics, atol=1e-5, rtol=1e-4)
@@ -150,19 +160,19 @@ def test_the_update_stays_what_it_is(params, rollout, how, saved):
     assert max(jax.tree.leaves(gaps)) > 1e-2
 
 
-PACKED = {"drop_padding": True, "selective": True, "accumulation": 4}
+PACKED = {"drop_padding": True, "accumulation": 4}
 
 
 def test_sft_stays_what_it_is_where_only_trained_tokens_are_asked_about(params):
     tx, batch = optax.sgd(0.1), sft_batch((2, 9, 3, 5), prompt=3)
     state = TrainState(params.policy, tx.init(params.policy), jnp.int32(0))
     expected, found = (
-        jit(make_sft_step(FNS.logprob_fn, tx, accumulation=2, selective=selective))(state, batch, KEY)
-        for selective in (False, True)
+        jit(make_sft_step(logprob_fn, tx, accumulation=2))(state, batch, KEY)
+        for logprob_fn in (everywhere, FNS.logprob_fn)
     )
     assert_close(found, expected)
-    evaluate = make_sft_eval(FNS.logprob_fn, selective=True)
-    assert_close(evaluate(params.policy, batch), make_sft_eval(FNS.logprob_fn)(params.policy, batch))
+    evaluate = make_sft_eval(FNS.logprob_fn)
+    assert_close(evaluate(params.policy, batch), make_sft_eval(everywhere)(params.policy, batch))
 
 
 def test_experience_stays_what_it_is_where_only_answers_are_asked_about(params, rollout):
@@ -180,8 +190,8 @@ def test_experience_stays_what_it_is_where_only_answers_are_asked_about(params, 
     reference = jax.tree.map(lambda x: x * 1.1, params.policy)
     given = params.policy, reference, params.value, generation, rollout.scores, jnp.float32(0.3)
     expected, found = (
-        jit(make_experience(FNS.logprob_fn, FNS.score_fn, selective=selective, **settings))(*given)
-        for selective in (False, True)
+        jit(make_experience(separate(logprob_fn, FNS.score_fn), **settings))(*given)
+        for logprob_fn in (everywhere, FNS.logprob_fn)
     )
     for name in ("logprobs", "ref_logprobs", "entropy", "rewards", "advantages", "returns"):
         a, b = (np.where(rollout.response_mask, getattr(x, name), 0.0) for x in (found, expected))
@@ -228,7 +238,7 @@ def test_slices_without_a_token_are_not_computed(params, rollout):
 def test_eight_devices_give_the_update_of_one(params):
     rollout = jax.device_get(rollout_batch(FNS.apply_fn, params.policy, rows=16, prompt=4, response=12))
     tx = optax.sgd(0.1)
-    step = make_ppo_step(FNS.logprob_fn, FNS.score_fn, tx, **ppo_settings(epochs=2, **PACKED | {"accumulation": 2}))
+    step = make_ppo_step(NETWORKS, tx, ppo_settings(epochs=2, **PACKED | {"accumulation": 2}))
     state = TrainState(params, tx.init(params), jnp.int32(0))
     expected, _ = jit(step)(state, rollout, KEY)
     mesh = make_mesh(data=4, fsdp=2, tensor=1)

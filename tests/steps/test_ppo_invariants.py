@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from jrlhf.core import from_logits
-from jrlhf.steps import make_ppo_step
-from jrlhf.steps.ppo import shuffled_minibatches
+from jrlhf.steps import make_ppo_step, separate
+from jrlhf.steps.minibatches import shuffled_minibatches
 from jrlhf.types import PPOParams, SFTBatch
 from tests.steps.test_ppo_step import ppo_step, start
 from tests.support.batches import (
@@ -51,7 +51,7 @@ def test_the_step_itself_visits_each_row_once_an_epoch(plain):
         advantages=jnp.ones((6, 9)),
     )
 
-    def logprob_fn(params, tokens, mask, *, temperature):
+    def logprob_fn(params, tokens, mask, *, temperature, where):
         logprobs = jnp.broadcast_to(params[tokens[:, 0]][:, None], tokens.shape)
         return logprobs, jnp.zeros(tokens.shape)
 
@@ -59,7 +59,7 @@ def test_the_step_itself_visits_each_row_once_an_epoch(plain):
         lambda params: jnp.zeros(6),
         lambda grads, seen, params: (jax.tree.map(jnp.zeros_like, grads), seen + (grads.policy != 0.0)),
     )
-    step = make_ppo_step(logprob_fn, plain.score_fn, count, **ppo_settings(epochs=3, minibatches=3))
+    step = make_ppo_step(separate(logprob_fn, plain.score_fn), count, ppo_settings(epochs=3, minibatches=3))
     after, _ = jit(step)(new_state(PPOParams(jnp.zeros(6), plain.value_params), count), rollout, KEY)
     np.testing.assert_array_equal(after.opt_state, np.full(6, 3.0))
 
@@ -88,11 +88,11 @@ def test_nan_behind_the_mask_changes_nothing(plain):
     assert_same(step(state, dirty, KEY), clean)
     assert all_finite(clean)
 
-    def nan_logprobs(params, tokens, mask, *, temperature):
+    def nan_logprobs(params, tokens, mask, *, temperature, where):
         pair = from_logits(plain.apply_fn)(params, tokens, mask, temperature=temperature)
         return tuple(jnp.where(mask & (jnp.cumsum(mask, axis=1) > 1), x, jnp.nan) for x in pair)
 
-    nan_step = make_ppo_step(nan_logprobs, plain.score_fn, optax.sgd(1.0), **ppo_settings(entropy_coef=0.1))
+    nan_step = make_ppo_step(separate(nan_logprobs, plain.score_fn), optax.sgd(1.0), ppo_settings(entropy_coef=0.1))
     got = jit(nan_step)(state, rollout, KEY)
     assert_close(got, ppo_step(plain, entropy_coef=0.1)(state, rollout, KEY))
     assert all_finite(got)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jrlhf.steps.ppo import shuffled_minibatches
+from jrlhf.steps.minibatches import shuffled_minibatches
 from tests.steps.test_ppo_step import ppo_step, reference_loss, start
 from tests.steps.test_sft_step import reference_loss as sft_reference_loss
 from tests.support.batches import (

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from jrlhf.core import from_logits
-from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics
-from jrlhf.steps.ppo import shuffled_minibatches
+from jrlhf.steps import make_experience, make_generate, make_ppo_step, rollout_metrics, separate
+from jrlhf.steps.minibatches import shuffled_minibatches
 from jrlhf.types import DecodeFns, PPOParams
 from tests.support.batches import (
     KEY,
@@ -77,13 +77,14 @@ def ppo_step(model, tx=None, **changes):
     """Gradient descent with rate 1 where no ``tx`` is given: compiled once for all tests that ask for the same."""
     if tx is None:
         return _descent_step(model.apply_fn, model.score_fn, tuple(sorted(changes.items())))
-    return jit(make_ppo_step(from_logits(model.apply_fn), model.score_fn, tx, **ppo_settings(**changes)))
+    networks = separate(from_logits(model.apply_fn), model.score_fn)
+    return jit(make_ppo_step(networks, tx, ppo_settings(**changes)))
 
 
 @functools.cache
 def _descent_step(apply_fn, score_fn, changes):
-    settings = ppo_settings(**dict(changes))
-    return jit(make_ppo_step(from_logits(apply_fn), score_fn, optax.sgd(1.0), **settings))
+    networks = separate(from_logits(apply_fn), score_fn)
+    return jit(make_ppo_step(networks, optax.sgd(1.0), ppo_settings(**dict(changes))))
 
 
 def test_first_update_equals_the_reference(model):
@@ -135,8 +136,7 @@ def experience(model, params, reward, key):
         pad_token=0,
     )
     make = make_experience(
-        from_logits(model.apply_fn),
-        model.score_fn,
+        separate(from_logits(model.apply_fn), model.score_fn),
         temperature=0.7,
         gamma=1.0,
         lam=0.95,

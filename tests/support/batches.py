@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrlhf.steps import PPOSettings
 from jrlhf.types import RankingBatch, Rollout, SFTBatch, TrainState
 from tests.support.tiny_models import VOCABULARY
 
@@ -78,23 +79,10 @@ def rollout_batch(apply_fn, params, *, rows=4, prompt=3, response=6, temperature
 
 
 def ppo_settings(**changes):
-    """Every keyword of ``make_ppo_step``: one epoch, one minibatch, all that is optional off."""
-    return {
-        "epochs": 1,
-        "minibatches": 1,
-        "accumulation": 1,
-        "drop_padding": False,
-        "temperature": 0.7,
-        "clip": 0.2,
-        "dual_clip": None,
-        "value_clip": 0.2,
-        "value_coef": 0.1,
-        "entropy_coef": 0.0,
-        "ptx_coef": 0.0,
-        "target_approx_kl": None,
-        "critic_warmup_updates": 0,
-        "ema_decay": None,
-    } | changes
+    """One epoch, one minibatch, all that is optional off."""
+    return PPOSettings(epochs=1, minibatches=1, temperature=0.7, clip=0.2, value_clip=0.2, value_coef=0.1)._replace(
+        **changes
+    )
 
 
 def descend(params, gradient, lr=1.0):

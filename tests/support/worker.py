@@ -98,7 +98,7 @@ def sft_state(devices: Any) -> tuple[RunState, Any]:
     mesh = make_mesh(data=-1, fsdp=2 if len(devices) > 1 else 1, tensor=1, devices=devices)
     model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
     tx, _ = make_optimizer(OptimConfig(lr=1e-3), updates=100)
-    step = make_sft_step(model.logprob_fn, tx, accumulation=1, selective=True)
+    step = make_sft_step(model.logprob_fn, tx, accumulation=1)
     return start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=0, frozen=None)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jrlhf.models import decoder_fns, from_equinox, from_linen, from_nnx, init_params, uncached_decode_fns
+from jrlhf.core import uncached_decode_fns
+from jrlhf.models import decoder_fns, from_equinox, from_linen, from_nnx, init_params
 from jrlhf.steps import make_generate
 
 TOKENS = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)

@@ -1,0 +1,246 @@
+"""Frozen dataclasses for each stage, a whole run and a plan, with their defaults. Imports no JAX."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jrlhf.config.rewards import RewardsConfig
+from jrlhf.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    LogConfig,
+    LoRAConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplingConfig,
+)
+from jrlhf.config.watch import GuardsConfig, SafetyConfig
+from jrlhf.system.paths import PathText, WithPaths
+
+
+@dataclass(frozen=True)
+class SFTConfig(WithPaths):
+    """Supervised fine-tuning."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How sample texts and candidates for ranking are sampled."""
+    epochs: float = 1.0
+    """Number of passes over the training rows."""
+    batch_size: int = 32
+    """Number of rows in an update, over all devices."""
+    pack_length: int = 0
+    """Length in tokens of packed rows, each of several short rows; batch_size and microbatch then count packed rows. 0:
+    no packing."""
+    microbatch: int = 0
+    """Number of rows that a device processes at once; 0: its whole share of the batch, on a CPU about 1,024 tokens. The
+    update is the same."""
+    max_skipped: int = 3
+    """Number of consecutive skipped steps (loss or gradient not finite) that ends the run."""
+    gates: tuple[str, ...] = ()
+    """Bounds that held-out figures must meet, such as accuracy >= 0.6 (names of eval/*). A model that misses one is not
+    passed on, and the exit code is 3. The best of the checkpoints that meet all is exported."""
+    train_on: Literal["completion", "assistant", "all"] = "completion"
+    """Tokens in the loss. completion: the answer. assistant: also assistant turns inside a chat prompt. all: also the
+    prompt. Plain text is always in the loss, an assistant's turn of weight 0 never."""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 loses nothing of the training, and takes twice the space of bfloat16.
+    source: the dtypes of the files that the model came from; every evaluation, gate and sample then uses the weights
+    rounded to them."""
+    candidate_prompts: PathText = ""
+    """Prompts whose answers people rank, in the forms of data.train; the answers are sampled after training. Empty:
+    none."""
+    candidates: int = 4
+    """Number of answers sampled for each of candidate_prompts, written to candidates.jsonl for people to rank."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(WithPaths):
+    """Training of the reward model on rankings."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Initial model: a language model, which gets a new head, or a reward model."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    epochs: float = 1.0
+    """Number of passes over the rankings; more than one tends to overfit (Ouyang et al. 2022, appendix C.2)."""
+    batch_size: int = 16
+    """Number of prompts in an update, each with all its completions, over all devices."""
+    pack_length: int = 0
+    """Length in tokens of packed rows, each of several short rows; batch_size and microbatch then count packed rows. 0:
+    no packing."""
+    microbatch: int = 0
+    """Number of prompts that a device processes at once; 0: its whole share of the batch, on a CPU about 1,024 tokens.
+    The update is the same."""
+    max_skipped: int = 3
+    """Number of consecutive skipped steps (loss or gradient not finite) that ends the run."""
+    gates: tuple[str, ...] = ()
+    """Bounds that held-out figures must meet, such as accuracy >= 0.6 (names of eval/*). A model that misses one is not
+    passed on, and the exit code is 3. The best of the checkpoints that meet all is exported."""
+    center_coef: float = 0.0
+    """Weight of (r_better + r_worse)² in the loss, which keeps scores near 0."""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 loses nothing of the training, and takes twice the space of bfloat16.
+    source: the dtypes of the files that the model came from; every evaluation, gate and sample then uses the weights
+    rounded to them."""
+    normalise: PathText = ""
+    """Texts, in the forms of data.train, on which the scores get mean 0 and standard deviation 1. Empty: the SFT
+    stage's candidates, else data.eval."""
+
+
+@dataclass(frozen=True)
+class KLConfig:
+    """KL penalty that keeps the policy near the SFT policy."""
+
+    coef: float = 0.15
+    """KL coefficient β; with target > 0 its initial value."""
+    target: float = 6.0
+    """KL per sequence, in nats, that an adaptive β steers to (Ziegler et al. 2019); 0 keeps β fixed."""
+    horizon: int = 10000
+    """Number of episodes over which β adapts."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the per-token KL in the reward."""
+
+
+@dataclass(frozen=True)
+class CanaryConfig:
+    """Early warning of over-optimisation: every log.eval_every iterations a reward model scores held-out answers, and
+    the scores are compared with the best so far. The best checkpoint is exported, not the last."""
+
+    action: Literal["off", "warn", "stop", "rollback"] = "off"
+    """Response to a fall beyond chance. warn: write an event. stop: also end the run. rollback: write an event and
+    return to the best checkpoint, as guards do; end the run once guards.rollbacks is used up."""
+    judge: ModelConfig = field(default_factory=ModelConfig)
+    """Second reward model, which PPO does not optimise: it exposes answers that only exploit the first. Empty path: the
+    first reward model."""
+    errors: float = 2.0
+    """Size of a fall, in standard errors, that counts as beyond chance."""
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation (PPO) of the policy against the reward model."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Initial policy, and the reference for the KL penalty. Empty path: the SFT stage."""
+    reward: ModelConfig = field(default_factory=ModelConfig)
+    """Reward model. Empty path: the reward stage. One that jrlhf trained reads the sampled tokens if it has the
+    policy's vocabulary; any other reads the text, as in jrlhf score."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """Rules in addition to the reward model or in its place, and further reward models."""
+    value_from: Literal["auto", "reward", "policy", "shared"] = "auto"
+    """Initial value network. reward: the reward model (Ouyang et al. 2022). policy: the policy with a head of zeros.
+    auto: the reward model if it has the policy's tokens, else the policy. shared: a head of zeros on the policy's own
+    network, half the work of an update; value_coef then weighs how far the value loss moves the policy."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Low-rank adapters of the policy and the value network. The reference is then the policy's own base, so no base is
+    in memory twice."""
+    prompts: DataConfig = field(default_factory=DataConfig)
+    """Training and held-out prompts; max_length is the maximum length of a prompt (cut at its start)."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-5, b2=0.999, schedule="constant"))
+    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=50))
+    log: LogConfig = field(default_factory=lambda: LogConfig(every=1, eval_every=50))
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the policy samples answers. top_k and top_p must be off: the update uses the sampler's distribution."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    iterations: int = 100
+    """Number of rollouts."""
+    episodes: int = 64
+    """Number of prompts, and so of answers, in a rollout, over all devices."""
+    rollout_parts: int = 1
+    """Number of parts in which a rollout is sampled, one after the other; must divide episodes. Rules score one part
+    while the same policy samples the next, and the cache is that much smaller."""
+    epochs: int = 4
+    """Number of passes over each rollout."""
+    minibatches: int = 1
+    """Number of updates in a pass; must divide episodes."""
+    old_logprobs: Literal["policy", "sampler"] = "policy"
+    """Old log-probs in the policy ratio. policy: computed by a forward pass, as in the update. sampler: those from
+    sampling, one forward pass less; entropy is then estimated as -log p of the sampled tokens. In float32 alone the two
+    agree up to rounding, which guards.sampler checks in the first minibatch."""
+    microbatch: int = 0
+    """Number of episodes that a device processes at once; 0: an eighth of its share. The update is the same, with less
+    memory and padding: several episodes share a row, and empty rows are not computed."""
+    value_lr: float = 0.0
+    """Peak learning rate of the value network; 0: optim.lr."""
+    gamma: float = 1.0
+    """Discount factor γ."""
+    lam: float = 0.95
+    """GAE's λ."""
+    clip: float = 0.2
+    """Clip range of the policy ratio."""
+    dual_clip: float = 0.0
+    """Bound c > 1 on the loss where the advantage is negative (Ye et al. 2020); 0 is off."""
+    value_clip: float = 0.2
+    """Clip range of the value."""
+    value_coef: float = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    whiten_rewards: bool = False
+    """Divide rewards by their standard deviation before GAE."""
+    missing_eos_penalty: float = 0.0
+    """Penalty on the score of an answer that reached the length limit."""
+    target_approx_kl: float = 0.0
+    """Approximate KL of a minibatch above which the rest of the rollout is not trained on; 0 is off."""
+    critic_warmup: int = 0
+    """Number of first iterations that train the value network alone."""
+    ema_decay: float = 0.0
+    """Decay of the average of the policy over updates, which is exported in its place; 0 is off."""
+    ptx_coef: float = 0.0
+    """Weight of the SFT loss mixed into the update (PPO-ptx); 0 is off."""
+    ptx: DataConfig = field(default_factory=DataConfig)
+    """Text for the SFT loss of ptx_coef."""
+    export_dtype: Literal["float32", "source"] = "float32"
+    """Dtype of the exported weights. float32 loses nothing of the training, and takes twice the space of bfloat16.
+    source: the dtypes of the files that the model came from; every evaluation, gate and sample then uses the weights
+    rounded to them."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
+    gates: tuple[str, ...] = ()
+    """Bounds that held-out figures must meet, such as accuracy >= 0.6 (names of eval/*). A model that misses one is not
+    passed on, and the exit code is 3. The best of the checkpoints that meet all is exported."""
+    max_skipped: int = 3
+    """Number of consecutive iterations without an update (loss or gradient not finite) that ends the run."""
+
+
+@dataclass(frozen=True)
+class Config(WithPaths):
+    """A whole run of up to three stages, in one YAML file."""
+
+    run: PathText = "runs/default"
+    """Folder of the run; each stage writes to a folder inside it."""
+    seed: int = 0
+    """Seed of every random choice in the run."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    accept_changes: bool = False
+    """Resume a stage, or accept it as done, although its weights, tokenizer or rows have changed since it began. If
+    false, such a stage is an error that names the changes. Accepted changes are recorded in the stage's events and
+    summary, and in the report."""
+
+
+@dataclass(frozen=True)
+class PlanConfig(Config):
+    """A run, and the devices to plan it for."""
+
+    topology: str = ""
+    """Devices: v5p-128 (cores, as Google counts), v5e-16, h100x64, h200x8, a100x16, cpu:8. Empty: those of this
+    machine."""
+    completions: int = 2
+    """Number of completions of each prompt in the reward stage, whose rows are not read."""
+    out: PathText = ""
+    """JSON file for all figures. Empty: the figures are only printed."""
