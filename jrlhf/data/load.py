@@ -93,7 +93,7 @@ class SourceTables(NamedTuple):
     def flat(self, name: str) -> np.ndarray:
         return concatenate([table.flat[name] for table in self.tables])
 
-    def source_fields(self, name: str) -> "Account":
+    def source_fields(self, name: str) -> "SourceFields":
         """Return the fields about sources, counting each source's rows in the ragged column ``name``."""
         rows = [len(table.ragged[name].lengths) for table in self.tables]
         parts = [Part(count, weight) for count, weight in zip(rows, self.weights, strict=True)]

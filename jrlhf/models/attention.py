@@ -171,7 +171,7 @@ def _backward(cap: float | None, saved: tuple[Array, ...], gradient: Array) -> t
             logs[..., block], correction[..., block], gradient[..., block, :], cap,
         )  # fmt: skip
         d_q.append(d_queries)
-        d_k, d_v = d_k.block[:, :, :stop].add(d_keys), d_v.block[:, :, :stop].add(d_values)
+        d_k, d_v = d_k.at[:, :, :stop].add(d_keys), d_v.at[:, :, :stop].add(d_values)
     return jnp.concatenate(d_q, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 

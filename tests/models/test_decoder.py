@@ -210,7 +210,7 @@ def test_columns_that_nobody_wants_are_not_computed(first, slices):
 
     wanted = jnp.arange(10)[None] >= jnp.array([9, first])[:, None]
     hidden, tokens = jnp.ones((2, 10, 4)), jnp.ones((2, 10), jnp.int32)
-    unembedding.hidden_logprobs(counted, hidden, tokens, temperature=1.0, columns=2, wanted=wanted)
+    unembedding.hidden_logprobs(counted, hidden, tokens, temperature=1.0, columns=2, where=wanted)
     jax.effects_barrier()
     assert len(calls) == slices
 

@@ -51,8 +51,9 @@ class Fused(NamedTuple):
 class Entry:
     """A parameter's place in jrlhf's tree and in a Hugging Face checkpoint.
 
-    ``path`` leads to the leaf in the tree, whose layers are stacked on axis 0. ``name`` is the checkpoint's tensor, with ``{layer}`` if there is one per layer. ``form`` relates the two: "transposed" for torch's linear maps ``[out,
-    in]``, which the tree has as ``[in, out]``; "row" for a head ``[1, in]``, which the tree has as ``[in]``.
+    ``path`` leads to the leaf in the tree, whose layers are stacked on axis 0. ``name`` is its name in the checkpoint,
+    with ``{layer}`` if there is one tensor per layer. ``form`` is "transposed" for torch's linear maps ``[out, in]``,
+    which the tree has as ``[in, out]``, and "row" for a head ``[1, in]``, which the tree has as ``[in]``.
     """
 
     path: tuple[str, ...]
