@@ -142,9 +142,9 @@ def run(command: str, argv: Sequence[str]) -> int:
 def run_stage(command: str, config: Config) -> None:
     """Run one stage of the recipe, or all of them, and print where the results are."""
     require_data(command, config)
-    from jrlhf.parallel import is_first, joined
+    from jrlhf.parallel import is_first, process_group
 
-    with joined(**vars(config.distributed)):
+    with process_group(**vars(config.distributed)):
         run_joined(command, config)
         folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
         if is_first():

@@ -12,7 +12,7 @@ from jrlhf.parallel.hosts import (
     is_first,
     same_everywhere,
 )
-from jrlhf.parallel.launch import joined
+from jrlhf.parallel.launch import process_group
 from jrlhf.parallel.mesh import AXES, BATCH_AXES, batch_sharding, make_mesh, replicated, shard_batch, spread_rows
 from jrlhf.parallel.peers import PeerLost, leave_at_once
 from jrlhf.parallel.sharding import ShardingRules, init_sharded, leaf_spec, tree_shardings
@@ -40,13 +40,13 @@ __all__ = [
     "is_first",
     "jit_moving",
     "jit_step",
-    "joined",
     "known_peaks",
     "leaf_spec",
     "leave_at_once",
     "make_mesh",
     "measured_peaks",
     "parse_topology",
+    "process_group",
     "replicated",
     "same_everywhere",
     "shard_batch",

@@ -236,7 +236,11 @@ def test_every_part_of_the_key_counts(chat, make_tokenizer, cached, write, monke
     load_texts(cached, source, chat)
     assert len(folders(cached)) == before + 2
     assert not again()
-    for name, value in (("FORMAT", cache.FORMAT + 1), ("_code_digest", lambda: "x"), ("version", lambda package: "0")):
+    for name, value in (
+        ("FORMAT_VERSION", cache.FORMAT_VERSION + 1),
+        ("_code_digest", lambda: "x"),
+        ("version", lambda package: "0"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(cache, name, value)
             assert made(cached)
@@ -402,7 +406,7 @@ def test_the_same_key_at_once_is_made_once_and_the_others_wait(chat, cached, wri
         thread.join(30)
     assert len(builds) == 1
     assert found[0] == found[1]
-    assert any("another process tokenises it" in message for message in caplog.messages)
+    assert any("waiting for another process" in message for message in caplog.messages)
 
 
 def test_without_locks_the_first_to_be_done_is_kept(chat, cached, write, monkeypatch):

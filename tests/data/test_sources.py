@@ -233,7 +233,7 @@ def test_saved_folders_that_are_broken(tmp_path):
     with pytest.raises(DataError, match=r"state\.json: cannot be read: JSONDecodeError"):
         open_source(str(tmp_path))
     (tmp_path / "state.json").write_text('{"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}')
-    with pytest.raises(DataError, match=r"kept indices beside the rows, as here; load and save it anew$"):
+    with pytest.raises(DataError, match=r"saved indices beside the rows; load the folder and save it again$"):
         open_source(str(tmp_path))
     for text in ("{}", '{"_data_files": ["data.arrow"]}', '{"_data_files": [{"filename": null}]}'):
         (tmp_path / "state.json").write_text(text)

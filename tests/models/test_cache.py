@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jrlhf.core import positions_from_mask
 from jrlhf.models import decoder_fns, init_params, int8_cache
 from jrlhf.models.attention import attend, attention_mask
-from jrlhf.models.cache import Quantised, append, attend_cached, quantise
+from jrlhf.models.cache import Quantised, append_entries, attend_cached, quantise
 from jrlhf.steps import make_generate
 from tests.models.test_attention import HEADS, KV_HEADS, LENGTH, RIGHT, ROWS, WIDTH, by_hand
 from tests.models.test_decoder import batch
@@ -91,13 +91,13 @@ def test_a_number_that_is_none_is_not_hidden():
 def test_it_is_written_where_the_slots_are_free():
     x = drawn((3, 2, 5, 8), seed=1)
     empty = Quantised(jnp.zeros((3, 2, 9, 8), jnp.int8), jnp.zeros((3, 2, 9), jnp.float32))
-    once = append(empty, x, jnp.int32(0))
-    twice = append(append(empty, x[:, :, :3], jnp.int32(0)), x[:, :, 3:], jnp.int32(3))
+    once = append_entries(empty, x, jnp.int32(0))
+    twice = append_entries(append_entries(empty, x[:, :, :3], jnp.int32(0)), x[:, :, 3:], jnp.int32(3))
     for found in (once, twice):
         for mine, theirs in zip(found, quantise(x), strict=True):
             np.testing.assert_array_equal(mine[:, :, :5], theirs)
             assert not np.any(mine[:, :, 5:])
-    plain = append(jnp.zeros((3, 2, 9, 8), jnp.float32), x, jnp.int32(4))
+    plain = append_entries(jnp.zeros((3, 2, 9, 8), jnp.float32), x, jnp.int32(4))
     np.testing.assert_array_equal(plain[:, :, 4:], x)
 
 

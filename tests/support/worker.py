@@ -22,8 +22,8 @@ from jrlhf.parallel import (
     first_goes_ahead,
     from_first,
     is_first,
-    joined,
     make_mesh,
+    process_group,
     same_everywhere,
     shard_batch,
 )
@@ -135,7 +135,7 @@ def main(task: str, folder: str, *arguments: str) -> int:
     if arguments == ("answer signals",):
         end_at_once()
     try:
-        with joined(**vars(timeouts)):
+        with process_group(**vars(timeouts)):
             {"rows": read_rows, "agree": agree, "train": train, "reload": reload}[task](Path(folder), *arguments)
     except BaseException as error:
         complain(f"{type(error).__name__}: {error}")
