@@ -140,7 +140,7 @@ class Checkpoints:
         """Read the state saved at a step, bit for bit, into the structure and shardings of ``like``.
 
         ``like`` is a state or its ``ShapeDtypeStruct``s; a leaf without a sharding goes to the first device. ``part``
-        is the path of the subtree that ``like`` describes, such as ``train/params/policy``; the rest is not read. Raises
+        is the path of the subtree that ``like`` describes (``train/params/policy``); the rest is not read. Raises
         CheckpointError with the names of all leaves that are missing, unknown, or of another shape or dtype.
         """
         self.wait()
