@@ -151,5 +151,5 @@ def test_a_single_query_in_bfloat16_is_that_of_float32(cap):
 
 
 def test_a_soft_cap_is_refused(arch):
-    with pytest.raises(ValueError, match="attention: 'cudnn' knows no soft cap"):
+    with pytest.raises(ValueError, match="attention: 'cudnn' has no soft cap"):
         decoder_fns(replace(arch, attention_softcap=50.0), dtype="bfloat16", remat=False, attention="cudnn")

@@ -82,7 +82,7 @@ def test_rounded_parameters_are_those_that_come_back_from_the_file(dtype, narrow
 def test_a_weight_that_float16_cannot_hold_is_an_error_and_not_infinite(narrow, tmp_path):
     model = load_pretrained(narrow(lambda name: "F16"), dtype="float32")
     trained = replace(model, params=jax.tree.map(lambda x: x * 1.1, model.params))
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: a weight is beyond 65504"):
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: a weight exceeds 65504"):
         save_pretrained(trained, tmp_path / "out")
     save_pretrained(trained, tmp_path / "out", dtype="float32")
 
