@@ -38,7 +38,7 @@ class Variant(NamedTuple):
     """A tokenizer's chat template for rows with tools or for rows without."""
 
     template: str
-    marked: str
+    marked_template: str
     """The template with ``MARK_BEGIN`` and ``MARK_END`` inside its generation markers; empty if it has no markers."""
     calls: CallForms
 
@@ -90,30 +90,31 @@ class ChatTemplate:
             if stop := next((stop for stop in self.stops for word in words if stop in word), None):
                 raise BadRow(column, "an answer holds a stop token, at which it would end", f": {stop} in message {i}")
         chat = Chat(messages[: numbers[-1] + 1], column, tools)
-        text, turns = (self._by_markers if self._variant(bool(tools)).marked else self._by_prefixes)(chat, numbers)
+        locate = self._by_markers if self._variant(bool(tools)).marked_template else self._by_prefixes
+        text, turns = locate(chat, numbers)
         self._check_tools(text, chat, opens=False)
         check_messages(text, chat.messages, turns, column, first=first)
         return text, turns
 
     def _by_prefixes(self, chat: Chat, numbers: list[int]) -> tuple[str, list[Turn]]:
-        done, turns = "", list[Turn]()
+        rendered, turns = "", list[Turn]()
         for i in numbers:
             opening = self._render(chat, i, opens=True)
-            if not opening.startswith(done):
+            if not opening.startswith(rendered):
                 raise BadRow(chat.column, HISTORY_CHANGED + SPLIT_ADVICE, f" (message {i})")
-            done = self._render(chat, i + 1, opens=False)
+            rendered = self._render(chat, i + 1, opens=False)
             words = message_text(chat.messages[i]).strip()
-            answer_start = done.find(words, len(opening)) if words else len(done)
-            if not done.startswith(opening) or done[len(opening) : answer_start].strip():
-                self._check_generation_prompt(chat, i, opening, done)
-            turns.append(Turn(len(opening), len(opening), len(done)))
-        return done, turns
+            answer_start = rendered.find(words, len(opening)) if words else len(rendered)
+            if not rendered.startswith(opening) or rendered[len(opening) : answer_start].strip():
+                self._check_generation_prompt(chat, i, opening, rendered)
+            turns.append(Turn(len(opening), len(opening), len(rendered)))
+        return rendered, turns
 
-    def _check_generation_prompt(self, chat: Chat, i: int, opening: str, done: str) -> None:
-        """Raise ``BadRow`` if ``done`` does not begin with ``opening``, or if ``opening`` has no generation prompt."""
+    def _check_generation_prompt(self, chat: Chat, i: int, opening: str, rendered: str) -> None:
+        """Raise ``BadRow`` if ``rendered`` does not begin with ``opening``, or ``opening`` has no generation prompt."""
         where, history = f" (message {i})", self._render(chat, i, opens=False)
-        if not done.startswith(opening):
-            raise BadRow(chat.column, PROMPT_DIFFERS if done.startswith(history) else HISTORY_CHANGED, where)
+        if not rendered.startswith(opening):
+            raise BadRow(chat.column, PROMPT_DIFFERS if rendered.startswith(history) else HISTORY_CHANGED, where)
         if opening == history:
             raise BadRow(chat.column, PROMPT_IGNORED, where)
 
@@ -121,7 +122,7 @@ class ChatTemplate:
         """Locate the answers by markers in one rendering, of which each answer's prompt must be a prefix."""
         column = chat.column
         text, spans = self._render(chat, opens=False), list[tuple[int, int]]()
-        pieces = re.split(f"([{MARK_BEGIN}{MARK_END}])", self._render(chat, opens=False, marked=True))
+        pieces = re.split(f"([{MARK_BEGIN}{MARK_END}])", self._render(chat, opens=False, with_marks=True))
         balanced = pieces[1::2] == [MARK_BEGIN, MARK_END] * (len(pieces) // 4)
         if "".join(pieces[::2]) != text or not balanced:
             raise BadRow(column, BAD_MARKERS)
@@ -133,15 +134,15 @@ class ChatTemplate:
         before = sum(message["role"] == "assistant" for message in chat.messages[: numbers[0]])
         if len(spans) != before + len(numbers):
             raise BadRow(column, BAD_MARKERS, f": {len(spans)} pairs for {before + len(numbers)} answers")
-        turns, done = list[Turn](), 0
+        turns, turn_end = list[Turn](), 0
         for i, (start, end) in zip(numbers, spans[before:], strict=True):
             prompt = self._render(chat, i, opens=True)
-            if not text.startswith(prompt) or not done <= len(prompt) <= end:
+            if not text.startswith(prompt) or not turn_end <= len(prompt) <= end:
                 raise BadRow(column, PROMPT_DIFFERS, f" (message {i})")
             # Markers may exclude the stop token, which is learnt all the same.
-            done = end + next((len(stop) for stop in self.stops if text.startswith(stop, end)), 0)
-            turns.append(Turn(len(prompt), max(start, len(prompt)), done))
-        return text[:done], turns
+            turn_end = end + next((len(stop) for stop in self.stops if text.startswith(stop, end)), 0)
+            turns.append(Turn(len(prompt), max(start, len(prompt)), turn_end))
+        return text[:turn_end], turns
 
     def _check_tools(self, text: str, chat: Chat, *, opens: bool) -> None:
         if chat.tools:
@@ -152,14 +153,14 @@ class ChatTemplate:
             check_tools(text, without, chat.tools)
 
     def _render(
-        self, chat: Chat, count: int | None = None, *, opens: bool, marked: bool = False, offered: bool = True
+        self, chat: Chat, count: int | None = None, *, opens: bool, with_marks: bool = False, offered: bool = True
     ) -> str:
         """Render the first ``count`` messages (None: all), with the row's tools if ``offered``."""
         if not self.exists:
             raise BadRow(chat.column, "chat messages, but the tokenizer has no chat template")
         variant = self._variant(bool(chat.tools))
         messages = [variant.calls.message(message) for message in chat.messages[:count]]
-        template = variant.marked if marked else variant.template
+        template = variant.marked_template if with_marks else variant.template
         return self._apply_template(template, messages, chat.column, chat.tools if offered else None, opens=opens)
 
     def _apply_template(
@@ -180,12 +181,12 @@ class ChatTemplate:
     def _build_variant(self, tools: bool) -> Variant:
         """Build the variant for rows with or without tools; probe messages decide the form of its calls."""
         template = template_of(self._tokenizer, tools=tools)
-        marked = _with_marks(template) if MARKER.search(template) else ""
+        marked_template = _with_marks(template) if MARKER.search(template) else ""
 
         def render(messages: list[Message], offered: Tools | None) -> str:
             return self._apply_template(template, messages, "tool_calls", offered, opens=False)
 
-        return Variant(template, marked, call_forms(render, tools=tools))
+        return Variant(template, marked_template, call_forms(render, tools=tools))
 
 
 def template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:

@@ -104,8 +104,8 @@ class Encoder:
         if isinstance(completion, list):
             raise BadRow("completion", "messages, but the prompt is a string; both must be strings or both messages")
         if prompt is None:
-            whole = self._sequence_start(completion, "text")
-            before, answer = whole[: len(self.bos)], whole[len(self.bos) :]
+            ids = self._sequence_start(completion, "text")
+            before, answer = ids[: len(self.bos)], ids[len(self.bos) :]
         else:
             before, answer = self._sequence_start(prompt, "prompt"), self._continuation(prompt, completion)
         if completion.strip() and not answer:
@@ -122,12 +122,12 @@ class Encoder:
         """
         text, turns = self._chat.turns(messages, column, first=first, tools=tools)
         answers = [message for message in messages[first:] if message["role"] == "assistant"]
-        done, segments = 0, list[Segment]()
+        position, segments = 0, list[Segment]()
         for turn, message in zip(turns, answers, strict=True):
-            segments.append(Segment(self._piece(text, done, turn.prompt_end), answer=False))
+            segments.append(Segment(self._piece(text, position, turn.prompt_end), answer=False))
             if turn.start > turn.prompt_end:
                 segments.append(Segment(self._piece(text, turn.prompt_end, turn.start), answer=False))
-            answer, done = self._turn(text, turn, column, last=turn is turns[-1])
+            answer, position = self._turn(text, turn, column, last=turn is turns[-1])
             segments.append(Segment(answer, answer=True, zero_weight=not is_learnt(message)))
         return segments
 
@@ -140,8 +140,8 @@ class Encoder:
         for stop in (self._turn_end, self._eos):
             if stop is not None and stop in ids:
                 word = self._tokenizer.convert_ids_to_tokens(stop)
-                if (at := text.rfind(word, turn.start, turn.end)) >= 0:
-                    return ids[: len(ids) - ids[::-1].index(stop)], at + len(word)
+                if (word_start := text.rfind(word, turn.start, turn.end)) >= 0:
+                    return ids[: len(ids) - ids[::-1].index(stop)], word_start + len(word)
         if not last:
             raise BadRow(column, NO_STOP_TOKEN)
         return [*ids, self._eos], turn.end
@@ -177,7 +177,7 @@ class Encoder:
         if not text:
             return []
         for anchor in (before[-CONTEXT_CHARACTERS:], *ANCHORS):
-            head, whole = self._ids(anchor), self._ids(anchor + text)
-            if whole[: len(head)] == head:
-                return whole[len(head) :]
+            head, ids = self._ids(anchor), self._ids(anchor + text)
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
         return self._ids(text)

@@ -115,27 +115,27 @@ class SourceFields(TypedDict):
 
 def _load(config: DataConfig, sources: Sources, tokenizer: Tokenizer, kind: Kind) -> SourceTables:
     weighted = {sources: 1.0} if isinstance(sources, str) else sources
-    opened = [open_source(source) for source in weighted]
+    source_list = [open_source(source) for source in weighted]
     # Stamped before the first row is read, so that a file that changes meanwhile counts as another one.
-    files = [stamps(source.files) for source in opened]
-    tables = [_table(config, source, tokenizer, kind) for source in opened]
+    files = [stamps(source.files) for source in source_list]
+    tables = [_table(config, source, tokenizer, kind) for source in source_list]
     # Hosts whose files differ would assemble different batches.
     same_everywhere(f"rows of {', '.join(weighted)}", lambda: " ".join(table.digest for table in tables))
-    known = zip(weighted, tables, files, opened, strict=True)
-    sources_of = [SourceRows(name, table.digest, at, source.local) for name, table, at, source in known]
-    return SourceTables(tables, list(weighted.values()), sources_of)
+    origins = zip(weighted, tables, files, source_list, strict=True)
+    source_rows = [SourceRows(name, table.digest, files_of, source.local) for name, table, files_of, source in origins]
+    return SourceTables(tables, list(weighted.values()), source_rows)
 
 
-def _table(config: DataConfig, opened: Source, tokenizer: Tokenizer, kind: Kind) -> Table:
+def _table(config: DataConfig, source: Source, tokenizer: Tokenizer, kind: Kind) -> Table:
     """Return the rows of one source, using the cache if the config has one."""
-    folder = cache_folder(config.cache, opened.files)
+    folder = cache_folder(config.cache, source.files)
     if folder is None:
-        return memory_table(kind.schema, lambda writer: _encode_source(config, opened, kind, writer))
+        return memory_table(kind.schema, lambda writer: _encode_source(config, source, kind, writer))
     settings = {name: value for name, value in asdict(config).items() if name not in NON_ROW_SETTINGS}
     # Ids are checked against the model's embeddings when rows are encoded, so the limit is part of the key.
     limit = {} if (rows := vocabulary_limit(tokenizer)) is None else {"embedding_rows": rows}
-    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings, **limit})
-    return cached_table(folder, key, kind.schema, lambda writer: _encode_source(config, opened, kind, writer))
+    key = cache_key(kind.name, source.name, source.files, tokenizer, {**settings, **kind.settings, **limit})
+    return cached_table(folder, key, kind.schema, lambda writer: _encode_source(config, source, kind, writer))
 
 
 def _encode_source(config: DataConfig, source: Source, kind: Kind, writer: Writer) -> Skips:
@@ -146,7 +146,7 @@ def _encode_source(config: DataConfig, source: Source, kind: Kind, writer: Write
         encoded = kind.encode(row)
         return encoded._replace(unread=names) if (names := kind.unread(row)) else encoded
 
-    start = said = time.monotonic()
+    start = last_report = time.monotonic()
     for place, row in encode_all(source.rows, encode):
         if isinstance(row, BadRow):
             skips.add(row, place)
@@ -155,8 +155,8 @@ def _encode_source(config: DataConfig, source: Source, kind: Kind, writer: Write
             for note in row.notes:
                 skips.notes.add(note, place)
             skips.add_unread(row.unread)
-        if (now := time.monotonic()) - said > PROGRESS_INTERVAL:
-            said = now
+        if (now := time.monotonic()) - last_report > PROGRESS_INTERVAL:
+            last_report = now
             log.info("%s: %d rows tokenised, %d per second", source.name, writer.rows, writer.rows / (now - start))
     return skips
 

@@ -77,10 +77,10 @@ def _spare_token(tokenizer: Tokenizer, path: str) -> str:
     Masks here go by position, so any token could pad, but other libraries mask by token.
     """
     limit, stops = vocabulary_limit(tokenizer), stop_token_ids(tokenizer, ())
-    known = {token: i for token, i in tokenizer.get_vocab().items() if limit is None or i < limit}
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if limit is None or i < limit}
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     for token in (*PAD_CANDIDATES, tokenizer.unk_token, *added, *NUL_BYTE):
-        if token in known and known[token] not in stops:
+        if token in vocabulary and vocabulary[token] not in stops:
             return token
     raise DataError(f"{path}: the tokenizer has no token to pad with: set pad_token to one that is not its EOS")
 
@@ -91,14 +91,14 @@ def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...]) -> tuple[int, .
     They are the EOS, the chat template's end of an assistant turn, the ``eos_token_id`` of the
     ``generation_config.json`` beside the tokenizer, and the tokens named in ``extra``.
     """
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     for token in extra:
-        if token not in known:
+        if token not in vocabulary:
             raise DataError(f"sampling.stop: {token!r} is not a token of the tokenizer")
-        check_roles(tokenizer, {"stop token": known[token]}, where="sampling.stop")
+        check_roles(tokenizer, {"stop token": vocabulary[token]}, where="sampling.stop")
     folder = tokenizer_folder(tokenizer)
     generation_ids = () if folder is None else generation_eos(folder)
-    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *generation_ids, *(known[token] for token in extra)]
+    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *generation_ids, *(vocabulary[token] for token in extra)]
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 

@@ -43,15 +43,15 @@ def failure_reason(folder: Path, error: Exception) -> str:
             read_json(folder / name)
         except ValueError as broken:
             return str(broken)
-    said = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     if "tokenizer.json" in names:
-        return f"{folder / 'tokenizer.json'} cannot be read: {type(error).__name__}: {said}"
+        return f"{folder / 'tokenizer.json'} cannot be read: {type(error).__name__}: {message}"
     if "vocab.json" in names and "merges.txt" not in names:
         return f"{folder} has vocab.json without merges.txt, and no tokenizer.json"
     if not any(name in names for name in VOCABULARIES):
-        listed = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "nothing"
+        names_text = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "nothing"
         return (
-            f"{folder} holds {listed}: no tokenizer.json, nor vocab.json and merges.txt, nor tokenizer.model; "
+            f"{folder} holds {names_text}: no tokenizer.json, nor vocab.json and merges.txt, nor tokenizer.model; "
             "copy the tokenizer's files from the base model"
         )
-    return said
+    return message

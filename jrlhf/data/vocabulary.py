@@ -56,8 +56,8 @@ def check_roles(tokenizer: Tokenizer, roles: Mapping[str, int | None], *, where:
         role: token for role, token in roles.items() if limit is not None and token is not None and token >= limit
     }
     if beyond:
-        named = ", ".join(f"{role} {_token_names(tokenizer, [token])}" for role, token in beyond.items())
-        raise DataError(f"{where}: {named}: {_size_text(tokenizer)}; {REMEDY}")
+        names = ", ".join(f"{role} {_token_names(tokenizer, [token])}" for role, token in beyond.items())
+        raise DataError(f"{where}: {names}: {_size_text(tokenizer)}; {REMEDY}")
 
 
 def check_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> None:

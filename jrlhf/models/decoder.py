@@ -127,12 +127,14 @@ class Decoder(nn.Module):
         positions = positions_from_mask(mask)
         kinds = jnp.asarray(self.arch.layer_kinds, jnp.int32)
         segments = None if mask.dtype == jnp.bool_ else mask
-        seen = attention_inputs(self.arch, positions, positions, segments=segments)
+        layer_inputs = attention_inputs(self.arch, positions, positions, segments=segments)
         if self.kernel == "splash":
             # Splash reads segments instead of square masks, so XLA never computes the squares.
             ids = mask.astype(jnp.int32)
-            seen = tuple(inputs._replace(mask=Segments(ids, jnp.int32(kind))) for kind, inputs in enumerate(seen))
-        x_BTD, _ = self.layers(self.lookup(tokens, positions), kinds, seen, None)
+            layer_inputs = tuple(
+                inputs._replace(mask=Segments(ids, jnp.int32(kind))) for kind, inputs in enumerate(layer_inputs)
+            )
+        x_BTD, _ = self.layers(self.lookup(tokens, positions), kinds, layer_inputs, None)
         return self.final_norm(x_BTD)
 
     def lookup(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:

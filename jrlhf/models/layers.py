@@ -105,14 +105,14 @@ class Attention(nn.Module):
             flat = dense(heads * arch.head_dim, arch.qkv_bias, self.dtype, name)(x_BTD)
             return flat.reshape(rows, length, heads, arch.head_dim)
 
-        def placed(x: Array) -> Array:
+        def turn(x: Array) -> Array:
             return x if inputs.angles is None else rotate(x, inputs.angles)
 
         q_BTNH, k_BTKH = project("q", arch.num_heads), project("k", arch.num_kv_heads)
         if arch.qk_norm:
             q_BTNH = Norm(arch.norm, arch.norm_eps, self.dtype, name="q_norm")(q_BTNH)
             k_BTKH = Norm(arch.norm, arch.norm_eps, self.dtype, name="k_norm")(k_BTKH)
-        q_BTNH, k_BTKH, v_BTKH = placed(q_BTNH * scale), placed(k_BTKH), project("v", arch.num_kv_heads)
+        q_BTNH, k_BTKH, v_BTKH = turn(q_BTNH * scale), turn(k_BTKH), project("v", arch.num_kv_heads)
         out = dense(arch.hidden_size, arch.attention_out_bias, self.dtype, "o")
         if isinstance(inputs.mask, Segments):
             mixed = splash_attention(

@@ -110,19 +110,19 @@ class Checkpoints:
         Damaged newer steps are moved to ``damaged/``, with a warning, and never deleted. Raises CheckpointError if all
         steps are damaged, so that a run does not silently start over.
         """
-        lost: list[str] = []
+        problems: list[str] = []
         for step in reversed(self.steps()):
             wrong = self._damage(step)
             if not wrong:
-                if lost:
-                    log.warning("%s; resuming from step %d", "; ".join(lost), step)
+                if problems:
+                    log.warning("%s; resuming from step %d", "; ".join(problems), step)
                 return step
             where = self._move_to_damaged(step)
-            lost.append(
+            problems.append(
                 f"checkpoint {self.folder / str(step)} is damaged ({_first_lines(wrong)}) and set aside in {where}"
             )
-        if lost or (self.folder / DAMAGED_FOLDER).is_dir():
-            reason = "; ".join(lost) or f"those in {self.folder / DAMAGED_FOLDER} are damaged"
+        if problems or (self.folder / DAMAGED_FOLDER).is_dir():
+            reason = "; ".join(problems) or f"those in {self.folder / DAMAGED_FOLDER} are damaged"
             raise CheckpointError(f"no checkpoint can be used: {reason}. To start over, remove {self.folder}")
         return None
 

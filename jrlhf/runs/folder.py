@@ -181,9 +181,9 @@ def _locked_folder(config: Config, stage: StageName, folder: Path) -> Iterator[N
         if saved.exists() and has_begun(folder):
             differences = diff_configs(comparable(load_config(saved), stage), comparable(config, stage))
             if differences:
-                listed = "\n  ".join(differences)
+                lines = "\n  ".join(differences)
                 raise ConfigError(
-                    f"{folder} holds a run with another config:\n  {listed}\n"
+                    f"{folder} holds a run with another config:\n  {lines}\n"
                     "choose another --run, or use the old values to resume it"
                 )
         else:

@@ -201,8 +201,8 @@ class Speed:
         if self._first is None or self._last[0] <= self._first[0]:
             return ""
         rate = (self._last[0] - self._first[0]) / max(self._last[1] - self._first[1], 1e-9)
-        left = round(max(total - self._last[0], 0) / rate)
-        return f"{rate:.3g} {self._unit}/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        seconds = round(max(total - self._last[0], 0) / rate)
+        return f"{rate:.3g} {self._unit}/s, {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
 def format_metrics(metrics: Mapping[str, SupportsFloat]) -> str:
@@ -225,9 +225,9 @@ class _Lines:
     def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
         self._speed.update(step)
         self._metrics = self._metrics if metrics is None else format_metrics(metrics)
-        done = self._twentieths(step)
-        if done > self._printed:
-            self._printed = done
+        twentieths = self._twentieths(step)
+        if twentieths > self._printed:
+            self._printed = twentieths
             parts = (f"{self._description} {step}/{self._total}", self._metrics, self._speed.describe(self._total))
             out = sys.stderr if self._to_stderr else sys.stdout
             print("  ".join(part for part in parts if part), file=out, flush=True)

@@ -164,5 +164,5 @@ def _pairs(old: Sequence[Input], new: Sequence[Input], kind: Kind) -> Iterator[t
 
 def _keys(old: Sequence[Input], new: Sequence[Input]) -> list[str]:
     """Return the keys that both records have, in the new record's order."""
-    had = {item.key for item in old}
-    return [*dict.fromkeys(item.key for item in new if item.key in had)]
+    old_keys = {item.key for item in old}
+    return [*dict.fromkeys(item.key for item in new if item.key in old_keys)]

@@ -58,10 +58,10 @@ def check_origin(inputs: StageInputs, folder: Path) -> Origin:
     """Return the origin of a stage that begins or resumes; raise ConfigError if it began with other inputs."""
     resumes = from_first("look for an earlier run", lambda: has_begun(folder))
     old = _read_origin(inputs.stage, folder) if resumes else None
-    known = old.inputs if old else ()
+    records = old.inputs if old else ()
     # All processes read the rows together, so rows come before the files that only the first one reads.
     rows = [item for key, read in inputs.rows().items() for item in _read_rows(key, read)]
-    files = from_first("look at its models", lambda: [*map(_plain, _files(inputs, known))])
+    files = from_first("look at its models", lambda: [*map(_plain, _files(inputs, records))])
     return _compare(inputs, folder, old, [*(Input(**item) for item in files), *rows])
 
 
@@ -94,12 +94,12 @@ def _read_rows(key: str, read: RowsInput) -> list[Input]:
     return [] if rows is None else rows_inputs(key, rows)
 
 
-def _files(inputs: StageInputs, known: Sequence[Input]) -> Iterator[Input]:
+def _files(inputs: StageInputs, records: Sequence[Input]) -> Iterator[Input]:
     for key, source in inputs.models().items():
-        yield from model_inputs(key, source(), records=known)
+        yield from model_inputs(key, source(), records=records)
     for key, path in inputs.files().items():
         if (file := path()) is not None:
-            yield file_input(key, file, records=known)
+            yield file_input(key, file, records=records)
 
 
 def _read_origin(stage: str, folder: Path) -> Origin | None:
@@ -111,7 +111,7 @@ def _read_origin(stage: str, folder: Path) -> Origin | None:
     def read() -> dict[str, Any] | None:
         path = folder / ORIGIN_FILE
         if not path.exists():
-            steps = [int(at.name) for at in folder.glob("checkpoints/*") if at.name.isdecimal()]
+            steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal()]
             path = folder / "checkpoints" / str(max(steps, default=0)) / NOTES_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8") if path.exists() else "{}")
@@ -239,7 +239,7 @@ def _compare(inputs: StageInputs, folder: Path, old: Origin | None, new: Sequenc
 
 def _note_accepted(folder: Path, lines: Sequence[str]) -> None:
     """Log accepted changes as a warning and as an event at the step that the run resumes from."""
-    steps = [int(at.name) for at in folder.glob("checkpoints/*") if at.name.isdecimal()]
+    steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdecimal()]
     log = RowLog(folder / "events.jsonl", resume_step=sys.maxsize)
     log.write(max(steps, default=0), {"event": "changed inputs", "accepted": "; ".join(lines)})
     log.close()

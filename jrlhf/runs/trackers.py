@@ -76,8 +76,8 @@ class Mlflow:
             experiment = self._client.create_experiment(project) if existing is None else existing.experiment_id
             run = self._client.create_run(experiment, run_name=name).info.run_id
             params = list(_flatten(about))
-            for at in range(0, len(params), self.MAX_PARAMS):
-                self._mlflow.log_params(dict(params[at : at + self.MAX_PARAMS]), run_id=run)
+            for start in range(0, len(params), self.MAX_PARAMS):
+                self._mlflow.log_params(dict(params[start : start + self.MAX_PARAMS]), run_id=run)
         self._id = run
         return run
 
@@ -197,8 +197,8 @@ class TrackerThread:
     def _work(self) -> None:
         self._for_each(self._start)
         while (row := self._rows.get()) is not None:
-            at, values = row
-            self._for_each(lambda name, at=at, values=values: self._tell(name, at, values))
+            position, values = row
+            self._for_each(lambda name, position=position, values=values: self._tell(name, position, values))
         self._for_each(lambda name: self._trackers[name].close(failed=self._failed))
 
     def _for_each(self, do: Callable[[str], None]) -> None:
@@ -216,10 +216,10 @@ class TrackerThread:
         self._runs[name] = self._trackers[name].start(self._project, self._name, self._runs.get(name, ""), self._about)
         self._save_position(name, self._positions.get(name, START))
 
-    def _tell(self, name: str, at: Position, values: Mapping[str, float]) -> None:
-        if at > self._positions[name]:
-            self._trackers[name].log(at.step, values)
-            self._save_position(name, at)
+    def _tell(self, name: str, position: Position, values: Mapping[str, float]) -> None:
+        if position > self._positions[name]:
+            self._trackers[name].log(position.step, values)
+            self._save_position(name, position)
 
     def _save_position(self, name: str, position: Position) -> None:
         self._positions[name] = position

@@ -122,8 +122,8 @@ def _gated(arch: ArchConfig) -> Iterator[Entry]:
             "mlp_norm": "pre_feedforward_layernorm",
             "mlp_post_norm": "post_feedforward_layernorm",
         }
-    for ours, theirs in norms.items():
-        yield Entry(("layers", ours, "scale"), f"{layer}{theirs}.weight")
+    for name, hf_name in norms.items():
+        yield Entry(("layers", name, "scale"), f"{layer}{hf_name}.weight")
     for name in ("q_norm", "k_norm") if arch.qk_norm else ():
         yield Entry(("layers", "attention", name, "scale"), f"{layer}self_attn.{name}.weight")
     for name in ("q", "k", "v"):

@@ -53,22 +53,22 @@ def insert_adapter(params: Params, arch: ArchConfig, folder: Path, *, needs_head
     for anything but plain LoRA and for tensors that the model has no place for, which it names.
     """
     adapter = _read_adapter(folder)
-    used: set[str] = set()
+    used_names: set[str] = set()
     decoder, adapters = params.get("decoder", params), {}
     for name, entries in _by_tensor(arch).items():
         shapes = [leaf_at(decoder, entry.path).shape for entry in entries]
-        layers = [_read_layer(adapter, name.format(layer=i), i, used) for i in range(arch.num_layers)]
+        layers = [_read_layer(adapter, name.format(layer=i), i, used_names) for i in range(arch.num_layers)]
         if any(layers):
             for entry, shape in zip(entries, shapes, strict=True):
                 adapters[entry.path] = _stack_layers(layers, entry, shape, where=f"{folder}: {name}")
     if "head" in params:
-        head = _read_head(adapter, arch, used)
+        head = _read_head(adapter, arch, used_names)
         if head is None and needs_head:
             raise ValueError(f"{folder}: a reward model's adapter needs {_HEAD} of shape [1, {arch.hidden_size}]")
         params = params if head is None else params | {"head": head}
-    if unknown := sorted(adapter.tensors.keys() - used):
+    if unknown := sorted(adapter.tensors.keys() - used_names):
         raise ValueError(f"{folder}: tensors that are not supported: {', '.join(unknown[:8])}; {_MERGE}")
-    if not used:
+    if not used_names:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS}: contains no tensors")
     paths = list(adapters)
     return at_kernels(params, paths, lambda leaves, i: leaves | adapters[paths[i]])
@@ -158,7 +158,7 @@ def _check_init(folder: Path, init: Any) -> None:
         )
 
 
-def _read_head(adapter: Adapter, arch: ArchConfig, used: set[str]) -> Params | None:
+def _read_head(adapter: Adapter, arch: ArchConfig, used_names: set[str]) -> Params | None:
     """Read an adapter's scalar head; return None if it has none."""
     if _HEAD not in adapter.tensors:
         return None
@@ -168,12 +168,12 @@ def _read_head(adapter: Adapter, arch: ArchConfig, used: set[str]) -> Params | N
             raise ValueError(
                 f"{adapter.folder}: {name} has shape {list(tensor.shape)}, a scalar head has {list(shape)}"
             )
-    used.update({_HEAD, _HEAD_BIAS_TENSOR} & adapter.tensors.keys())
+    used_names.update({_HEAD, _HEAD_BIAS_TENSOR} & adapter.tensors.keys())
     offset = float(adapter.metadata.get(_HEAD_BIAS, 0.0)) if bias is None else float(bias[0])
     return {"kernel": jnp.asarray(kernel[0].astype(np.float32)), "bias": jnp.float32(offset)}
 
 
-def _read_layer(adapter: Adapter, name: str, layer: int, used: set[str]) -> tuple[np.ndarray, np.ndarray] | None:
+def _read_layer(adapter: Adapter, name: str, layer: int, used_names: set[str]) -> tuple[np.ndarray, np.ndarray] | None:
     """Read ``(a [in, r], scale · b [r, out])`` of a linear map, or return None if it has no adapter."""
     folder, config, tensors, _ = adapter
     module = name.removesuffix(".weight")
@@ -183,7 +183,7 @@ def _read_layer(adapter: Adapter, name: str, layer: int, used: set[str]) -> tupl
     for n in names:
         if n not in tensors:
             raise ValueError(f"{folder}: missing tensor: {n}")  # the config says that this map has an adapter
-    used.update(names)
+    used_names.update(names)
     rank = _pattern_value(config, "rank_pattern", module, config["r"])
     a, b = (tensors[n] for n in names)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:

@@ -171,8 +171,8 @@ def _embedding_name(arch: ArchConfig) -> str:
 def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Callable[[tuple[slice, ...]], np.ndarray]:
     def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if entry.fused is not None:
-            whole = tensors.read(name, (slice(None),) * len(index))
-            return split_fused(whole.T if entry.form == "transposed" else whole, entry.fused)[index]
+            tensor = tensors.read(name, (slice(None),) * len(index))
+            return split_fused(tensor.T if entry.form == "transposed" else tensor, entry.fused)[index]
         match entry.form:
             case "same":
                 return tensors.read(name, index)

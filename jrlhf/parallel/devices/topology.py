@@ -65,8 +65,8 @@ def parse_topology(text: str) -> Topology:
     if not text:
         count, device = jax.device_count(), jax.devices()[0]
         return Topology(f"{count} x {device.device_kind}", count, known_chip(device.device_kind), real=True)
-    found = re.fullmatch(r"(.+?)([-x:])(\d+)", text.lower())
-    name, mark, number = found.groups() if found else ("", "", "0")
+    match = re.fullmatch(r"(.+?)([-x:])(\d+)", text.lower())
+    name, mark, number = match.groups() if match else ("", "", "0")
     if name == "cpu" and mark == ":" and int(number):
         return Topology(text, int(number), None, real=False)
     chip = next((chip for chip in CHIPS if chip.name == name and mark == _mark(chip)), None)
