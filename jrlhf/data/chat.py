@@ -88,7 +88,7 @@ class ChatTemplate:
         for i in numbers:
             words = (message_text(messages[i]), *call_texts(messages[i]))
             if stop := next((stop for stop in self.stops for word in words if stop in word), None):
-                raise BadRow(column, "an answer holds a stop token, at which it would end", f": {stop} in message {i}")
+                raise BadRow(column, "an answer contains a stop token, which would end it", f": {stop} in message {i}")
         chat = Chat(messages[: numbers[-1] + 1], column, tools)
         locate = self._by_markers if self._variant(bool(tools)).marked_template else self._by_prefixes
         text, turns = locate(chat, numbers)

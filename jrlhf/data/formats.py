@@ -66,7 +66,7 @@ def parse_ranking(row: Mapping[str, Any], *, chat: bool = True, note: Note = ign
     if _has(row, "chosen") or _has(row, "rejected"):
         prompt, chosen, rejected = _preference(row, chat, note)
         if chosen == rejected:
-            raise BadRow("chosen", "the same as rejected")
+            raise BadRow("chosen", "is the same as rejected")
         return Ranking(prompt, [chosen, rejected], [0, 1], margin, _tools(row, prompt, chosen))
     if not _has(row, "completions"):
         if _has(row, "label"):

@@ -105,7 +105,7 @@ def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> 
         tools = parse_tools(row, prompt)
         for name in columns.needed:
             if row.get(name) is None:
-                raise missing_value(row, name, rest=", but a rule of ppo.rewards reads it")
+                raise missing_value(row, name, rest=", but a reward rule reads it")
         names = row if columns.every else (*columns.needed, *columns.optional)
         others = {name: row[name] for name in names if name in row}
         prompt_ids = encoder.prompt(prompt, tools)

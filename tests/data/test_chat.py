@@ -295,7 +295,7 @@ def test_an_answer_with_a_stop_token_inside_is_refused(templated):
     for stop in ("<|im_end|>", "<|endoftext|>"):
         with pytest.raises(BadRow) as error:
             encoder.encode_example(Example(turns("hi"), f"hello{stop} there"))
-        expected = f"completion: an answer holds a stop token, at which it would end: {stop} in message 1"
+        expected = f"completion: an answer contains a stop token, which would end it: {stop} in message 1"
         assert str(error.value) == expected
     # In a question it is only odd: the mask is exact all the same.
     before, after = encoder.encode_example(Example(turns("hi<|im_end|>"), "hello"))

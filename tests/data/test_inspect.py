@@ -85,7 +85,7 @@ def test_rankings_are_those_of_the_loader(tokenizer, write, max_length):
             assert mask.tolist() == [i >= begins for i in range(len(ids))]
     # By hand: longer wins; loses to the longest and beats the shortest.
     assert (tally.pairs, tally.longer_wins) == (3, 2.0)
-    assert {reason: count.rows for reason, count in tally.bad.items()} == {"chosen: the same as rejected": 1}
+    assert {reason: count.rows for reason, count in tally.bad.items()} == {"chosen: is the same as rejected": 1}
 
 
 def test_answers_of_one_length_count_half(chat, write):

@@ -350,12 +350,12 @@ def test_bad_rows_are_counted_and_reported_where_they_are_skipped(chat, config, 
         rows = load_rankings(config(on_bad_row="skip"), source, chat)
     assert len(rows) == 2
     assert rows.skipped == {
-        "chosen: the same as rejected": 2,
+        "chosen: is the same as rejected": 2,
         "not a JSON object per line": 1,
         "prompt: is empty": 1,
         "prompt: expected a string or a list of messages, found int": 1,
     }
-    assert f"{source}: skipped 2 rows: chosen: the same as rejected (first: {source}:3)" in caplog.messages
+    assert f"{source}: skipped 2 rows: chosen: is the same as rejected (first: {source}:3)" in caplog.messages
     assert f"{source}: skipped 1 rows: prompt: is empty (first: {source}:4)" in caplog.messages
     assert len(caplog.messages) == 4
 
@@ -409,7 +409,7 @@ def test_rankings_without_a_pair_are_counted_by_reason(chat, config, write):
         "prompt: is empty": 1,
         "chosen: is empty": 1,
         "rejected: is empty": 1,
-        "chosen: the same as rejected": 1,
+        "chosen: is the same as rejected": 1,
         "ranks: all tied, so there is no pair": 1,
         "completions: fewer than two, so there is nothing to rank": 2,
     }

@@ -249,7 +249,7 @@ def test_a_template_of_its_own_for_tools(make_tokenizer, config, write):
 def test_a_stop_token_in_arguments_would_end_the_answer(qwen):
     call = {"function": {"name": "weather", "arguments": {"city": "Os<|im_end|>lo"}}}
     row = parse_sft({"messages": [ASK, CALLS | {"tool_calls": [call]}]})
-    with pytest.raises(BadRow, match=r"an answer holds a stop token, at which it would end: <\|im_end\|> in message 1"):
+    with pytest.raises(BadRow, match=r"an answer contains a stop token, which would end it: <\|im_end\|> in message 1"):
         Encoder(qwen).segments(row, every_turn=False)
 
 

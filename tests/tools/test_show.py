@@ -84,7 +84,7 @@ def test_pairs_are_shown_and_a_bad_row_is_a_usage_error_once_all_is_counted(rows
     data = rows(*PAIRS)
     code, out, err = shown(capsys, MODEL, data, "--rows", "1", "--max_length", "12")
     assert code == 2
-    assert err == f"jrlhf: {data}:2: chosen: the same as rejected; bad rows besides: 1\n"
+    assert err == f"jrlhf: {data}:2: chosen: is the same as rejected; bad rows besides: 1\n"
     assert (
         out
         == f"""\
@@ -107,7 +107,7 @@ pairs 2; the longer answer is the better one in 50.0% (no bias: 50 %)
         0  unknown tokens
         0  the pad token in the text
         0  special tokens written in the text
-        1  cannot be trained on: chosen: the same as rejected (first: {data}:2)
+        1  cannot be trained on: chosen: is the same as rejected (first: {data}:2)
         1  cannot be trained on: not a JSON object per line (first: {data}:4)
 """
     )
@@ -187,7 +187,7 @@ def test_an_empty_table_and_one_that_is_none_are_named_in_a_line(suffix, capsys,
 def test_bad_rows_may_be_skipped_but_not_all_of_them(rows, capsys):
     code, out, err = shown(capsys, MODEL, rows(*PAIRS), "--rows", "0", "--on_bad_row", "skip")
     assert (code, err) == (0, "")
-    assert "cannot be trained on: chosen: the same as rejected" in out
+    assert "cannot be trained on: chosen: is the same as rejected" in out
     assert "⟦" not in out
     data = rows({"text": " "})
     code, out, err = shown(capsys, MODEL, data, "--on_bad_row", "skip")
