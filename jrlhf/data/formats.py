@@ -15,7 +15,7 @@ from jrlhf.data.errors import BadRow, ExcludedRow, missing_value
 from jrlhf.data.foreign import instruction, is_instruction, output_column, sharegpt, turns_of
 from jrlhf.data.labels import is_verdict, label_of, margin_of, ranks_of
 from jrlhf.data.messages import Content, Message, Tools, checked_content, last_assistant, tools_of
-from jrlhf.data.repeats import Note, prompt_in_transcripts, separate_prompt, without_turns
+from jrlhf.data.repeats import Note, ignore_note, prompt_in_transcripts, separate_prompt, without_turns
 
 SFT_FORMS = "messages, conversations, prompt and completion, instruction and output, or chosen and rejected"
 UNPAIRED = "an answer by itself makes no pair; a reward model needs chosen and rejected, or completions and ranks"
@@ -44,17 +44,13 @@ class Ranking(NamedTuple):
     tools: Tools | None = None
 
 
-def ignore_note(note: str) -> None:
-    """Ignore a note on a row."""
-
-
 def parse_sft(row: Mapping[str, Any], *, chat: bool = True, note: Note = ignore_note) -> Example:
     """Parse a row for SFT; of a preference take the chosen answer.
 
     ``chat`` tells whether there is a chat template, which decides the prompt of an Alpaca row. ``note`` receives what
     was changed in the row. Raises ``ExcludedRow`` if a label says that the answer is bad.
     """
-    return _answered(row, chat, note, learnt=True)
+    return _parse_example(row, chat, note, use_label=True)
 
 
 def parse_ranking(row: Mapping[str, Any], *, chat: bool = True, note: Note = ignore_note) -> Ranking:
@@ -123,15 +119,15 @@ def parse_answers(row: Mapping[str, Any], *, chat: bool = True, note: Note = ign
     if _has(row, "chosen") and _has(row, "rejected"):
         prompt, chosen, rejected = _preference(row, chat, note)
         return [Example(prompt, answer, _tools(row, prompt, answer)) for answer in (chosen, rejected)]
-    return [_answered(row, chat, note, learnt=False)]
+    return [_parse_example(row, chat, note, use_label=False)]
 
 
-def _answered(row: Mapping[str, Any], chat: bool, note: Note, *, learnt: bool) -> Example:
-    """Parse the row's answer; with ``learnt`` a false label excludes the row."""
+def _parse_example(row: Mapping[str, Any], chat: bool, note: Note, *, use_label: bool) -> Example:
+    """Parse the row's answer; with ``use_label`` a false label excludes the row."""
     if _has(row, "messages"):
-        return _conversation_row(row, "messages", learnt)
+        return _conversation_row(row, "messages", use_label)
     if _has(row, "completion"):
-        if learnt and _has(row, "label") and not label_of(row["label"]):
+        if use_label and _has(row, "label") and not label_of(row["label"]):
             raise ExcludedRow("label", BAD_ANSWER)
         prompt, completion = _prompt(row), _content(row, "completion")
         if isinstance(prompt, list) and isinstance(completion, list):
@@ -139,10 +135,12 @@ def _answered(row: Mapping[str, Any], chat: bool, note: Note, *, learnt: bool) -
         return Example(prompt, completion, _tools(row, prompt, completion))
     if _has(row, "conversations"):
         return (
-            _chosen_answer(row, chat, note) if _has(row, "chosen") else _conversation_row(row, "conversations", learnt)
+            _chosen_answer(row, chat, note)
+            if _has(row, "chosen")
+            else _conversation_row(row, "conversations", use_label)
         )
     if is_instruction(row) and (column := output_column(row)) is not None:
-        _heed_label(row, learnt)
+        _check_label(row, use_label)
         prompt, completion = instruction(row, chat=chat), checked_content(row[column], column)
         return Example(prompt, completion, _tools(row, prompt))
     if _has(row, "text"):
@@ -152,9 +150,9 @@ def _answered(row: Mapping[str, Any], chat: bool, note: Note, *, learnt: bool) -
     raise missing_value(row, *ANSWERS, *COMPARED, rest=f", nor {SFT_FORMS}; the row has {_columns(row)}")
 
 
-def _conversation_row(row: Mapping[str, Any], column: str, learnt: bool) -> Example:
+def _conversation_row(row: Mapping[str, Any], column: str, use_label: bool) -> Example:
     """Parse a row that is one conversation."""
-    _heed_label(row, learnt)
+    _check_label(row, use_label)
     messages = _conversation(row, column)
     return Example(None, messages, _tools(row, messages))
 
@@ -164,9 +162,9 @@ def _chosen_answer(row: Mapping[str, Any], chat: bool, note: Note) -> Example:
     return Example(prompt, chosen, _tools(row, prompt, chosen))
 
 
-def _heed_label(row: Mapping[str, Any], learnt: bool) -> None:
+def _check_label(row: Mapping[str, Any], use_label: bool) -> None:
     """Raise ``ExcludedRow`` if the label is the word false; a number may be a class and is ignored."""
-    if learnt and is_verdict(row.get("label")) and not label_of(row["label"]):
+    if use_label and is_verdict(row.get("label")) and not label_of(row["label"]):
         raise ExcludedRow("label", BAD_ANSWER)
 
 
@@ -205,17 +203,17 @@ def _before_answer(row: Mapping[str, Any], column: str) -> Content:
 def _prompt_beside_answers(row: Mapping[str, Any], chat: bool) -> Content | None:
     """Return the prompt that stands in a column of its own beside the answers, or None."""
     if _has(row, "conversations"):
-        return _check_unanswered(sharegpt(row, "conversations"), "conversations")
+        return _open_prompt(sharegpt(row, "conversations"), "conversations")
     if _has(row, "prompt"):
         return _prompt(row)
     return instruction(row, chat=chat) if is_instruction(row) else None
 
 
 def _prompt(row: Mapping[str, Any]) -> Content:
-    return _check_unanswered(_content(row, "prompt"), "prompt")
+    return _open_prompt(_content(row, "prompt"), "prompt")
 
 
-def _check_unanswered(prompt: Content, column: str) -> Content:
+def _open_prompt(prompt: Content, column: str) -> Content:
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise BadRow(column, "ends with an assistant turn, so there is nothing left to answer")
     return prompt

@@ -19,6 +19,10 @@ PROMPT_UNCLEAR = (
 MIN_CLEAR_WORDS, MIN_CLEAR_CHARACTERS = 3, 16
 
 
+def ignore_note(note: str) -> None:
+    """Ignore a note on a row."""
+
+
 def separate_prompt(
     prompt: Content | None, answers: Sequence[Content], note: Note, *, implied: bool = False
 ) -> tuple[Content | None, list[Content]]:
