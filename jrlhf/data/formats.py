@@ -134,11 +134,9 @@ def _parse_example(row: Mapping[str, Any], chat: bool, note: Note, *, use_label:
             [completion] = without_turns(prompt, [completion], note)
         return Example(prompt, completion, _tools(row, prompt, completion))
     if _has(row, "conversations"):
-        return (
-            _chosen_answer(row, chat, note)
-            if _has(row, "chosen")
-            else _conversation_row(row, "conversations", use_label)
-        )
+        if _has(row, "chosen"):
+            return _chosen_answer(row, chat, note)
+        return _conversation_row(row, "conversations", use_label)
     if is_instruction(row) and (column := output_column(row)) is not None:
         _check_label(row, use_label)
         prompt, completion = instruction(row, chat=chat), checked_content(row[column], column)
