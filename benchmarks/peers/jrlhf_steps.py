@@ -32,7 +32,6 @@ from jrlhf.models import (
     reward_params,
     save_reward_model,
 )
-from jrlhf.models.hf.names import RULES
 from jrlhf.parallel import make_mesh, shard_batch
 from jrlhf.runs.metrics import MetricsLog
 from jrlhf.stages.ppo import run_ppo
@@ -92,7 +91,9 @@ def train(
 ) -> None:
     """A step as the stages run it: jitted over a mesh, its state donated, a new batch put on the device each time."""
     mesh, (trained, frozen) = make_mesh(data=-1, fsdp=1, tensor=1), split
-    state, update = start_training(step, tx, trained, mesh=mesh, rules=RULES, seed=0, stage="sft", frozen=frozen)
+    state, update = start_training(
+        step, tx, trained, mesh=mesh, rules=SHARDING_RULES, seed=0, stage="sft", frozen=frozen
+    )
     train, key = state.train, state.key
 
     def call() -> dict[str, Any]:

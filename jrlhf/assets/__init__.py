@@ -1,4 +1,4 @@
-"""What is shipped with the package: a small pretrained model, human ratings of film reviews, an opinion lexicon."""
+"""Data that the package ships: a small pretrained model, human ratings of film reviews, and an opinion lexicon."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ _FOLDER = Path(__file__).parent / "quickstart"
 
 
 def names() -> list[str]:
-    """What ``asset:NAME`` may name: the folders and .jsonl files that are shipped."""
+    """Return the names of all assets, which are the shipped folders and .jsonl files."""
     return sorted(p.stem for p in _FOLDER.iterdir() if p.is_dir() or p.suffix == ".jsonl")
 
 
 def resolve(path: str) -> str:
-    """``asset:NAME`` becomes the path of a shipped file or folder; any other string comes back as it is.
+    """Return the path of the file or folder that ``asset:NAME`` names; return any other string unchanged.
 
-    An unknown name is a UsageError that lists the known ones.
+    Raises ValueError with the known names for an unknown one.
     """
     if not path.startswith(_PREFIX):
         return path

@@ -145,12 +145,13 @@ def run_training(command: str, config: Config) -> None:
     if command != "pipeline" and not required_value(config, command):
         path = f"{command}.{stage_section(config, command).required}"
         raise ConfigError(f"{path}: must be set, in the YAML (--config) or with --{path}")
-    from jrlhf.parallel import is_first, joined
+    from jrlhf.parallel import is_first
+    from jrlhf.parallel.launch import process_group
     from jrlhf.stages.pipeline import run_pipeline
     from jrlhf.stages.run import run_stage
     from jrlhf.stages.table import stage_named
 
-    with joined(**vars(config.distributed)):
+    with process_group(**vars(config.distributed)):
         if command == "pipeline":
             run_pipeline(config)
         else:

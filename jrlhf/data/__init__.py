@@ -1,4 +1,4 @@
-"""Rows in, padded token batches out: formats, chat templates, tokenising, masks, order."""
+"""Loading of data: rows become padded token batches by way of formats, chat templates, tokenisation and an order."""
 
 from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, DataError

@@ -1,6 +1,7 @@
-"""Tokenised rows on disk: made once, found again by all that decided them, mapped into memory.
+"""Disk cache of tokenised rows, keyed by everything that decides them and mapped into memory.
 
-A folder of the cache is whole or not there: it is written under another name and renamed when all of it is on disk.
+Each table is one folder. It is written under a temporary name and renamed once all of it is on disk, so a folder of
+the cache is always complete.
 """
 
 import fcntl
@@ -22,7 +23,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from jrlhf.data.columns import Schema, Table, Writer, mapped
+from jrlhf.data.columns import Schema, Table, Writer, mapped_table
 from jrlhf.data.errors import DataError, Skips
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.parallel.hosts import first_goes_ahead
@@ -32,42 +33,41 @@ from jrlhf.system.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
 
-FORMAT = 1
-"""Of the files in a folder of the cache; another one is another key."""
+FORMAT_VERSION = 1
+"""Version of the file format of a cache folder. It is part of the key."""
 
-META = "rows.json"
+META_FILE = "rows.json"
 AUTO = "auto"
-SMALL = 4 * 2**20
-"""Bytes of source below which ``AUTO`` keeps rows in memory: they are tokenised in about a second."""
+MIN_CACHED_BYTES = 4 * 2**20
+"""Size of a source in bytes from which ``AUTO`` writes a cache; smaller sources tokenise in about a second."""
 
 Key = Mapping[str, Any]
-"""All that decides the rows, as JSON."""
+"""JSON object with everything that decides the rows."""
 
 
 def cache_folder(setting: str, files: Sequence[Path]) -> Path | None:
-    """Where rows made of ``files`` are kept, None for nowhere; see ``DataConfig.cache``."""
+    """Return the cache folder for rows of ``files``, or None to keep them in memory; see ``DataConfig.cache``."""
     if not (setting and files):
         return None
     if setting != AUTO:
         return Path(expanded(setting))
-    if sum(path.stat().st_size for path in files) < SMALL:
+    if sum(path.stat().st_size for path in files) < MIN_CACHED_BYTES:
         return None
     folder, trouble = usable_cache()
     if folder is None and current() is None:
         log.warning("tokenised rows are kept in memory: %s", trouble)
         return None
-    # Several processes must do the same: there an error says what is to be set.
+    # Several processes must all do the same, so there an unusable folder is an error that names the setting.
     return folder or cache_home()
 
 
 def cache_key(kind: str, name: str, files: Sequence[Path], tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Key:
-    """A file is known by path, size and time of change, as make knows it.
+    """Return the key of a source's rows, in which a file is identified by path, size and times of change, as in make.
 
-    To read gigabytes and compare them would take longer than a start may; and the rows that were left out are reported
-    by the file's name, so a copy needs a folder of its own.
+    Hashing gigabytes would delay every start. The path is part of the key because messages about skipped rows name it.
     """
     return {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "kind": kind,
         "name": name,
         "files": file_stamps(files),
@@ -79,18 +79,17 @@ def cache_key(kind: str, name: str, files: Sequence[Path], tokenizer: Tokenizer,
 
 
 def file_stamps(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
-    """``(path, bytes, nanoseconds of the last change of its content, of its inode)`` of each file.
+    """Return ``(path, bytes, content time, inode time)`` for each file, the times in nanoseconds.
 
-    Whoever copies or unpacks a file may set the time of its content back to another file's (``cp -p``, ``tar``,
-    ``rsync -t``); nobody can set the inode's. That changes too where a file was only renamed or linked: rows are then
-    made anew for nothing, which costs time and changes no result.
+    Copying or unpacking can set the content time back (``cp -p``, ``tar``, ``rsync -t``), but nothing can set the
+    inode time. Renaming or linking a file changes it too; the rows are then tokenised again, which only costs time.
     """
     stats = [(path.resolve(), path.stat()) for path in files]
     return [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """Of all files it would be saved as: vocabulary, rules, special tokens, chat templates."""
+    """Return the digest of all files that the tokenizer saves: vocabulary, rules, special tokens, chat templates."""
     digest = sha256()
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -102,33 +101,33 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 @cache
 def _code_digest() -> str:
-    """Of the code that makes the rows: nobody has to remember to change a number when it changes."""
+    """Return the digest of this package's source, so that a change of code changes the key without a version number."""
     return sha256(b"\0".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 
 
-def cached(root: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
-    """The rows of ``key``: those in the cache, else those that ``fill`` adds, which are there from then on.
+def cached_table(root: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
+    """Return the cached rows of ``key``, after writing the rows that ``fill`` adds if they are not there.
 
-    What was left out is said again each time. Any number of processes may ask for one key at once: where they see each
-    other's locks one makes the rows and the others wait; else each makes them, and what is done first is kept.
+    Skipped rows are reported each time. Several processes may call this with the same key at once: where file locks
+    work, one process writes and the others wait; elsewhere each one writes and the first to finish wins.
     """
     name = f"{key['kind']}-{sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}"
     folder = root / name
-    # In a run over several hosts the first process makes them, and the others find them where they share the folder.
+    # With several hosts the first process writes the rows, and the others read them if they share the folder.
     with first_goes_ahead(f"tokenise {key['name']}"):
         if not folder.exists():
             with _disk_errors(root):
                 root.mkdir(parents=True, exist_ok=True)
-            with _lock(root / f"{name}.lock", key["name"]) as locked:
+            with _lock(root / f"{name}.lock", key["name"]) as locked:  # False: the file system has no locks
                 if not folder.exists():
-                    _make(folder, key, schema, fill, locked=locked)
-    return _opened(folder, schema, key["name"])
+                    _write_table(folder, key, schema, fill, locked=locked)
+    return _open_table(folder, schema, key["name"])
 
 
-def _make(folder: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips], *, locked: bool) -> None:
+def _write_table(folder: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips], *, locked: bool) -> None:
     root = folder.parent
     if locked:
-        _clear(root, folder.name)
+        _remove_stale(root, folder.name)
     partial = root / f"{folder.name}.{platform.node()}.{uuid4().hex}.partial"
     try:
         with ExitStack() as stack:
@@ -148,15 +147,15 @@ def _make(folder: Path, key: Key, schema: Schema, fill: Callable[[Writer], Skips
             if writer.rows == 0:
                 skips.close(0)
             if file_stamps([Path(path) for path, *_ in key["files"]]) != key["files"]:
-                raise DataError(f"{key['name']}: changed while it was read")
+                raise DataError(f"{key['name']}: changed while it was read; start again")
             with _disk_errors(root):
-                _complete(partial, folder, files.values(), key, writer, skips)
+                _publish(partial, folder, files.values(), key, writer, skips)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _clear(root: Path, mine: str) -> None:
-    """Remove what killed processes of this machine left: their locks are free. Another machine's we may not see."""
+def _remove_stale(root: Path, mine: str) -> None:
+    """Remove partial folders of killed processes, whose locks are free; locks of other machines may be invisible."""
     for left_over in list(root.glob("*.partial")):
         name, _, rest = left_over.name.partition(".")
         if rest.startswith(f"{platform.node()}.") and (name == mine or _is_free(root / f"{name}.lock")):
@@ -172,8 +171,8 @@ def _is_free(lock: Path) -> bool:
     return True
 
 
-def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, writer: Writer, skips: Skips) -> None:
-    """Say what is there, get it on disk, and only then give it its name."""
+def _publish(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, writer: Writer, skips: Skips) -> None:
+    """Write the meta file, sync all files to disk, and only then rename the folder to its final name."""
     meta = {
         "key": key,
         "rows": writer.rows,
@@ -185,7 +184,7 @@ def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, wr
     }
     for file in files:
         os.fsync(file.fileno())
-    with (partial / META).open("w", encoding="utf-8") as file:
+    with (partial / META_FILE).open("w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -196,37 +195,40 @@ def _complete(partial: Path, folder: Path, files: Iterable[FileIO], key: Key, wr
             raise
 
 
-def _opened(folder: Path, schema: Schema, name: str) -> Table:
+def _open_table(folder: Path, schema: Schema, name: str) -> Table:
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
         for file, size in meta["bytes"].items():
-            if (found := (folder / file).stat().st_size) != size:
-                raise DataError(f"{folder / file}: {found} bytes of {size}; remove the folder, and it is made anew")
+            if (actual := (folder / file).stat().st_size) != size:
+                raise DataError(f"{folder / file}: {actual} bytes of {size}; remove the folder to tokenise again")
         skips = Skips(name, skip=True)
         for reason, (count, first) in meta["skipped"].items():
             skips.counts[reason], skips.first[reason] = count, first
         for note, (count, first) in meta["notes"].items():
             skips.notes.counts[note], skips.notes.first[note] = count, first
         skips.unread = meta["unread"]
-        return mapped(schema, folder, meta["rows"], skips)._replace(digest=meta["digest"])
+        return mapped_table(schema, folder, meta["rows"], skips)._replace(digest=meta["digest"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"{folder}: {error!r}; remove the folder, and it is made anew") from error
+        raise DataError(f"{folder}: {error!r}; remove the folder to tokenise again") from error
 
 
 @contextmanager
 def _lock(path: Path, name: str) -> Iterator[bool]:
-    """Hold the file for this process; False where the file system knows no locks. The kernel lets go when it ends."""
+    """Lock the file for this process; yield False where the file system has no locks.
+
+    The kernel releases the lock when the process ends.
+    """
     with _disk_errors(path.parent):
         file = path.open("a", encoding="utf-8")
     with file:
-        yield _held(file, name)
+        yield _acquired(file, name)
 
 
-def _held(file: IO[str], name: str) -> bool:
+def _acquired(file: IO[str], name: str) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.warning("%s: another process tokenises it; waiting for that", name)
+        log.warning("%s: waiting for another process that is tokenising it", name)
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -238,5 +240,5 @@ def _disk_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        wayout = "make room, or name another folder with the data's `cache` (empty: none, all in memory)"
-        raise DataError(f"{root}: tokenised rows cannot be kept here: {error.strerror}; {wayout}") from error
+        remedy = "make room, or set the data's `cache` to another folder (empty: keep rows in memory)"
+        raise DataError(f"{root}: cannot write tokenised rows here: {error.strerror}; {remedy}") from error

@@ -1,7 +1,7 @@
-"""Tool calls in the form that a chat template writes.
+"""The form of tool calls that a chat template expects, found by rendering probe messages.
 
-Templates differ in what they take: arguments as an object (transformers' way) or as JSON text (OpenAI's), and beside
-calls a content of null or of "". What a template makes of each is tried once; a row is given in a form that works.
+Templates take arguments either as an object (transformers) or as JSON text (OpenAI), and a message that only calls
+tools has either null or "" as its content. Each form is tried once per template, and rows use one that works.
 """
 
 import json
@@ -9,30 +9,31 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jrlhf.data.errors import BadRow
-from jrlhf.data.messages import Message, Tools, said
+from jrlhf.data.messages import Message, Tools, message_text
 
-NAME, KEY, VALUE = "probing", "keyword", "it said so"
-PROBE = [{"role": "user", "content": "Q"}]
-TOOL = {"type": "function", "function": {"name": NAME, "description": NAME, "parameters": {"type": "object"}}}
-ID = "abcdefghi"
-"""Nine letters and digits, as Mistral's templates want them."""
+PROBE_NAME, PROBE_KEY, PROBE_VALUE = "probing", "keyword", "it said so"
+PROBE_MESSAGES = [{"role": "user", "content": "Q"}]
+PROBE_FUNCTION = {"name": PROBE_NAME, "description": PROBE_NAME, "parameters": {"type": "object"}}
+PROBE_TOOL = {"type": "function", "function": PROBE_FUNCTION}
+PROBE_CALL_ID = "abcdefghi"
+"""Id of the probe's call: nine letters and digits, which Mistral's templates require."""
 
 
 class CallForms(NamedTuple):
-    """The form of calls for one template."""
+    """The form of tool calls that one template renders correctly."""
 
     as_object: bool
-    """Arguments are given as an object, else as JSON text."""
+    """Arguments are passed as an object; if False, as JSON text."""
     contents: tuple[str | None, ...]
-    """The content that stands beside calls in a message without text: null, "", or either."""
+    """Contents that work in a message that only calls tools: null, "", or both."""
 
     def message(self, message: Message) -> Message:
-        """The message as the template takes it."""
+        """Return the message in the template's form."""
         fields = {key: field for key, field in message.items() if key != "weight"}
         if "tool_calls" not in message:
             return fields
         fields["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
-        if not said(message) and message["content"] not in self.contents:
+        if not message_text(message) and message["content"] not in self.contents:
             fields["content"] = self.contents[0]
         return fields
 
@@ -44,33 +45,34 @@ class CallForms(NamedTuple):
 
 
 def call_forms(render: Callable[[list[Message], Tools | None], str], *, tools: bool) -> CallForms:
-    """The form that a template writes best; ``render`` is the template, which may raise ``BadRow``."""
-    offered: Tools | None = [TOOL] if tools else None
+    """Return the best form of calls for a template; ``render`` applies the template and may raise ``BadRow``."""
+    probe_tools: Tools | None = [PROBE_TOOL] if tools else None
     try:
-        nones = render(PROBE, offered).count("None")
+        nones = render(PROBE_MESSAGES, probe_tools).count("None")
     except BadRow:
         nones = 0
     for as_object in (True, False):
-        contents = [c for c in (None, "") if _writes(render, offered, as_object, c, nones)]
+        contents = [c for c in (None, "") if _renders(render, probe_tools, as_object, c, nones)]
         if contents:
             return CallForms(as_object, tuple(contents))
     return CallForms(as_object=True, contents=("",))
 
 
-def _writes(
+def _renders(
     render: Callable[[list[Message], Tools | None], str],
-    offered: Tools | None,
+    tools: Tools | None,
     as_object: bool,
     content: str | None,
     nones: int,
 ) -> bool:
-    """Whether the template writes a call given so, as neither Python's text nor JSON inside JSON, and no "None"."""
-    arguments = {KEY: VALUE} if as_object else json.dumps({KEY: VALUE})
-    call = {"type": "function", "id": ID, "function": {"name": NAME, "arguments": arguments}}
+    """Tell whether the template renders a call in this form without Python reprs, doubly encoded JSON or "None"."""
+    arguments = {PROBE_KEY: PROBE_VALUE} if as_object else json.dumps({PROBE_KEY: PROBE_VALUE})
+    call = {"type": "function", "id": PROBE_CALL_ID, "function": {"name": PROBE_NAME, "arguments": arguments}}
+    message = {"role": "assistant", "content": content, "tool_calls": [call]}
     try:
-        text = render([*PROBE, {"role": "assistant", "content": content, "tool_calls": [call]}], offered)
+        text = render([*PROBE_MESSAGES, message], tools)
     except BadRow:
         return False
-    odd = (f"'{KEY}'", f'\\"{KEY}\\"')
-    written = NAME in text and KEY in text and VALUE in text
-    return written and text.count("None") == nones and not any(form in text for form in odd)
+    wrong_forms = (f"'{PROBE_KEY}'", f'\\"{PROBE_KEY}\\"')
+    complete = PROBE_NAME in text and PROBE_KEY in text and PROBE_VALUE in text
+    return complete and text.count("None") == nones and not any(form in text for form in wrong_forms)

@@ -1,4 +1,4 @@
-"""Rows on their way into flat arrays, a block at a time: into memory, or into files that are mapped."""
+"""Tables of encoded rows as flat arrays, written a block at a time to memory or to files."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,39 +11,39 @@ from jrlhf.data.errors import Skips
 from jrlhf.data.ragged import Column, Flat
 
 BLOCK_VALUES, BLOCK_ROWS = 2**20, 2**12
-"""As much is gathered before it is written."""
+"""Number of values and of rows after which a block is written."""
 
 
 class Encoded(NamedTuple):
-    """What one row of a source becomes: arrays by the column they are appended to.
+    """One encoded row of a source: the arrays to append to each column.
 
-    ``ragged``: each array is a row of its column, with a length of its own; ``flat``: values one after the other;
-    ``unread``: names of columns and message fields of the row that nothing reads.
+    Each array in ``ragged`` is one row of its column and has its own length. Arrays in ``flat`` are appended as they
+    are. ``unread`` names the row's columns and message fields that nothing reads.
     """
 
     ragged: Mapping[str, list[Any]]
     flat: Mapping[str, Any]
     notes: Sequence[str] = ()
-    """Notes on the row, which ``Notes`` counts."""
+    """Notes on the row, such as that it was cut; ``Notes`` counts them."""
     unread: Sequence[str] = ()
 
 
 class Schema(NamedTuple):
-    """The columns of a kind of rows, and what they hold."""
+    """The columns of a kind of rows and their NumPy types."""
 
     ragged: Mapping[str, type]
     flat: Mapping[str, type]
 
     def files(self) -> dict[str, np.dtype]:
-        """The flat arrays of all columns by name: a ragged column has its values, their lengths and their ends."""
-        found = {name: np.dtype(kind) for name, kind in (*self.ragged.items(), *self.flat.items())}
+        """Return the type of each flat array by name; a ragged column has three: values, lengths and ends."""
+        types = {name: np.dtype(kind) for name, kind in (*self.ragged.items(), *self.flat.items())}
         for name in self.ragged:
-            found |= {f"{name}.lengths": np.dtype(np.int32), f"{name}.ends": np.dtype(np.int64)}
-        return found
+            types |= {f"{name}.lengths": np.dtype(np.int32), f"{name}.ends": np.dtype(np.int64)}
+        return types
 
 
 class Table(NamedTuple):
-    """The rows of one source in columns, what was left out of them, and what is noted of the others."""
+    """The rows of one source in columns, with the counts of skipped rows and of notes."""
 
     ragged: Mapping[str, Column]
     flat: Mapping[str, Flat]
@@ -51,11 +51,11 @@ class Table(NamedTuple):
     skipped: dict[str, int]
     notes: dict[str, int]
     digest: str = ""
-    """Of the rows, as ``Writer.digest``."""
+    """Digest of the rows, from ``Writer.digest``."""
 
     @classmethod
-    def of(cls, schema: Schema, arrays: Mapping[str, Flat], rows: int, skips: Skips) -> "Table":
-        """Says what was left out and what is noted; an error where nothing remains."""
+    def from_arrays(cls, schema: Schema, arrays: Mapping[str, Flat], rows: int, skips: Skips) -> "Table":
+        """Build a table and log what was skipped and noted; raise ``DataError`` if no rows remain."""
         skipped = skips.close(rows)
         ragged = {
             n: Column(arrays[n], arrays[f"{n}.lengths"].values, arrays[f"{n}.ends"].values) for n in schema.ragged
@@ -64,7 +64,7 @@ class Table(NamedTuple):
 
 
 class Writer:
-    """Gathers rows into blocks and hands them on: ``write(name, values)`` appends to the array of that name."""
+    """Collects rows into blocks; ``write(name, values)`` appends a block to the array of that name."""
 
     def __init__(self, schema: Schema, write: Callable[[str, np.ndarray], None]) -> None:
         self._types = schema.files()
@@ -91,7 +91,7 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what was gathered."""
+        """Write the collected block."""
         for name, parts in self._parts.items():
             if parts:
                 values = np.concatenate([np.asarray(part, self._types[name]) for part in parts])
@@ -101,13 +101,13 @@ class Writer:
         self._gathered = 0
 
     def digest(self) -> str:
-        """The digest of all that was handed on, in whatever blocks: equal rows in equal order have equal ones."""
+        """Return the digest of all written rows; it depends on the rows and their order, not on the blocks."""
         columns = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in sorted(self._digests.items()))
         return xxhash.xxh3_128_hexdigest(columns.encode())
 
 
-def in_memory(schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
-    """The rows that ``fill`` adds, in memory."""
+def memory_table(schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
+    """Return the rows that ``fill`` adds as a table in memory."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in schema.files()}
     writer = Writer(schema, lambda name, values: parts[name].append(values))
     skips = fill(writer)
@@ -115,16 +115,16 @@ def in_memory(schema: Schema, fill: Callable[[Writer], Skips]) -> Table:
     if writer.rows == 0:
         skips.close(0)
     flats = {name: Flat(np.concatenate(arrays)) for name, arrays in parts.items()}
-    return Table.of(schema, flats, writer.rows, skips)._replace(digest=writer.digest())
+    return Table.from_arrays(schema, flats, writer.rows, skips)._replace(digest=writer.digest())
 
 
-def mapped(schema: Schema, folder: Path, rows: int, skips: Skips) -> Table:
-    """The rows whose arrays are files in a folder."""
-    arrays = {name: Flat.mapped(folder / name, dtype) for name, dtype in schema.files().items()}
-    return Table.of(schema, arrays, rows, skips)
+def mapped_table(schema: Schema, folder: Path, rows: int, skips: Skips) -> Table:
+    """Return a table whose arrays are mapped files of a folder."""
+    arrays = {name: Flat.from_file(folder / name, dtype) for name, dtype in schema.files().items()}
+    return Table.from_arrays(schema, arrays, rows, skips)
 
 
-def joined(flats: Iterable[Flat]) -> np.ndarray:
-    """The numbers of all sources, one source after the other; of one source they stay where they are."""
+def concatenate(flats: Iterable[Flat]) -> np.ndarray:
+    """Concatenate the arrays of all sources; a single array is returned without a copy."""
     arrays = [flat.values for flat in flats]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

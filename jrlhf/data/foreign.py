@@ -1,4 +1,4 @@
-"""Two widespread forms of rows that are not TRL's: ShareGPT's conversations, and Alpaca's instructions."""
+"""Parsers of two widespread row formats beside TRL's: ShareGPT conversations and Alpaca instructions."""
 
 import json
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ SPEAKERS = {
     "system": "system",
     **dict.fromkeys(("tool", "function", "observation", "function_response", "tool_response"), "tool"),
 }
-"""Who speaks in ShareGPT's conversations, as a role."""
+"""Role of each ShareGPT speaker."""
 CALLERS = ("function_call", "tool_call")
-"""In ShareGPT's conversations a call, or a list of calls, as JSON text."""
+"""ShareGPT speakers whose turn is a tool call, or a list of calls, as JSON text."""
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -26,16 +26,16 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-"""What Alpaca was trained on (github.com/tatsu-lab/stanford_alpaca), as the ``text`` of tatsu-lab/alpaca has it."""
+"""The prompts that Alpaca was trained on (github.com/tatsu-lab/stanford_alpaca), as in column ``text`` of its data."""
 
 INPUTS, OUTPUTS = ("input", "context"), ("output", "response")
-"""Alpaca's names of columns, and Dolly's."""
+"""Names of the input and output columns in Alpaca's and Dolly's data."""
 
 
 def sharegpt(row: Mapping[str, Any], column: str) -> list[Message]:
-    """The messages of ``{"conversations": [{"from", "value"}], "system"?}``.
+    """Return the messages of ``{"conversations": [{"from", "value"}], "system"?}``.
 
-    Turns may have ``role`` and ``content`` instead; the column ``system`` is a system turn before them.
+    Turns may have ``role`` and ``content`` instead. The column ``system`` becomes a system turn before them.
     """
     turns = row[column]
     if not isinstance(turns, list):
@@ -46,7 +46,7 @@ def sharegpt(row: Mapping[str, Any], column: str) -> list[Message]:
 
 
 def turns_of(value: Any, column: str) -> Any:
-    """ShareGPT's turns, or a single one, as messages to be checked; anything else as it is."""
+    """Convert ShareGPT turns, or a single turn, to unchecked messages; return anything else unchanged."""
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -70,26 +70,26 @@ def _turn(turn: Any, place: str) -> Any:
             "tool_calls": calls if isinstance(calls, list) else [calls],
         } | fields
     if speaker not in SPEAKERS:
-        raise BadRow(f"{place}.from", "nobody we know", f": {turn['from']!r}; expected human, gpt, system or tool")
+        raise BadRow(f"{place}.from", "unknown speaker", f": {turn['from']!r}; expected human, gpt, system or tool")
     if not isinstance(value, str):
         raise BadRow(f"{place}.value", "expected a string")
     return {"role": SPEAKERS[speaker], "content": value} | fields
 
 
 def is_instruction(row: Mapping[str, Any]) -> bool:
-    """Whether the row asks in Alpaca's way."""
+    """Tell whether the row has an Alpaca instruction."""
     return row.get("instruction") is not None
 
 
 def output_column(row: Mapping[str, Any]) -> str | None:
-    """The column that answers an instruction, if there is one."""
+    """Return the name of the column that answers an instruction, or None."""
     return _first(row, OUTPUTS)
 
 
 def instruction(row: Mapping[str, Any], *, chat: bool) -> Content:
-    """The prompt of ``{"instruction", "input"?, "system"?}``: instruction, blank line, input.
+    """Return the prompt of ``{"instruction", "input"?, "system"?}``: instruction, blank line, input.
 
-    For a ``chat`` model it is the user's message; else Alpaca's own text stands around both, which is ``ALPACA``.
+    With ``chat`` it is a user message; otherwise it is a string in Alpaca's own prompt, ``ALPACA``.
     """
     task, column = _string(row, "instruction"), _first(row, INPUTS)
     context = "" if column is None else row[column]
@@ -106,14 +106,14 @@ def instruction(row: Mapping[str, Any], *, chat: bool) -> Content:
 
 
 def _system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """The column ``system`` as a turn, where it says something that the messages do not begin with."""
+    """Return the column ``system`` as a turn, or nothing if it is empty or the messages begin with the same turn."""
     if not row.get("system"):
         return []
     turn = {"role": "system", "content": _string(row, "system")}
     if messages and messages[0]["role"] == "system":
         if messages[0]["content"] == turn["content"]:
             return []
-        raise BadRow("system", "another one stands in the conversation")
+        raise BadRow("system", "differs from the system turn of the conversation")
     return [turn]
 
 

@@ -1,4 +1,4 @@
-"""Sources and a config to rows: parse, tokenise, cut, and account for every row that cannot be used."""
+"""Loaders that parse, tokenise and cut the rows of sources and account for every row that they cannot use."""
 
 import logging
 import time
@@ -9,10 +9,10 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 
 from jrlhf.config import DataConfig, Sources
-from jrlhf.data.cache import cache_folder, cache_key, cached
-from jrlhf.data.columns import Encoded, Table, Writer, in_memory, joined
+from jrlhf.data.cache import cache_folder, cache_key, cached_table
+from jrlhf.data.columns import Encoded, Table, Writer, concatenate, memory_table
 from jrlhf.data.errors import BadRow, Row, Skips
-from jrlhf.data.kinds import CUT, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind, texts_kind
+from jrlhf.data.kinds import TRUNCATION_NOTE, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind, texts_kind
 from jrlhf.data.order import Part
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.ragged import Objects, Ragged
@@ -26,26 +26,28 @@ from jrlhf.parallel.hosts import same_everywhere
 
 log = logging.getLogger("jrlhf.data")
 
-NOT_OF_ROWS = ("train", "eval", "buckets", "cache")
-"""The settings that change no row of a source; every other one has a part in the cache's key."""
+NON_ROW_SETTINGS = ("train", "eval", "buckets", "cache")
+"""Settings that do not affect the rows of a source; all others are part of the cache's key."""
 
-PATIENCE = 10.0
-"""Seconds between lines that say how far a long source is."""
+PROGRESS_INTERVAL = 10.0
+"""Seconds between progress lines while a long source is tokenised."""
 
 
 def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, train_on: TrainOn) -> SFTRows:
-    """Rows to learn from. ``train_on``: the answer (of a conversation each assistant turn); "assistant": those inside a
-    chat prompt too; "all": the prompt as well. Plain text is learnt whole, its EOS included.
+    """Load rows for SFT.
+
+    ``train_on`` selects the learnt tokens. "completion" is the answer, or each assistant turn of a conversation;
+    "assistant" adds the assistant turns in a chat prompt; "all" adds the prompt. Plain text is learnt with its EOS.
     """
     loaded = _load(config, sources, tokenizer, sft_kind(config, tokenizer, train_on=train_on))
     tokens = loaded.ragged("tokens")
-    # The mask's rows end where the tokens' do.
+    # The mask has the same row ends as the tokens.
     masks = [table.ragged["tokens"]._replace(flat=table.flat["learnt"]) for table in loaded.tables]
-    return SFTRows(tokens, Ragged(masks), _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
+    return SFTRows(tokens, Ragged(masks), _buckets(config, tokens), _pad(tokenizer), **loaded.source_fields("tokens"))
 
 
 def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
-    """Rankings and preferences; a prompt that is too long is cut at its start, so that the answers stay."""
+    """Load rankings and preferences; a prompt that is too long is cut at its start so that the answers stay intact."""
     loaded = _load(config, sources, tokenizer, rankings_kind(config, tokenizer))
     tokens = loaded.ragged("tokens")
     return RankingRows(
@@ -55,29 +57,31 @@ def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) ->
         lengths=loaded.flat("longest"),
         buckets=_buckets(config, tokens),
         pad=_pad(tokenizer),
-        **loaded.account("ranks"),
+        **loaded.source_fields("ranks"),
     )
 
 
 def load_prompts(
     config: DataConfig, sources: Sources, tokenizer: Tokenizer, columns: Columns | None = None
 ) -> PromptRows:
-    """Prompts; one that is longer than ``max_length`` is cut at its start, a BOS kept. ``columns``: what is kept of
-    a row besides."""
+    """Load prompts; one that is longer than ``max_length`` is cut at its start, after the BOS.
+
+    ``columns`` selects the other columns of a row to keep.
+    """
     loaded = _load(config, sources, tokenizer, prompts_kind(config, tokenizer, columns or Columns()))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
-    return PromptRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
+    return PromptRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.source_fields("tokens"))
 
 
 def load_texts(config: DataConfig, sources: Sources, tokenizer: Tokenizer, reading: Reading = STOP_TOKEN) -> TextRows:
-    """Every answer in the rows, one after the other, to be scored by a reward model of that ``reading``."""
+    """Load every answer in the rows, one after the other, for scoring by a reward model with this ``reading``."""
     loaded = _load(config, sources, tokenizer, texts_kind(config, tokenizer, reading))
     tokens, shown = loaded.ragged("tokens"), Objects(loaded.ragged("shown"))
-    return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.account("tokens"))
+    return TextRows(tokens, shown, _buckets(config, tokens), _pad(tokenizer), **loaded.source_fields("tokens"))
 
 
-class Loaded(NamedTuple):
-    """A table a source, the weights they are mixed by, and what their rows are known by."""
+class SourceTables(NamedTuple):
+    """One table per source, with the sources' mixing weights and identities."""
 
     tables: list[Table]
     weights: list[float]
@@ -87,21 +91,21 @@ class Loaded(NamedTuple):
         return Ragged([table.ragged[name] for table in self.tables])
 
     def flat(self, name: str) -> np.ndarray:
-        return joined([table.flat[name] for table in self.tables])
+        return concatenate([table.flat[name] for table in self.tables])
 
-    def account(self, name: str) -> "Account":
-        """The sources, each with as many rows as it has in a ragged column, and what became of their rows."""
+    def source_fields(self, name: str) -> "SourceFields":
+        """Return the fields about sources, counting each source's rows in the ragged column ``name``."""
         rows = [len(table.ragged[name].lengths) for table in self.tables]
         parts = [Part(count, weight) for count, weight in zip(rows, self.weights, strict=True)]
         skipped: Counter[str] = Counter()
         for table in self.tables:
             skipped.update(table.skipped)
-        cut = sum(table.notes.get(CUT, 0) for table in self.tables)
-        return Account(skipped=dict(skipped), parts=parts, cut=cut, sources=self.sources)
+        cut = sum(table.notes.get(TRUNCATION_NOTE, 0) for table in self.tables)
+        return SourceFields(skipped=dict(skipped), parts=parts, cut=cut, sources=self.sources)
 
 
-class Account(TypedDict):
-    """The fields of all kinds of rows that say where they are from: see ``jrlhf.data.rows``."""
+class SourceFields(TypedDict):
+    """The fields about sources that all kinds of rows have; ``jrlhf.data.rows`` explains them."""
 
     skipped: dict[str, int]
     parts: list[Part]
@@ -109,40 +113,40 @@ class Account(TypedDict):
     sources: list[SourceRows]
 
 
-def _load(config: DataConfig, sources: Sources, tokenizer: Tokenizer, kind: Kind) -> Loaded:
+def _load(config: DataConfig, sources: Sources, tokenizer: Tokenizer, kind: Kind) -> SourceTables:
     weighted = {sources: 1.0} if isinstance(sources, str) else sources
-    opened = [open_source(source) for source in weighted]
-    # Taken before a row is read: a file that changes meanwhile is then another one.
-    files = [stamps(source.files) for source in opened]
-    tables = [_table(config, source, tokenizer, kind) for source in opened]
-    # Hosts with files of their own would put together batches of rows that are not the same ones.
+    source_list = [open_source(source) for source in weighted]
+    # Stamped before the first row is read, so that a file that changes meanwhile counts as another one.
+    files = [stamps(source.files) for source in source_list]
+    tables = [_table(config, source, tokenizer, kind) for source in source_list]
+    # Hosts whose files differ would assemble different batches.
     same_everywhere(f"rows of {', '.join(weighted)}", lambda: " ".join(table.digest for table in tables))
-    known = zip(weighted, tables, files, opened, strict=True)
-    sources_of = [SourceRows(name, table.digest, at, source.local) for name, table, at, source in known]
-    return Loaded(tables, list(weighted.values()), sources_of)
+    origins = zip(weighted, tables, files, source_list, strict=True)
+    source_rows = [SourceRows(name, table.digest, files_of, source.local) for name, table, files_of, source in origins]
+    return SourceTables(tables, list(weighted.values()), source_rows)
 
 
-def _table(config: DataConfig, opened: Source, tokenizer: Tokenizer, kind: Kind) -> Table:
-    """The rows of one source, from the cache or into it where the config asks for one."""
-    folder = cache_folder(config.cache, opened.files)
+def _table(config: DataConfig, source: Source, tokenizer: Tokenizer, kind: Kind) -> Table:
+    """Return the rows of one source, using the cache if the config has one."""
+    folder = cache_folder(config.cache, source.files)
     if folder is None:
-        return in_memory(kind.schema, lambda writer: _each(config, opened, kind, writer))
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_OF_ROWS}
-    # Rows are held to the model's embeddings when they are made: those of a larger model do for no smaller one.
+        return memory_table(kind.schema, lambda writer: _encode_source(config, source, kind, writer))
+    settings = {name: value for name, value in asdict(config).items() if name not in NON_ROW_SETTINGS}
+    # Ids are checked against the model's embeddings when rows are encoded, so the limit is part of the key.
     limit = {} if (rows := vocabulary_limit(tokenizer)) is None else {"embedding_rows": rows}
-    key = cache_key(kind.name, opened.name, opened.files, tokenizer, {**settings, **kind.settings, **limit})
-    return cached(folder, key, kind.schema, lambda writer: _each(config, opened, kind, writer))
+    key = cache_key(kind.name, source.name, source.files, tokenizer, {**settings, **kind.settings, **limit})
+    return cached_table(folder, key, kind.schema, lambda writer: _encode_source(config, source, kind, writer))
 
 
-def _each(config: DataConfig, source: Source, kind: Kind, writer: Writer) -> Skips:
-    """Encode every row that can be; the others end the run or are counted, as the config says."""
+def _encode_source(config: DataConfig, source: Source, kind: Kind, writer: Writer) -> Skips:
+    """Encode every usable row; bad rows end the run or are counted, as the config says."""
     skips = Skips(source.name, skip=config.on_bad_row == "skip")
 
     def encode(row: Row) -> Encoded:
         encoded = kind.encode(row)
         return encoded._replace(unread=names) if (names := kind.unread(row)) else encoded
 
-    start = said = time.monotonic()
+    start = last_report = time.monotonic()
     for place, row in encode_all(source.rows, encode):
         if isinstance(row, BadRow):
             skips.add(row, place)
@@ -151,9 +155,9 @@ def _each(config: DataConfig, source: Source, kind: Kind, writer: Writer) -> Ski
             for note in row.notes:
                 skips.notes.add(note, place)
             skips.add_unread(row.unread)
-        if (now := time.monotonic()) - said > PATIENCE:
-            said = now
-            log.info("%s: %d rows tokenised, %d a second", source.name, writer.rows, writer.rows / (now - start))
+        if (now := time.monotonic()) - last_report > PROGRESS_INTERVAL:
+            last_report = now
+            log.info("%s: %d rows tokenised, %d per second", source.name, writer.rows, writer.rows / (now - start))
     return skips
 
 

@@ -1,6 +1,6 @@
-"""Chat messages, tool calls and tool definitions as rows have them, checked and brought to one form.
+"""Checks of chat messages, tool calls and tool definitions, which bring them to one form.
 
-All fields of a message go on to the chat template but ``weight``, which says whether a turn is learnt.
+The chat template receives every field of a message except ``weight``, which says whether a turn is learnt.
 """
 
 import json
@@ -12,18 +12,18 @@ from jrlhf.data.errors import BadRow
 Message = dict[str, Any]
 Content = str | list[Message]
 Tools = list[dict[str, Any]]
-"""JSON schemas of functions, as ``apply_chat_template`` takes them."""
+"""JSON schemas of functions, in the form of ``apply_chat_template``."""
 
 TOOL_ROLES = ("tool", "function", "ipython")
-"""Roles in which a function's result comes: a template may write it in a form of its own."""
+"""Roles of a function's result, which a template may render in a form of its own."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 FIELDS = frozenset({"role", "content", "tool_calls", *REASONING})
-"""Fields of a message whose words must stand in what a template writes; it is given all others too."""
+"""Fields of a message whose text must appear in what a template renders; the template receives all others too."""
 
 
 def checked_content(value: Any, column: str) -> Content:
-    """A text that is one, or messages; ``BadRow`` for anything else."""
+    """Return a non-empty text or checked messages; raise ``BadRow`` for anything else."""
     if isinstance(value, str):
         return checked_text(value, column)
     if not isinstance(value, list):
@@ -34,34 +34,39 @@ def checked_content(value: Any, column: str) -> Content:
 
 
 def checked_text(value: str, column: str) -> str:
-    """The text, where it says something that UTF-8 can hold."""
+    """Return the text; raise ``BadRow`` if it is blank or UTF-8 cannot encode it."""
     if not value.strip():
         raise BadRow(column, "is empty")
     _check_characters(value, column)
     return value
 
 
-def said(message: Mapping[str, Any]) -> str:
-    """What a message says; nothing where it only calls tools."""
+def message_text(message: Mapping[str, Any]) -> str:
+    """Return the text of a message; an empty string if it only calls tools."""
     return message.get("content") or ""
 
 
 def is_learnt(message: Mapping[str, Any]) -> bool:
-    """Whether an assistant's turn may be learnt: its weight is not 0."""
+    """Tell whether an assistant's turn may be learnt, that is, whether its weight is not 0."""
     return message.get("weight") != 0
 
 
+def last_assistant(messages: list[Message]) -> int:
+    """Return the index of the last assistant turn, or the number of messages if there is none."""
+    return max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+
+
 def has_weights(content: Content | None) -> bool:
-    """Whether a turn of it is not to be learnt."""
+    """Tell whether the content has a turn of weight 0."""
     return isinstance(content, list) and not all(map(is_learnt, content))
 
 
 def tools_of(row: Mapping[str, Any]) -> Tools | None:
-    """The functions that a row's conversation may call: a list of their JSON schemas, or such a list as JSON text."""
+    """Return the functions that a row's conversation may call, from a list of JSON schemas or from its JSON text."""
     value = row.get("tools")
     if isinstance(value, str):
         value = _decoded(value, "tools") if value.strip() else None
-    # Where rows have no tools, Arrow has an empty list and CSV an empty cell.
+    # A row without tools has an empty list in Arrow and an empty cell in CSV.
     if value in (None, "", []):
         return None
     if not isinstance(value, list):
@@ -70,12 +75,12 @@ def tools_of(row: Mapping[str, Any]) -> Tools | None:
 
 
 def tool_name(tool: Mapping[str, Any]) -> str:
-    """The name of a function, given as ``{"type": "function", "function": {...}}`` or bare."""
+    """Return the name of a function in the form ``{"type": "function", "function": {...}}`` or ``{"name": ...}``."""
     return tool.get("function", tool)["name"]
 
 
 def strings_in(value: Any) -> Iterator[str]:
-    """Every string of a JSON value, the names of fields included."""
+    """Yield every string of a JSON value, including the names of fields."""
     match value:
         case str():
             yield value
@@ -89,10 +94,10 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def without_fill(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row without the None that Arrow puts into tools and tool calls for what only other rows have.
+    """Return the row without the None values that Arrow adds to tools and tool calls.
 
-    A column of structs has the fields of all its rows: ``{"city": "Oslo"}`` comes back as ``{"city": "Oslo", "expr":
-    None}`` where another call has an ``expr``. In JSON null is there because somebody wrote it, and stays.
+    Arrow gives each struct of a column the fields of all others: ``{"city": "Oslo"}`` is read as ``{"city": "Oslo",
+    "expr": None}`` if another call has an ``expr``. A null in JSON was written on purpose and stays.
     """
     return {column: _unfilled(value, inside=column == "tools") for column, value in row.items()}
 
@@ -120,7 +125,7 @@ def _message(message: Any, place: str) -> Message:
             raise BadRow(f"{place}.tool_calls", f"only an assistant calls tools, not {message['role']}")
         fields["tool_calls"] = calls
     if "function_call" in fields:
-        raise BadRow(f"{place}.function_call", 'is the old form of "tool_calls"; give those')
+        raise BadRow(f"{place}.function_call", 'is an outdated form; use "tool_calls"')
     _check_weight(fields, place)
     if odd := next((key for key in REASONING if not isinstance(fields.get(key, ""), str)), None):
         raise BadRow(f"{place}.{odd}", "expected a string")
@@ -129,14 +134,14 @@ def _message(message: Any, place: str) -> Message:
 
 
 def _content(value: Any, fields: Message, place: str) -> str | None:
-    """A string, maybe put together of parts. A turn that calls tools may say nothing, and so may what tools give."""
+    """Return a message's content as one string, joining parts; turns that call tools and tool results may be empty."""
     if isinstance(value, list):
         value = "".join(_part(part, place) for part in value)
     if "tool_calls" in fields and (value is None or value == ""):
         return value
     if not isinstance(value, str):
         raise BadRow(place, "expected a string")
-    # Some data sets give every conversation a system turn that says nothing.
+    # Some data sets give every conversation an empty system turn.
     if value or fields["role"] not in ("system", *TOOL_ROLES):
         checked_text(value, place)
     return value
@@ -147,7 +152,7 @@ def _part(part: Any, place: str) -> str:
         raise BadRow(place, "expected a string, or a list of parts")
     kind = part.get("type", "text")
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise BadRow(place, f"a part of type {kind!r}; only text can be read")
+        raise BadRow(place, f"a part has type {kind!r}, but only text is supported")
     return part["text"]
 
 
@@ -156,13 +161,13 @@ def _check_weight(fields: Message, place: str) -> None:
     if weight is None:
         return
     if fields["role"] != "assistant":
-        raise BadRow(f"{place}.weight", "only an assistant's turn is learnt, so no other has a weight")
+        raise BadRow(f"{place}.weight", "only an assistant's turn can have a weight, since no other turn is learnt")
     if isinstance(weight, bool) or weight not in (0, 1):
         raise BadRow(f"{place}.weight", "expected 0 or 1", f", found {weight!r}")
 
 
 def _calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """The calls of a message, maybe as JSON text; none where there is nothing, which each format writes its own way."""
+    """Return a message's calls from a list or its JSON text; null, an empty list and a blank text mean no calls."""
     value = _decoded(value, place) if isinstance(value, str) and value.strip() else value
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return []
@@ -172,7 +177,7 @@ def _calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def checked_call(call: Any, place: str) -> dict[str, Any]:
-    """A call as ``{"function": {"name", "arguments"}, ...}``, the arguments as an object where they are one."""
+    """Return a call as ``{"function": {"name", "arguments"}, ...}``, parsing arguments that are JSON text."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise BadRow(place, 'expected a call {"function": {"name", "arguments"}}')
@@ -185,7 +190,7 @@ def checked_call(call: Any, place: str) -> dict[str, Any]:
 
 
 def _arguments(value: Any, place: str) -> dict[str, Any] | str:
-    """As an object, which transformers asks for; OpenAI has its JSON text. What is no such text stays as it is."""
+    """Return arguments as an object (transformers' form); OpenAI's JSON text is parsed, any other text is unchanged."""
     if value is None or value == "":
         return {}
     if isinstance(value, str):
@@ -212,13 +217,13 @@ def _decoded(value: str, place: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise BadRow(place, "a text that is no JSON", f": {error}") from None
+        raise BadRow(place, "is not valid JSON", f": {error}") from None
 
 
 def _check_characters(value: str, column: str) -> None:
     if "\x00" in value:
-        raise BadRow(column, "holds a NUL character")
+        raise BadRow(column, "contains a NUL character")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRow(column, "holds half of a surrogate pair, which is no text") from None
+        raise BadRow(column, "contains half of a surrogate pair, which UTF-8 cannot encode") from None

@@ -1,4 +1,4 @@
-"""Several sequences in one row: which go together, and the batches made of them."""
+"""Packing of several sequences into one row, and batches of packed rows."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
@@ -15,14 +15,14 @@ from jrlhf.types import PackedRankingBatch, SFTBatch
 
 
 def pack(lengths: Int[np.ndarray, "N"], capacity: int) -> list[list[int]]:
-    """Rows of at most ``capacity`` tokens: best fit, the longest first. Johnson et al. 1974.
+    """Pack sequences into rows of at most ``capacity`` tokens by best fit, longest first (Johnson et al. 1974).
 
-    ValueError where one sequence alone is longer.
+    Returns the indices of the sequences in each row. Raises ValueError if a sequence is longer than ``capacity``.
     """
     if len(lengths) and int(np.max(lengths)) > capacity:
-        raise ValueError(f"a sequence of {int(np.max(lengths))} tokens does not fit {capacity}")
+        raise ValueError(f"a sequence of {int(np.max(lengths))} tokens does not fit a row of {capacity}")
     rows: list[list[int]] = []
-    # The open rows by the room they have, and which amounts of room there are, in order.
+    # Rows with room left, keyed by their room, and the sorted list of these keys.
     open_rows: dict[int, list[int]] = {}
     rooms: list[int] = []
     for index in np.argsort(-lengths, kind="stable").tolist():
@@ -47,7 +47,7 @@ def pack(lengths: Int[np.ndarray, "N"], capacity: int) -> list[list[int]]:
 
 
 def pack_parts(lengths: Int[np.ndarray, "N"], parts: Sequence[Part], capacity: int) -> tuple[Ragged, list[Part]]:
-    """``pack`` within each source: the members of every packed row, and the sources counted in packed rows."""
+    """Pack within each source; return the members of every packed row and the sources counted in packed rows."""
     members: list[np.ndarray] = []
     packed: list[Part] = []
     first = 0
@@ -56,13 +56,16 @@ def pack_parts(lengths: Int[np.ndarray, "N"], parts: Sequence[Part], capacity: i
         members += [np.asarray(row, np.int64) + first for row in rows]
         packed.append(Part(len(rows), part.weight))
         first += part.rows
-    return Ragged.of(members), packed
+    return Ragged.from_rows(members), packed
 
 
-def _filled(
+def _concatenate(
     contents: Iterable[Sequence[np.ndarray]], count: int, width: int, pad: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"], list[list[int]]]:
-    """``(tokens, segments, where each sequence ends)`` of ``count`` rows with these sequences one after the other."""
+    """Return ``(tokens, segments, ends)`` for ``count`` rows, each of which holds its sequences one after the other.
+
+    Segments number the sequences of a row from 1 (0: padding); ends are the positions of their last tokens.
+    """
     tokens, segments = np.full((count, width), pad, np.int32), np.zeros((count, width), np.int32)
     ends: list[list[int]] = []
     for row, sequences in enumerate(contents):
@@ -78,7 +81,7 @@ def _filled(
 
 @dataclass(frozen=True)
 class _Packed:
-    """Rows of ``width`` tokens with several others in each. Which go together is fixed; their order is not."""
+    """Packed rows of ``width`` tokens. Which rows share a packed row is fixed; the order of packed rows is not."""
 
     width: int
     members: Ragged
@@ -90,26 +93,27 @@ class _Packed:
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, "N"]:
-        """All alike: a packed row has no length of its own worth sorting by."""
+        """Lengths for ``Order``: all equal to ``width``, since packed rows need no sorting by length."""
         return np.full(len(self), self.width, np.int32)
 
-    def of(self, indices: Sequence[int] | np.ndarray) -> list[list[int]]:
-        """The members of these packed rows."""
+    def members_of(self, indices: Sequence[int] | np.ndarray) -> list[list[int]]:
+        """Return the members of these packed rows."""
         return [[int(row) for row in self.members[int(index)]] for index in indices]
 
 
 @dataclass(frozen=True)
 class PackedSFTRows(_Packed):
-    """``SFTRows``, several to a row."""
+    """``SFTRows`` packed several to a row."""
 
     rows: SFTRows
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> SFTBatch:
-        members = self.of(indices)
+        """Return the batch of these packed rows."""
+        members = self.members_of(indices)
         contents = ([self.rows.tokens[row] for row in rows] for rows in members)
-        tokens, segments, _ = _filled(contents, len(members), self.width, self.rows.pad)
+        tokens, segments, _ = _concatenate(contents, len(members), self.width, self.rows.pad)
         learnt = ([self.rows.loss_mask[row] for row in rows] for rows in members)
-        loss_mask, _, _ = _filled(learnt, len(members), self.width, 0)
+        loss_mask, _, _ = _concatenate(learnt, len(members), self.width, 0)
         for column in (self.rows.tokens, self.rows.loss_mask):
             column.release()
         return SFTBatch(tokens, segments, loss_mask.astype(np.bool_))  # pyright: ignore[reportArgumentType]
@@ -117,37 +121,38 @@ class PackedSFTRows(_Packed):
 
 @dataclass(frozen=True)
 class PackedRankingRows(_Packed):
-    """``RankingRows``, several rankings to a row, all completions of one in the same row."""
+    """``RankingRows`` packed several to a row; all completions of a ranking share a row."""
 
     rows: RankingRows
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> PackedRankingBatch:
-        members = self.of(indices)
+        """Return the batch of these packed rows."""
+        members = self.members_of(indices)
         contents = ([self.rows.tokens[c] for row in rows for c in self.rows.completions(row)] for rows in members)
-        tokens, segments, flat_ends = _filled(contents, len(members), self.width, self.rows.pad)
-        shape = len(members), int(self.members.lengths.max()), self.rows.most
+        tokens, segments, flat_ends = _concatenate(contents, len(members), self.width, self.rows.pad)
+        shape = len(members), int(self.members.lengths.max()), self.rows.max_completions
         ends, ranks, valid = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.bool_)
         margin = np.zeros(shape[:2], np.float32)
         for place, rows in enumerate(members):
             rest = iter(flat_ends[place])
             for number, row in enumerate(rows):
-                given = self.rows.ranks[row]
-                here = place, number, slice(0, len(given))
-                ends[here] = [next(rest) for _ in given]
-                ranks[here], valid[here] = given, True
+                ranks_of_row = self.rows.ranks[row]
+                here = place, number, slice(0, len(ranks_of_row))
+                ends[here] = [next(rest) for _ in ranks_of_row]
+                ranks[here], valid[here] = ranks_of_row, True
                 margin[place, number] = self.rows.margin[row]
         self.rows.tokens.release()
         return PackedRankingBatch(tokens, segments, ends, ranks, valid, margin)  # pyright: ignore[reportArgumentType]
 
 
 def pack_sft(rows: SFTRows, width: int) -> PackedSFTRows:
-    """ValueError where a row is longer than ``width``."""
+    """Pack SFT rows to ``width`` tokens; raise ValueError if a row is longer."""
     members, parts = pack_parts(rows.lengths, rows.parts, width)
     return PackedSFTRows(width, members, parts, rows.skipped, rows)
 
 
 def pack_rankings(rows: RankingRows, width: int) -> PackedRankingRows:
-    """ValueError where the completions of a ranking are together longer than ``width``."""
+    """Pack rankings to ``width`` tokens; raise ValueError if the completions of one are longer together."""
     totals = [int(rows.tokens.lengths[list(rows.completions(row))].sum()) for row in range(len(rows))]
     members, parts = pack_parts(np.asarray(totals, np.int64), rows.parts, width)
     return PackedRankingRows(width, members, parts, rows.skipped, rows)

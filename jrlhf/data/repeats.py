@@ -1,32 +1,38 @@
-"""Prompts that stand in the answers too: they are taken off, so that no sequence holds one twice."""
+"""Removal of prompts that answers repeat, so that no sequence contains its prompt twice."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from jrlhf.data.errors import BadRow
-from jrlhf.data.messages import Content, Message, said
+from jrlhf.data.messages import Content, Message, message_text
 
 Note = Callable[[str], None]
-"""Hears what was done to a row."""
+"""Function that receives a note on what was changed in a row."""
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
-TAKEN_OFF = "the prompt, which the answers repeat, was taken off them"
-LEFT_ON = "all answers begin with the prompt's words, too few to tell whether they repeat it; they are left as they are"
+PROMPT_REMOVED = "the prompt, which the answers repeat, was taken off them"
+PROMPT_UNCLEAR = (
+    "all answers begin with the prompt's words, too few to tell whether they repeat it; they are left as they are"
+)
 
-FEWEST_WORDS, FEWEST_CHARACTERS = 3, 16
+MIN_CLEAR_WORDS, MIN_CLEAR_CHARACTERS = 3, 16
 
 
-def apart(
+def ignore_note(note: str) -> None:
+    """Ignore a note on a row."""
+
+
+def separate_prompt(
     prompt: Content | None, answers: Sequence[Content], note: Note, *, implied: bool = False
 ) -> tuple[Content | None, list[Content]]:
-    """A prompt and its answers, of which none has it any more; ``implied``: conversations may hold it alone."""
+    """Return the prompt and the answers without it; with ``implied`` conversations may be the only place of it."""
     texts = [answer for answer in answers if isinstance(answer, str)]
     chats = [answer for answer in answers if isinstance(answer, list)]
     if isinstance(prompt, str) and not chats:
         return prompt, [*without_prompt(prompt, texts, note)]
-    if isinstance(prompt, list) and not chats and said(prompt[-1]).strip():
-        return prompt, [*without_prompt(said(prompt[-1]), texts, note)]
+    if isinstance(prompt, list) and not chats and message_text(prompt[-1]).strip():
+        return prompt, [*without_prompt(message_text(prompt[-1]), texts, note)]
     if not texts and (implied or prompt is not None):
         prompt, split = split_turns(prompt, chats, note)
         return prompt, [*split]
@@ -36,14 +42,17 @@ def apart(
 def prompt_in_transcripts(
     prompt: Content | None, chosen: Content, rejected: Content, note: Note
 ) -> tuple[str, str, str] | None:
-    """hh-rlhf: both answers hold the whole dialogue. None where they do not, or where the prompt is no part of it."""
+    """Split hh-rlhf rows, in which both answers contain the whole dialogue, into prompt, chosen and rejected.
+
+    Returns None for other rows, and where the prompt column is not part of the dialogue.
+    """
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return None
     if not (chosen.startswith(HUMAN) and rejected.startswith(HUMAN)):
         return None
     if prompt is None:
         return _transcripts(chosen, rejected)
-    # A whole dialogue that is repeated is told as any other text is.
+    # A prompt that is a whole dialogue is compared like any other text.
     if not isinstance(prompt, str) or prompt.lstrip().startswith(HUMAN.lstrip()):
         return None
     try:
@@ -52,34 +61,37 @@ def prompt_in_transcripts(
         return None
     if prompt.strip() not in parts[0]:
         return None
-    note(TAKEN_OFF)
+    note(PROMPT_REMOVED)
     return parts
 
 
 def without_prompt(prompt: str, answers: Sequence[str], note: Note) -> list[str]:
-    """Answers to one prompt, each without the prompt where all of them begin with all of it.
+    """Remove the prompt from its answers if all of them begin with it.
 
-    One answer alone never tells: "Once upon a time" may well follow "Once". Neither do several where the prompt is as
-    short as a greeting, which answers return ("Hi" - "Hi, there!"): they stay, and that is noted. A prompt of three
-    words, of sixteen characters, of two lines or with a colon at its end is one that nobody says again by chance.
-    An answer of nothing tells nothing.
+    A single answer is no evidence: "Once upon a time" may well follow "Once". Neither are several answers to a prompt
+    as short as a greeting, which answers return ("Hi" - "Hi, there!"); they stay unchanged, with a note. Nobody repeats
+    by chance a prompt of three words, sixteen characters or two lines, or one that ends with a colon. Empty answers do
+    not count.
     """
-    telling = [answer for answer in answers if answer.strip()]
-    if len(telling) < 2 or not all(_rest(prompt, answer) is not None for answer in telling):
+    nonempty = [answer for answer in answers if answer.strip()]
+    if len(nonempty) < 2 or not all(_after_prompt(prompt, answer) is not None for answer in nonempty):
         return list(answers)
-    asked = prompt.strip()
-    unmistakable = (
-        len(asked.split()) >= FEWEST_WORDS or len(asked) >= FEWEST_CHARACTERS or "\n" in asked or asked.endswith(":")
+    stripped_prompt = prompt.strip()
+    clear = (
+        len(stripped_prompt.split()) >= MIN_CLEAR_WORDS
+        or len(stripped_prompt) >= MIN_CLEAR_CHARACTERS
+        or "\n" in stripped_prompt
+        or stripped_prompt.endswith(":")
     )
-    if not unmistakable:
-        note(LEFT_ON)
+    if not clear:
+        note(PROMPT_UNCLEAR)
         return list(answers)
-    note(TAKEN_OFF)
-    return [_rest(prompt, answer) or "" if answer.strip() else answer for answer in answers]
+    note(PROMPT_REMOVED)
+    return [_after_prompt(prompt, answer) or "" if answer.strip() else answer for answer in answers]
 
 
 def _transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    r"""The prompt is all up to and with the last shared ``\n\nAssistant:``."""
+    r"""Split two transcripts after the last ``\n\nAssistant:`` that they share."""
     shared = 0
     for a, b in zip(chosen, rejected, strict=False):
         if a != b:
@@ -94,20 +106,23 @@ def _transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _rest(prompt: str, answer: str) -> str | None:
-    """The answer after the prompt; white space around either does not count. None where it does not begin with it."""
+def _after_prompt(prompt: str, answer: str) -> str | None:
+    """Return the answer after the prompt, or None if it does not begin with it; surrounding white space is ignored."""
     if answer.startswith(prompt):
         return answer[len(prompt) :]
-    asked, answer = prompt.strip(), answer.lstrip()
-    if not asked or not answer.startswith(asked):
+    stripped_prompt, answer = prompt.strip(), answer.lstrip()
+    if not stripped_prompt or not answer.startswith(stripped_prompt):
         return None
-    # A prompt that ends with a space has the one that the answer has after it.
-    rest, end = answer[len(asked) :], prompt[len(prompt.rstrip()) :]
+    # The space that follows the prompt in the answer belongs to a prompt that ends with a space.
+    rest, end = answer[len(stripped_prompt) :], prompt[len(prompt.rstrip()) :]
     return rest.removeprefix(end)
 
 
 def shared_turns(answers: Sequence[list[Message]]) -> int:
-    """How many turns all answers begin with, one left over in each, and the last of them not the assistant's."""
+    """Return the number of turns that all answers share at their start.
+
+    At least one turn remains in each answer, and the last shared turn is not the assistant's.
+    """
     shared, shortest = 0, min(map(len, answers))
     while shared < shortest - 1 and all(_same(answer[shared], answers[0][shared]) for answer in answers):
         shared += 1
@@ -119,7 +134,7 @@ def shared_turns(answers: Sequence[list[Message]]) -> int:
 def split_turns(
     prompt: Content | None, answers: Sequence[list[Message]], note: Note
 ) -> tuple[Content | None, list[list[Message]]]:
-    """Answers that are conversations may hold the prompt too, beside a column for it or without one."""
+    """Move the turns that all answers share to the prompt, which may also stand in a column of its own."""
     shared = shared_turns(answers)
     common = answers[0][:shared]
     if isinstance(prompt, str) and prompt not in [message["content"] for message in common]:
@@ -132,15 +147,15 @@ def split_turns(
 
 
 def without_turns(prompt: list[Message], answers: Sequence[list[Message]], note: Note) -> list[list[Message]]:
-    """The answers without the turns that end the prompt and begin them all; ``BadRow`` where they cannot be told."""
+    """Remove the turns that end the prompt and begin all answers; raise ``BadRow`` where they cannot be identified."""
     shortest = min(map(len, answers))
     for count in range(min(len(prompt), shortest - 1), 0, -1):
         if all(_all_same(prompt[-count:], answer[:count]) for answer in answers):
-            note(TAKEN_OFF)
+            note(PROMPT_REMOVED)
             return [answer[count:] for answer in answers]
     first = [answer[: _until_assistant(answer)] for answer in answers]
     if any(_same(prompt[-1], message) for turns in first for message in turns):
-        raise BadRow("prompt", "its last turn stands in the answers too, but other turns before it")
+        raise BadRow("prompt", "the answers repeat its last turn, but after other turns")
     return list(answers)
 
 

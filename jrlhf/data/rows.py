@@ -1,8 +1,8 @@
-"""Tokenised rows, and the padded NumPy batches made of them.
+"""Tokenised rows and their padded NumPy batches.
 
-Every kind of rows has ``buckets``, the padded lengths of its batches; ``pad``, the token that fills them up;
-``skipped``, rows left out by reason; ``cut``, how many rows of the sources lost tokens to ``max_length``;
-``parts``, the sources it holds one after the other, for ``Order``; and ``sources``, what each of them is known by.
+Every kind of rows has these fields: ``buckets``, the padded lengths of batches; ``pad``, the padding token;
+``skipped``, the number of skipped rows by reason; ``cut``, the number of rows that lost tokens to ``max_length``;
+``parts``, the row counts and weights of the sources in order, for ``Order``; ``sources``, the sources' identities.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from jrlhf.types import RankingBatch, SFTBatch
 
 
 def bucket_lengths(longest: int, buckets: int) -> tuple[int, ...]:
-    """The padded lengths that are compiled for: evenly spaced up to ``longest``, each rounded up to a multiple of 8.
+    """Return the padded lengths to compile for, evenly spaced up to ``longest`` and rounded up to multiples of 8.
 
     ``(100, 4) -> (32, 56, 80, 104)``.
     """
@@ -31,7 +31,7 @@ def bucket_lengths(longest: int, buckets: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SFTRows:
-    """Sequences and the tokens of them that are learnt."""
+    """Sequences with masks of their learnt tokens."""
 
     tokens: Ragged
     loss_mask: Ragged
@@ -50,33 +50,33 @@ class SFTRows:
         return self.tokens.lengths
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> SFTBatch:
-        """Right-padded to the smallest bucket that fits."""
+        """Return the batch of these rows, right-padded to the smallest bucket that fits."""
         width = _bucket(self.buckets, self.lengths[rows])
         tokens, mask = self.tokens.padded(rows, width, fill=self.pad)
         loss_mask, _ = self.loss_mask.padded(rows, width, fill=0)
         return SFTBatch(tokens, mask, loss_mask.astype(np.bool_))  # pyright: ignore[reportArgumentType]
 
     def prompts(self, count: int, tokenizer: Tokenizer) -> "PromptRows":
-        """What stands before the first learnt token of the first ``count`` rows; at least one token."""
+        """Return prompts made of the first ``count`` rows: the tokens before the first learnt one, at least one."""
         heads = []
         for row in range(count):
             first = int(np.argmax(self.loss_mask[row]))
             heads.append(self.tokens[row][: max(first, 1)])
         shown = [{"prompt": tokenizer.decode(head, skip_special_tokens=True)} for head in heads]
-        tokens = Ragged.of(heads)
+        tokens = Ragged.from_rows(heads)
         buckets = bucket_lengths(int(tokens.lengths.max()), 1)
         return PromptRows(tokens, shown, buckets, self.pad, {}, [Part(count, 1.0)])
 
 
 @dataclass(frozen=True)
 class RankingRows:
-    """Rankings: as many completions a row as it has ranks, one row's after the other's."""
+    """Rankings, whose completions follow each other in ``tokens``, as many per row as it has ranks."""
 
     tokens: Ragged
     ranks: Ragged
     margin: Float[np.ndarray, "N"]
     lengths: Int[np.ndarray, "N"]
-    """The longest completion of each row, its prompt included."""
+    """Length of each row's longest completion with its prompt, in tokens."""
     buckets: tuple[int, ...]
     pad: int
     skipped: dict[str, int]
@@ -88,32 +88,35 @@ class RankingRows:
         return len(self.ranks)
 
     @cached_property
-    def most(self) -> int:
+    def max_completions(self) -> int:
         """The largest number of completions of a row."""
         return int(self.ranks.lengths.max())
 
     def completions(self, row: int) -> range:
-        """Where the row's completions stand in ``tokens``."""
+        """Return the indices of the row's completions in ``tokens``."""
         first = self.ranks.start(row)
         return range(first, first + int(self.ranks.lengths[row]))
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> RankingBatch:
-        """Right-padded to the smallest bucket that fits; every row to the data set's largest number of completions."""
-        shape = len(rows), self.most
+        """Return the batch of these rows, right-padded to the smallest bucket that fits.
+
+        Every row is padded to ``max_completions`` completions.
+        """
+        shape = len(rows), self.max_completions
         width = _bucket(self.buckets, self.lengths[rows])
         tokens = np.full((*shape, width), self.pad, np.int32)
         mask = np.zeros((*shape, width), np.bool_)
         for place, row in enumerate(rows):
             here = self.completions(int(row))
             tokens[place, : len(here)], mask[place, : len(here)] = self.tokens.padded(here, width, fill=self.pad)
-        ranks, valid = self.ranks.padded(rows, self.most, fill=0)
+        ranks, valid = self.ranks.padded(rows, self.max_completions, fill=0)
         margin = self.margin[rows].astype(np.float32)
         return RankingBatch(tokens, mask, ranks, valid, margin)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
-class _Shown:
-    """Sequences, and ``shown[i]``, row i as it was given."""
+class _RecordRows:
+    """Sequences with ``shown[i]``, the columns of row i as the source has them."""
 
     tokens: Ragged
     shown: Sequence[dict[str, Any]]
@@ -132,19 +135,19 @@ class _Shown:
         return self.tokens.lengths
 
 
-class PromptRows(_Shown):
-    """Prompts to be answered."""
+class PromptRows(_RecordRows):
+    """Prompts for a policy to answer."""
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``(tokens, mask)``, left-padded to the smallest bucket that fits."""
+        """Return ``(tokens, mask)``, left-padded to the smallest bucket that fits."""
         return self.tokens.padded(rows, _bucket(self.buckets, self.lengths[rows]), fill=self.pad, left=True)
 
 
-class TextRows(_Shown):
-    """Answers to be scored, each with its prompt."""
+class TextRows(_RecordRows):
+    """Answers with their prompts, for a reward model to score."""
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``(tokens, mask)``, right-padded to the smallest bucket that fits."""
+        """Return ``(tokens, mask)``, right-padded to the smallest bucket that fits."""
         return self.tokens.padded(rows, _bucket(self.buckets, self.lengths[rows]), fill=self.pad)
 
 

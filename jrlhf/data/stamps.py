@@ -1,32 +1,34 @@
-"""By what a file is known to be as it was without being read, and what rows are known by."""
+"""Stamps that tell whether a file has changed without reading it, and identities of a source's rows."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 Stamp = list[int]
-"""Bytes, time of change, time of the last change of content, name or rights, and number of a file: that second time
-is the system's own, and nobody can set it back."""
+"""A file's size in bytes, modification time, inode change time (both in ns) and inode number.
+
+Only the system sets the inode change time, so nobody can set it back.
+"""
 
 
 def stamps(files: Iterable[Path]) -> dict[str, Stamp]:
-    """The stamp of each file by its absolute path; FileNotFoundError for one that is not there."""
+    """Return each file's stamp by its absolute path; raise FileNotFoundError for a missing file."""
     return {str(path.resolve()): stamp(path) for path in files}
 
 
 def stamp(path: Path) -> Stamp:
-    """The stamp of the file that a path leads to."""
+    """Return the stamp of a file, following links."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 class SourceRows(NamedTuple):
-    """What the rows of one source are known by."""
+    """The identity of one source's rows."""
 
     source: str
     digest: str
-    """Of the rows as they were tokenised."""
+    """Digest of the tokenised rows."""
     files: dict[str, Stamp]
-    """What they were read from, as it was before it was read; nothing for standard input."""
+    """Stamps of the source's files from before they were read; empty for standard input."""
     local: bool
-    """Whether the source is a file's name or a pattern, not a data set on the hub."""
+    """True for a file name or pattern, False for a data set on the hub."""

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder, with a pad token that is not its EOS, and the tokens that end an answer."""
+"""Loading of tokenizers, choice of a pad token that is not the EOS, and the tokens that end an answer."""
 
 import logging
 from pathlib import Path
@@ -20,21 +20,22 @@ from jrlhf.system.environment import quiet_transformers
 
 log = logging.getLogger("jrlhf.data")
 
-PADS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+PAD_CANDIDATES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 NUL_BYTE = ("<0x00>", "Ā")
-"""The byte 0, as Llama's and GPT-2's vocabularies write it: no text that is let in holds one."""
+"""Tokens of the byte 0 in Llama's and GPT-2's vocabularies; no valid text contains it."""
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """From a Hugging Face folder or a hub id; never with code of its own. A PEFT folder without one has its base's.
+    """Load the tokenizer of a Hugging Face folder or hub id; remote code never runs.
 
-    Where there is no pad token, or it is the EOS, another special token takes its place and the log says which: with
-    pad == EOS other libraries mask the EOS away and the model never learns to stop. The embeddings of a model in this
-    folder bound what may be read: DataError for a pad, EOS, BOS or end of turn beyond them, a warning for others.
+    A PEFT folder without a tokenizer uses that of its base model. Without a pad token other than the EOS, another
+    special token pads and the log names it: with pad == EOS other libraries mask the EOS and the model never learns to
+    stop. Tokens beyond the embeddings of the folder's model are a DataError if they are the pad, EOS, BOS or end of
+    turn, and a warning otherwise.
     """
     tokenizer = read_tokenizer(path)
     if tokenizer.eos_token_id is None:
-        raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end")
+        raise DataError(f"{path}: the tokenizer has no EOS token, so no answer could end; set eos_token")
     limit_vocabulary(tokenizer, embedding_rows(path))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _spare_token(tokenizer, path)
@@ -47,7 +48,7 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def read_tokenizer(path: str) -> Any:
-    """The transformers tokenizer of a folder or hub id as it is: it may lack what a ``Tokenizer`` has."""
+    """Read the transformers tokenizer of a folder or hub id unchanged; it may lack what a ``Tokenizer`` has."""
     quiet_transformers()
     try:
         folder = find_tokenizer(path)
@@ -59,52 +60,56 @@ def read_tokenizer(path: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # a missing file, JSON, the Rust library's own
+    except Exception as error:  # from a missing file, bad JSON or the Rust library
         raise DataError(f"{path}: no tokenizer: {failure_reason(folder, error)}") from error
 
 
 def tokenizer_folder(tokenizer: Tokenizer) -> Path | None:
-    """The folder that a tokenizer was read from; None for one that was made in memory."""
+    """Return the folder that a tokenizer was read from; None for one that was built in memory."""
     name = tokenizer.name_or_path
     return Path(name) if name and Path(name).is_dir() else None
 
 
 def _spare_token(tokenizer: Tokenizer, path: str) -> str:
-    """Masks go by position, so any token may pad; but one that ends answers, or stands in texts, is lost elsewhere."""
+    """Choose a pad token that ends no answer and is rare in texts.
+
+    Masks here go by position, so any token could pad, but other libraries mask by token.
+    """
     limit, stops = vocabulary_limit(tokenizer), stop_token_ids(tokenizer, ())
-    known = {token: i for token, i in tokenizer.get_vocab().items() if limit is None or i < limit}
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if limit is None or i < limit}
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    for token in (*PADS, tokenizer.unk_token, *added, *NUL_BYTE):
-        if token in known and known[token] not in stops:
+    for token in (*PAD_CANDIDATES, tokenizer.unk_token, *added, *NUL_BYTE):
+        if token in vocabulary and vocabulary[token] not in stops:
             return token
     raise DataError(f"{path}: the tokenizer has no token to pad with: set pad_token to one that is not its EOS")
 
 
 def stop_token_ids(tokenizer: Tokenizer, extra: tuple[str, ...], *, option: str = "stop") -> tuple[int, ...]:
-    """What ends an answer: EOS, the chat template's end of an assistant turn, the ``eos_token_id`` of the
-    ``generation_config.json`` beside the tokenizer, and the tokens named in ``extra``.
+    """Return the ids of the tokens that end an answer.
 
-    DataError, which names ``option``, for one of ``extra`` that the tokenizer or the model does not know.
+    They are the EOS, the chat template's end of an assistant turn, the ``eos_token_id`` of the
+    ``generation_config.json`` beside the tokenizer, and the tokens named in ``extra``. DataError, which
+    names ``option``, for one of ``extra`` that the tokenizer or the model does not know.
     """
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     for token in extra:
-        if token not in known:
-            raise DataError(f"{option}: {token!r} is not a token of this tokenizer")
-        check_roles(tokenizer, {"stop token": known[token]}, where=option)
+        if token not in vocabulary:
+            raise DataError(f"{option}: {token!r} is not a token of the tokenizer")
+        check_roles(tokenizer, {"stop token": vocabulary[token]}, where=option)
     folder = tokenizer_folder(tokenizer)
-    beside = () if folder is None else generation_eos(folder)
-    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *beside, *(known[token] for token in extra)]
+    generation_ids = () if folder is None else generation_eos(folder)
+    ids = [tokenizer.eos_token_id, end_of_turn(tokenizer), *generation_ids, *(vocabulary[token] for token in extra)]
     return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The special token that the chat template puts after an assistant's answer; None without template or token."""
+    """Return the special token that the chat template writes after an answer; None without template or token."""
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
     try:
         text: Any = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception as error:  # whatever the template raises: it is somebody's program
+    except Exception as error:  # a template is a user's program and may raise anything
         reason = str(error) or type(error).__name__
         raise DataError(f"the tokenizer's chat template refuses a question and its answer: {reason}") from error
     after = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Why a folder gives no tokenizer, in words that say what to do about it."""
+"""Explanations of why a folder's tokenizer cannot be read, with what to do about it."""
 
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -9,12 +9,12 @@ from jrlhf.models.hf.folder import CONFIG, TOKENIZER_FILES, read_json
 
 
 def unreadable_sentencepiece(folder: Path) -> str | None:
-    """What to do about a tokenizer that is in sentencepiece's format alone, without the libraries that read it."""
+    """Return advice if the tokenizer exists only in sentencepiece's format and its libraries are missing, else None."""
     file = folder / "tokenizer.model"
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")) or not file.is_file():
         return None
     with file.open("rb") as opened:
-        # A protocol buffer begins with the tag of its first field; tiktoken's files of the same name are text.
+        # A sentencepiece file is a protocol buffer, which begins with a tag; tiktoken's files of this name are text.
         if opened.read(1) != b"\n":
             return None
     if all(_installed(name) for name in ("sentencepiece", "google.protobuf")):
@@ -34,7 +34,7 @@ def _installed(name: str) -> bool:
 
 
 def failure_reason(folder: Path, error: Exception) -> str:
-    """Why a folder gives no tokenizer: the file that is missing or broken, else what transformers says, in one line."""
+    """Explain in one line why a folder's tokenizer cannot be read: a missing or broken file, or the library's error."""
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     for name in (name for name in names if name.endswith(".json")):
         if not any(fnmatch(name, pattern) for pattern in (CONFIG, *TOKENIZER_FILES)):
@@ -43,15 +43,15 @@ def failure_reason(folder: Path, error: Exception) -> str:
             read_json(folder / name)
         except ValueError as broken:
             return str(broken)
-    said = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(error).split()) or type(error).__name__
     if "tokenizer.json" in names:
-        return f"{folder / 'tokenizer.json'} cannot be read: {type(error).__name__}: {said}"
+        return f"{folder / 'tokenizer.json'} cannot be read: {type(error).__name__}: {message}"
     if "vocab.json" in names and "merges.txt" not in names:
         return f"{folder} has vocab.json without merges.txt, and no tokenizer.json"
     if not any(name in names for name in VOCABULARIES):
-        listed = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "nothing"
+        names_text = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" or "nothing"
         return (
-            f"{folder} holds {listed}: no tokenizer.json, nor vocab.json and merges.txt, nor tokenizer.model; "
-            "copy the tokenizer's files from the model that it was trained from"
+            f"{folder} holds {names_text}: no tokenizer.json, nor vocab.json and merges.txt, nor tokenizer.model; "
+            "copy the tokenizer's files from the base model"
         )
-    return said
+    return message

@@ -1,4 +1,4 @@
-"""A tokenizer as files: those it came from, byte for byte, but for a pad token that was chosen here."""
+"""A tokenizer's files for an export: copies of the files it was loaded from, with the pad token set if needed."""
 
 import json
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The files that an export has of a tokenizer, by name: its folder's own, so that whatever reads those reads these.
+    """Return a tokenizer's files for an export, by name: those of its folder, so that the same tools can read them.
 
-    Where ``load_tokenizer`` chose another pad token, that alone is changed. A tokenizer that comes from no folder, or
-    was changed since, is written by transformers.
+    Only the pad token is changed, if ``load_tokenizer`` chose one. For a tokenizer without a folder, or one that was
+    changed after loading, transformers writes the files.
     """
     folder = tokenizer_folder(tokenizer)
     original = None if folder is None else read_tokenizer(str(folder))
@@ -34,7 +34,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 
 
 def with_pad_token(files: Mapping[str, bytes], token: str) -> dict[str, bytes]:
-    """A tokenizer's files with another pad token, which its vocabulary has: the one field, wherever it stands."""
+    """Return a tokenizer's files with another pad token from its vocabulary; only the field ``pad_token`` changes."""
     changed = dict(files)
     for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         if name in files or name == TOKENIZER_CONFIG:
@@ -45,7 +45,7 @@ def with_pad_token(files: Mapping[str, bytes], token: str) -> dict[str, bytes]:
 
 
 def _same(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers differ in no more than their pad token."""
+    """Tell whether two tokenizers are the same except for their pad token."""
     if one.get_vocab() != other.get_vocab() or one.chat_template != other.chat_template:
         return False
     ours, theirs = ({k: v for k, v in t.special_tokens_map.items() if k != "pad_token"} for t in (one, other))

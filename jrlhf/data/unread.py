@@ -1,6 +1,6 @@
-"""Columns of rows, and fields of chat messages, that nothing reads: what people wrote there has no effect.
+"""Detection of row columns and message fields that nothing reads, so that a user learns that they have no effect.
 
-The tables say what ``formats`` and ``chat`` read. What a row has besides is counted while rows are made, named once.
+The tables list what ``formats`` and ``chat`` read. Everything else is counted while rows are encoded and logged once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -15,7 +15,7 @@ from jrlhf.data.messages import FIELDS
 from jrlhf.data.protocol import Tokenizer
 
 Shapes = Mapping[tuple[str, ...], frozenset[str]]
-"""The columns that are read of a row, by the columns that decide its shape: the first of these that it has all of."""
+"""The columns that are read, by the columns that decide a row's shape; the first key that the row has fully applies."""
 
 _SHAREGPT = frozenset({"conversations", "system", "tools"})
 _ALPACA = frozenset({"instruction", *INPUTS, "system", "tools"})
@@ -31,8 +31,8 @@ _LEARNT: Shapes = {shape: columns if shape == ("text",) else columns | {"label"}
 _PAIR = frozenset({"chosen", "rejected"})
 
 
-def _asked(*columns: str, reads: Set[str] = frozenset()) -> Shapes:
-    """Shapes that need these columns, by where their prompt stands; ``reads``: what is read besides."""
+def _prompt_shapes(*columns: str, reads: Set[str] = frozenset()) -> Shapes:
+    """Return the shapes with these columns for every place of the prompt; ``reads`` adds columns that are read."""
     own = frozenset(columns) | reads
     return {
         (*columns, "conversations"): own | _SHAREGPT,
@@ -53,56 +53,56 @@ READ_COLUMNS: Mapping[str, Shapes] = {
         ("chosen",): _PAIR | {"tools"},
     },
     "rankings": {
-        **_asked("chosen", reads=_PAIR | {"margin"}),
-        **_asked("completions", reads=frozenset({"ranks", "margin"})),
+        **_prompt_shapes("chosen", reads=_PAIR | {"margin"}),
+        **_prompt_shapes("completions", reads=frozenset({"ranks", "margin"})),
     },
     "prompts": {
         ("messages",): _ANSWERS[("messages",)],
-        **_asked("chosen", "rejected"),
+        **_prompt_shapes("chosen", "rejected"),
         ("conversations",): _SHAREGPT,
         ("prompt",): frozenset({"prompt", "tools"}),
         ("instruction",): _ALPACA,
     },
     "texts": {
-        **_asked("completions"),
-        **_asked("chosen", "rejected"),
+        **_prompt_shapes("completions"),
+        **_prompt_shapes("chosen", "rejected"),
         **_ANSWERS,
     },
 }
-"""What each kind of rows reads, in the order in which its parser looks for a row's shape."""
+"""The columns that each kind of rows reads, in the order in which its parser tests a row's shape."""
 
 MESSAGE_COLUMNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "completions")
 MESSAGE_FIELDS: Mapping[str, frozenset[str]] = {
     kind: FIELDS | {"from", "value"} | ({"weight"} if kind == "sft" else set()) for kind in READ_COLUMNS
 }
-"""What each kind of rows reads of a message itself. A chat template reads others, see ``template_fields``."""
+"""The message fields that each kind of rows reads. A chat template reads more, see ``template_fields``."""
 
 EMPTY = (None, "", [], {})
-"""Values in which nothing can be lost. A field that only some rows have comes as None in the others."""
+"""Values without content, which are not reported. A field that only some rows have is None in the others."""
 
-MOST_SHAPES = 1000
-"""Sets of columns of which it is remembered what is read."""
+MAX_CACHED_SHAPES = 1000
+"""Maximum number of different column sets whose shapes are cached."""
 
 
-def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Callable[[Mapping[str, Any]], list[str]]:
-    """A function from a row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
+def unread_of(kind: str, tokenizer: Tokenizer, extra: Iterable[str] = ()) -> Callable[[Mapping[str, Any]], list[str]]:
+    """Return a function from a row to the names in it that nothing reads, such as ``id`` and ``messages[].name``.
 
-    ``also``: columns that are read besides those of ``READ_COLUMNS[kind]``.
+    ``extra`` names columns that are read in addition to ``READ_COLUMNS[kind]``.
     """
-    shapes = {shape: columns | frozenset(also) for shape, columns in READ_COLUMNS[kind].items()}
+    shapes = {shape: columns | frozenset(extra) for shape, columns in READ_COLUMNS[kind].items()}
     templates = (template_of(tokenizer), template_of(tokenizer, tools=True))
     fields = MESSAGE_FIELDS[kind].union(*map(template_fields, templates))
 
-    known: dict[tuple[str, ...], _Shape] = {}
+    shape_cache: dict[tuple[str, ...], _Shape] = {}
 
     def unread(row: Mapping[str, Any]) -> list[str]:
         present = tuple([column for column, value in row.items() if value is not None])
-        if (shape := known.get(present)) is None:
+        if (shape := shape_cache.get(present)) is None:
             shape = _shape(present, _columns(row, shapes))
-            if len(known) < MOST_SHAPES:
-                known[present] = shape
-        names = [column for column in shape.others if row[column] not in EMPTY]
-        if shape.labelled and not is_verdict(row["label"]):
+            if len(shape_cache) < MAX_CACHED_SHAPES:
+                shape_cache[present] = shape
+        names = [column for column in shape.unread if row[column] not in EMPTY]
+        if shape.class_label and not is_verdict(row["label"]):
             names.append("label")
         for column in shape.messages:
             if isinstance(value := row[column], list | dict):
@@ -114,18 +114,18 @@ def unread_of(kind: str, tokenizer: Tokenizer, also: Iterable[str] = ()) -> Call
 
 
 class _Shape(NamedTuple):
-    """Of rows that have the same columns: which are not read, which may hold messages."""
+    """The columns of rows of one shape that are not read, and those that may hold messages."""
 
-    others: list[str]
+    unread: list[str]
     messages: list[str]
-    labelled: bool
-    """A label beside a conversation, which may be a class: then nothing reads it."""
+    class_label: bool
+    """True if the label may be a class, as beside a conversation; then nothing reads it."""
 
 
 def _shape(present: Sequence[str], read: Set[str]) -> _Shape:
-    others = [column for column in present if column not in read]
+    unread = [column for column in present if column not in read]
     messages = [column for column in MESSAGE_COLUMNS if column in read and column in present]
-    return _Shape(others, messages, "label" in present and "label" in read and "completion" not in read)
+    return _Shape(unread, messages, "label" in present and "label" in read and "completion" not in read)
 
 
 def _columns(row: Mapping[str, Any], shapes: Shapes) -> frozenset[str]:
@@ -144,13 +144,13 @@ def _fields(path: str, messages: list[Any], read: Set[str]) -> Iterator[str]:
 
 
 def template_fields(template: str) -> frozenset[str]:
-    """The fields that a chat template names: ``m.name``, ``m['name']``, ``m.get('name')``, ``'name' in m``."""
+    """Return the fields that a chat template names: ``m.name``, ``m['name']``, ``m.get('name')``, ``'name' in m``."""
     fields, before = set[str](), ""
     try:
         for _, token, text in jinja2.Environment().lex(template):
             if token == "string" or (token == "name" and before == "."):
                 fields.add(text.strip("'\""))
             before = text if token != "whitespace" else before
-    except jinja2.TemplateSyntaxError:  # whoever renders it says so
+    except jinja2.TemplateSyntaxError:  # rendering the template reports the error
         return frozenset()
     return frozenset(fields)

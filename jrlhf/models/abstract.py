@@ -1,4 +1,4 @@
-"""Models without weights: shapes, dtypes and shardings of what ``load_pretrained`` would give, for compiling ahead."""
+"""Abstract models: the shapes, dtypes and shardings of ``load_pretrained``'s results, for ahead-of-time compilation."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from jrlhf.models.functions import abstract_head, abstract_params, decoder_fns
 from jrlhf.models.hf.adapter_folder import ModelKind, model_folder, require_kind
 from jrlhf.models.hf.families import arch_from_hf, is_sequence_classification
 from jrlhf.models.hf.folder import read_config
-from jrlhf.models.hf.names import RULES
+from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.models.pretrained import Pretrained
 from jrlhf.models.reading import STOP_TOKEN, reading_of
 from jrlhf.models.reward import RewardModel
@@ -20,7 +20,7 @@ from jrlhf.types import Params
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
-    """Shapes with their shardings."""
+    """Attach a sharding to every shape of a tree."""
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 
 
@@ -34,10 +34,10 @@ def abstract_pretrained(
     kind: ModelKind | None = None,
     option: str = "",
 ) -> Pretrained:
-    """As ``load_pretrained``, of a folder or hub id of which only config.json is read; a PEFT folder is its base model.
+    """Return what ``load_pretrained`` returns, without weights, from the config.json of a folder or hub id.
 
-    A reward model's folder gives the language model of the same sizes. UsageError, as where the model is loaded, for
-    one that is not of ``kind``; None: either may be.
+    A PEFT folder counts as its base model, and a reward model's folder gives the language model of the same sizes.
+    Raises UsageError for a model that is not of ``kind`` (None: any kind).
     """
     source = model_folder(path, weights=False)
     if kind is not None:
@@ -48,7 +48,7 @@ def abstract_pretrained(
     shapes = abstract_params(arch)
     fns = decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     return Pretrained(
-        params=placed(shapes, tree_shardings(shapes, mesh, RULES)),
+        params=placed(shapes, tree_shardings(shapes, mesh, SHARDING_RULES)),
         apply_fn=fns.apply_fn,
         logprob_fn=fns.logprob_fn,
         decode_fns=fns.decode_fns,
@@ -57,19 +57,21 @@ def abstract_pretrained(
         config=config,
         arch=arch,
         source=folder,
-        rules=RULES,
+        rules=SHARDING_RULES,
         stored={},
     )
 
 
 def abstract_reward(pretrained: Pretrained, mesh: Mesh) -> RewardModel:
-    """As ``reward_from_pretrained``: it holds the very shapes of the decoder. A reward model's own config says how it
-    reads."""
+    """Return what ``reward_from_pretrained`` returns, without weights; the shapes of the decoder are shared.
+
+    For a reward model, its config decides where the score is read.
+    """
     head: Params = {"head": abstract_head(pretrained.arch)}
     decoder = {name: leaf for name, leaf in pretrained.params.items() if name != "lm_head"}
     config, arch = pretrained.config, pretrained.arch
     return RewardModel(
-        params={"decoder": decoder} | placed(head, tree_shardings(head, mesh, RULES)),
+        params={"decoder": decoder} | placed(head, tree_shardings(head, mesh, SHARDING_RULES)),
         score_fn=pretrained.score_fn,
         config=config,
         arch=arch,

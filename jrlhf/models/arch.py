@@ -1,4 +1,4 @@
-"""What a decoder is made of: one frozen dataclass of sizes and switches, whatever the family."""
+"""The architecture of a decoder: one frozen dataclass of sizes and switches for all families."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -11,7 +11,7 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions in the half-split form. What follows ``theta`` belongs to the scaled kinds."""
+    """Rotary positions in the half-split form. The fields after ``theta`` apply to the scaled kinds only."""
 
     kind: RopeKind
     theta: float
@@ -19,20 +19,20 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_positions: int = 0
-    """Positions before scaling; "dynamic" leaves sequences up to it as they are."""
+    """Number of positions before scaling; "dynamic" does not scale sequences up to this length."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    """yarn: the bounds between kept and stretched pairs are whole numbers."""
+    """For yarn: round the bounds between unscaled and scaled pairs to whole numbers."""
     attention_factor: float = 1.0
-    """yarn: what cosine and sine are multiplied by."""
+    """For yarn: factor of cosine and sine."""
 
 
 class AttentionKind(NamedTuple):
-    """What the queries of a layer see."""
+    """Attention window and rotary positions of a kind of layers."""
 
     window: int
-    """The last so many tokens, itself included; 0: all."""
+    """Number of last tokens that a query attends to, its own included; 0: all."""
     rope: Rope | None
 
 
@@ -48,59 +48,59 @@ class ArchConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    """Positions the weights were trained for; learned ones end there."""
+    """Number of positions that the weights were trained for; learned positions end there."""
     norm_eps: float = 1e-5
     rope: Rope | None = Rope("default", 10_000.0)
-    """None: positions are learned, one vector each."""
+    """Rotary positions; None: learned positions, one vector each."""
     activation: Activation = "silu"
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
-    """The LM head is the transposed embedding; there is no lm_head leaf."""
+    """Use the transposed embedding as LM head; there is no lm_head leaf then."""
     family: Family = "llama"
-    """Decides the names in a checkpoint, and nothing else."""
+    """Model family; it decides only the names in a checkpoint."""
     norm: NormKind = "rms"
-    """"rms_plus_one" multiplies by 1 + scale; "layer" centres too, and has a bias."""
+    """Kind of norm: "rms_plus_one" multiplies by 1 + scale; "layer" also centres and has a bias."""
     gated_mlp: bool = True
     qk_norm: bool = False
-    """Queries and keys are normalised head by head before they are rotated."""
+    """Normalise queries and keys per head before the rotation."""
     post_norms: bool = False
-    """What attention and MLP give is normalised once more before it is added."""
+    """Normalise the outputs of attention and MLP before they are added to the residual."""
     parallel_residual: bool = False
     """Attention and MLP read the same input: x + attention(norm(x)) + mlp(norm'(x))."""
     rotary_dim: int | None = None
-    """Leading dimensions of a head that are rotated; None: all."""
+    """Number of leading dimensions of a head to rotate; None: all."""
     query_scalar: float | None = None
-    """Queries are divided by its root; None: head_dim."""
+    """Queries are divided by the square root of this number; None: head_dim."""
     attention_softcap: float | None = None
-    """c · tanh(x / c) on attention scores."""
+    """Soft cap c of attention scores: c · tanh(x / c)."""
     final_softcap: float | None = None
-    """The same on logits."""
+    """Soft cap c of logits: c · tanh(x / c)."""
     scale_embeddings: bool = False
-    """Embeddings are multiplied by √hidden_size."""
+    """Multiply embeddings by √hidden_size."""
     window: int = 0
-    """What a query of a local layer sees: so many tokens, itself included."""
+    """Number of tokens that a query of a local layer attends to, its own included."""
     local_layers: tuple[bool, ...] = ()
-    """Which layers are local; (): none."""
+    """True for each local layer; (): no layer is local."""
     local_rope: Rope | None = None
-    """The local layers' own rotary positions; None: ``rope``."""
+    """Rotary positions of local layers; None: ``rope``."""
 
     @property
     def packable(self) -> bool:
-        """Whether several sequences may share a row; "dynamic" rotary positions depend on the length of each."""
+        """Whether several sequences may share a row; "dynamic" rotary positions depend on a sequence's length."""
         return self.rope is None or self.rope.kind != "dynamic"
 
     @property
     def layer_kinds(self) -> tuple[int, ...]:
-        """For each layer its place in ``attention_kinds``."""
+        """Index into ``attention_kinds`` for each layer."""
         if not any(self.local_layers) or all(self.local_layers):
             return (0,) * self.num_layers
         return tuple(int(local) for local in self.local_layers)
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
-        """The kinds of attention that occur: one, or the global and the local."""
+        """Kinds of attention in the decoder: a single one, or global then local."""
         everywhere = AttentionKind(0, self.rope)
         local = AttentionKind(self.window, self.local_rope or self.rope)
         if not any(self.local_layers):

@@ -1,4 +1,4 @@
-"""The bundled decoder: pre-norm blocks with their parameters stacked on axis 0, and a KV cache that is passed around.
+"""The bundled decoder: pre-norm blocks with parameters stacked on axis 0, and an explicit KV cache.
 
 Shape suffixes: B batch, T query tokens, S key slots, D hidden, K key-value heads, H head dimension, V vocabulary.
 """
@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.attention import KEPT, AttentionKernel, attention_mask, soft_cap
-from jrlhf.models.cache import Cached, Quantised
-from jrlhf.models.layers import Block, LayerCache, Norm, Sight
+from jrlhf.models.attention import CHECKPOINT_NAME, AttentionKernel, attention_mask, soft_cap
+from jrlhf.models.cache import CachedArray, Quantised
+from jrlhf.models.layers import AttentionInputs, Block, LayerCache, Norm
 from jrlhf.models.linear import NORMAL, Linear, matmul_transposed
 from jrlhf.models.rope import rotary_angles
 from jrlhf.models.splash import Segments
@@ -26,23 +26,23 @@ from jrlhf.types import DecodeFns, TokenMask
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer; all rows write the same slots, of which the first ``used`` are taken.
+    """Keys and values of every layer; all rows write to the same slots, and the first ``used`` slots are occupied.
 
-    One array a layer, so that each is updated in place and read without first being cut out of a bigger one.
+    There is one array per layer, so that each is updated in place and read without a slice.
     """
 
-    keys: tuple[Cached, ...]
-    values: tuple[Cached, ...]
+    keys: tuple[CachedArray, ...]
+    values: tuple[CachedArray, ...]
     positions: Int[Array, "B S"]
-    """-1 where nothing, or padding, is stored: no query attends there."""
+    """Position of each slot's token; -1 for padding and empty slots, to which no query attends."""
     used: Int[Array, ""]
 
 
 def init_cache(arch: ArchConfig, batch: int, length: int, dtype: Any) -> KVCache:
-    """An empty cache for ``batch`` rows of at most ``length`` tokens.
+    """Return an empty cache for ``batch`` rows of at most ``length`` tokens.
 
-    UsageError where "dynamic" rotary positions would have to grow within it: what is cached was turned by the angles of
-    a shorter sequence, so the sampler's probabilities would not be the trainer's.
+    Raises UsageError if "dynamic" rotary positions would rescale within ``length`` tokens: cached keys keep the angles
+    of a shorter sequence, so the sampler's probabilities would differ from the trainer's.
     """
     if arch.rope is not None and arch.rope.kind == "dynamic" and length > arch.rope.original_max_positions:
         raise UsageError(
@@ -55,7 +55,7 @@ def init_cache(arch: ArchConfig, batch: int, length: int, dtype: Any) -> KVCache
 
 
 def int8_cache(decode_fns: DecodeFns) -> DecodeFns:
-    """A bundled decoder's functions, with its keys and values cached in int8: see ``Quantised``."""
+    """Return a bundled decoder's functions with an int8 cache; see ``Quantised``."""
 
     def init_cache(batch: int, length: int, /) -> KVCache:
         cache: KVCache = decode_fns.init_cache(batch, length)
@@ -69,15 +69,15 @@ def int8_cache(decode_fns: DecodeFns) -> DecodeFns:
     return decode_fns._replace(init_cache=init_cache)
 
 
-def sights(
+def attention_inputs(
     arch: ArchConfig, queries: Int[Array, "B T"], keys: Int[Array, "B S"], *, segments: Int[Array, "B T"] | None
-) -> tuple[Sight, ...]:
-    """For each kind of attention in ``arch`` its angles at the queries and its mask."""
+) -> tuple[AttentionInputs, ...]:
+    """Return the rotary angles at the queries and the mask for each kind of attention in ``arch``."""
     rotary_dim = arch.rotary_dim or arch.head_dim
     if segments is not None and not arch.packable:
-        raise UsageError("sequences cannot be packed: 'dynamic' rotary positions depend on the length of each")
+        raise UsageError("sequences cannot be packed: 'dynamic' rotary positions depend on a sequence's length")
     return tuple(
-        Sight(
+        AttentionInputs(
             angles=None if kind.rope is None else rotary_angles(kind.rope, rotary_dim, queries),
             mask=attention_mask(queries, keys, window=kind.window, segments=segments),
         )
@@ -86,14 +86,14 @@ def sights(
 
 
 class Decoder(nn.Module):
-    """Tokens to logits. Parameters are float32, ``dtype`` is what is computed in; logits are float32 always."""
+    """Maps tokens to logits. Parameters and logits are float32; ``dtype`` is the compute dtype."""
 
     arch: ArchConfig
     dtype: Any
     remat: bool
     kernel: AttentionKernel
     mesh: Mesh | None
-    """Rows are kept spread over it."""
+    """Mesh over which rows stay spread; None: no constraint."""
 
     def setup(self) -> None:
         arch = self.arch
@@ -102,13 +102,13 @@ class Decoder(nn.Module):
             self.position_embed = self.param(
                 "position_embed", NORMAL, (arch.max_positions, arch.hidden_size), jnp.float32
             )
-        # What is neither a product with a weight nor attention is cheaper to compute again than to keep and fetch.
+        # Recomputing is cheaper than saving for everything except products with weights and attention.
         products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        kept = jax.checkpoint_policies.save_from_both_policies(
-            products, jax.checkpoint_policies.save_only_these_names(KEPT)
+        policy = jax.checkpoint_policies.save_from_both_policies(
+            products, jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
         )
-        # The scan is a loop already: nothing outside it could be merged with what is recomputed inside.
-        block = nn.remat(Block, prevent_cse=False, policy=None if self.remat else kept)
+        # Inside a scan XLA cannot merge the recomputation with the first computation, so CSE need not be prevented.
+        block = nn.remat(Block, prevent_cse=False, policy=None if self.remat else policy)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -124,20 +124,22 @@ class Decoder(nn.Module):
         return self.unembed(self.hidden(tokens, mask))
 
     def hidden(self, tokens: Int[Array, "B T"], mask: TokenMask) -> Float[Array, "B T D"]:
-        """What the LM head, or any other head, reads."""
+        """Return the last hidden states, which the LM head or another head reads."""
         positions = positions_from_mask(mask)
         kinds = jnp.asarray(self.arch.layer_kinds, jnp.int32)
         segments = None if mask.dtype == jnp.bool_ else mask
-        seen = sights(self.arch, positions, positions, segments=segments)
+        layer_inputs = attention_inputs(self.arch, positions, positions, segments=segments)
         if self.kernel == "splash":
-            # The squares, which nobody reads now, are never made.
+            # Splash reads segments instead of square masks, so XLA never computes the squares.
             ids = mask.astype(jnp.int32)
-            seen = tuple(sight._replace(mask=Segments(ids, jnp.int32(kind))) for kind, sight in enumerate(seen))
-        x_BTD, _ = self.layers(self.lookup(tokens, positions), kinds, seen, None)
+            layer_inputs = tuple(
+                inputs._replace(mask=Segments(ids, jnp.int32(kind))) for kind, inputs in enumerate(layer_inputs)
+            )
+        x_BTD, _ = self.layers(self.lookup(tokens, positions), kinds, layer_inputs, None)
         return self.final_norm(x_BTD)
 
     def lookup(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Embeddings, with the vector of their position where positions are learned."""
+        """Return the embeddings of tokens, plus those of their positions if positions are learned."""
         x_BTD = self.embed[tokens].astype(self.dtype)
         if self.arch.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(self.arch.hidden_size**0.5, self.dtype)
@@ -146,30 +148,31 @@ class Decoder(nn.Module):
         return spread_rows(x_BTD, self.mesh)
 
     def unembed(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Return the logits of hidden states, in float32."""
         tied = self.arch.tie_embeddings
         logits = matmul_transposed(hidden, self.embed, jnp.float32) if tied else self.lm_head(hidden)
-        # Merged with the softmax that follows, as XLA on a CPU would have it, the product takes twice as long.
+        # XLA on a CPU would fuse the product with the softmax that follows, which takes twice as long.
         logits = lax.optimization_barrier(logits)
         return soft_cap(logits, self.arch.final_softcap)
 
     def decode(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Append ``T`` tokens; the logits that follow the last of them. Layers are unrolled.
+        """Append ``T`` tokens to the cache and return the logits after the last one. Layers are unrolled.
 
-        The caller keeps within the cache's length: writing past it would silently overwrite its last slots.
+        The caller must stay within the cache's length: writing past it silently overwrites the last slots.
         """
         length, slots = tokens.shape[1], cache.positions.shape[1]
         if length > slots:
             raise ValueError(f"{length} tokens do not fit a cache of {slots}")
         stored = lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), cache.used))
-        kinds = sights(self.arch, positions, stored, segments=None)
+        kinds = attention_inputs(self.arch, positions, stored, segments=None)
         block = Block(self.arch, self.dtype, "xla", self.mesh, parent=None)
         stacked = self.variables["params"]["layers"]
         x_BTD, keys, values = self.lookup(tokens, positions), [], []
         for layer, kind in enumerate(self.arch.layer_kinds):
-            # XLA moves slices out of a sampling loop only if something it deems work depends on them: the barrier does.
-            # Without it every step copies all weights first.
+            # XLA hoists these slices out of a sampling loop only if the barrier depends on them; without it every step
+            # copies all weights.
             weights = lax.optimization_barrier(jax.tree.map(lambda leaf, i=layer: leaf[i], stacked))
             layer_cache = LayerCache(cache.keys[layer], cache.values[layer], cache.used)
             x_BTD, layer_cache = block.apply({"params": weights}, x_BTD, jnp.int32(0), (kinds[kind],), layer_cache)

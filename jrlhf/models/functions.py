@@ -1,4 +1,4 @@
-"""A decoder as the protocols of ``jrlhf.types``: pure functions over its parameter tree, made from sizes alone."""
+"""The bundled decoder's pure functions, which implement the protocols of ``jrlhf.types``, and its parameter trees."""
 
 from typing import Any, NamedTuple
 
@@ -24,22 +24,22 @@ from jrlhf.types import (
     TokenMask,
 )
 
-LOGITS_AT_ONCE = 2**26
-"""Logits that ``logprob_fn`` holds at a time on a device unless told otherwise: 256 MB."""
+DEFAULT_LOGITS_AT_ONCE = 2**26
+"""Default number of logits that ``logprob_fn`` holds at a time on a device (256 MB)."""
 
-WEIGHTS = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
-"""The leaves that are cast to the compute dtype wherever they are used; norms are computed with in float32."""
+CAST_LEAVES = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
+"""Names of the leaves that are cast to the compute dtype; norms compute in float32."""
 
 
 class DecoderFns(NamedTuple):
-    """What a decoder can be asked for. The first three take a language model's tree, ``score_fn`` a reward model's."""
+    """A decoder's functions. The first three take a language model's tree, ``score_fn`` a reward model's."""
 
     apply_fn: ApplyFn
     logprob_fn: LogprobFn
     decode_fns: DecodeFns
     score_fn: ScoreFn
     actor_critic_fn: ActorCriticFn
-    """Its ``PPOParams``: a language model's tree, and ``{"head": ...}`` on its last hidden states."""
+    """Policy and critic in one forward pass; ``PPOParams`` holds a language model's tree and ``{"head": ...}``."""
 
 
 def decoder_fns(
@@ -49,20 +49,21 @@ def decoder_fns(
     remat: bool,
     attention: AttentionKernel = "xla",
     mesh: Mesh | None = None,
-    logits_at_once: int = LOGITS_AT_ONCE,
+    logits_at_once: int = DEFAULT_LOGITS_AT_ONCE,
 ) -> DecoderFns:
-    """The decoder's functions, without any weights. ``dtype``: what is computed in ("float32", "bfloat16").
+    """Return the decoder's functions, which hold no weights. ``dtype`` is the compute dtype ("float32", "bfloat16").
 
-    The backward pass computes again what is not a product with a weight, with ``remat`` whole layers.
-    ``logits_at_once`` bounds ``B · T · V`` of what ``logprob_fn`` holds on a device. Both change memory, not results.
-    ``attention``: "cudnn" wants a GPU and bfloat16; UsageError where the architecture's attention has a soft cap.
-    "splash" wants a TPU, elsewhere it is interpreted, far too slowly but for tests; a window counts places, so tokens
-    of a sequence must stand in one piece.
-    ``mesh``: rows stay spread over it, whatever the parameters' shardings would suggest.
+    The backward pass recomputes everything except products with weights and attention; with ``remat`` it recomputes
+    whole layers. ``logits_at_once`` bounds the number of logits, B · T · V, that ``logprob_fn`` holds on a device. Both
+    change memory, not results.
+
+    ``attention``: "cudnn" needs a GPU and bfloat16, and is a UsageError for an architecture with a soft cap on
+    attention. "splash" needs a TPU; elsewhere it runs interpreted, fast enough only for tests. Its window counts slots,
+    so the tokens of a sequence must be contiguous. Rows stay spread over ``mesh``, whatever the parameters' shardings.
     """
     dtype = jnp.dtype(dtype)
     if attention == "cudnn" and arch.attention_softcap is not None:
-        raise UsageError(f"attention: {attention!r} knows no soft cap, which this architecture has")
+        raise UsageError(f"attention: {attention!r} has no soft cap, which the model needs; use 'xla'")
     module = Decoder(arch, dtype, remat, attention, mesh)
     devices = 1 if mesh is None else mesh.size
 
@@ -73,9 +74,9 @@ def decoder_fns(
         return run(params, tokens, mask, method="__call__")
 
     def score_fn(params: Params, tokens: Int[Array, "B T"], mask: TokenMask, /) -> Float[Array, "B T"]:
-        return by_head(params["head"], run(params["decoder"], tokens, mask, method="hidden"))
+        return head_scores(params["head"], run(params["decoder"], tokens, mask, method="hidden"))
 
-    def by_head(head: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    def head_scores(head: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         return jnp.einsum("BTD,D->BT", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
     def empty_cache(batch: int, length: int, /) -> KVCache:
@@ -88,7 +89,7 @@ def decoder_fns(
 
     def prepare(params: Params) -> Params:
         def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-            return leaf.astype(dtype) if path[-1].key in WEIGHTS else leaf
+            return leaf.astype(dtype) if path[-1].key in CAST_LEAVES else leaf
 
         return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -102,9 +103,9 @@ def decoder_fns(
         where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         hidden = run(params, tokens, mask, method="hidden")
-        return of_hidden(params, hidden, tokens, temperature=temperature, where=where)
+        return logprobs_of_hidden(params, hidden, tokens, temperature=temperature, where=where)
 
-    def of_hidden(
+    def logprobs_of_hidden(
         params: Params, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float, where: Any
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
         return hidden_logprobs(
@@ -113,7 +114,7 @@ def decoder_fns(
             tokens,
             temperature=temperature,
             columns=max(1, logits_at_once * devices // (len(tokens) * arch.vocab_size)),
-            wanted=where,
+            where=where,
         )
 
     def actor_critic_fn(
@@ -126,22 +127,22 @@ def decoder_fns(
         where: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
         hidden = run(params.policy, tokens, mask, method="hidden")
-        logprobs, entropy = of_hidden(params.policy, hidden, tokens, temperature=temperature, where=where)
-        return logprobs, entropy, by_head(params.value["head"], hidden)
+        logprobs, entropy = logprobs_of_hidden(params.policy, hidden, tokens, temperature=temperature, where=where)
+        return logprobs, entropy, head_scores(params.value["head"], hidden)
 
     decoding = DecodeFns(empty_cache, decode, prepare)
     return DecoderFns(apply_fn, logprob_fn, decoding, score_fn, actor_critic_fn)
 
 
 def init_params(arch: ArchConfig, key: Key) -> Params:
-    """Untrained parameters in float32: kernels and embedding normal with std 0.02, norms 1, biases 0."""
+    """Return untrained parameters in float32: kernels and embedding normal with std 0.02, norms 1, biases 0."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     module = Decoder(arch, jnp.dtype(jnp.float32), remat=False, kernel="xla", mesh=None)
     return module.init(key, tokens, jnp.ones((1, 1), jnp.bool_))["params"]
 
 
 def init_head(arch: ArchConfig, key: Key) -> Params:
-    """A scalar head: kernel normal with std 1/√(d+1), bias 0. Stiennon et al. 2020, appendix B.1."""
+    """Return a scalar head: kernel normal with std 1/√(d+1), bias 0. Stiennon et al. 2020, appendix B.1."""
     std = (arch.hidden_size + 1) ** -0.5
     return {
         "kernel": std * jax.random.normal(key, (arch.hidden_size,), jnp.float32),
@@ -163,21 +164,21 @@ def is_matrix(params: Params) -> Params:
 
 
 def reward_params(params: Params, arch: ArchConfig, key: Key) -> Params:
-    """A reward model's tree: a language model's decoder without its LM head, and a fresh scalar head."""
+    """Return a reward model's tree: a language model's decoder without its LM head, and a new scalar head."""
     decoder = {name: leaf for name, leaf in params.items() if name != "lm_head"}
     return {"decoder": decoder, "head": init_head(arch, key)}
 
 
 def abstract_params(arch: ArchConfig) -> Params:
-    """Shapes and dtypes of a language model's tree; no memory, no device."""
+    """Return the shapes and dtypes of a language model's tree, without using memory or a device."""
     return jax.eval_shape(lambda: init_params(arch, jax.random.key(0)))
 
 
 def abstract_head(arch: ArchConfig) -> Params:
-    """Shapes and dtypes of a scalar head."""
+    """Return the shapes and dtypes of a scalar head."""
     return jax.eval_shape(lambda: init_head(arch, jax.random.key(0)))
 
 
 def abstract_reward_params(arch: ArchConfig) -> Params:
-    """Shapes and dtypes of a reward model's tree; no memory, no device."""
+    """Return the shapes and dtypes of a reward model's tree, without using memory or a device."""
     return jax.eval_shape(lambda: reward_params(init_params(arch, jax.random.key(0)), arch, jax.random.key(0)))

@@ -15,31 +15,31 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import Activation, ArchConfig, NormKind
 from jrlhf.models.attention import AttentionKernel, causal_attend, fused_attention
-from jrlhf.models.cache import Cached, append, attend_cached
+from jrlhf.models.cache import CachedArray, append_entries, attend_cached
 from jrlhf.models.linear import dense
 from jrlhf.models.rope import Angles
-from jrlhf.models.splash import Segments, interpreted, splash_attention
+from jrlhf.models.splash import Segments, needs_interpreter, splash_attention
 from jrlhf.parallel.mesh import spread_rows
 
 
 class LayerCache(NamedTuple):
-    """One layer's part of a ``KVCache``."""
+    """The keys and values of one layer in a ``KVCache``."""
 
-    keys: Cached
-    values: Cached
+    keys: CachedArray
+    values: CachedArray
     used: Int[Array, ""]
 
 
-class Sight(NamedTuple):
-    """What the queries of a layer see, and where: one for each of ``ArchConfig.attention_kinds``."""
+class AttentionInputs(NamedTuple):
+    """Rotary angles and mask for the layers of one of ``ArchConfig.attention_kinds``."""
 
     angles: Angles | None
     mask: Bool[Array, "B 1 1 T S"] | Segments
-    """``Segments``: what the splash kernel reads instead."""
+    """Square mask, or ``Segments`` for the splash kernel."""
 
 
 def rotate(x: Float[Array, "B T heads H"], angles: Angles) -> Float[Array, "B T heads H"]:
-    """Turn each pair (i, i + R/2) of the first R dimensions by its angle: Hugging Face's half-split form."""
+    """Rotate each pair (i, i + R/2) of the first R dimensions by its angle, in Hugging Face's half-split form."""
     cos, sin = angles
     rotated = 2 * cos.shape[-1]
     first, second = jnp.split(x[..., :rotated].astype(jnp.float32), 2, axis=-1)
@@ -48,7 +48,7 @@ def rotate(x: Float[Array, "B T heads H"], angles: Angles) -> Float[Array, "B T 
 
 
 def activate(x: Float[Array, "*S"], activation: Activation) -> Float[Array, "*S"]:
-    """The MLP's non-linearity."""
+    """Apply the MLP's activation function."""
     match activation:
         case "silu":
             return jax.nn.silu(x)
@@ -59,7 +59,7 @@ def activate(x: Float[Array, "*S"], activation: Activation) -> Float[Array, "*S"
 
 
 class Norm(nn.Module):
-    """x · rsqrt(mean(x²) + ε) · scale over the last axis (Zhang and Sennrich 2019, eq. 4) or LayerNorm; in float32."""
+    """RMSNorm, x · rsqrt(mean(x²) + ε) · scale (Zhang and Sennrich 2019, eq. 4), or LayerNorm; computed in float32."""
 
     kind: NormKind
     eps: float
@@ -85,7 +85,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention. Ainslie et al. 2023."""
+    """Grouped-query attention (Ainslie et al. 2023)."""
 
     arch: ArchConfig
     dtype: Any
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], sight: Sight, cache: LayerCache | None
+        self, x_BTD: Float[Array, "B T D"], inputs: AttentionInputs, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         arch = self.arch
         rows, length, _ = x_BTD.shape
@@ -105,43 +105,44 @@ class Attention(nn.Module):
             flat = dense(heads * arch.head_dim, arch.qkv_bias, self.dtype, name)(x_BTD)
             return flat.reshape(rows, length, heads, arch.head_dim)
 
-        def placed(x: Array) -> Array:
-            return x if sight.angles is None else rotate(x, sight.angles)
+        def turn(x: Array) -> Array:
+            return x if inputs.angles is None else rotate(x, inputs.angles)
 
         q_BTNH, k_BTKH = project("q", arch.num_heads), project("k", arch.num_kv_heads)
         if arch.qk_norm:
             q_BTNH = Norm(arch.norm, arch.norm_eps, self.dtype, name="q_norm")(q_BTNH)
             k_BTKH = Norm(arch.norm, arch.norm_eps, self.dtype, name="k_norm")(k_BTKH)
-        q_BTNH, k_BTKH, v_BTKH = placed(q_BTNH * scale), placed(k_BTKH), project("v", arch.num_kv_heads)
+        q_BTNH, k_BTKH, v_BTKH = turn(q_BTNH * scale), turn(k_BTKH), project("v", arch.num_kv_heads)
         out = dense(arch.hidden_size, arch.attention_out_bias, self.dtype, "o")
-        if isinstance(sight.mask, Segments):
+        if isinstance(inputs.mask, Segments):
             mixed = splash_attention(
                 q_BTNH,
                 k_BTKH,
                 v_BTKH,
-                sight.mask,
+                inputs.mask,
                 windows=tuple(kind.window for kind in arch.attention_kinds),
                 cap=arch.attention_softcap,
                 mesh=self.mesh,
-                interpret=interpreted(self.mesh),
+                interpret=needs_interpreter(self.mesh),
             )
             return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), None
         if self.kernel == "cudnn" and cache is None:
-            mixed = fused_attention(q_BTNH, k_BTKH, v_BTKH, sight.mask, implementation=self.kernel)
+            mixed = fused_attention(q_BTNH, k_BTKH, v_BTKH, inputs.mask, implementation=self.kernel)
             return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), None
         q_BKGTH = q_BTNH.reshape(rows, length, arch.num_kv_heads, groups, arch.head_dim).transpose(0, 2, 3, 1, 4)
         k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
         if cache is not None:
-            keys, values = append(cache.keys, k_BKSH, cache.used), append(cache.values, v_BKSH, cache.used)
+            keys = append_entries(cache.keys, k_BKSH, cache.used)
+            values = append_entries(cache.values, v_BKSH, cache.used)
             cache = LayerCache(keys, values, cache.used)
-            mixed = attend_cached(q_BKGTH, keys, values, sight.mask, cap=arch.attention_softcap)
+            mixed = attend_cached(q_BKGTH, keys, values, inputs.mask, cap=arch.attention_softcap)
         else:
-            mixed = causal_attend(q_BKGTH, k_BKSH, v_BKSH, sight.mask, cap=arch.attention_softcap)
+            mixed = causal_attend(q_BKGTH, k_BKSH, v_BKSH, inputs.mask, cap=arch.attention_softcap)
         return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), cache
 
 
 class MLP(nn.Module):
-    """down(activation(gate(x)) · up(x)) (Shazeer 2020, "GLU Variants"), or without a gate down(activation(up(x)))."""
+    """Gated MLP, down(activation(gate(x)) · up(x)) (Shazeer 2020, "GLU Variants"), or down(activation(up(x)))."""
 
     arch: ArchConfig
     dtype: Any
@@ -159,9 +160,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); or both at once of the same x.
+    """A decoder block: x + attention(norm(x)), then x + mlp(norm(x)), or the sum of both branches of the same x.
 
-    ``kind``: which of ``sights`` this layer has; it may be traced, as layers are scanned over.
+    ``kind`` is the layer's index into ``kinds``; it may be traced, since layers are scanned.
     """
 
     arch: ArchConfig
@@ -171,16 +172,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], kind: Int[Array, ""], sights: tuple[Sight, ...], cache: LayerCache | None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        kind: Int[Array, ""],
+        kinds: tuple[AttentionInputs, ...],
+        cache: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         arch, dtype = self.arch, self.dtype
-        sight = sights[0] if len(sights) == 1 else jax.tree.map(lambda *kinds: lax.select_n(kind, *kinds), *sights)
+        inputs = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda *options: lax.select_n(kind, *options), *kinds)
 
         def norm(name: str, x: Array) -> Array:
             return Norm(arch.norm, arch.norm_eps, dtype, name=name)(x)
 
         mixed, cache = Attention(arch, dtype, self.kernel, self.mesh, name="attention")(
-            norm("attention_norm", x_BTD), sight, cache
+            norm("attention_norm", x_BTD), inputs, cache
         )
         if arch.parallel_residual:
             x_BTD = x_BTD + mixed + MLP(arch, dtype, name="mlp")(norm("mlp_norm", x_BTD))

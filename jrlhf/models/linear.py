@@ -1,4 +1,4 @@
-"""Linear maps: a product whose gradients XLA does well, with an adapter where there is one."""
+"""Linear maps whose gradients XLA computes fast, with a LoRA adapter where the parameters hold one."""
 
 from functools import partial
 from typing import Any
@@ -14,27 +14,30 @@ NORMAL = nn.initializers.normal(0.02)
 
 
 NEW_XLA = jax.__version_info__ >= (0, 12)
-"""That of JAX 0.10 gathers an array from all devices that is told how to lie in memory, and while it lays out a factor,
-makes it again, column by column, where it was not kept."""
+"""Whether XLA respects a layout constraint without extra work.
+
+The XLA of JAX 0.10 gathers an array with a layout constraint from all devices. It also recomputes a factor that was not
+saved, column by column, while it lays the factor out.
+"""
 
 
 def matmul(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], out: Any) -> Float[Array, "*B O"]:
-    """x · kernel, computed in the dtype of ``x`` and returned in ``out``.
+    """Return x · kernel, computed in the dtype of ``x`` and returned in the dtype ``out``.
 
-    The gradient of ``x`` has its dtype, that of the kernel is summed and returned in the kernel's own. JAX's form of
-    the latter is (∂yᵀ · x)ᵀ, which XLA on a CPU does at a third of the speed of xᵀ · ∂y; and x it would make again,
-    column by column, where x was not kept, which takes twice as long as the product itself.
+    The gradient of ``x`` has the dtype of ``x``; that of the kernel is summed and returned in the kernel's dtype. JAX
+    computes the latter as (∂yᵀ · x)ᵀ, which on a CPU runs at a third of the speed of xᵀ · ∂y. XLA would also recompute
+    an x that was not saved, column by column, in twice the time of the product.
     """
     return _matmul(x, kernel, out, 0)
 
 
 def matmul_transposed(x: Float[Array, "*B I"], kernel: Float[Array, "O I"], out: Any) -> Float[Array, "*B O"]:
-    """x · kernelᵀ, as ``matmul``: for tied embeddings, which are not turned in memory for it."""
+    """Return x · kernelᵀ with the gradients of ``matmul``, for tied embeddings, without transposing them in memory."""
     return _matmul(x, kernel, out, 1)
 
 
 def _product(x: Array, kernel: Array, out: Any, axis: int) -> Array:
-    """Summed over ``axis`` of the kernel."""
+    """Multiply and sum over ``axis`` of the kernel."""
     return _contract(x, kernel.astype(x.dtype), (x.ndim - 1,), (axis,), out)
 
 
@@ -46,30 +49,30 @@ def _matmul_backward(out: Any, axis: int, saved: tuple[Array, Array], gradient: 
     del out
     x, kernel = lax.optimization_barrier(saved)
     gradient = gradient.astype(x.dtype)
-    of_x = _contract(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1 - axis,), x.dtype)
+    x_gradient = _contract(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1 - axis,), x.dtype)
 
     factors = (gradient, x) if axis else (x, gradient)
-    of_kernel, on_cpu = (partial(form, out=kernel.dtype) for form in (_of_kernel, _of_kernel_on_cpu))
+    general, on_cpu = (partial(product, out=kernel.dtype) for product in (_kernel_gradient, _kernel_gradient_on_cpu))
     if not NEW_XLA and jax.device_count() > 1:
-        return of_x, of_kernel(*factors)
-    return of_x, lax.platform_dependent(*factors, cpu=on_cpu, default=of_kernel)
+        return x_gradient, general(*factors)
+    return x_gradient, lax.platform_dependent(*factors, cpu=on_cpu, default=general)
 
 
-def _of_kernel(a: Array, b: Array, *, out: Any) -> Array:
-    """aᵀ · b over all rows."""
+def _kernel_gradient(a: Array, b: Array, *, out: Any) -> Array:
+    """Return aᵀ · b summed over all rows."""
     rows = tuple(range(a.ndim - 1))
     return _contract(a, b, rows, rows, out)
 
 
-def _of_kernel_on_cpu(a: Array, b: Array, *, out: Any) -> Array:
-    """aᵀ · b of an aᵀ that lies row by row. Left to XLA it is a, read column by column: in bfloat16 half as fast."""
+def _kernel_gradient_on_cpu(a: Array, b: Array, *, out: Any) -> Array:
+    """Return aᵀ · b with aᵀ row-major in memory; XLA alone would read a by columns, in bfloat16 at half the speed."""
     if not NEW_XLA and b.shape[-1] < a.shape[-1]:
-        # (bᵀ · a)ᵀ: the narrower is laid out. The wider may be an MLP's activations, which would be made again.
-        return lax.optimization_barrier(_of_rows(b, a, out)).T
-    return _of_rows(a, b, out)
+        # Lay out the narrower factor: (bᵀ · a)ᵀ. The wider may be an MLP's activations, which would be recomputed.
+        return lax.optimization_barrier(_row_major_product(b, a, out)).T
+    return _row_major_product(a, b, out)
 
 
-def _of_rows(a: Array, b: Array, out: Any) -> Array:
+def _row_major_product(a: Array, b: Array, out: Any) -> Array:
     rows = jnp.moveaxis(a, -1, 0)
     rows = lax.optimization_barrier(with_layout_constraint(rows, Layout(tuple(range(a.ndim)))))
     return _contract(rows, b, tuple(range(1, a.ndim)), tuple(range(a.ndim - 1)), out)
@@ -84,7 +87,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nn.Module):
-    """x · kernel + bias, and scale · (x · a) · b more where the parameters hold an adapter. Hu et al. 2021, eq. 3."""
+    """x · kernel + bias, plus scale · (x · a) · b if the parameters hold an adapter (Hu et al. 2021, eq. 3)."""
 
     features: int
     use_bias: bool
@@ -106,5 +109,5 @@ class Linear(nn.Module):
 
 
 def dense(features: int, use_bias: bool, dtype: Any, name: str) -> Linear:
-    """A linear map, computed in ``dtype``."""
+    """Return a linear map that computes in ``dtype``."""
     return Linear(features, use_bias, dtype, dtype, name=name)

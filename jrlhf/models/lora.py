@@ -1,7 +1,7 @@
-"""Low-rank adapters: W + scale · A · B with W frozen. Hu et al. 2021, arXiv 2106.09685.
+"""Low-rank adapters: W + scale · A · B with W frozen (Hu et al. 2021, arXiv 2106.09685).
 
-An adapter is three leaves beside the kernel it belongs to: ``lora_a`` [L, in, r], ``lora_b`` [L, r, out] and
-``lora_scale`` [L] = alpha / r. A tree without them is the same model with its adapters off.
+An adapter is three leaves beside its kernel: ``lora_a`` [L, in, r], ``lora_b`` [L, r, out] and ``lora_scale`` [L] =
+alpha / r. Without these leaves the tree is the model without adapters.
 """
 
 import re
@@ -20,56 +20,56 @@ ADAPTER = ("lora_a", "lora_b", "lora_scale")
 
 
 def module_name(entry: Entry) -> str:
-    """Hugging Face's name of a linear map without its layer: ``self_attn.q_proj``."""
+    """Return Hugging Face's name of a linear map within its layer, such as ``self_attn.q_proj``."""
     return entry.name.split("{layer}.")[1].removesuffix(".weight")
 
 
 def linear_maps(arch: ArchConfig) -> Iterator[Entry]:
-    """The kernels of the decoder's blocks: what can have an adapter."""
+    """Return the kernels of the decoder's blocks, which can have adapters."""
     return (entry for entry in decoder_table(arch) if entry.stacked and entry.path[-1] == "kernel")
 
 
 def add_adapters(params: Params, arch: ArchConfig, key: Key, *, rank: int, alpha: float, targets: str) -> Params:
-    """``params`` with a fresh adapter at every linear map whose Hugging Face name ``targets`` is found in.
+    """Return ``params`` with a new adapter at every linear map whose Hugging Face name matches the regex ``targets``.
 
-    A is uniform within ±1/√in as in PEFT, B is 0: the model is the same as before. UsageError, which names what there
-    is, where ``targets`` finds nothing.
+    A is uniform within ±1/√in as in PEFT and B is 0, so the model's outputs do not change. Raises UsageError with the
+    available names if nothing matches.
     """
     maps = list(linear_maps(arch))
-    chosen = [entry for entry in maps if re.search(targets, module_name(entry))]
-    if not chosen:
+    entries = [entry for entry in maps if re.search(targets, module_name(entry))]
+    if not entries:
         names = ", ".join(dict.fromkeys(map(module_name, maps)))
-        raise UsageError(f"targets: {targets!r} is found in none of {names}")
+        raise UsageError(f"targets: {targets!r} matches none of {names}")
     return at_kernels(
-        params, [entry.path for entry in chosen], lambda leaves, i: leaves | _fresh(leaves, key, i, rank, alpha)
+        params, [entry.path for entry in entries], lambda leaves, i: leaves | _new_adapter(leaves, key, i, rank, alpha)
     )
 
 
-def _fresh(leaves: Params, key: Key, number: int, rank: int, alpha: float) -> Params:
+def _new_adapter(leaves: Params, key: Key, number: int, rank: int, alpha: float) -> Params:
     layers, width, features = leaves["kernel"].shape
     bound = width**-0.5
-    draw = jax.random.uniform(jax.random.fold_in(key, number), (layers, width, rank), jnp.float32, -bound, bound)
+    factor = jax.random.uniform(jax.random.fold_in(key, number), (layers, width, rank), jnp.float32, -bound, bound)
     return {
-        "lora_a": draw,
+        "lora_a": factor,
         "lora_b": jnp.zeros((layers, rank, features), jnp.float32),
         "lora_scale": jnp.full((layers,), alpha / rank, jnp.float32),
     }
 
 
 def is_trained(path: str) -> bool:
-    """With adapters: their two factors, and a reward model's head."""
+    """Tell whether LoRA trains the leaf at ``path``: the factors of adapters and a reward model's head."""
     return path.endswith(("lora_a", "lora_b")) or re.search(r"(^|/)head/(kernel|bias)$", path) is not None
 
 
 def merge_adapters(params: Params) -> Params:
-    """W + scale · A · B in every kernel, and no adapters: the same model as an ordinary tree."""
+    """Merge every adapter into its kernel, W + scale · A · B, and return a tree without adapters."""
 
     def merged(leaves: Params) -> Params:
         a, b, scale = (leaves[name] for name in ADAPTER)
-        # Products of two float32 matrices lose bits on some accelerators unless told otherwise.
+        # The default precision of float32 products loses bits on some accelerators.
         delta = jnp.einsum("lir,lro->lio", a, b, precision="highest") * scale[:, None, None]
-        kept = {name: leaf for name, leaf in leaves.items() if name not in ADAPTER}
-        return kept | {"kernel": leaves["kernel"] + delta}
+        others = {name: leaf for name, leaf in leaves.items() if name not in ADAPTER}
+        return others | {"kernel": leaves["kernel"] + delta}
 
     def walk(tree: Params) -> Params:
         if not isinstance(tree, dict):
@@ -83,9 +83,9 @@ def merge_adapters(params: Params) -> Params:
 def at_kernels(
     params: Params, paths: list[tuple[str, ...]], change: Callable[[dict[str, Any], int], dict[str, Any]]
 ) -> Params:
-    """A tree with ``change(leaves, i)`` in place of what stands beside the i-th kernel; all else is shared.
+    """Return a tree in which ``change(leaves, i)`` replaces the leaves beside the i-th kernel; the rest is shared.
 
-    Paths are those of a decoder; a reward model has one under "decoder".
+    Paths are relative to the decoder, which a reward model has under "decoder".
     """
     if "decoder" in params:
         return params | {"decoder": at_kernels(params["decoder"], paths, change)}

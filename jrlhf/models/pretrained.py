@@ -1,4 +1,4 @@
-"""Language models of a Hugging Face folder or hub id: in, and out again byte for byte."""
+"""Loading of language models from Hugging Face folders or hub ids, and saving that preserves unchanged bytes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from jrlhf.models.functions import abstract_params, decoder_fns
 from jrlhf.models.hf.adapter_folder import model_folder, require_kind
 from jrlhf.models.hf.families import arch_from_hf
 from jrlhf.models.hf.folder import GENERATION_CONFIG, TOKENIZER_FILES, Stored, read_config
-from jrlhf.models.hf.names import RULES, language_model_table
+from jrlhf.models.hf.names import SHARDING_RULES, language_model_table
 from jrlhf.models.hf.peft_read import insert_adapter
 from jrlhf.models.hf.read import open_tensors, read_tree
 from jrlhf.models.hf.write import WeightDtype, write_folder
@@ -25,7 +25,7 @@ from jrlhf.types import ActorCriticFn, ApplyFn, DecodeFns, LogprobFn, Params, Sc
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A language model. After training, export ``dataclasses.replace(model, params=trained)``."""
+    """A language model. To export it after training, save ``dataclasses.replace(model, params=trained)``."""
 
     params: Params = field(repr=False)
     """Float32 master weights, layers stacked on axis 0."""
@@ -33,17 +33,17 @@ class Pretrained:
     logprob_fn: LogprobFn
     decode_fns: DecodeFns
     score_fn: ScoreFn
-    """Over a reward model's tree, which this decoder may become: see ``reward_from_pretrained``."""
+    """Scores from a reward model's tree, as ``reward_from_pretrained`` builds it from this decoder."""
     actor_critic_fn: ActorCriticFn
-    """Policy and critic in one forward pass, of ``PPOParams(params, {"head": ...})``."""
+    """Policy and critic in one forward pass over ``PPOParams(params, {"head": ...})``."""
     config: dict[str, Any]
-    """``config.json`` as read."""
+    """Content of ``config.json``."""
     arch: ArchConfig
     source: Path
-    """The folder it was read from."""
+    """Folder that the model was read from."""
     rules: ShardingRules
     stored: Mapping[str, Stored] = field(repr=False)
-    """The file and dtype of every tensor in the source, in which it is written back."""
+    """File and dtype of every tensor in the source, which an export keeps."""
 
 
 def load_pretrained(
@@ -55,14 +55,12 @@ def load_pretrained(
     attention: AttentionKernel = "xla",
     option: str = "",
 ) -> Pretrained:
-    """Read a folder or hub id. With ``mesh`` the parameters are born sharded by the family's rules.
+    """Load a language model from a folder or hub id; a PEFT folder gives its base model with the adapters merged in.
 
-    A PEFT folder gives its base model with the adapters merged in.
-
-    ``dtype``: what is computed in ("float32", "bfloat16"); parameters are float32 always. ``remat``: whole
-    layers are computed again in the backward pass. ``attention``: as in ``decoder_fns``. ``option``: what names the
-    path in a config, for errors. UsageError where config or tensors do not fit, and for a reward model;
-    FileNotFoundError where they are missing.
+    With ``mesh`` the parameters are created sharded. ``dtype`` is the compute dtype ("float32", "bfloat16"); parameters
+    are always float32. ``remat`` recomputes whole layers in the backward pass; ``decoder_fns`` explains ``attention``.
+    ``option`` names the path's config field in errors. Raises UsageError if config or tensors do not fit or the model
+    is a reward model, and FileNotFoundError if a file is missing.
     """
     source = model_folder(path)
     require_kind(source, "language", option=option)
@@ -70,7 +68,7 @@ def load_pretrained(
     config = read_config(folder)
     arch = arch_from_hf(config)
     shapes = abstract_params(arch)
-    shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
+    shardings = None if mesh is None else tree_shardings(shapes, mesh, SHARDING_RULES)
     tensors = open_tensors(folder, arch)
     params = read_tree(tensors, arch, language_model_table(arch), shapes, shardings)
     for adapter in source.adapters:
@@ -86,7 +84,7 @@ def load_pretrained(
         config=config,
         arch=arch,
         source=folder,
-        rules=RULES,
+        rules=SHARDING_RULES,
         stored=tensors.stored,
     )
 
@@ -100,9 +98,9 @@ def save_pretrained(
 ) -> None:
     """Write config.json, the weights, and the source's tokenizer files and generation config.
 
-    ``dtype`` "source" gives tensors the dtypes they were read from, so unchanged parameters give the source's bytes;
-    "float32" rounds nothing, and config.json says so. ``files`` are the contents, by name, of what is written beside
-    them in place of the source's tokenizer and generation config.
+    With ``dtype`` "source" tensors keep the dtypes they were read in, so unchanged parameters give the source's bytes.
+    "float32" rounds nothing and sets the dtype in config.json. ``files`` maps names to contents to write instead of the
+    source's tokenizer files and generation config.
     """
     write_folder(
         Path(expanded(str(path))),

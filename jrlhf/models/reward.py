@@ -18,14 +18,14 @@ from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_p
 from jrlhf.models.hf.adapter_folder import model_folder, model_kind, require_kind
 from jrlhf.models.hf.families import CLASSES, arch_from_hf
 from jrlhf.models.hf.folder import TOKENIZER_FILES, Stored, read_config
-from jrlhf.models.hf.names import HEAD_BIAS, HEAD_KERNEL, RULES, reward_model_table
+from jrlhf.models.hf.names import HEAD_BIAS, HEAD_KERNEL, SHARDING_RULES, reward_model_table
 from jrlhf.models.hf.peft import is_own_adapter
 from jrlhf.models.hf.peft_read import insert_adapter
 from jrlhf.models.hf.read import open_tensors, read_tree
 from jrlhf.models.hf.write import WeightDtype, write_folder
 from jrlhf.models.lora import merge_adapters
 from jrlhf.models.pretrained import Pretrained, load_pretrained
-from jrlhf.models.reading import FIELD, NOTE, STOP_TOKEN, Reading, reading_of
+from jrlhf.models.reading import NOTE_KEY, SCORE_AT_KEY, STOP_TOKEN, Reading, reading_of
 from jrlhf.parallel import ShardingRules, tree_shardings
 from jrlhf.system.errors import UsageError
 from jrlhf.system.paths import expanded
@@ -34,10 +34,13 @@ from jrlhf.types import Key, Params, ScoreFn
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A scalar for every prefix. After training, export ``dataclasses.replace(model, params=trained)``."""
+    """A reward model: a decoder with a scalar head that scores every prefix of a text.
+
+    To export it after training, save ``dataclasses.replace(model, params=trained)``.
+    """
 
     params: Params = field(repr=False)
-    """``{"decoder": ..., "head": {"kernel", "bias"}}`` in float32. The normalisation is folded into the head."""
+    """``{"decoder": ..., "head": {"kernel", "bias"}}`` in float32; the head includes the normalisation."""
     score_fn: ScoreFn
     config: dict[str, Any]
     arch: ArchConfig
@@ -45,21 +48,21 @@ class RewardModel:
     rules: ShardingRules
     stored: Mapping[str, Stored] = field(repr=False)
     gain: float = 1.0
-    """What the head was multiplied by to normalise it, and then shifted by: a record, already applied."""
+    """Factor of the normalisation; a record, since the head already includes it."""
     bias: float = 0.0
+    """Offset of the normalisation; a record, since the head already includes it."""
     reading: Reading = STOP_TOKEN
-    """Which tokens of a text it is given, and where its score is read: as jrlhf trains it, or as transformers does."""
+    """Tokens that the model receives and the token of its score, in jrlhf's way or transformers'."""
 
     def score(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
-        """The scalar where ``reading`` has it, at a row's last real token or before padding that ends the text; 0 for a
-        row without tokens."""
+        """Return each row's score at the token that ``reading`` selects; 0 for a row without tokens."""
         return at_last_token(self.score_fn(params, tokens, mask), self.reading.last(tokens, mask))
 
 
 def reward_from_pretrained(pretrained: Pretrained, key: Key) -> RewardModel:
-    """A reward model that starts from a language model's decoder; head kernel normal with std 1/√(d+1), bias 0.
+    """Build a reward model from a language model's decoder; the head's kernel is normal with std 1/√(d+1), its bias 0.
 
-    It holds the decoder's very arrays, not copies: donating one model's parameters takes them from the other.
+    The decoder's arrays are shared, not copied: donating one model's parameters invalidates the other's.
     """
     return RewardModel(
         params=reward_params(pretrained.params, pretrained.arch, key),
@@ -73,12 +76,15 @@ def reward_from_pretrained(pretrained: Pretrained, key: Key) -> RewardModel:
 
 
 def normalise_reward(model: RewardModel, *, gain: float, bias: float) -> RewardModel:
-    """Fold r → gain · r + bias into the head, so that every reader of the scores gets it. Ziegler et al. 2019, 2.2."""
+    """Fold the normalisation r → gain · r + bias into the head, so that every user of the scores gets it.
+
+    Ziegler et al. 2019, section 2.2.
+    """
     if not (math.isfinite(gain) and math.isfinite(bias) and gain > 0.0):
-        raise ValueError(f"gain must be positive and both finite: gain={gain}, bias={bias}")
+        raise ValueError(f"gain and bias must be finite and gain positive: gain={gain}, bias={bias}")
     head = model.params["head"]
-    folded = {"kernel": head["kernel"] * gain, "bias": head["bias"] * gain + bias}
-    params = {"decoder": model.params["decoder"], "head": folded}
+    new_head = {"kernel": head["kernel"] * gain, "bias": head["bias"] * gain + bias}
+    params = {"decoder": model.params["decoder"], "head": new_head}
     return replace(model, params=params, gain=model.gain * gain, bias=model.bias * gain + bias)
 
 
@@ -91,26 +97,26 @@ def load_reward_model(
     attention: AttentionKernel = "xla",
     option: str = "",
 ) -> RewardModel:
-    """Read a sequence-classification folder or hub id with one label; the rest is as in ``load_pretrained``.
+    """Load a reward model from a sequence-classification folder or hub id with one label.
 
-    A PEFT folder gives its base with the adapters merged in: a reward model, or a language model if the adapter brings
-    a head.
+    The options are those of ``load_pretrained``. A PEFT folder gives its base with the adapters merged in; the base is
+    a reward model, or a language model if the adapter has a head.
     """
     source = model_folder(path)
     require_kind(source, "reward", option=option)
-    computed: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
+    compute_options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
     has_head = model_kind(source._replace(adapters=())) == "reward"
     if has_head:
-        model = _read_reward(source.base, **computed)
+        model = _read_reward(source.base, **compute_options)
     else:
-        model = reward_from_pretrained(load_pretrained(source.base, **computed), jax.random.key(0))
+        model = reward_from_pretrained(load_pretrained(source.base, **compute_options), jax.random.key(0))
         model = replace(model, reading=reading_of(model.config, model.arch.family))
     for number, adapter in enumerate(source.adapters, 1):
-        # The outermost is the last that could bring a head.
+        # The last adapter is the last chance for a head.
         needs_head = not has_head and number == len(source.adapters)
         params = merge_adapters(insert_adapter(model.params, model.arch, adapter, needs_head=needs_head))
         if params["head"]["kernel"] is not model.params["head"]["kernel"]:
-            # Another head: what the base's was normalised by says nothing of it.
+            # The record of the base's normalisation does not apply to a new head.
             has_head, model = True, replace(model, gain=1.0, bias=0.0)
         reading = STOP_TOKEN if is_own_adapter(adapter) else model.reading
         model = replace(model, params=params, reading=reading)
@@ -127,17 +133,17 @@ def load_reward_start(
     attention: AttentionKernel = "xla",
     option: str = "",
 ) -> RewardModel:
-    """The model that a reward stage begins with: a reward model as it is, or a language model with a fresh head.
+    """Load the model that a reward stage starts from: a reward model, or a language model with a new head.
 
-    ``key`` draws that head. A reward model's scores are taken as they are, normalised or not, and its record of a
-    normalisation begins anew. Its head is exported as a fresh one: in float32, the bias in config.json.
+    ``key`` draws the new head. A reward model keeps its scores, normalised or not, but its record of a normalisation
+    is reset. Its head is exported like a new one, in float32 and with the bias in config.json.
     """
-    computed: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
+    compute_options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
     if model_kind(model_folder(path)) == "language":
-        return reward_from_pretrained(load_pretrained(path, option=option, **computed), key)
-    model = load_reward_model(path, option=option, **computed)
+        return reward_from_pretrained(load_pretrained(path, option=option, **compute_options), key)
+    model = load_reward_model(path, option=option, **compute_options)
     stored = {name: how for name, how in model.stored.items() if name not in (HEAD_KERNEL, HEAD_BIAS)}
-    # Whatever it was read by before: from here on it learns what jrlhf gives it.
+    # Whatever its reading was, the stage trains it on texts up to the stop token.
     return replace(model, stored=stored, gain=1.0, bias=0.0, reading=STOP_TOKEN)
 
 
@@ -148,12 +154,12 @@ def _read_reward(
     arch = arch_from_hf(config)
     gain, bias, head_bias = _check_head(folder, config)
     shapes = abstract_reward_params(arch)
-    shardings = None if mesh is None else tree_shardings(shapes, mesh, RULES)
+    shardings = None if mesh is None else tree_shardings(shapes, mesh, SHARDING_RULES)
     tensors = open_tensors(folder, arch)
     table = reward_model_table(arch, head_bias=HEAD_BIAS in tensors.stored)
     params = read_tree(tensors, arch, table, shapes, shardings)
     if "bias" not in params["head"]:
-        # A NumPy scalar, not a JAX one: every host can put its own copy onto a mesh that spans hosts.
+        # A NumPy scalar, which unlike a JAX array every host can put onto a mesh that spans hosts.
         scalar = np.float32(head_bias)
         params["head"]["bias"] = (
             jax.device_put(scalar) if shardings is None else jax.device_put(scalar, shardings["head"]["bias"])
@@ -164,7 +170,7 @@ def _read_reward(
         config=config,
         arch=arch,
         source=folder,
-        rules=RULES,
+        rules=SHARDING_RULES,
         stored=tensors.stored,
         gain=gain,
         bias=bias,
@@ -173,14 +179,14 @@ def _read_reward(
 
 
 def _check_head(folder: Path, config: Mapping[str, Any]) -> tuple[float, float, float]:
-    # transformers counts the names of the labels, and takes two labels where it finds neither.
+    # transformers counts the names of the labels and assumes two labels if neither field is set.
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
-        raise UsageError(f"{folder}: num_labels: a reward model has 1 label, this one has {labels}")
-    ours = config.get(NOTE, {})
-    values = [ours.get(name, default) for name, default in (("gain", 1.0), ("bias", 0.0), ("head_bias", 0.0))]
+        raise UsageError(f"{folder}: num_labels: a reward model must have 1 label, found {labels}")
+    note = config.get(NOTE_KEY, {})
+    values = [note.get(name, default) for name, default in (("gain", 1.0), ("bias", 0.0), ("head_bias", 0.0))]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise UsageError(f"{folder}: {NOTE}: gain, bias and head_bias must be finite numbers, found {ours}")
+        raise UsageError(f"{folder}: {NOTE_KEY}: gain, bias and head_bias must be finite numbers, found {note}")
     gain, bias, head_bias = (float(value) for value in values)
     return gain, bias, head_bias
 
@@ -192,23 +198,22 @@ def save_reward_model(
     dtype: WeightDtype = "source",
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write the family's sequence-classification form with one label: transformers' score is ours less the head's bias.
+    """Write a sequence-classification folder with one label; transformers' score lacks the head's bias.
 
-    That bias, the record of the normalisation, and where the score is read stand in config.json under "jrlhf" and are
-    read back; where the source's head had a bias of its own, as a tensor, the bias stays there. ``dtype`` and ``files``
-    are as in ``save_pretrained``.
+    This bias, the record of the normalisation and the reading are stored in config.json under "jrlhf" and read back. If
+    the source's head has a bias tensor, the bias goes there. ``save_pretrained`` explains ``dtype`` and ``files``.
     """
     in_tensor = HEAD_BIAS in model.stored
-    ours: dict[str, Any] = {"gain": model.gain, "bias": model.bias, FIELD: model.reading.score_at}
-    ours["head_bias"] = 0.0 if in_tensor else float(model.params["head"]["bias"])
+    note: dict[str, Any] = {"gain": model.gain, "bias": model.bias, SCORE_AT_KEY: model.reading.score_at}
+    note["head_bias"] = 0.0 if in_tensor else float(model.params["head"]["bias"])
     config = model.config | {
         "architectures": [CLASSES[model.arch.family].sequence_classification],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
     }
-    # Another's folder that nothing was changed of keeps its config as it was.
-    if NOTE in config or ours != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0, FIELD: "whole_chat"}:
-        config[NOTE] = ours
+    # An unchanged model of another tool keeps its config unchanged.
+    if NOTE_KEY in config or note != {"gain": 1.0, "bias": 0.0, "head_bias": 0.0, SCORE_AT_KEY: "whole_chat"}:
+        config[NOTE_KEY] = note
     write_folder(
         Path(expanded(str(path))),
         config,

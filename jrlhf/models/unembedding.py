@@ -1,4 +1,4 @@
-"""Log-probs from the last hidden states: a slice of columns at a time, and only of the tokens that are wanted."""
+"""Log-probs from the last hidden states, computed in slices of columns and only for the requested tokens."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,19 +10,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.core import align_to_tokens, next_token_logprobs
 
-PARTS = 8
-"""In so many slices columns are read at most where only some are wanted: the finer, the less is computed in vain."""
+MAX_COLUMN_SLICES = 8
+"""Maximum number of column slices when only some positions need logits. More slices waste less computation."""
 
-TOKENS = 256
-"""A slice has at least so many tokens: the gradient of the LM head is added up once a slice."""
+MIN_SLICE_TOKENS = 256
+"""Minimum number of tokens per slice, since each slice adds once to the gradient of the LM head."""
 
 
 class Columns(NamedTuple):
-    """Hidden states and the token that each is asked about, column by column; from ``asked`` on nothing is."""
+    """Hidden states and their target tokens; only the columns before ``requested`` are computed."""
 
     hidden: Float[Array, "B T D"]
     targets: Int[Array, "B T"]
-    asked: Int[Array, ""]
+    requested: Int[Array, ""]
 
 
 def hidden_logprobs(
@@ -32,56 +32,58 @@ def hidden_logprobs(
     *,
     temperature: float,
     columns: int,
-    wanted: Bool[Array, "B T"] | None,
+    where: Bool[Array, "B T"] | None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probs and entropy, aligned to ``tokens``, of at most ``columns`` positions of all rows at a time.
+    """Return log-probs and entropy, aligned to ``tokens``, from at most ``columns`` positions of all rows at a time.
 
-    Slices are whole columns, so that rows stay on the devices they are on. ``wanted``: the others are 0, and a slice
-    with none of those is left out. Once all logits are more than ``columns``, the backward pass makes them again.
+    Slices are whole columns, so that rows stay on their devices. Tokens outside the mask ``where`` get 0, and a slice
+    without a token of the mask is skipped. With more than ``columns`` positions the backward pass recomputes logits.
     """
     rows, length = tokens.shape
-    # Position t is asked about token t + 1; what the last position is asked about, the alignment drops.
+    # The target of position t is token t + 1; the alignment drops the target of the last position.
     targets = jnp.roll(tokens, -1, axis=1)
 
-    def of_slice(hidden: Float[Array, "B C D"], targets: Int[Array, "B C"]) -> tuple[Array, Array]:
+    def slice_logprobs(hidden: Float[Array, "B C D"], targets: Int[Array, "B C"]) -> tuple[Array, Array]:
         return next_token_logprobs(unembed(hidden), targets, temperature=temperature)
 
-    if wanted is None:
+    if where is None:
         slices = -(-length // columns)
         if slices == 1:
-            logprobs, entropy = of_slice(hidden, targets)
+            logprobs, entropy = slice_logprobs(hidden, targets)
         else:
             everything = Columns(hidden, targets, jnp.int32(length))
-            logprobs, entropy = _in_slices(jax.checkpoint(of_slice), everything, columns=-(-length // slices))
+            logprobs, entropy = _in_slices(jax.checkpoint(slice_logprobs), everything, columns=-(-length // slices))
         return align_to_tokens(logprobs), align_to_tokens(entropy)
 
-    asked = jnp.roll(wanted, -1, axis=1).at[:, -1].set(False)
-    order = jnp.argsort(~asked, axis=1, stable=True)
+    requested = jnp.roll(where, -1, axis=1).at[:, -1].set(False)
+    order = jnp.argsort(~requested, axis=1, stable=True)
     first = Columns(
         jnp.take_along_axis(hidden, order[:, :, None], axis=1),
         jnp.take_along_axis(targets, order, axis=1),
-        jnp.max(jnp.sum(asked, axis=1, dtype=jnp.int32)),
+        jnp.max(jnp.sum(requested, axis=1, dtype=jnp.int32)),
     )
-    kept = None if length > columns else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    finest = max(-(-length // PARTS), -(-TOKENS // rows))
-    found = _in_slices(jax.checkpoint(of_slice, policy=kept), first, columns=min(columns, length, finest))
-    back = jnp.argsort(order, axis=1)
-    logprobs, entropy = (jnp.where(asked, jnp.take_along_axis(x, back, axis=1), 0.0) for x in found)
+    policy = None if length > columns else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    finest = max(-(-length // MAX_COLUMN_SLICES), -(-MIN_SLICE_TOKENS // rows))
+    outputs = _in_slices(jax.checkpoint(slice_logprobs, policy=policy), first, columns=min(columns, length, finest))
+    inverse = jnp.argsort(order, axis=1)
+    logprobs, entropy = (jnp.where(requested, jnp.take_along_axis(x, inverse, axis=1), 0.0) for x in outputs)
     return align_to_tokens(logprobs), align_to_tokens(entropy)
 
 
-def _in_slices(of_slice: Callable[..., tuple[Array, Array]], given: Columns, *, columns: int) -> tuple[Array, Array]:
-    """``of_slice`` over so many columns at a time, 0 from ``given.asked`` on."""
-    rows, length = given.targets.shape
+def _in_slices(
+    slice_logprobs: Callable[..., tuple[Array, Array]], work: Columns, *, columns: int
+) -> tuple[Array, Array]:
+    """Apply ``slice_logprobs`` to ``columns`` columns at a time; the result is 0 from ``work.requested`` on."""
+    rows, length = work.targets.shape
 
     def split(x: Array) -> Array:
         padded = jnp.pad(x, ((0, 0), (0, -length % columns)) + ((0, 0),) * (x.ndim - 2))
         return jnp.swapaxes(padded.reshape(rows, -1, columns, *x.shape[2:]), 0, 1)
 
-    def visit(start: Int[Array, ""], part: tuple[Array, Array]) -> tuple[Int[Array, ""], tuple[Array, Array]]:
-        nothing = jnp.zeros((rows, columns), jnp.float32)
-        return start + columns, lax.cond(start < given.asked, of_slice, lambda *_: (nothing, nothing), *part)
+    def visit(start: Int[Array, ""], piece: tuple[Array, Array]) -> tuple[Int[Array, ""], tuple[Array, Array]]:
+        zeros = jnp.zeros((rows, columns), jnp.float32)
+        return start + columns, lax.cond(start < work.requested, slice_logprobs, lambda *_: (zeros, zeros), *piece)
 
-    _, found = lax.scan(visit, jnp.int32(0), (split(given.hidden), split(given.targets)))
-    logprobs, entropy = (jnp.swapaxes(x, 0, 1).reshape(rows, -1)[:, :length] for x in found)
+    _, outputs = lax.scan(visit, jnp.int32(0), (split(work.hidden), split(work.targets)))
+    logprobs, entropy = (jnp.swapaxes(x, 0, 1).reshape(rows, -1)[:, :length] for x in outputs)
     return logprobs, entropy

@@ -5,7 +5,7 @@ release. No step needs this package: ``jrlhf.steps`` runs under a ``jit`` and a 
 """
 
 from jrlhf.parallel.hosts import fetch, is_first
-from jrlhf.parallel.launch import joined
+from jrlhf.parallel.launch import process_group
 from jrlhf.parallel.mesh import batch_sharding, make_mesh, replicated, shard_batch
 from jrlhf.parallel.sharding import ShardingRules, init_sharded, tree_shardings
 from jrlhf.parallel.step import Step, jit_step
@@ -18,8 +18,8 @@ __all__ = [
     "init_sharded",
     "is_first",
     "jit_step",
-    "joined",
     "make_mesh",
+    "process_group",
     "replicated",
     "shard_batch",
     "tree_shardings",

@@ -1,6 +1,6 @@
-"""JAX's client of the coordinator, as far as JAX shows it to nobody: the one place that imports it.
+"""JAX's private client of the coordinator; only this module imports it.
 
-Written against JAX 0.10.2 and 0.12.0; ``tests/parallel/test_coordination.py`` holds every later one to it.
+It is written for JAX 0.10.2 and 0.12.0, and ``tests/parallel/test_coordination.py`` checks every later version.
 """
 
 import os
@@ -15,31 +15,33 @@ LOOPBACK = "127.0.0.1"
 
 
 def client() -> Any:
-    """The client, with a table that all processes share; after ``jax.distributed.initialize``."""
+    """Return the client, whose key-value table all processes share, after ``jax.distributed.initialize``."""
     return distributed.global_state.client
 
 
 def process_number() -> int:
+    """Return the number of this process, from 0."""
     return distributed.global_state.process_id
 
 
 def process_count() -> int:
+    """Return the number of processes of the run."""
     return distributed.global_state.num_processes or 1
 
 
 def coordinator_address() -> str | None:
-    """Where process 0 listens, host:port; None before it is known."""
+    """Return the address of process 0 as host:port; None before it is known."""
     return distributed.global_state.coordinator_address
 
 
 def runs_service() -> bool:
-    """Whether this process is the coordinator."""
+    """Tell whether this process is the coordinator."""
     return distributed.global_state.service is not None
 
 
 @contextmanager
 def client_through(relay: Callable[[str], str]) -> Iterator[None]:
-    """While the block runs a client connects to ``relay(address)`` in the coordinator's place; process 0, itself."""
+    """Make clients connect to ``relay(address)`` instead of the coordinator while the block runs, except process 0."""
     jaxlib = distributed._jax
 
     class Through:
@@ -61,7 +63,7 @@ def client_through(relay: Callable[[str], str]) -> Iterator[None]:
 
 @contextmanager
 def _no_proxy_here() -> Iterator[None]:
-    """No proxy that the user has for the network leads to the relay, which is on this machine."""
+    """Bypass the user's proxies for the relay, which runs on this machine."""
     name = "no_grpc_proxy"
     before = os.environ.get(name)
     if any(os.environ.get(proxy) for proxy in PROXIES):

@@ -1,6 +1,6 @@
-"""What the processes of a run do together: agree, wait for each other, gather what is spread over them.
+"""Operations across the processes of a run: agreeing, waiting for each other, and gathering arrays.
 
-In a run of one process all of it is free: nothing is sent and nobody is waited for.
+In a run of one process they cost nothing, because nothing is sent or awaited.
 """
 
 import json
@@ -18,36 +18,39 @@ from jrlhf.parallel.peers import PeerLost, PeerRefused, Peers, current
 from jrlhf.system.errors import USAGE_ERRORS, UsageError
 
 _numbers = count()
-"""All processes meet in the same order: the n-th meeting of each is the same one."""
+"""Number of the next meeting. All processes meet in the same order, so equal numbers are the same meeting."""
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which alone writes files and talks."""
+    """Tell whether this is process 0, the only one that writes files and prints."""
     peers = current()
     return peers is None or peers.process == 0
 
 
 def mark_progress() -> None:
-    """Tell the others that this process has come further: see ``distributed.stall_timeout``."""
+    """Tell the other processes that this one has made progress; see ``distributed.stall_timeout``."""
     if (peers := current()) is not None:
         peers.mark()
 
 
 def from_first(what: str, make: Callable[[], Any]) -> Any:
-    """What process 0 makes (JSON), on every process; an error there is raised on all. ``what``: "read the summary"."""
+    """Return on every process the JSON value that ``make`` returns on process 0; an error there is raised on all.
+
+    ``what`` describes the work for errors, such as "read the summary".
+    """
     value = None
-    with first_goes_ahead(what) as said:
+    with first_goes_ahead(what) as message:
         if is_first():
             value = make()
-            said.append(value)
-    return value if is_first() else said[0]
+            message.append(value)
+    return value if is_first() else message[0]
 
 
 @contextmanager
 def first_goes_ahead(what: str) -> Iterator[list[Any]]:
-    """Process 0 runs the block alone, then all others do. An error in it on process 0 is raised on all.
+    """Run the block on process 0 first and then on all others; an error on process 0 is raised on all.
 
-    What process 0 puts in the list (at most one thing, JSON) is there on the others.
+    The block gets a list. Process 0 may append one JSON value, which is then in the list of every other process.
     """
     peers = current()
     if peers is None:
@@ -57,33 +60,33 @@ def first_goes_ahead(what: str) -> Iterator[list[Any]]:
     if peers.process != 0:
         yield _received(peers, key, what)
         return
-    said: list[Any] = []
+    message: list[Any] = []
     try:
-        yield said
+        yield message
     except Exception as error:
         peers.client.key_value_set(key, json.dumps({"error": str(error), "usage": isinstance(error, USAGE_ERRORS)}))
         raise
     peers.mark()
-    peers.client.key_value_set(key, json.dumps({"said": said}))
+    peers.client.key_value_set(key, json.dumps({"said": message}))
 
 
 def _received(peers: Peers, key: str, what: str) -> list[Any]:
     try:
         text = peers.client.blocking_key_value_get(key, int(peers.stall * 1000))
     except Exception as error:
-        waited = f"waited {peers.stall:g} s (distributed.stall_timeout) for {peers.name_of(0)} to {what}"
-        raise PeerLost(f"{waited}: {error}") from error
+        reason = f"waited {peers.stall:g} s (distributed.stall_timeout) for {peers.name_of(0)} to {what}"
+        raise PeerLost(f"{reason}: {error}") from error
     peers.mark()
-    answer = json.loads(text)
-    if "said" in answer:
-        return answer["said"]
-    if answer["usage"]:
-        raise PeerRefused(answer["error"])
-    raise PeerLost(f"{peers.name_of(0)} could not {what}: {answer['error']}")
+    reply = json.loads(text)
+    if "said" in reply:
+        return reply["said"]
+    if reply["usage"]:
+        raise PeerRefused(reply["error"])
+    raise PeerLost(f"{peers.name_of(0)} could not {what}: {reply['error']}")
 
 
 def same_everywhere(what: str, value: Callable[[], str]) -> None:
-    """UsageError on a process whose ``value`` is not process 0's: they would not do the same steps."""
+    """Raise ValueError on a process whose ``value`` differs from that of process 0, since their steps would differ."""
     if current() is None:
         return
     here = value()
@@ -92,21 +95,21 @@ def same_everywhere(what: str, value: Callable[[], str]) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """A tree of arrays as NumPy, whole on every process, wherever its parts are. All of them must call it."""
+    """Return a tree of sharded arrays as complete NumPy arrays on every process; all processes must call it."""
 
-    def whole(x: Any) -> Any:
+    def gather(x: Any) -> Any:
         spread = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
         return multihost_utils.process_allgather(x, tiled=True) if spread else x
 
     mark_progress()
-    return jax.device_get(jax.tree.map(whole, tree))
+    return jax.device_get(jax.tree.map(gather, tree))
 
 
 class AnyProcess:
-    """``asked(yes)``: whether any process has said yes, known to all at the same call; of several, a call later.
+    """A callable vote: ``any_process(vote)`` tells whether any process has voted True, equally on all processes.
 
-    The answer to one call is worked out by the devices, behind what they are at, and read at the next one: they never
-    wait for the host. A single process is answered at once.
+    With several processes the result comes one call later: the devices compute it behind their other work, and it is
+    read at the next call, so that they never wait for the host. With one process it comes at once.
     """
 
     def __init__(self) -> None:

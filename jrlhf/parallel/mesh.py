@@ -1,4 +1,4 @@
-"""The device mesh, and batches laid out over it."""
+"""The device mesh and the placement of batches on it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,9 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over ``("data", "fsdp", "tensor")``; ``data=-1`` takes all devices that the other axes leave.
+    """Return a mesh with axes ``("data", "fsdp", "tensor")``; ``data=-1`` uses all devices that the other axes leave.
 
-    ``devices``: all of the job's by default. UsageError where the axes' product is not the number of devices.
+    ``devices`` are all devices of the job by default. Raises UsageError if the axes do not use all devices.
     """
     devices = jax.devices() if devices is None else devices
     if fsdp < 1 or tensor < 1 or (data < 1 and data != -1):
@@ -25,25 +25,24 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
     shape = (len(devices) // (fsdp * tensor) if data == -1 else data, fsdp, tensor)
     if np.prod(shape) != len(devices):
         raise UsageError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use exactly {len(devices)} devices")
-    # Given explicitly: the default of jax.make_mesh is not the same in all versions.
+    # The axis types are explicit because the default of jax.make_mesh differs between versions.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over ``data`` and ``fsdp`` together; the devices of a ``tensor`` group read the same rows."""
+    """Return the sharding of rows over ``data`` and ``fsdp``; the devices of a ``tensor`` group have the same rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def spread_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """``x`` in a jitted function, its rows laid over the mesh as a batch's are; as it is where they do not divide.
+    """Constrain the rows of ``x`` in a jitted function to the batch sharding, if they divide over the mesh.
 
-    Where parameters are split over ``fsdp``, this makes XLA fetch a layer's weights to the rows, and not the rows of
-    all devices to each part of the weights.
+    With parameters split over ``fsdp`` this makes XLA gather a layer's weights instead of the rows of all devices.
     """
     if mesh is None or mesh.size == 1 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
@@ -51,9 +50,9 @@ def spread_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Put a pytree of NumPy arrays on the mesh by rows (axis 0). Every host passes the whole batch and keeps its part.
+    """Put a pytree of NumPy arrays on the mesh by rows (axis 0); every host passes the whole batch and keeps its part.
 
-    UsageError where the rows do not divide.
+    Raises UsageError if the rows do not divide over the mesh.
     """
     mark_progress()
     sharding = batch_sharding(mesh)

@@ -1,9 +1,9 @@
-"""Carries a process's talk with the coordinator, and does not let on where that is gone.
+"""A relay between a process and the coordinator, which hides a broken connection from JAX and reports it to jrlhf.
 
-JAX's client aborts the process, with a stack trace that names nobody, as soon as its connection to the coordinator
-breaks. Behind a relay the connection stays and falls silent, and the relay says that it is broken: there is time to say
-whose fault it is and to end in good order. It is a process of its own, as a thread would wait for the interpreter where
-JAX waits for the coordinator; so this file runs alone, and imports nothing of the package.
+JAX's client aborts the process with an anonymous stack trace as soon as its connection to the coordinator breaks.
+Behind a relay the connection stays open and silent, and the relay reports the break, so that the run can name the
+culprit and end properly. The relay is a process, because a thread could not run while JAX holds the interpreter and
+waits for the coordinator. So this file runs as a script and imports nothing of the package.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ import time
 
 LOST = b"lost\n"
 CONNECT = 10.0
-"""Seconds to reach the coordinator in; JAX asks again."""
+"""Seconds to wait for a connection to the coordinator; JAX tries again."""
 
 
 class Relay:
-    """A relay to ``address`` (host:port), as its parent sees it. It ends with this process."""
+    """The parent's handle of a relay to ``address`` (host:port). The relay ends with this process."""
 
     def __init__(self, address: str) -> None:
         self._process = subprocess.Popen(
@@ -30,18 +30,18 @@ class Relay:
         assert self._process.stdout is not None
         port = self._process.stdout.readline().strip().decode()
         if not port:
-            raise OSError(f"no relay to {address} could be started")
+            raise OSError(f"the relay to {address} could not be started")
         self.address = f"127.0.0.1:{port}"
-        """What to connect to in the coordinator's place."""
+        """Address to connect to instead of the coordinator's."""
         self._lost_at = float("inf")
         threading.Thread(target=self._listen, daemon=True).start()
 
     def lost_for(self) -> float:
-        """Seconds since the coordinator closed the connection, or its host did; below 0 while it stands."""
+        """Return the seconds since the connection to the coordinator broke; negative while it is open."""
         return time.monotonic() - self._lost_at
 
     def close(self) -> None:
-        """End it."""
+        """End the relay."""
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -57,9 +57,9 @@ class Relay:
 
 
 def main(address: str) -> None:
-    """Print the port and relay until stdin ends, as it does with the parent."""
+    """Print the port, then relay until stdin ends, which happens when the parent ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # Meant for the parent, which says goodbye through this process.
+        # Signals are for the parent, which sends its last messages through this process.
         signal.signal(number, signal.SIG_IGN)
     host, _, port = address.rpartition(":")
     listening = socket.create_server(("127.0.0.1", 0))
@@ -89,7 +89,7 @@ def _carry(local: socket.socket, coordinator: tuple[str, int]) -> None:
     with contextlib.suppress(OSError):
         while data := far.recv(2**16):
             local.sendall(data)
-    # Where this end has not closed it, the other one has: the near connection stays as it is.
+    # If this end has not closed the connection, the coordinator has; the local connection stays open.
     if not closed.is_set():
         os.write(1, LOST)
 

@@ -1,4 +1,4 @@
-"""Which device holds which part of a tree: path-regex rules, and a fallback for any user's own tree."""
+"""Shardings of parameter trees by rules on paths, with a fallback for trees without rules."""
 
 import re
 from collections.abc import Callable
@@ -8,18 +8,18 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 ShardingRules = tuple[tuple[str, PartitionSpec], ...]
-"""``(regex, spec)`` pairs. The regex is searched for in a leaf's path, such as ``"decoder/layers/attn/q/kernel"``."""
+"""``(regex, spec)`` pairs; the regex is searched in a leaf's path, such as ``"decoder/layers/attn/q/kernel"``."""
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
-    """A ``NamedSharding`` for every leaf of a tree of arrays or shapes.
+    """Return a ``NamedSharding`` for every leaf of a tree of arrays or shapes.
 
-    The first rule found in a leaf's path decides, without the axes whose size does not divide the dimension they name.
-    A leaf that no rule knows, or whose rank is under the rule's, is split over ``fsdp`` along its largest divisible
+    The first rule that matches a leaf's path applies, without the axes whose size does not divide their dimension. A
+    leaf that no rule matches, or whose rank is below the rule's, is split over ``fsdp`` along its largest divisible
     dimension. Scalars are replicated.
 
-    A ``TrainState`` may be given whole: an optimizer's moments carry their parameter's path as a suffix of their own
-    (``opt_state/0/mu/decoder/embed``), so the parameter's rule finds them. Rules must not be anchored with ``^``.
+    The tree may be a ``TrainState``: the path of an optimizer's moments ends with their parameter's path
+    (``opt_state/0/mu/decoder/embed``), so the parameter's rule matches. Rules must not be anchored with ``^``.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -30,24 +30,24 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
 
 
 def leaf_spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: ShardingRules) -> PartitionSpec:
-    """The spec of one leaf; see ``tree_shardings``."""
+    """Return the spec of one leaf; see ``tree_shardings``."""
     for pattern, spec in rules:
-        # A factored optimizer keeps row and column sums under the parameter's path: the rule does not fit their rank.
+        # A factored optimizer has row and column sums under the parameter's path, whose rank is too low for the rule.
         if re.search(pattern, path) and len(spec) <= len(shape):
             return PartitionSpec(*(_dividing(entry, size, mesh) for entry, size in zip(spec, shape, strict=False)))
     return _largest_dimension(shape, mesh)
 
 
 def _dividing(entry: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
-    """``entry`` without the mesh axes that do not divide what the axes before them left of ``size``."""
-    kept: list[str] = []
+    """Return ``entry`` without the mesh axes that do not divide what the axes before them leave of ``size``."""
+    axes: list[str] = []
     for axis in (entry,) if isinstance(entry, str) else entry or ():
         if axis not in mesh.shape:
-            raise ValueError(f"sharding rule names the mesh axis {axis!r}; the mesh has {tuple(mesh.shape)}")
+            raise ValueError(f"a sharding rule names the mesh axis {axis!r}; the mesh has {tuple(mesh.shape)}")
         if size % mesh.shape[axis] == 0:
-            kept.append(axis)
+            axes.append(axis)
             size //= mesh.shape[axis]
-    return tuple(kept) if len(kept) > 1 else kept[0] if kept else None
+    return tuple(axes) if len(axes) > 1 else axes[0] if axes else None
 
 
 def _largest_dimension(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -59,9 +59,6 @@ def _largest_dimension(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def init_sharded(init_fn: Callable[..., Any], *args: Any, mesh: Mesh, rules: ShardingRules) -> Any:
-    """``init_fn(*args)`` born sharded: shapes by ``eval_shape``, shardings by the rules, values by a jitted init.
-
-    No device ever holds more than its own part of the result.
-    """
+    """Compute ``init_fn(*args)`` directly in the shardings of ``rules``; no device holds more than its own part."""
     shardings = tree_shardings(jax.eval_shape(init_fn, *args), mesh, rules)
     return jax.jit(init_fn, out_shardings=shardings)(*args)

@@ -1,4 +1,4 @@
-"""A pure step, jitted over a mesh."""
+"""Compilation of pure training steps for a mesh."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +14,11 @@ Step = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
 
 
 def jit_step(step: Step, *, mesh: Mesh, state_shardings: Any) -> Step:
-    """``step`` compiled for the mesh: the state keeps its shardings, the batch is split by rows, metrics are whole.
+    """Jit ``step`` for the mesh: the state keeps its shardings, the batch is split by rows, metrics are replicated.
 
-    The state passed in is donated: its buffers are gone after the call, so that one copy is held and not two. Its
-    ``frozen`` part is not, as others may share it, and keeps whatever shardings it has.
-    ``state_shardings``: ``tree_shardings(jax.eval_shape(make_state), mesh, rules)``, of a state with ``frozen`` None.
+    The state is donated, so that only one copy of it is in memory. Its ``frozen`` part is not donated, since others may
+    share it, and keeps its shardings. ``state_shardings`` are ``tree_shardings(jax.eval_shape(make_state), mesh,
+    rules)`` for a state with ``frozen`` None.
     """
     jitted = jit_moving(step, mesh=mesh, state_shardings=state_shardings)
 
@@ -30,7 +30,10 @@ def jit_step(step: Step, *, mesh: Mesh, state_shardings: Any) -> Step:
 
 
 def jit_moving(step: Step, *, mesh: Mesh, state_shardings: Any) -> Any:
-    """What ``jit_step`` calls, to be lowered too: ``(state without its frozen part, frozen, batch, key)``."""
+    """Return the jitted function inside ``jit_step``, which can be lowered.
+
+    Its arguments are ``(state without its frozen part, frozen, batch, key)``.
+    """
     everywhere = replicated(mesh)
 
     @partial(

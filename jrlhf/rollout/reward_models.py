@@ -24,7 +24,7 @@ from jrlhf.types import Generation
 log = logging.getLogger("jrlhf.rewards")
 
 Scorer = Callable[[Generation, PromptRows, Int[np.ndarray, "B"]], jax.Array]
-"""``(what was sampled, all prompts, which of them were answered) -> scores [B]``."""
+"""``(what was sampled, all prompts, which of them were encode_example) -> scores [B]``."""
 
 NARROWEST = 32
 
@@ -70,18 +70,18 @@ def _by_text(
     def ids(row: dict[str, Any], answer: str, stopped: bool) -> np.ndarray:
         nonlocal warned
         try:
-            before, after = encoder.continued(row["prompt"], answer, stopped=stopped, tools=row.get("tools"))
+            before, after = encoder.encode_sample(row["prompt"], answer, stopped=stopped, tools=row.get("tools"))
         except (BadRow, DataError) as error:
             raise DataError(f"{option}: its tokenizer cannot read a prompt: {error}") from error
         if len(before) + len(after) > limit and not warned:
             warned = True
             log.warning("%s: texts of more than its %d tokens are cut at the prompt's start", reward.source, limit)
-        return encoder.fitted(before, after, limit)
+        return encoder.truncate(before, after, limit)
 
     def score_texts(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> jax.Array:
         answers, stopped = texts_of(tokenizer, generation), fetch(generation.stopped).tolist()
         shown = [prompts.shown[int(row)] for row in rows]
-        texts = Ragged.of([ids(*row) for row in zip(shown, (a for _, a in answers), stopped, strict=True)])
+        texts = Ragged.from_rows([ids(*row) for row in zip(shown, (a for _, a in answers), stopped, strict=True)])
         width = padded_width(int(texts.lengths.max()), limit)
         return score(reward.params, *shard_batch(texts.padded(range(len(rows)), width, fill=pad), mesh))
 

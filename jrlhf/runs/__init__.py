@@ -1,1 +1,1 @@
-"""A run on disk: its folder, lock, checkpoints, log, trackers, exports, and what its stages were made from."""
+"""A run on disk: folder, lock, checkpoints, metrics, trackers, exports, and the origins of its stages."""

@@ -1,4 +1,4 @@
-"""What leaves a run as a Hugging Face folder: one writer for every stage, and for ``jrlhf export``."""
+"""Export of models as Hugging Face folders, for every stage and for ``jrlhf export``."""
 
 import base64
 import os
@@ -21,7 +21,7 @@ from jrlhf.models import (
     save_reward_model,
 )
 from jrlhf.models.hf.folder import GENERATION_CONFIG
-from jrlhf.models.hf.folder_files import generation_config, stays_inside, write_files
+from jrlhf.models.hf.folder_files import generation_config, is_inside, write_files
 from jrlhf.models.hf.rounding import round_to_stored
 from jrlhf.models.hf.write import WeightDtype
 from jrlhf.models.reading import STOP_TOKEN
@@ -30,31 +30,33 @@ from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
 
 RUN_CONFIG = "jrlhf.yaml"
-"""Beside the weights: the config of the run that made them."""
+"""Name of the run's config beside the exported weights."""
 HEAD = "score."
 
 
 class Companions(NamedTuple):
-    """What an export has beside its weights. It is read before training, and saved with every checkpoint."""
+    """The content of an export other than weights, which is read before training and saved with every checkpoint."""
 
     tokenizer: Mapping[str, bytes]
     """The tokenizer's files by name."""
     pad_token: int
     stop_tokens: tuple[int, ...]
-    """All that ends an answer; empty where a model gives none."""
+    """Ids of all tokens that end an answer; empty for a reward model."""
     config: str
     """The run's config as YAML."""
 
 
 def companions(tokenizer: Tokenizer, config: str, *, stop: tuple[str, ...] | None) -> Companions:
-    """The companions of a model with this tokenizer. ``stop``: tokens that end its answers besides the tokenizer's own;
-    None for a reward model, which gives no answers."""
+    """Return the companions of a model with this tokenizer.
+
+    ``stop`` names stop tokens in addition to the tokenizer's own; None means a reward model, which gives no answers.
+    """
     stops = () if stop is None else stop_token_ids(tokenizer, stop)
     return Companions(tokenizer_files(tokenizer), int(tokenizer.pad_token_id), stops, config)
 
 
 def as_metadata(beside: Companions) -> dict[str, Any]:
-    """Companions as JSON, for a checkpoint; files that are not UTF-8 stand apart, in base64."""
+    """Return companions as JSON for a checkpoint; files that are not UTF-8 are encoded in base64."""
     texts, binaries = dict[str, str](), dict[str, str]()
     for name, content in beside.tokenizer.items():
         try:
@@ -71,14 +73,15 @@ def as_metadata(beside: Companions) -> dict[str, Any]:
 
 
 def from_metadata(saved: Mapping[str, Any], *, stop: tuple[str, ...] | None, where: Path) -> Companions:
-    """``as_metadata`` backwards. ValueError, which names ``where`` it was saved, for a file that would lie elsewhere.
+    """Read companions from the JSON of ``as_metadata``; ValueErrors name the checkpoint ``where`` it was saved.
 
-    Checkpoints of earlier versions have the tokenizer alone: their tokens are read from it, as ``companions`` does.
+    Checkpoints of earlier versions only have the tokenizer, so their tokens are read from it as in ``companions``. A
+    file name that leads out of the folder is a ValueError.
     """
     files = {name: text.encode("utf-8") for name, text in saved["tokenizer"].items()}
     files |= {name: base64.b64decode(text) for name, text in saved.get("tokenizer_base64", {}).items()}
-    if outside := [name for name in files if not stays_inside(name)]:
-        raise UsageError(f"{where}: {outside[0]!r} is not the name of a tokenizer's file")
+    if outside_names := [name for name in files if not is_inside(name)]:
+        raise UsageError(f"{where}: {outside_names[0]!r} is not the name of a tokenizer's file")
     if "pad_token" in saved:
         return Companions(files, int(saved["pad_token"]), tuple(saved["stop_tokens"]), saved["config"])
     with TemporaryDirectory() as folder:
@@ -87,10 +90,10 @@ def from_metadata(saved: Mapping[str, Any], *, stop: tuple[str, ...] | None, whe
 
 
 def exported_form(model: Pretrained | RewardModel, dtype: WeightDtype) -> Callable[[Params], Params]:
-    """Parameters to the ones that an export of them holds: what figures are of, where they judge what is passed on.
+    """Return a function from parameters to those that their export contains, for figures about the exported model.
 
-    In float32 these are the parameters themselves; else adapters are merged, and each weight rounded to the dtype that
-    the source has it in.
+    For a float32 export these are the parameters themselves; otherwise adapters are merged and each weight is rounded
+    to its dtype in the source.
     """
     stored = _stored(model)
     if dtype == "float32" or all(tensor.dtype == "F32" for tensor in stored.values()):
@@ -101,17 +104,17 @@ def exported_form(model: Pretrained | RewardModel, dtype: WeightDtype) -> Callab
 def write_export(
     model: Pretrained | RewardModel, params: Params, folder: Path, *, beside: Companions, dtype: WeightDtype
 ) -> None:
-    """The model with ``params``, adapters merged in, as a folder that any reader of the format takes as it was here.
+    """Write the model with ``params``, adapters merged in, as a Hugging Face folder.
 
-    config.json and generation_config.json name the pad token of the tokenizer that goes with them, which transformers
-    needs to find a batch's last tokens; and generation_config.json all tokens that end an answer.
+    config.json and generation_config.json name the tokenizer's pad token, which transformers needs to find a batch's
+    last tokens. generation_config.json names all stop tokens.
     """
     config = model.config | {"pad_token_id": beside.pad_token}
     files = {**beside.tokenizer, RUN_CONFIG: beside.config.encode("utf-8")}
     merged = merge_adapters(params)
     match model:
         case RewardModel():
-            # Whatever it began as, a run trains it to be read at the token that ends an answer.
+            # Whatever the model's reading was, a run trains it to be read at the stop token of an answer.
             model = replace(model, params=merged, config=config, stored=_stored(model), reading=STOP_TOKEN)
             save_reward_model(model, folder, dtype=dtype, files=files)
         case Pretrained():
@@ -122,10 +125,10 @@ def write_export(
 def write_adapter(
     model: Pretrained | RewardModel, params: Params, lora: LoRAConfig, folder: Path, *, base: str, beside: Companions
 ) -> None:
-    """A PEFT folder beside the merged model; nothing without ``lora``. ``base``: where the frozen weights are from.
+    """Write the adapters as a PEFT folder beside the merged model, if ``lora`` is on; ``base`` is the base's path.
 
-    A base in the same run is named relative to ``folder``, so that the two may move together. PEFT reads such a path
-    from where its process runs: elsewhere load the base first, then ``PeftModel.from_pretrained(base, folder)``.
+    A base in the same run is named relative to ``folder``, so that both can move together. PEFT resolves such a path
+    from the working directory; from another one load the base first, then ``PeftModel.from_pretrained(base, folder)``.
     """
     if not lora.rank:
         return
@@ -140,7 +143,7 @@ def write_adapter(
 
 
 def _base_name(base: str, folder: Path) -> str:
-    """How an adapter in ``folder``, which is ``<run>/<stage>/peft``, names its base."""
+    """Return the name of its base for an adapter in ``folder``, which is ``<run>/<stage>/peft``."""
     if not Path(base).is_dir():
         return base
     target, run = Path(base).resolve(), folder.resolve().parent.parent
@@ -153,7 +156,7 @@ def _generation(model: Pretrained, beside: Companions) -> dict[str, bytes]:
 
 
 def _stored(model: Pretrained | RewardModel) -> Mapping[str, Any]:
-    """The source's dtypes; a reward model's head, into which the normalisation is folded, is float32 in any export."""
+    """Return the source's dtypes, with float32 for a reward model's head, which includes the normalisation."""
     return {
         name: tensor._replace(dtype="F32") if name.startswith(HEAD) else tensor for name, tensor in model.stored.items()
     }

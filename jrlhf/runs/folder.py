@@ -1,4 +1,4 @@
-"""A stage's folder: who may write there, what it was started with, and what is finished."""
+"""A stage's folder: its lock, its config, its summary, and its exported model."""
 
 import json
 import os
@@ -39,13 +39,14 @@ from jrlhf.system.lines import json_text, write_text
 
 
 def stage_folder(config: Config, stage: str) -> Path:
+    """Return the folder of a stage, ``<run>/<stage>``."""
     return Path(config.run) / stage
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What a finished stage found, or None for one that is not finished; all processes see what the first one sees.
+    """Return the summary of a finished stage, or None; all processes get what the first one reads.
 
-    ConfigError where it cannot be read.
+    Raises ConfigError if the summary cannot be read.
     """
     path = folder / "summary.json"
 
@@ -53,20 +54,20 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         try:
             return {**json.loads(path.read_text("utf-8"))} if path.exists() else None
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path}: damaged ({error!r}); remove it to go on from the newest checkpoint") from error
+            raise ConfigError(f"{path}: damaged ({error!r}); remove it to resume from the newest checkpoint") from error
 
     return from_first("look for a summary", read)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all: written beside, then renamed over. The first process writes."""
+    """Write a JSON file atomically; only the first process writes."""
     if not is_first():
         return
     write_text(path, json_text(value, indent=2) + "\n")
 
 
 def pass_gates(stage: str, gates: Sequence[str], figures: Mapping[str, float], folder: Path) -> None:
-    """Judge what a stage would pass on, and write ``gates.json``; GatesFailed where it does not keep them all."""
+    """Check a stage's figures against its gates and write ``gates.json``; raise GatesFailed if one fails."""
     verdicts = judge(gates, figures)
     if verdicts:
         write_json(folder / "gates.json", {"gates": [verdict._asdict() for verdict in verdicts]})
@@ -75,9 +76,10 @@ def pass_gates(stage: str, gates: Sequence[str], figures: Mapping[str, float], f
 
 
 def model_source(config: Config, path: str, *, key: str, stage: str | None) -> str:
-    """Where a model is read from: an asset, a stage's folder, a run's (its ``stage``), an HF folder or a hub id.
+    """Return the folder or hub id of a model from an asset, a stage's folder, a run's folder, an HF folder or a hub id.
 
-    An empty ``path`` is what ``stage`` of the same run exported; ``key`` is the config path to name in an error.
+    For a run's folder, ``stage`` selects the model. An empty ``path`` means the export of ``stage`` in the same run.
+    Errors name the config field ``key``.
     """
     if path:
         return exported_folder(assets.resolve(path), stages=() if stage is None else (stage,))
@@ -85,19 +87,19 @@ def model_source(config: Config, path: str, *, key: str, stage: str | None) -> s
         raise ConfigError(f"{key}: is empty; name a Hugging Face folder, a hub id or asset:stories260k")
     folder = stage_folder(config, stage) / "hf"
     if not folder.is_dir():
-        raise ConfigError(f"{key}: is empty and {folder} does not exist; run the {stage} stage first or name a model")
+        raise ConfigError(f"{key}: is empty, and {folder} does not exist; run the {stage} stage first or name a model")
     return str(folder)
 
 
 def exported_folder(path: str, *, stages: tuple[str, ...] = ()) -> str:
-    """The HF folder in a stage's folder, or of the first of ``stages`` that a run's folder has, or ``path`` itself."""
+    """Return the HF folder in a stage's folder or in a run's first folder of ``stages``; otherwise ``path`` itself."""
     for inside in (Path(path) / "hf", *(Path(path) / stage / "hf" for stage in stages)):
         if (inside / "config.json").exists():
             return str(inside)
     return path
 
 
-FREE: dict[type, tuple[str, ...]] = {
+NEUTRAL_FIELDS: dict[type, tuple[str, ...]] = {
     ModelConfig: ("remat", "attention"),
     DataConfig: ("buckets", "cache"),
     StageConfig: ("log", "checkpoint", "gates", "microbatch", "max_skipped"),
@@ -107,36 +109,38 @@ FREE: dict[type, tuple[str, ...]] = {
     RefusalRuleConfig: ("match_timeout",),
     EndpointRuleConfig: ("timeout", "retries", "batch_size"),
 }
-"""The fields of a section that may change on the way, as they decide no result: how much is done at a time, by which
-kernel, how long something may take, what is logged, saved, cached, and asked of the model in the end."""
+"""Fields of each config section that may change when a run resumes, because they do not affect its result.
+
+They set batch sizes and kernels, timeouts, logging, checkpoints, caches and gates.
+"""
 
 
-def without_free(section: Any) -> Any:
-    """A section of a config, and those in it, with the default of every field in ``FREE``."""
-    sections = {name: without_free(value) for name, value in vars(section).items() if is_dataclass(value)}
+def without_neutral_fields(section: Any) -> Any:
+    """Return a config section, with its subsections, in which all fields of ``NEUTRAL_FIELDS`` have their defaults."""
+    sections = {name: without_neutral_fields(value) for name, value in vars(section).items() if is_dataclass(value)}
     defaults = vars(type(section)())
-    free = (name for cls in type(section).__mro__ for name in FREE.get(cls, ()))
+    free = (name for cls in type(section).__mro__ for name in NEUTRAL_FIELDS.get(cls, ()))
     return replace(section, **sections | {name: defaults[name] for name in free})
 
 
 def comparable(config: Config, stage: str) -> Config:
-    """Only what decides the result of ``stage``: not where and how it runs, see ``FREE``."""
+    """Return a config with only the fields that decide the result of ``stage``; see ``NEUTRAL_FIELDS``."""
     blank = {name: section() for name, section in stage_sections().items() if name != stage}
     outside = {"mesh": MeshConfig(), "distributed": DistributedConfig(), "safety": SafetyConfig()}
-    own = {stage: without_free(stage_section(config, stage))}
+    own = {stage: without_neutral_fields(stage_section(config, stage))}
     return replace(config, run="", accept_changes=False, **outside, **blank, **own)
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether there is anything to go on from: a run that failed before its first checkpoint may start anew."""
+    """Tell whether a stage has a summary or a checkpoint; a run that failed before its first one may start over."""
     checkpoints = folder / "checkpoints"
     return (folder / "summary.json").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def refuse_links_out(run: Path, *paths: Path) -> None:
-    """ConfigError for a link at or below one of ``paths`` that leads out of ``run``: nothing is written outside it.
+    """Raise ConfigError for a link at or below ``paths`` that leads out of ``run``, so that nothing is written there.
 
-    The run's own folder may be a link, as to a bigger disk: that is its owner's choice.
+    The run's own folder may be a link, for example to a larger disk.
     """
     home = run.resolve()
     for path in paths:
@@ -144,29 +148,29 @@ def refuse_links_out(run: Path, *paths: Path) -> None:
         for link in (path, *inside):
             if link.is_symlink() and not link.resolve().is_relative_to(home):
                 raise ConfigError(
-                    f"{link}: a link out of the run, to {link.resolve()}; remove it, or choose another --run"
+                    f"{link}: is a link out of the run, to {link.resolve()}; remove it, or choose another --run"
                 )
 
 
 @contextmanager
 def open_stage(config: Config, stage: str) -> Iterator[Path]:
-    """The stage's folder, locked, with the config inside; refused if it holds a run of another config.
+    """Lock the stage's folder and write the config there; raise ConfigError if it has a run with another config.
 
-    Of several processes the first one holds it, and all leave when what it wrote is whole.
+    Of several processes the first one holds the lock, and all leave the block together after its last write.
     """
     folder = stage_folder(config, stage)
     same_everywhere("config", lambda: to_yaml(comparable(config, stage)))
-    with ExitStack() as held:
+    with ExitStack() as stack:
         with first_goes_ahead(f"open {folder}"):
             if is_first():
-                held.enter_context(_opened(config, stage, folder))
+                stack.enter_context(_locked_folder(config, stage, folder))
         yield folder
         with first_goes_ahead(f"finish {folder}"):
             pass
 
 
 @contextmanager
-def _opened(config: Config, stage: str, folder: Path) -> Iterator[None]:
+def _locked_folder(config: Config, stage: str, folder: Path) -> Iterator[None]:
     refuse_links_out(Path(config.run), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
@@ -174,10 +178,10 @@ def _opened(config: Config, stage: str, folder: Path) -> Iterator[None]:
         if saved.exists() and has_begun(folder):
             differences = diff_configs(comparable(load_config(saved), stage), comparable(config, stage))
             if differences:
-                listed = "\n  ".join(differences)
+                lines = "\n  ".join(differences)
                 raise ConfigError(
-                    f"{folder} holds a run with another config:\n  {listed}\n"
-                    "choose another --run, or take the old values to go on with it"
+                    f"{folder} holds a run with another config:\n  {lines}\n"
+                    "choose another --run, or use the old values to resume it"
                 )
         else:
             write_text(saved, to_yaml(config))

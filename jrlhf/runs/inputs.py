@@ -1,7 +1,4 @@
-"""The inputs of a stage: its models, its rows, and the files that its rules read.
-
-Each is read once, when it is first needed.
-"""
+"""The inputs of a stage: its models, its rows, and the files that its rules read. Each is read once, on first use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,14 +14,14 @@ SAFETY = "safety.prompts"
 
 
 class RowsInput(NamedTuple):
-    """Rows that a stage reads."""
+    """Rows that a stage reads: their sources, and a function that loads them."""
 
     sources: Sources
     load: Callable[[], Rows | None]
 
 
 class StageInputs(ABC):
-    """The inputs of a stage by the config path that names them. ``model`` is the one whose tokenizer reads the rows."""
+    """The inputs of a stage by their config paths; the tokenizer of ``model`` reads the rows."""
 
     def __init__(self, config: Config, stage: str) -> None:
         self.config, self.stage = config, stage
@@ -33,26 +30,26 @@ class StageInputs(ABC):
     @cached_property
     @abstractmethod
     def source(self) -> str:
-        """The folder or hub id of the model that is trained."""
+        """Folder or hub id of the trained model."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of that model."""
+        """Tokenizer of the trained model."""
         return load_tokenizer(self.source)
 
     def models(self) -> Mapping[str, Callable[[], str]]:
-        """Where each model is read from."""
+        """Return functions that find each model's folder or hub id."""
         return {self.model: lambda: self.source}
 
     @abstractmethod
     def rows(self) -> Mapping[str, RowsInput]:
-        """All rows that are read."""
+        """Return all rows that the stage reads."""
 
     def files(self) -> Mapping[str, Callable[[], Path | None]]:
-        """The other files; None for one that cannot be sources."""
+        """Return functions that find all other files; None stands for a file that cannot be found."""
         return {}
 
 
 def with_sources(rows: Mapping[str, RowsInput]) -> dict[str, RowsInput]:
-    """Those that have a source."""
-    return {key: of_key for key, of_key in rows.items() if of_key.sources}
+    """Return only the rows that have a source."""
+    return {key: rows_input for key, rows_input in rows.items() if rows_input.sources}

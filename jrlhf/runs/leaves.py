@@ -1,4 +1,4 @@
-"""A state as named leaves: what a checkpoint stores, and what its errors name."""
+"""Conversion of a state to named leaves, which a checkpoint stores and its errors name."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def by_path(tree: Any, kind: Any) -> dict[str, Any]:
-    """Leaves by path (``"params/policy/embed"``); TypeError for one that is not of ``kind``."""
+    """Return leaves by path (``"params/policy/embed"``); raise TypeError for a leaf that is not of ``kind``."""
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -20,13 +20,13 @@ def by_path(tree: Any, kind: Any) -> dict[str, Any]:
 
 
 def to_storable(state: Any) -> dict[str, jax.Array]:
-    """The state by path, typed PRNG keys as the integers they are made of."""
+    """Return the state's leaves by path, with typed PRNG keys as their integer data."""
     leaves = by_path(state, jax.Array)
     return {path: jax.random.key_data(leaf) if _is_key(leaf) else leaf for path, leaf in leaves.items()}
 
 
 def stored_form(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What ``leaf`` is on disk, and where it is to go."""
+    """Return the shape and dtype of a leaf on disk, with the sharding for reading it."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if not _is_key(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -35,18 +35,20 @@ def stored_form(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def from_stored(leaf: jax.Array, like: Any) -> jax.Array:
-    """``to_storable`` backwards, of a leaf that is to be as ``like``."""
+    """Convert a leaf read from disk to the kind of ``like``, the inverse of ``to_storable``."""
     return jax.random.wrap_key_data(leaf, impl=_key_impl(like)) if _is_key(like) else leaf
 
 
-def differences(stored: dict[str, Any], wanted: dict[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """What keeps a stored state from being the wanted one, a line a leaf."""
-    problems = [f"{path} is not in the checkpoint" for path in sorted(wanted.keys() - stored.keys())]
-    problems += [f"{path} is in the checkpoint only" for path in sorted(stored.keys() - wanted.keys())]
-    for path in sorted(wanted.keys() & stored.keys()):
-        have, want = stored[path], wanted[path]
-        if tuple(have.shape) != want.shape or have.dtype != want.dtype:
-            problems.append(f"{path} is {have.dtype}{list(have.shape)} there and {want.dtype}{list(want.shape)} here")
+def differences(stored: dict[str, Any], expected: dict[str, jax.ShapeDtypeStruct]) -> list[str]:
+    """Describe each leaf in which a stored state differs from the expected one, in a line per leaf."""
+    problems = [f"{path} is not in the checkpoint" for path in sorted(expected.keys() - stored.keys())]
+    problems += [f"{path} is in the checkpoint only" for path in sorted(stored.keys() - expected.keys())]
+    for path in sorted(expected.keys() & stored.keys()):
+        entry, target = stored[path], expected[path]
+        if tuple(entry.shape) != target.shape or entry.dtype != target.dtype:
+            problems.append(
+                f"{path} is {entry.dtype}{list(entry.shape)} there and {target.dtype}{list(target.shape)} here"
+            )
     return problems
 
 
@@ -55,7 +57,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _key_impl(like: Any) -> Any:
-    """The generator of a typed key that may be a mere shape: JAX tells it of a traced key only."""
-    found: list[Any] = []
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(like.shape, like.dtype))
-    return found[0]
+    """Return the generator of a typed key or of its shape; JAX reveals it for traced keys."""
+    kinds: list[Any] = []
+    jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(like.shape, like.dtype))
+    return kinds[0]

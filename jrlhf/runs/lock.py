@@ -1,4 +1,4 @@
-"""One live process a folder."""
+"""A lock that allows one live process per folder."""
 
 import fcntl
 import os
@@ -10,15 +10,15 @@ from jrlhf.system.errors import UsageError
 
 
 class RunLocked(UsageError):
-    """A run folder that a live process is using."""
+    """Another live process is using the run folder."""
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; RunLocked, naming the other's pid, where another one holds it.
+    """Lock ``folder`` for this process; raise RunLocked with the pid of a process that holds it.
 
-    The kernel releases the lock when the process ends, however it ends: there is no stale lock to remove. In a run over
-    several hosts only the first one takes it.
+    The kernel releases the lock when the process ends for any reason, so no stale lock remains. In a run over several
+    hosts only the first one takes the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as file:

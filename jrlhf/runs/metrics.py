@@ -1,4 +1,4 @@
-"""What a stage tells while it runs: metrics.jsonl, TensorBoard, and a progress bar."""
+"""Output of a running stage: metrics.jsonl, TensorBoard, and a progress bar."""
 
 import math
 import os
@@ -18,10 +18,10 @@ LINES_WITHOUT_TERMINAL = 20
 
 
 class RowLog:
-    """A file of JSON objects, a line each, that is only ever added to.
+    """An append-only file with one JSON object per line.
 
-    ``resume_step``: the step a run goes on from; rows after it are dropped, as they will come again. None: the run
-    starts from the beginning, and nothing of an earlier one is kept. Not ``enabled``: nothing is written.
+    ``resume_step`` is the step that a run resumes from; later rows are dropped, because they will be written again.
+    None means that the run starts over, which drops all rows. Without ``enabled`` nothing is written.
     """
 
     def __init__(self, path: Path, *, resume_step: int | None, enabled: bool = True) -> None:
@@ -30,34 +30,34 @@ class RowLog:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_after(path, -1 if resume_step is None else resume_step)
-        # O_APPEND and one write a line: a reader, or a run that is killed, never sees lines mixed up.
+        # With O_APPEND and one write per line, lines are never interleaved, even if the run is killed.
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
-        """Add ``{"step": .., "time": .., **row}``; it is with the operating system when this returns."""
+        """Append ``{"step": .., "time": .., **row}`` and hand it to the operating system."""
         if self._file is None:
             return
         line = {"step": step, "time": round(time.time(), 3), **row}
         os.write(self._file, json_line(line).encode())
 
     def sync(self) -> None:
-        """Return when all rows are on the disk."""
+        """Wait until all rows are on disk."""
         if self._file is not None:
             os.fsync(self._file)
 
     def close(self) -> None:
-        """Nothing may be written after it."""
+        """Close the file; no row may be written after this."""
         if self._file is not None:
             os.close(self._file)
 
 
 class MetricsLog:
-    """``{"step": .., "time": .., name: value, ...}``, a line each, in ``folder/metrics.jsonl``; and TensorBoard.
+    """Log of metrics in ``folder/metrics.jsonl``, with lines ``{"step": .., "time": .., name: value, ...}``.
 
-    ``time`` is in seconds since 1970. JSON has no NaN and no infinity: they are written as the strings ``"nan"``,
-    ``"inf"`` and ``"-inf"``, which ``float()`` and ``read_metrics`` read back. ``folder/events.jsonl`` has what is no
-    number. ``trackers`` are told the finite values too, and closed at the end. ``resume_step`` and ``enabled`` as in
-    ``RowLog``; TensorBoard's files are written anew from the rows kept.
+    ``time`` is in seconds since 1970. JSON has no NaN or infinity, so they are the strings ``"nan"``, ``"inf"`` and
+    ``"-inf"``, which ``float()`` and ``read_metrics`` read back. Events that are not numbers go to
+    ``folder/events.jsonl``. Finite values also go to TensorBoard and to ``trackers``, which are closed at the end.
+    ``RowLog`` explains ``resume_step`` and ``enabled``; TensorBoard's files are rewritten from the remaining rows.
     """
 
     def __init__(
@@ -75,34 +75,36 @@ class MetricsLog:
         self._events = RowLog(folder / "events.jsonl", resume_step=resume_step, enabled=enabled)
         if trackers is not None:
             for row in read_metrics(self.path):
-                self._tell(int(row.pop("step")), {name: value for name, value in row.items() if name != "time"})
+                self._log_to_trackers(
+                    int(row.pop("step")), {name: value for name, value in row.items() if name != "time"}
+                )
         self._board = None
         if tensorboard and enabled:
             self._board = _open_tensorboard(folder / "tensorboard", read_metrics(self.path))
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
-        """Log values at a step; the line is on its way to the disk when this returns."""
+        """Log values at a step and hand the line to the operating system."""
         values = {name: float(value) for name, value in metrics.items()}
-        self._rows.write(step, {name: _jsonable(value) for name, value in values.items()})
+        self._rows.write(step, {name: _json_value(value) for name, value in values.items()})
         if self._board is not None:
             _add_scalars(self._board, step, values)
-        self._tell(step, values)
+        self._log_to_trackers(step, values)
 
-    def _tell(self, step: int, values: Mapping[str, float]) -> None:
+    def _log_to_trackers(self, step: int, values: Mapping[str, float]) -> None:
         if self._trackers is not None:
             self._trackers.log(step, {name: value for name, value in values.items() if math.isfinite(value)})
 
-    def event(self, step: int, kind: str, **told: str | int | float) -> None:
-        """Note what happened at a step."""
-        self._events.write(step, {"event": kind} | {name: _jsonable(value) for name, value in told.items()})
+    def event(self, step: int, kind: str, **details: str | int | float) -> None:
+        """Log an event at a step with its details."""
+        self._events.write(step, {"event": kind} | {name: _json_value(value) for name, value in details.items()})
 
     def sync(self) -> None:
-        """Return when all of both files is on the disk: a checkpoint must not know more than they."""
+        """Wait until both files are on disk, so that no checkpoint is ahead of them."""
         self._rows.sync()
         self._events.sync()
 
     def close(self, *, failed: bool = False) -> None:
-        """Close the files; nothing may be written after it. ``failed``: what trackers call the run."""
+        """Close the files; nothing may be written after this. ``failed`` is the run's status for trackers."""
         self._rows.close()
         self._events.close()
         if self._board is not None:
@@ -118,25 +120,25 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a ``metrics.jsonl``, numbers as numbers; a last line that was cut short is left out."""
+    """Read the rows of a ``metrics.jsonl`` with all values as floats; an incomplete last line is ignored."""
     return [{name: float(value) for name, value in row.items()} for row in read_complete_json_lines(path)]
 
 
-def _jsonable(value: str | int | float) -> str | int | float:
+def _json_value(value: str | int | float) -> str | int | float:
     return value if isinstance(value, str) or math.isfinite(value) else str(value)
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Rewrite the file without the rows after ``step``, and without a last line that a killed run left unfinished."""
+    """Rewrite the file without the rows after ``step`` and without an incomplete last line."""
     rows = zip(complete_lines(path), read_complete_json_lines(path), strict=True)
-    kept = b"".join(line for line, row in rows if row["step"] <= step)
-    if path.exists() and path.read_bytes() != kept:
-        write_bytes(path, kept)
+    content = b"".join(line for line, row in rows if row["step"] <= step)
+    if path.exists() and path.read_bytes() != content:
+        write_bytes(path, content)
 
 
 def _open_tensorboard(folder: Path, rows: list[dict[str, float]]) -> Any:
-    """A new file with ``rows``: what a killed run left has rows too many, and lacks those it had not written yet."""
-    # Imported here: it takes half a second, and most commands log nothing.
+    """Start a new TensorBoard file with ``rows``; that of a killed run may have too many rows or too few."""
+    # Imported here because it takes half a second and most commands log nothing.
     from tensorboardX import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -149,27 +151,27 @@ def _open_tensorboard(folder: Path, rows: list[dict[str, float]]) -> Any:
 
 def _add_scalars(board: Any, step: int, values: Mapping[str, float], *, when: float | None = None) -> None:
     for name, value in values.items():
-        # TensorBoard's curves have no use for a NaN, and its writer prints a warning for each.
+        # TensorBoard cannot plot a NaN, and its writer prints a warning for each.
         if math.isfinite(value):
             board.add_scalar(name, value, step, walltime=when)
 
 
 class ProgressReport(Protocol):
-    """How far a loop has come."""
+    """Display of a loop's progress."""
 
     def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
-        """``step`` steps are done. ``metrics``: the few to show; None leaves the last ones."""
+        """Show that ``step`` steps are done, with a few ``metrics`` (None: those of the last update)."""
 
 
 @contextmanager
 def progress(
     total: int, description: str, *, start: int, enabled: bool, unit: str = "steps", to_stderr: bool = False
 ) -> Iterator[ProgressReport]:
-    """A bar with key metrics, steps/s and the time left, from step ``start`` to ``total``; silent if not ``enabled``.
+    """Show a progress bar from step ``start`` to ``total`` with key metrics, steps/s and the remaining time.
 
-    steps/s leaves out everything up to the first update, which compiles. Where standard output (``to_stderr``: standard
-    error) is not a terminal, a plain line is printed now and then, 20 at most. The terminal is put right however the
-    block is left.
+    steps/s excludes the time up to the first update, which compiles. If standard output (with ``to_stderr``, standard
+    error) is not a terminal, at most 20 plain lines are printed instead. Without ``enabled`` nothing is shown. The
+    terminal is restored at the end of the block, also after an error.
     """
     speed = Speed(unit)
     if not enabled:
@@ -182,7 +184,7 @@ def progress(
 
 
 class Speed:
-    """Steps per second since the first update."""
+    """Measures steps per second since the first update."""
 
     def __init__(self, unit: str = "steps", clock: Callable[[], float] = time.perf_counter) -> None:
         self._unit, self._clock = unit, clock
@@ -190,21 +192,21 @@ class Speed:
         self._last = (0, 0.0)
 
     def update(self, step: int) -> None:
-        """``step`` steps are done now."""
+        """Record that ``step`` steps are done."""
         self._last = (step, self._clock())
         self._first = self._first or self._last
 
     def describe(self, total: int) -> str:
-        """``"3.2 steps/s, 0:01:05 left"``; empty before the second update."""
+        """Return a text such as ``"3.2 steps/s, 0:01:05 left"``; it is empty before the second update."""
         if self._first is None or self._last[0] <= self._first[0]:
             return ""
         rate = (self._last[0] - self._first[0]) / max(self._last[1] - self._first[1], 1e-9)
-        left = round(max(total - self._last[0], 0) / rate)
-        return f"{rate:.3g} {self._unit}/s, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        seconds = round(max(total - self._last[0], 0) / rate)
+        return f"{rate:.3g} {self._unit}/s, {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 
 def format_metrics(metrics: Mapping[str, SupportsFloat]) -> str:
-    """``{"loss": 1.23456, "kl": 0.5} -> "loss 1.235  kl 0.5"``."""
+    """Format metrics in one line: ``{"loss": 1.23456, "kl": 0.5} -> "loss 1.235  kl 0.5"``."""
     return "  ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
 
 
@@ -214,7 +216,7 @@ class _Silent:
 
 
 class _Lines:
-    """A line whenever another twentieth of all steps is done."""
+    """Prints a line after every twentieth of all steps."""
 
     def __init__(self, total: int, description: str, start: int, speed: Speed, to_stderr: bool) -> None:
         self._total, self._description, self._speed, self._to_stderr = total, description, speed, to_stderr
@@ -223,9 +225,9 @@ class _Lines:
     def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
         self._speed.update(step)
         self._metrics = self._metrics if metrics is None else format_metrics(metrics)
-        done = self._twentieths(step)
-        if done > self._printed:
-            self._printed = done
+        twentieths = self._twentieths(step)
+        if twentieths > self._printed:
+            self._printed = twentieths
             parts = (f"{self._description} {step}/{self._total}", self._metrics, self._speed.describe(self._total))
             out = sys.stderr if self._to_stderr else sys.stdout
             print("  ".join(part for part in parts if part), file=out, flush=True)
@@ -235,7 +237,7 @@ class _Lines:
 
 
 class _Bar:
-    """A rich progress bar."""
+    """Shows a progress bar in the terminal."""
 
     def __init__(self, total: int, description: str, start: int, speed: Speed, to_stderr: bool) -> None:
         from rich.console import Console

@@ -155,7 +155,10 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
     order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
     total = math.ceil(reward.epochs * order.steps_per_epoch)
     share = device_share(reward.batch_size, mesh, key="reward.batch_size")
-    platform, tokens = mesh.devices.flat[0].platform, float(reward.pack_length or rows.most * rows.lengths.mean())
+    platform, tokens = (
+        mesh.devices.flat[0].platform,
+        float(reward.pack_length or rows.max_completions * rows.lengths.mean()),
+    )
     slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
     programs = build_reward(config, model, mesh, slices=slices, updates=total)
     frozen = programs.training.frozen

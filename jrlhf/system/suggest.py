@@ -1,6 +1,6 @@
 """Suggestions for a mistyped name. Imports no JAX."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 
@@ -37,12 +37,25 @@ def near_folder(path: Path) -> str:
     missing = path
     while not missing.parent.is_dir() and missing.parent != missing:
         missing = missing.parent
-    try:
-        names = [sibling.name for sibling in missing.parent.iterdir() if sibling.is_dir()]
-    except OSError:
-        return ""
-    near = [str(missing.with_name(name)) for name in get_close_matches(missing.name, names, 3)]
+    near = [str(missing.with_name(name)) for name in _near_names(missing, Path.is_dir)]
     return f"; did you mean {either(near)}?" if near else ""
+
+
+def near_file(path: Path) -> str:
+    """`; did you mean ...?` with the most similar file names beside a missing file, or its missing folder."""
+    if not path.parent.is_dir():
+        return f", nor a folder {path.parent}"
+    near = _near_names(path, Path.is_file)
+    return f"; did you mean {either(near)}?" if near else ""
+
+
+def _near_names(missing: Path, accept: Callable[[Path], bool]) -> list[str]:
+    """Up to three names beside `missing` that are like its own; none if the folder cannot be read."""
+    try:
+        names = [sibling.name for sibling in missing.parent.iterdir() if accept(sibling)]
+    except OSError:
+        return []
+    return get_close_matches(missing.name, names, 3)
 
 
 def _likeness(wrong: str, right: str) -> float:

@@ -12,9 +12,10 @@ from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
 from jrlhf.data.errors import names_with_rows
-from jrlhf.data.inspect import Lens, Seen, Sequence, Tally, first_row, kind_of, look
+from jrlhf.data.inspect import RowInspector, first_row, guess_kind, inspect_rows
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.sources import open_source
+from jrlhf.data.tally import InspectedRow, InspectedSequence, Tally
 from jrlhf.runs.folder import exported_folder
 from jrlhf.stages.table import stages_of_kind
 from jrlhf.system.terminal import show_all_characters
@@ -34,8 +35,8 @@ def run_show(args: ShowConfig) -> None:
     )
     source = open_source(args.data)
     first, rows = first_row(source.rows)
-    kind = kind_of(first) if args.kind == "auto" else args.kind
-    lens = Lens(DataConfig(max_length=args.max_length), tokenizer, kind, args.train_on)
+    kind = guess_kind(first) if args.kind == "auto" else args.kind
+    inspector = RowInspector(DataConfig(max_length=args.max_length), tokenizer, kind, args.train_on)
     tally = Tally(tokenizer, kind)
     # Lines are not broken where there is no terminal to break them for.
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -46,13 +47,13 @@ def run_show(args: ShowConfig) -> None:
     if args.rows:
         console.print(legend(kind))
 
-    def show(seen: Seen) -> None:
+    def show(seen: InspectedRow) -> None:
         if tally.rows <= args.rows:
             console.print()
             for line in row_lines(seen, kind, spelling):
                 console.print(line)
 
-    look(lens, tally, rows, show)
+    inspect_rows(inspector, tally, rows, show)
     console.print()
     for line in summary_lines(tally):
         console.print(line)
@@ -60,7 +61,7 @@ def run_show(args: ShowConfig) -> None:
         others = sum(count.rows for count in tally.bad.values()) - 1
         raise DataError(tally.error + (f"; bad rows besides: {others}" if others else ""))
     if not tally.rows:
-        reasons = "; all were left out: " + ", ".join(tally.left_out) if tally.left_out else ""
+        reasons = "; all were left out: " + ", ".join(tally.excluded) if tally.excluded else ""
         raise DataError(f"{source.name}: no rows{reasons}")
 
 
@@ -128,13 +129,13 @@ def legend(kind: str) -> Text:
             return line.append("an answer is sampled after the last token")
 
 
-def row_lines(seen: Seen, kind: str, spelling: Spelling) -> list[Text]:
+def row_lines(seen: InspectedRow, kind: str, spelling: Spelling) -> list[Text]:
     lines = [Text(seen.place, "bold")]
     for number, sequence in enumerate(seen.sequences):
-        length, lost = len(sequence.tokens), len(sequence.whole) - len(sequence.tokens)
+        length, lost = len(sequence.tokens), len(sequence.uncut) - len(sequence.tokens)
         said = [f"rank {rank}" + " (best)" * (rank == 0) for rank in seen.ranks[number : number + 1]]
         said.append(f"{length} tokens")
-        said += [f"{int(sequence.marked.sum())} learnt"] if kind == "sft" else []
+        said += [f"{int(sequence.mask.sum())} learnt"] if kind == "sft" else []
         lines.append(Text(", ".join(said), "bold"))
         if lost:
             lines[-1].append(f", {lost} cut off: {cut_off(sequence, spelling)}", BAD)
@@ -142,24 +143,24 @@ def row_lines(seen: Seen, kind: str, spelling: Spelling) -> list[Text]:
     return lines
 
 
-def spelt(sequence: Sequence, spelling: Spelling) -> Text:
+def spelt(sequence: InspectedSequence, spelling: Spelling) -> Text:
     """The tokens; brackets stand around what is marked, so that no colour is needed to see it."""
     line, inside = Text(), False
-    for token, marked in zip(sequence.tokens.tolist(), sequence.marked.tolist(), strict=True):
-        if inside and not marked:
+    for token, mask in zip(sequence.tokens.tolist(), sequence.mask.tolist(), strict=True):
+        if inside and not mask:
             line.append("⟧", LEARNT)
-        elif marked and not inside:
+        elif mask and not inside:
             line.append("⟦", LEARNT)
         elif line and not line.plain.endswith("\n"):
             line.append("·", GAP)
-        inside = marked
-        line.append(spelling.of(token), LEARNT if marked else SPECIAL if spelling.special(token) else CONTEXT)
+        inside = mask
+        line.append(spelling.of(token), LEARNT if mask else SPECIAL if spelling.special(token) else CONTEXT)
     return line.append("⟧", LEARNT) if inside else line
 
 
-def cut_off(sequence: Sequence, spelling: Spelling) -> str:
+def cut_off(sequence: InspectedSequence, spelling: Spelling) -> str:
     """Where, and the beginning of what was there."""
-    ids, whole = sequence.tokens, sequence.whole
+    ids, whole = sequence.tokens, sequence.uncut
     unequal = np.flatnonzero(ids != whole[: len(ids)])
     start = int(unequal[0]) if len(unequal) else len(ids)
     lost = whole[start : start + len(whole) - len(ids)].tolist()
@@ -180,10 +181,10 @@ def summary_lines(tally: Tally) -> list[Text]:
     if tally.pairs:
         share = tally.longer_wins / tally.pairs
         lines.append(Text(f"pairs {tally.pairs:,}; the longer answer is the better one in {share:.1%} (no bias: 50 %)"))
-    for name, count in (tally.odd | tally.noted).items():
+    for name, count in (tally.oddities | tally.notes).items():
         first = f" (first: {count.first})" if count.rows else ""
         lines.append(Text(f"{count.rows:>9,}  {name}{first}", ODD if count.rows else GAP))
-    for reason, count in tally.left_out.items():
+    for reason, count in tally.excluded.items():
         lines.append(Text(f"{count.rows:>9,}  left out: {reason} (first: {count.first})", ODD))
     if tally.unread:
         lines.append(Text(f"columns that nothing reads: {names_with_rows(tally.unread)}", ODD))

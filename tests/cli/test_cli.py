@@ -50,7 +50,6 @@ PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in ("pipeline",
     "export": ("jrlhf.tools.export", "run_export"),
     "verify": ("jrlhf.tools.verify", "run_verify"),
     "quickstart": ("jrlhf.tools.quickstart", "run_quickstart"),
-    "plan": ("jrlhf.plan", "run_plan"),
 }
 DATA = {"sft": "sft.data.train", "reward": "reward.data.train", "ppo": "ppo.prompts.train"}
 

@@ -73,7 +73,7 @@ def no_tokenising(monkeypatch: pytest.MonkeyPatch) -> None:
     def each(*given: Any) -> Any:
         raise AssertionError("the rows are made anew")
 
-    monkeypatch.setattr(load, "_each", each)
+    monkeypatch.setattr(load, "_encode_source", each)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_blocks_are_written_as_they_fill_up(chat, cached, write, monkeypatch):
 def test_memory_does_not_grow_with_the_rows(chat, cached, write, monkeypatch):
     """Neither to make them nor to read all of them: four times the rows take a tenth more, the shown ones included."""
     monkeypatch.setattr("jrlhf.data.columns.BLOCK_ROWS", 100)
-    monkeypatch.setattr("jrlhf.data.workers.CHUNK", 10)
+    monkeypatch.setattr("jrlhf.data.workers.CHUNK_ROWS", 10)
     sources = {rows: write([{"prompt": "hi " * 50}] * rows, f"{rows}.jsonl") for rows in (20, 300, 1200)}
 
     def peak(rows: int) -> int:
@@ -236,7 +236,11 @@ def test_every_part_of_the_key_counts(chat, make_tokenizer, cached, write, monke
     load_texts(cached, source, chat)
     assert len(folders(cached)) == before + 2
     assert not again()
-    for name, value in (("FORMAT", cache.FORMAT + 1), ("_code_digest", lambda: "x"), ("version", lambda package: "0")):
+    for name, value in (
+        ("FORMAT_VERSION", cache.FORMAT_VERSION + 1),
+        ("_code_digest", lambda: "x"),
+        ("version", lambda package: "0"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(cache, name, value)
             assert made(cached)
@@ -302,12 +306,12 @@ def test_one_tokenizer_has_one_digest_whoever_loads_it(chat, tmp_path):
 
 def test_where_the_cache_is(tmp_path, monkeypatch):
     small, large = tmp_path / "small", tmp_path / "large"
-    small.write_bytes(b"x" * (cache.SMALL - 1))
-    large.write_bytes(b"x" * cache.SMALL)
+    small.write_bytes(b"x" * (cache.MIN_CACHED_BYTES - 1))
+    large.write_bytes(b"x" * cache.MIN_CACHED_BYTES)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("JRLHF_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache.SMALL == 4 * 2**20
+    assert cache.MIN_CACHED_BYTES == 4 * 2**20
     assert cache.cache_folder("auto", [small]) is None
     assert cache.cache_folder("auto", [large]) == tmp_path / ".cache" / "jrlhf"
     assert cache.cache_folder("auto", [small, small]) == tmp_path / ".cache" / "jrlhf"
@@ -321,17 +325,17 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 
 
 def test_a_broken_off_build_leaves_nothing(chat, cached, write, monkeypatch):
-    source, each = write(SFT), load._each
+    source, each = write(SFT), load._encode_source
 
     def broken(config: Any, opened: Any, encode: Any, writer: Any) -> Any:
         each(config, opened._replace(rows=list(opened.rows)[:20]), encode, writer)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(load, "_each", broken)
+    monkeypatch.setattr(load, "_encode_source", broken)
     with pytest.raises(KeyboardInterrupt):
         load_prompts(cached, source, chat)
     assert folders(cached) == []
-    monkeypatch.setattr(load, "_each", each)
+    monkeypatch.setattr(load, "_encode_source", each)
     assert len(load_prompts(cached, source, chat)) == 40
 
 
@@ -381,7 +385,7 @@ def test_a_killed_build_is_made_again_and_what_it_left_is_removed(metaspace, cac
 
 
 def test_the_same_key_at_once_is_made_once_and_the_others_wait(chat, cached, write, monkeypatch, caplog):
-    source, each, builds, started = write(SFT), load._each, [], threading.Event()
+    source, each, builds, started = write(SFT), load._encode_source, [], threading.Event()
 
     def slow(*given: Any) -> Any:
         builds.append(threading.get_ident())
@@ -389,7 +393,7 @@ def test_the_same_key_at_once_is_made_once_and_the_others_wait(chat, cached, wri
         time.sleep(0.3)
         return each(*given)
 
-    monkeypatch.setattr(load, "_each", slow)
+    monkeypatch.setattr(load, "_encode_source", slow)
     found: list[Any] = []
     # A tokenizer each: they are not made for threads.
     threads = [
@@ -402,12 +406,12 @@ def test_the_same_key_at_once_is_made_once_and_the_others_wait(chat, cached, wri
         thread.join(30)
     assert len(builds) == 1
     assert found[0] == found[1]
-    assert any("another process tokenises it" in message for message in caplog.messages)
+    assert any("waiting for another process" in message for message in caplog.messages)
 
 
 def test_without_locks_the_first_to_be_done_is_kept(chat, cached, write, monkeypatch):
     """Two builds of one key, one inside the other; the file system refuses locks."""
-    source, each, depth = write(SFT), load._each, []
+    source, each, depth = write(SFT), load._encode_source, []
 
     def refused(*given: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -420,7 +424,7 @@ def test_without_locks_the_first_to_be_done_is_kept(chat, cached, write, monkeyp
 
     inner: list[Any] = []
     monkeypatch.setattr("jrlhf.data.cache.fcntl.flock", refused)
-    monkeypatch.setattr(load, "_each", nested)
+    monkeypatch.setattr(load, "_encode_source", nested)
     outer = load_prompts(cached, source, chat)
     # The second build found the first one's folder, and left it alone.
     assert depth == [1, 2]
@@ -440,8 +444,8 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(chat, cached, write, mo
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(error.value) == (
-        f"{cached.cache}: tokenised rows cannot be kept here: File too large; make room, or name another folder with "
-        "the data's `cache` (empty: none, all in memory)"
+        f"{cached.cache}: cannot write tokenised rows here: File too large; make room, or set the data's `cache` "
+        "to another folder (empty: keep rows in memory)"
     )
     assert folders(cached) == []
 
@@ -449,7 +453,7 @@ def test_a_disk_that_is_full_is_named_and_leaves_nothing(chat, cached, write, mo
 def test_a_folder_that_cannot_be_made_is_named(chat, write, tmp_path):
     (tmp_path / "file").write_text("")
     config = DataConfig(cache=str(tmp_path / "file" / "cache"))
-    with pytest.raises(DataError, match=r"file/cache: tokenised rows cannot be kept here: Not a directory; make room"):
+    with pytest.raises(DataError, match=r"file/cache: cannot write tokenised rows here: Not a directory; make room"):
         load_prompts(config, write(SFT), chat)
 
 
@@ -459,17 +463,15 @@ def test_a_damaged_folder_is_an_error(chat, cached, write):
     [folder] = folders(cached)
     size = (folder / "tokens").stat().st_size
     os.truncate(folder / "tokens", size - 4)
-    with pytest.raises(
-        DataError, match=rf"/tokens: {size - 4} bytes of {size}; remove the folder, and it is made anew"
-    ):
+    with pytest.raises(DataError, match=rf"/tokens: {size - 4} bytes of {size}; remove the folder to tokenise again"):
         load_prompts(cached, source, chat)
     (folder / "tokens").unlink()
-    with pytest.raises(DataError, match=r"No such file.*; remove the folder, and it is made anew"):
+    with pytest.raises(DataError, match=r"No such file.*; remove the folder to tokenise again"):
         load_prompts(cached, source, chat)
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(chat, cached, write, monkeypatch):
-    source, each = write(SFT), load._each
+    source, each = write(SFT), load._encode_source
 
     def touched(*given: Any) -> Any:
         skips = each(*given)
@@ -477,14 +479,14 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(chat, cached, write, m
             file.write(json.dumps(SFT[0]) + "\n")
         return skips
 
-    monkeypatch.setattr(load, "_each", touched)
-    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read$"):
+    monkeypatch.setattr(load, "_encode_source", touched)
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read; start again$"):
         load_prompts(cached, source, chat)
     assert folders(cached) == []
 
 
 def test_long_sources_say_how_far_they_are(chat, cached, write, monkeypatch, caplog):
-    monkeypatch.setattr(load, "PATIENCE", -1.0)
+    monkeypatch.setattr(load, "PROGRESS_INTERVAL", -1.0)
     with caplog.at_level(logging.INFO, logger="jrlhf.data"):
         load_prompts(cached, write(SFT), chat)
     assert any(" 40 rows tokenised, " in message for message in caplog.messages)

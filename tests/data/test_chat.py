@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jrlhf.data import BadRow, DataError, load_sft
 from jrlhf.data.chat import ChatTemplate, template_of
 from jrlhf.data.encode import Encoder
-from jrlhf.data.formats import Answered
+from jrlhf.data.formats import Example
 from tests.support.chat_templates import (
     ASK,
     CHATML,
@@ -80,7 +80,7 @@ def flat(segments: list[Any]) -> tuple[list[int], list[bool]]:
 
 
 def check(tokenizer: Any, pieces: Pieces, messages: Messages) -> None:
-    tokens, mask = flat(Encoder(tokenizer).segments(Answered(None, messages), every_turn=False))
+    tokens, mask = flat(Encoder(tokenizer).segments(Example(None, messages), every_turn=False))
     assert mask == mask_by_bytes(tokenizer, tokens, pieces)
     # Every run of learnt tokens ends with the stop token, and there is one for each answer.
     ends = [token for token, here, after in zip(tokens, mask, [*mask[1:], False], strict=True) if here and not after]
@@ -110,7 +110,7 @@ def test_the_last_answer_alone_follows_its_prompt(way, first, second, answer):
     tokenizer, by_hand = way
     prompt = turns(first, second, first)
     encoder = Encoder(tokenizer)
-    before, after = encoder.answered(Answered(prompt, answer))
+    before, after = encoder.encode_example(Example(prompt, answer))
     assert before == encoder.prompt(prompt)
     pieces = by_hand([*prompt, {"role": "assistant", "content": answer}])
     last = max(i for i, (_, learnt) in enumerate(pieces) if learnt)
@@ -121,7 +121,7 @@ def test_the_last_answer_alone_follows_its_prompt(way, first, second, answer):
 def test_markers_say_what_transformers_reads_from_them(templated):
     tokenizer = templated(MARKED)
     theirs = tokenizer.apply_chat_template(PLAIN_TURNS[:5], return_assistant_tokens_mask=True, return_dict=True)
-    tokens, mask = flat(Encoder(tokenizer).segments(Answered(None, PLAIN_TURNS[:5]), every_turn=False))
+    tokens, mask = flat(Encoder(tokenizer).segments(Example(None, PLAIN_TURNS[:5]), every_turn=False))
     assert tokens == theirs["input_ids"][: len(tokens)]
     assert mask == [bool(learnt) for learnt in theirs["assistant_masks"][: len(tokens)]]
     assert not any(theirs["assistant_masks"][len(tokens) :])
@@ -130,7 +130,7 @@ def test_markers_say_what_transformers_reads_from_them(templated):
 def test_markers_may_begin_an_answer_later_than_the_prompt_ends(templated):
     later = MARKED.replace("{% generation %}", "Well: {% generation %}")
     encoder = Encoder(templated(later))
-    before, *after = encoder.segments(Answered(turns("hi"), "hello"), every_turn=False)
+    before, *after = encoder.segments(Example(turns("hi"), "hello"), every_turn=False)
     assert before.ids == encoder.prompt(turns("hi"))
     assert [(encoder._tokenizer.decode(s.ids), s.answer) for s in after] == [
         ("Well: ", False),
@@ -157,8 +157,8 @@ def test_qwen3_one_answer_is_learnt_with_its_empty_thought(templated, system):
 )
 def test_qwen3_a_thought_is_learnt_in_either_form(templated, answer):
     encoder = Encoder(templated(QWEN3))
-    row = Answered([*turns("hi", "<think>\nso\n</think>\n\nhi!", "there")], [{"role": "assistant", **answer}])
-    before, after = encoder.answered(row)
+    row = Example([*turns("hi", "<think>\nso\n</think>\n\nhi!", "there")], [{"role": "assistant", **answer}])
+    before, after = encoder.encode_example(row)
     # What the answers before had thought is dropped from the prompt, here and where PPO samples.
     asked = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhi!<|im_end|>\n<|im_start|>user\nthere<|im_end|>\n"
     assert encoder._tokenizer.decode(before) == asked + "<|im_start|>assistant\n"
@@ -171,7 +171,7 @@ def test_qwen3_several_answers_are_refused_with_reason_and_row(templated, write,
     source = write([{"messages": turns("hi", "hello")}, {"messages": turns("hi", "hello", "well", "there")}])
     expected = (
         f"{source}:2: messages: the chat template changes earlier turns when later ones come, so what is learnt cannot "
-        "be marked; as prompt and completion the last answer alone is learnt (message 3)"
+        "be marked; give the row as prompt and completion to learn its last answer alone (message 3)"
     )
     with pytest.raises(DataError) as error:
         load_sft(config(), source, tokenizer, train_on="completion")
@@ -194,10 +194,10 @@ def test_the_date_in_a_template_is_the_same_on_every_day(templated, monkeypatch)
 
     tokenizer = templated(LLAMA3, "llama3")
     messages = turns("hi", "hello", system="there")
-    today = Encoder(tokenizer).segments(Answered(None, messages), every_turn=False)
+    today = Encoder(tokenizer).segments(Example(None, messages), every_turn=False)
     monkeypatch.setattr(theirs, "datetime", Later)
     assert "02 Jan 2031" in tokenizer.apply_chat_template(messages, tokenize=False)
-    assert Encoder(tokenizer).segments(Answered(None, messages), every_turn=False) == today
+    assert Encoder(tokenizer).segments(Example(None, messages), every_turn=False) == today
     assert "Today: 26 Jul 2024\n" in tokenizer.decode(today[0].ids)
 
 
@@ -261,8 +261,8 @@ KIND = turns("hi", "hello", "well", "there", system="You are kind.")
         (LOWER, turns("HELLO", "hello"), f"{LOST} (message 0, user)"),
         (LOWER, turns("hello", "HELLO"), f"{LOST} (message 1, assistant)"),
         (NO_THOUGHTS, turns("hi", "<think>well</think>hello"), f"{LOST} (message 1, assistant)"),
-        (REASONS, TWICE, "begins an answer in another way than it asks for one, so it would not follow its prompt"),
-        (LOOP + TURN + "{% endfor %}", TWICE, "takes no notice of add_generation_prompt"),
+        (REASONS, TWICE, "begins an answer unlike its generation prompt, so it would not follow its prompt"),
+        (LOOP + TURN + "{% endfor %}", TWICE, "ignores add_generation_prompt"),
         (UNSTOPPED, TWICE, "ends an answer inside the conversation with no stop token"),
         (LAST_MARKED, TWICE, f"{PAIRS}: 1 pairs for 2 answers"),
         (TRIMMED_MARKS, TWICE, PAIRS),
@@ -270,7 +270,7 @@ KIND = turns("hi", "hello", "well", "there", system="You are kind.")
 )
 def test_what_cannot_be_masked_is_refused_with_the_reason(templated, template, messages, message):
     with pytest.raises(BadRow) as error:
-        Encoder(templated(template)).segments(Answered(None, messages), every_turn=False)
+        Encoder(templated(template)).segments(Example(None, messages), every_turn=False)
     assert str(error.value).startswith(f"messages: the chat template {message}")
 
 
@@ -279,46 +279,46 @@ def test_a_prompt_that_loses_its_system_turn_is_refused_where_ppo_reads_it(templ
     with pytest.raises(BadRow, match=r"^prompt: the chat template leaves out .* \(message 0, system\)$"):
         Encoder(templated(NO_SYSTEM)).prompt(messages)
     for template in (NO_SYSTEM, SYSTEM_LATE):
-        row = Answered(turns("hi", "hello", "well", system="You are kind."), "there")
+        row = Example(turns("hi", "hello", "well", system="You are kind."), "there")
         with pytest.raises(BadRow, match=r"^completion: the chat template leaves out .* \(message \d, \w+\)$"):
-            Encoder(templated(template)).answered(row)
+            Encoder(templated(template)).encode_example(row)
 
 
 def test_reasoning_that_a_template_would_drop_is_refused(templated):
     answer = {"role": "assistant", "content": "hello", "reasoning_content": "because"}
     with pytest.raises(BadRow, match=rf"{LOST} \(message 1, assistant\)$"):
-        Encoder(templated(CHATML)).answered(Answered(turns("hi"), [answer]))
+        Encoder(templated(CHATML)).encode_example(Example(turns("hi"), [answer]))
 
 
 def test_an_answer_with_a_stop_token_inside_is_refused(templated):
     encoder = Encoder(templated(CHATML))
     for stop in ("<|im_end|>", "<|endoftext|>"):
         with pytest.raises(BadRow) as error:
-            encoder.answered(Answered(turns("hi"), f"hello{stop} there"))
-        expected = f"completion: an answer holds a stop token, at which it would end: {stop} in message 1"
+            encoder.encode_example(Example(turns("hi"), f"hello{stop} there"))
+        expected = f"completion: an answer contains a stop token, which would end it: {stop} in message 1"
         assert str(error.value) == expected
     # In a question it is only odd: the mask is exact all the same.
-    before, after = encoder.answered(Answered(turns("hi<|im_end|>"), "hello"))
+    before, after = encoder.encode_example(Example(turns("hi<|im_end|>"), "hello"))
     assert before == encoder.prompt(turns("hi<|im_end|>"))
     assert encoder._tokenizer.decode(after) == "hello<|im_end|>"
 
 
 def test_a_conversation_that_an_assistant_begins_is_refused(templated):
     with pytest.raises(BadRow, match=r"^messages: begins with an assistant turn, which answers nothing"):
-        Encoder(templated(CHATML)).segments(Answered(None, turns("hi", "hello")[1:]), every_turn=False)
+        Encoder(templated(CHATML)).segments(Example(None, turns("hi", "hello")[1:]), every_turn=False)
 
 
 def test_what_a_tool_says_may_be_written_in_a_form_of_the_template_s_own(templated):
     tool = "{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content }}{% endif %}"
     encoder = Encoder(templated(CHATML.replace("{{ m.content }}", tool)))
     messages = [*turns("hi", "hello", "well"), {"role": "tool", "content": 'a "b"\nc'}]
-    before, _ = encoder.answered(Answered(messages, "there"))
+    before, _ = encoder.encode_example(Example(messages, "there"))
     assert '<|im_start|>tool\n"a \\"b\\"\\nc"<|im_end|>' in encoder._tokenizer.decode(before)
 
 
 def test_an_answer_of_nothing_is_its_stop_token(way):
     tokenizer, _ = way
-    before, after = Encoder(tokenizer).answered(Answered(turns("hi"), ""))
+    before, after = Encoder(tokenizer).encode_example(Example(turns("hi"), ""))
     assert before == Encoder(tokenizer).prompt(turns("hi"))
     assert after == [Encoder(tokenizer)._turn_end]
 

@@ -3,9 +3,9 @@
 import pytest
 
 from jrlhf.data import BadRow
-from jrlhf.data.errors import LeftOut
-from jrlhf.data.formats import Answered, Ranking, parse_answers, parse_prompt, parse_ranking, parse_sft
-from jrlhf.data.repeats import LEFT_ON, TAKEN_OFF
+from jrlhf.data.errors import ExcludedRow
+from jrlhf.data.formats import Example, Ranking, parse_answers, parse_prompt, parse_ranking, parse_sft
+from jrlhf.data.repeats import PROMPT_REMOVED, PROMPT_UNCLEAR
 
 
 def user(text):
@@ -35,62 +35,62 @@ HH = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: Q2\n\nAssistant:"
 ASKED = "Question: what is it?\nAnswer:"
 
 SFT = [
-    ({"text": "T"}, Answered(None, "T")),
-    ({"messages": [U, A]}, Answered(None, [U, A])),
-    ({"prompt": "P", "completion": "C"}, Answered("P", "C")),
-    ({"prompt": [U], "completion": [A]}, Answered([U], [A])),
-    ({"prompt": [U], "completion": "C"}, Answered([U], "C")),
-    ({"prompt": "P", "chosen": "A", "rejected": "B"}, Answered("P", "A")),
-    ({"prompt": "P", "chosen": "A", "rejected": "A"}, Answered("P", "A")),
-    ({"chosen": HH + " yes", "rejected": HH + " no"}, Answered(HH, " yes")),
-    ({"chosen": "A", "rejected": "B"}, Answered(None, "A")),
-    ({"chosen": [U, A], "rejected": [U, B]}, Answered([U], [A])),
-    ({"prompt": "Q", "completion": "A", "label": True}, Answered("Q", "A")),
-    ({"prompt": "Q", "completion": "A", "label": "TRUE"}, Answered("Q", "A")),
-    ({"prompt": "Q", "completion": "A", "label": 1}, Answered("Q", "A")),
+    ({"text": "T"}, Example(None, "T")),
+    ({"messages": [U, A]}, Example(None, [U, A])),
+    ({"prompt": "P", "completion": "C"}, Example("P", "C")),
+    ({"prompt": [U], "completion": [A]}, Example([U], [A])),
+    ({"prompt": [U], "completion": "C"}, Example([U], "C")),
+    ({"prompt": "P", "chosen": "A", "rejected": "B"}, Example("P", "A")),
+    ({"prompt": "P", "chosen": "A", "rejected": "A"}, Example("P", "A")),
+    ({"chosen": HH + " yes", "rejected": HH + " no"}, Example(HH, " yes")),
+    ({"chosen": "A", "rejected": "B"}, Example(None, "A")),
+    ({"chosen": [U, A], "rejected": [U, B]}, Example([U], [A])),
+    ({"prompt": "Q", "completion": "A", "label": True}, Example("Q", "A")),
+    ({"prompt": "Q", "completion": "A", "label": "TRUE"}, Example("Q", "A")),
+    ({"prompt": "Q", "completion": "A", "label": 1}, Example("Q", "A")),
     # A label of a text is a class.
-    ({"text": "T", "label": False}, Answered(None, "T")),
-    ({"messages": [U, A], "label": 0}, Answered(None, [U, A])),
+    ({"text": "T", "label": False}, Example(None, "T")),
+    ({"messages": [U, A], "label": 0}, Example(None, [U, A])),
     # One answer may well begin as its prompt does.
     (
         {"prompt": "Once upon a time", "completion": "Once upon a time there"},
-        Answered("Once upon a time", "Once upon a time there"),
+        Example("Once upon a time", "Once upon a time there"),
     ),
-    ({"prompt": [S, U], "completion": [U, A]}, Answered([S, U], [A])),
-    ({"prompt": [U], "completion": [U, A]}, Answered([U], [A])),
-    ({"messages": [parts("Q"), assistant("A")]}, Answered(None, [U, A])),
+    ({"prompt": [S, U], "completion": [U, A]}, Example([S, U], [A])),
+    ({"prompt": [U], "completion": [U, A]}, Example([U], [A])),
+    ({"messages": [parts("Q"), assistant("A")]}, Example(None, [U, A])),
     (
         {"messages": [U, {**A, "weight": 0}, U2, {**A2, "weight": 1}]},
-        Answered(None, [U, {**A, "weight": 0}, U2, {**A2, "weight": 1}]),
+        Example(None, [U, {**A, "weight": 0}, U2, {**A2, "weight": 1}]),
     ),
     # ShareGPT
-    ({"conversations": [human("Q"), gpt("A")]}, Answered(None, [U, A])),
-    ({"conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]}, Answered(None, [U, A])),
-    ({"conversations": [U, A], "system": "S"}, Answered(None, [S, U, A])),
+    ({"conversations": [human("Q"), gpt("A")]}, Example(None, [U, A])),
+    ({"conversations": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]}, Example(None, [U, A])),
+    ({"conversations": [U, A], "system": "S"}, Example(None, [S, U, A])),
     (
         {"conversations": [{"from": "system", "value": "S"}, human("Q"), gpt("A")], "system": "S"},
-        Answered(None, [S, U, A]),
+        Example(None, [S, U, A]),
     ),
-    ({"conversations": [human("Q"), {**gpt("A"), "weight": 0}]}, Answered(None, [U, {**A, "weight": 0}])),
+    ({"conversations": [human("Q"), {**gpt("A"), "weight": 0}]}, Example(None, [U, {**A, "weight": 0}])),
     (
         {"conversations": [human("Q"), {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]},
-        Answered(None, [U, {**assistant(""), "tool_calls": [CALL]}]),
+        Example(None, [U, {**assistant(""), "tool_calls": [CALL]}]),
     ),
     (
         {"conversations": [human("Q"), gpt("A"), {"from": "observation", "value": "r"}, gpt("A2")]},
-        Answered(None, [U, A, {"role": "tool", "content": "r"}, A2]),
+        Example(None, [U, A, {"role": "tool", "content": "r"}, A2]),
     ),
-    ({"conversations": [human("Q")], "chosen": gpt("A"), "rejected": gpt("B")}, Answered([U], [A])),
+    ({"conversations": [human("Q")], "chosen": gpt("A"), "rejected": gpt("B")}, Example([U], [A])),
     # Alpaca
-    ({"instruction": "Q", "output": "A"}, Answered([U], "A")),
-    ({"instruction": "Q", "input": "", "output": "A"}, Answered([U], "A")),
-    ({"instruction": "Q", "input": "here", "output": "A", "text": "T"}, Answered([user("Q\n\nhere")], "A")),
-    ({"instruction": "Q", "context": "here", "response": "A"}, Answered([user("Q\n\nhere")], "A")),
-    ({"instruction": "Q", "system": "S", "output": "A"}, Answered([S, U], "A")),
-    ({"instruction": "Q", "chosen": "A", "rejected": "B"}, Answered([U], "A")),
+    ({"instruction": "Q", "output": "A"}, Example([U], "A")),
+    ({"instruction": "Q", "input": "", "output": "A"}, Example([U], "A")),
+    ({"instruction": "Q", "input": "here", "output": "A", "text": "T"}, Example([user("Q\n\nhere")], "A")),
+    ({"instruction": "Q", "context": "here", "response": "A"}, Example([user("Q\n\nhere")], "A")),
+    ({"instruction": "Q", "system": "S", "output": "A"}, Example([S, U], "A")),
+    ({"instruction": "Q", "chosen": "A", "rejected": "B"}, Example([U], "A")),
     # Columns that only other rows have.
-    ({"text": "T", "prompt": None, "completion": None, "chosen": None}, Answered(None, "T")),
-    ({"messages": [{**U, "name": None}, A]}, Answered(None, [U, A])),
+    ({"text": "T", "prompt": None, "completion": None, "chosen": None}, Example(None, "T")),
+    ({"messages": [{**U, "name": None}, A]}, Example(None, [U, A])),
 ]
 
 
@@ -207,19 +207,19 @@ def test_what_is_answered(row, expected):
 
 
 def test_what_is_scored():
-    assert parse_answers({"prompt": "P", "completions": ["A", "B"]}) == [Answered("P", "A"), Answered("P", "B")]
-    assert parse_answers({"prompt": "P", "chosen": "A", "rejected": "A"}) == [Answered("P", "A"), Answered("P", "A")]
-    assert parse_answers({"text": "T"}) == [Answered(None, "T")]
-    assert parse_answers({"prompt": "P", "completion": "A", "label": False}) == [Answered("P", "A")]
-    assert parse_answers({"messages": [U, A], "label": False}) == [Answered(None, [U, A])]
-    assert parse_answers({"conversations": [human("Q"), gpt("A")]}) == [Answered(None, [U, A])]
-    assert parse_answers({"instruction": "Q", "output": "A"}) == [Answered([U], "A")]
-    assert parse_answers({"instruction": "Q", "completions": ["A", ""]}) == [Answered([U], "A"), Answered([U], "")]
+    assert parse_answers({"prompt": "P", "completions": ["A", "B"]}) == [Example("P", "A"), Example("P", "B")]
+    assert parse_answers({"prompt": "P", "chosen": "A", "rejected": "A"}) == [Example("P", "A"), Example("P", "A")]
+    assert parse_answers({"text": "T"}) == [Example(None, "T")]
+    assert parse_answers({"prompt": "P", "completion": "A", "label": False}) == [Example("P", "A")]
+    assert parse_answers({"messages": [U, A], "label": False}) == [Example(None, [U, A])]
+    assert parse_answers({"conversations": [human("Q"), gpt("A")]}) == [Example(None, [U, A])]
+    assert parse_answers({"instruction": "Q", "output": "A"}) == [Example([U], "A")]
+    assert parse_answers({"instruction": "Q", "completions": ["A", ""]}) == [Example([U], "A"), Example([U], "")]
     row = {"prompt": ASKED, "completions": [ASKED + " A", ASKED + " B"]}
-    assert parse_answers(row) == [Answered(ASKED, " A"), Answered(ASKED, " B")]
-    assert parse_answers({"prompt": ASKED, "completions": [ASKED]}) == [Answered(ASKED, ASKED)]
+    assert parse_answers(row) == [Example(ASKED, " A"), Example(ASKED, " B")]
+    assert parse_answers({"prompt": ASKED, "completions": [ASKED]}) == [Example(ASKED, ASKED)]
     # What a policy answered is scored even where it is nothing; only data to learn from must say something.
-    assert parse_answers({"prompt": "P", "completions": ["", "A"]}) == [Answered("P", ""), Answered("P", "A")]
+    assert parse_answers({"prompt": "P", "completions": ["", "A"]}) == [Example("P", ""), Example("P", "A")]
     with pytest.raises(BadRow, match="is empty"):
         parse_answers({"completions": ["", "A"]})
     with pytest.raises(BadRow, match=r"^completions: expected a list with at least one answer$"):
@@ -229,8 +229,8 @@ def test_what_is_scored():
 BAD_TEXTS = [
     ("", "is empty"),
     (" \n\t", "is empty"),
-    ("a\x00b", "holds a NUL character"),
-    ("a\ud800b", "holds half of a surrogate pair, which is no text"),
+    ("a\x00b", "contains a NUL character"),
+    ("a\ud800b", "contains half of a surrogate pair, which UTF-8 cannot encode"),
     (7, "expected a string or a list of messages, found int"),
     (b"a", "expected a string or a list of messages, found bytes"),
     ([], "is empty"),
@@ -261,7 +261,7 @@ BAD_MESSAGES = [
     ([U, {"role": "assistant", "content": 5}], "messages[1].content: expected a string"),
     ([U, assistant("")], "messages[1].content: is empty"),
     ([U, A | {"reasoning_content": ["R"]}], "messages[1].reasoning_content: expected a string"),
-    ([user("\ud800"), A], "messages[0].content: holds half of a surrogate pair, which is no text"),
+    ([user("\ud800"), A], "messages[0].content: contains half of a surrogate pair, which UTF-8 cannot encode"),
     ("a string", "messages: expected a list of messages, found a string"),
 ]
 
@@ -291,7 +291,7 @@ def test_bad_messages(messages, message):
     ],
 )
 def test_a_bad_answer_is_left_out(row, label):
-    with pytest.raises(LeftOut, match=r"^label: false, so the answer is not learnt$"):
+    with pytest.raises(ExcludedRow, match=r"^label: false, so the answer is not learnt$"):
         parse_sft(row | {"label": label})
 
 
@@ -299,7 +299,7 @@ def test_a_bad_answer_is_left_out(row, label):
 def test_any_other_label_is_bad(label):
     with pytest.raises(BadRow, match=r"^label: expected true or false, found ") as error:
         parse_sft({"prompt": "P", "completion": "A", "label": label})
-    assert not isinstance(error.value, LeftOut)
+    assert not isinstance(error.value, ExcludedRow)
 
 
 def test_unpaired_answers_are_no_rankings():
@@ -316,18 +316,18 @@ def test_what_was_done_to_a_row_is_noted():
     for parse in (parse_ranking, parse_sft, parse_answers):
         parse(row, note=notes.append)
     parse_ranking({"prompt": [S, U], "chosen": [U, A], "rejected": [U, B]}, note=notes.append)
-    assert notes == [TAKEN_OFF] * 4
+    assert notes == [PROMPT_REMOVED] * 4
     parse_ranking({"prompt": "Hi", "chosen": "Hi, you", "rejected": "Hi!"}, note=notes.append)
-    assert notes[4:] == [LEFT_ON]
+    assert notes[4:] == [PROMPT_UNCLEAR]
 
 
 def test_an_empty_answer_does_not_hide_that_others_repeat_the_prompt():
     row = {"prompt": ASKED, "completions": [ASKED + " A", "", ASKED + " B"]}
-    assert parse_answers(row) == [Answered(ASKED, " A"), Answered(ASKED, ""), Answered(ASKED, " B")]
+    assert parse_answers(row) == [Example(ASKED, " A"), Example(ASKED, ""), Example(ASKED, " B")]
 
 
 def test_a_turn_that_one_answer_repeats_is_refused():
-    with pytest.raises(BadRow, match=r"^prompt: its last turn stands in the answers too"):
+    with pytest.raises(BadRow, match=r"^prompt: the answers repeat its last turn"):
         parse_ranking({"prompt": [U], "chosen": [U, A], "rejected": [B]})
 
 
@@ -336,9 +336,9 @@ def test_alpaca_without_a_chat_template_is_asked_as_alpaca_was():
     ask = "Write a response that appropriately completes the request."
     plain = f"{head}. {ask}\n\n### Instruction:\nQ\n\n### Response:\n"
     row = {"instruction": "Q", "output": "A"}
-    assert parse_sft(row, chat=False) == Answered(plain, "A")
+    assert parse_sft(row, chat=False) == Example(plain, "A")
     assert parse_prompt(row, chat=False) == plain
-    assert parse_answers(row, chat=False) == [Answered(plain, "A")]
+    assert parse_answers(row, chat=False) == [Example(plain, "A")]
     row = {"instruction": "{Q}", "input": "here", "chosen": "A", "rejected": "B"}
     context = f"{head}, paired with an input that provides further context. {ask}"
     prompt = f"{context}\n\n### Instruction:\n{{Q}}\n\n### Input:\nhere\n\n### Response:\n"
@@ -350,9 +350,9 @@ def test_alpaca_without_a_chat_template_is_asked_as_alpaca_was():
     [
         (
             {"conversations": [{"from": "nobody", "value": "Q"}]},
-            "conversations[0].from: nobody we know: 'nobody'; expected ",
+            "conversations[0].from: unknown speaker: 'nobody'; expected ",
         ),
-        ({"conversations": [{"from": ["human"], "value": "Q"}]}, "conversations[0].from: nobody we know: ['human']"),
+        ({"conversations": [{"from": ["human"], "value": "Q"}]}, "conversations[0].from: unknown speaker: ['human']"),
         ({"conversations": [{"from": "human", "value": 5}]}, "conversations[0].value: expected a string"),
         ({"conversations": [human("")]}, "conversations[0].content: is empty"),
         ({"conversations": "hi"}, "conversations: expected a list of turns, found str"),
@@ -364,17 +364,17 @@ def test_alpaca_without_a_chat_template_is_asked_as_alpaca_was():
         ),
         (
             {"conversations": [{"from": "system", "value": "S"}, human("Q")], "system": "other"},
-            "system: another one stands in the conversation",
+            "system: differs from the system turn of the conversation",
         ),
         ({"instruction": " ", "output": "A"}, "instruction: is empty"),
         ({"instruction": "Q", "output": ""}, "output: is empty"),
         ({"instruction": "Q", "input": 5, "output": "A"}, "input: expected a string, found int"),
-        ({"messages": [{**U, "weight": 0}, A]}, "messages[0].weight: only an assistant's turn is learnt"),
+        ({"messages": [{**U, "weight": 0}, A]}, "messages[0].weight: only an assistant's turn can have a weight"),
         ({"messages": [U, {**A, "weight": 0.5}]}, "messages[1].weight: expected 0 or 1, found 0.5"),
         ({"messages": [U, {**A, "weight": True}]}, "messages[1].weight: expected 0 or 1, found True"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, A]},
-            "messages[0].content: a part of type 'image_url'; only text can be read",
+            "messages[0].content: a part has type 'image_url', but only text is supported",
         ),
         (
             {"messages": [{"role": "user", "content": ["Q"]}, A]},
@@ -383,7 +383,7 @@ def test_alpaca_without_a_chat_template_is_asked_as_alpaca_was():
         ({"messages": [parts("", " "), A]}, "messages[0].content: is empty"),
         (
             {"prompt": [S, U], "chosen": [user("?"), U, A], "rejected": [user("?"), U, B]},
-            "prompt: its last turn stands in the answers too, but other turns before it",
+            "prompt: the answers repeat its last turn, but after other turns",
         ),
         (
             {"prompt": ASKED, "chosen": ASKED + " A", "rejected": ASKED},
@@ -413,11 +413,11 @@ BAD_RANKINGS = [
     (PREFERENCE | {"chosen": None, "rejected": None}, "chosen: is empty (null), and so is rejected"),
     (RANKING | {"completions": None}, "completions: is empty (null)"),
     ({"prompt": "P", "ranks": [0, 1]}, "chosen: no such column, nor completions; the row has prompt, ranks"),
-    (PREFERENCE | {"chosen": "B"}, "chosen: the same as rejected"),
-    ({"chosen": HH + " yes", "rejected": HH + " yes"}, "chosen: the same as rejected"),
-    ({"chosen": [U, A], "rejected": [U, A]}, "chosen: the same as rejected"),
+    (PREFERENCE | {"chosen": "B"}, "chosen: is the same as rejected"),
+    ({"chosen": HH + " yes", "rejected": HH + " yes"}, "chosen: is the same as rejected"),
+    ({"chosen": [U, A], "rejected": [U, A]}, "chosen: is the same as rejected"),
     (PREFERENCE | {"prompt": " "}, "prompt: is empty"),
-    (PREFERENCE | {"rejected": [B]}, "rejected: chosen and rejected are not of one kind (string or messages)"),
+    (PREFERENCE | {"rejected": [B]}, "rejected: chosen and rejected must both be strings or both be messages"),
     ({"chosen": HH + " yes", "rejected": HH + "  "}, "rejected: the last answer is empty"),
     ({"chosen": HH, "rejected": HH + " no"}, "chosen: the last answer is empty"),
     (
@@ -443,9 +443,9 @@ BAD_RANKINGS = [
         RANKING | {"completions": ["A", None, "C"]},
         "completions[1]: expected a string or a list of messages, found NoneType",
     ),
-    (RANKING | {"completions": ["A", "A", "B"]}, "completions: two of them are the same and of unequal rank"),
+    (RANKING | {"completions": ["A", "A", "B"]}, "completions: two completions are the same but have different ranks"),
     (RANKING | {"ranks": [1, 1, 1]}, "ranks: all tied, so there is no pair"),
-    (RANKING | {"ranks": [0, 1]}, "ranks: expected 3 ranks, one a completion"),
+    (RANKING | {"ranks": [0, 1]}, "ranks: expected 3 ranks, one per completion"),
     (RANKING | {"ranks": None}, "ranks: is empty (null); give each completion its rank, 0 for the best"),
     (RANKING | {"ranks": [0, 1, True]}, "ranks: expected whole numbers, 0 for the best, found [0, 1, True]"),
     (RANKING | {"ranks": [0, 1, 0.5]}, "ranks: expected whole numbers, 0 for the best, found [0, 1, 0.5]"),

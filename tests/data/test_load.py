@@ -182,12 +182,12 @@ def test_cut_until_nothing_is_left(metaspace, config, write):
     source = write([{"prompt": "What is the answer", "completion": " 42"}])
     with pytest.raises(DataError) as error:
         load_sft(config(max_length=4), source, metaspace, train_on="completion")
-    reason = "completion: the first token to learn is beyond max_length (4), so nothing would be learnt"
+    reason = "completion: starts beyond max_length (4), so nothing would be learnt"
     assert str(error.value) == f"{source}:1: {reason}"
     source = write([{"chosen": "Hello there, one", "rejected": "Hello there, two"}])
     with pytest.raises(DataError) as error:
         load_rankings(config(max_length=3), source, metaspace)
-    reason = "chosen: two answers of unequal rank have the same tokens, of which max_length allows 3"
+    reason = "chosen: two answers of unequal rank have the same tokens after the cut to max_length 3"
     assert str(error.value) == f"{source}:1: {reason}"
 
 
@@ -223,7 +223,7 @@ def test_a_row_of_weight_0_alone_is_bad(chat, config, write, train_on):
         source = write([row])
         with pytest.raises(DataError) as error:
             load_sft(config(), source, chat, train_on=train_on)
-        reason = "weight: 0 for every turn of the assistant, so nothing would be learnt"
+        reason = "weight: is 0 for every assistant turn, so nothing would be learnt"
         assert str(error.value) == f"{source}:1: {reason}"
         assert load_sft(config(on_bad_row="skip"), write([row, {"text": "a"}]), chat, train_on=train_on).skipped == {
             reason: 1
@@ -350,20 +350,20 @@ def test_bad_rows_are_counted_and_reported_where_they_are_skipped(chat, config, 
         rows = load_rankings(config(on_bad_row="skip"), source, chat)
     assert len(rows) == 2
     assert rows.skipped == {
-        "chosen: the same as rejected": 2,
-        "not a JSON object a line": 1,
+        "chosen: is the same as rejected": 2,
+        "not a JSON object per line": 1,
         "prompt: is empty": 1,
         "prompt: expected a string or a list of messages, found int": 1,
     }
-    assert f"{source}: skipped 2 rows: chosen: the same as rejected (first: {source}:3)" in caplog.messages
+    assert f"{source}: skipped 2 rows: chosen: is the same as rejected (first: {source}:3)" in caplog.messages
     assert f"{source}: skipped 1 rows: prompt: is empty (first: {source}:4)" in caplog.messages
     assert len(caplog.messages) == 4
 
 
 NO_TEXT = {
-    b'{"text": "a"': "not a JSON object a line: Expecting ',' delimiter at 13",
-    b'{"text": "a\\u0000b"}': "text: holds a NUL character",
-    b'{"text": "\\ud800"}': "text: holds half of a surrogate pair, which is no text",
+    b'{"text": "a"': "not a JSON object per line: Expecting ',' delimiter at 13",
+    b'{"text": "a\\u0000b"}': "text: contains a NUL character",
+    b'{"text": "\\ud800"}': "text: contains half of a surrogate pair, which UTF-8 cannot encode",
     b'{"text": 7}': "text: expected a string or a list of messages, found int",
     b'{"text": "a", "text": "b"}': "text: given twice in one object",
     b'{"text": " "}': "text: is empty",
@@ -409,7 +409,7 @@ def test_rankings_without_a_pair_are_counted_by_reason(chat, config, write):
         "prompt: is empty": 1,
         "chosen: is empty": 1,
         "rejected: is empty": 1,
-        "chosen: the same as rejected": 1,
+        "chosen: is the same as rejected": 1,
         "ranks: all tied, so there is no pair": 1,
         "completions: fewer than two, so there is nothing to rank": 2,
     }

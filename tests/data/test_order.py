@@ -197,7 +197,7 @@ def test_hosts_share_out_every_batch(parts, hosts):
 
 
 def test_parts_that_are_not_the_rows_are_refused():
-    with pytest.raises(ValueError, match=r"parts of \[3, 4\] rows, but 8 lengths"):
+    with pytest.raises(ValueError, match=r"the parts have \[3, 4\] rows, but lengths has 8"):
         Order(0, batch_size=2, lengths=lengths_of(8), parts=[Part(3, 1.0), Part(4, 1.0)])
 
 

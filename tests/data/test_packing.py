@@ -23,7 +23,7 @@ def test_every_sequence_is_in_one_row_that_it_fits(lengths, capacity):
 
 
 def test_a_sequence_that_fits_no_row_is_an_error():
-    with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit 8"):
+    with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a row of 8"):
         pack(np.array([3, 9]), 8)
 
 

@@ -18,7 +18,7 @@ ROWS = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=40), min_size=
 
 
 def ragged(rows, dtype=np.int32) -> Ragged:
-    return Ragged.of([np.asarray(row, dtype) for row in rows])
+    return Ragged.from_rows([np.asarray(row, dtype) for row in rows])
 
 
 def parts_of(rows) -> list[Part]:
@@ -147,7 +147,7 @@ def test_rows_of_several_sources_are_those_of_one(sources):
 def test_a_mapped_array_is_the_file_s_and_lets_go_of_what_was_read(tmp_path):
     values = np.arange(2**20, dtype=np.int32)
     values.tofile(tmp_path / "values")
-    flat = Flat.mapped(tmp_path / "values", np.dtype(np.int32))
+    flat = Flat.from_file(tmp_path / "values", np.dtype(np.int32))
 
     def resident() -> int:
         """Pages of the mapping that this process holds, in kB, as the kernel counts them."""
@@ -164,16 +164,16 @@ def test_a_mapped_array_is_the_file_s_and_lets_go_of_what_was_read(tmp_path):
     assert resident() == 0
     np.testing.assert_array_equal(flat.values[1000:1010], np.arange(1000, 1010))
     (tmp_path / "none").write_bytes(b"")
-    assert len(Flat.mapped(tmp_path / "none", np.dtype(np.uint8)).values) == 0
+    assert len(Flat.from_file(tmp_path / "none", np.dtype(np.uint8)).values) == 0
 
 
 def test_objects_are_a_sequence_of_what_was_put_in():
     given = [{"prompt": "a"}, {"prompt": [{"role": "user", "content": "\ud800 é"}], "n": 1.5}, {}]
     texts = [np.frombuffer(json.dumps(value).encode(), np.uint8) for value in given]
-    objects = Objects(Ragged.of(texts))
+    objects = Objects(Ragged.from_rows(texts))
     assert list(objects) == given
     assert (len(objects), objects[1], objects[-1], objects[1:]) == (3, given[1], given[2], given[1:])
-    with pytest.raises(IndexError, match="row 3 of 3"):
+    with pytest.raises(IndexError, match="index 3 is out of range for 3 rows"):
         objects[3]
 
 

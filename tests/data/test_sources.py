@@ -174,7 +174,7 @@ def test_a_cell_that_is_no_text_is_named_and_the_others_are_read(tmp_path, name)
 
 def test_two_columns_of_one_name_in_a_table(tmp_path):
     path = write_table(tmp_path / "rows.parquet", pa.table([pa.array(["a"])] * 2, names=["text", "text"]))
-    with pytest.raises(DataError, match=r"rows\.parquet: two columns of one name: text, text$"):
+    with pytest.raises(DataError, match=r"rows\.parquet: two columns have the same name: text, text$"):
         rows_of(path)
 
 
@@ -199,7 +199,7 @@ def test_a_folder_that_datasets_saved(tmp_path):
     table.select([]).save_to_disk(tmp_path / "none")
     assert rows_of(str(tmp_path / "none")) == []
     (tmp_path / "saved" / "data-00001-of-00003.arrow").unlink()
-    with pytest.raises(DataError, match=r"data-00001-of-00003\.arrow: no such file, but state\.json lists it$"):
+    with pytest.raises(DataError, match=r"data-00001-of-00003\.arrow: the file is missing, but state\.json lists it$"):
         rows_of(str(tmp_path / "saved"))
 
 
@@ -233,7 +233,7 @@ def test_saved_folders_that_are_broken(tmp_path):
     with pytest.raises(DataError, match=r"state\.json: cannot be read: JSONDecodeError"):
         open_source(str(tmp_path))
     (tmp_path / "state.json").write_text('{"_data_files": [], "_indices_data_files": [{"filename": "indices.arrow"}]}')
-    with pytest.raises(DataError, match=r"kept indices beside the rows, as here; load and save it anew$"):
+    with pytest.raises(DataError, match=r"saved indices beside the rows; load the folder and save it again$"):
         open_source(str(tmp_path))
     for text in ("{}", '{"_data_files": ["data.arrow"]}', '{"_data_files": [{"filename": null}]}'):
         (tmp_path / "state.json").write_text(text)
@@ -251,7 +251,7 @@ def test_a_folder_with_the_name_of_a_data_set_is_not_read_through_a_cache(tmp_pa
     monkeypatch.chdir(tmp_path)
     for source in ("org/name", "org/name:train", "org/name:main:train"):
         with pytest.raises(
-            DataError, match=r"^org/name: a folder; name a file in it, or several as org/name/\*\.parquet$"
+            DataError, match=r"^org/name: is a folder; name a file in it, or several with org/name/\*\.parquet$"
         ):
             open_source(source)
 
@@ -292,19 +292,19 @@ def test_a_row_of_megabytes(megabytes, write):
 
 
 BAD_LINES = {
-    b'{"text": "a"': "not a JSON object a line: Expecting ',' delimiter at 13",
-    b"hello": "not a JSON object a line: Expecting value at 1",
-    b'{"text": "a"} {"text": "b"}': "not a JSON object a line: Extra data at 15",
-    b'{"text": "a\x00b"}': "not a JSON object a line: Invalid control character at at 12",
+    b'{"text": "a"': "not a JSON object per line: Expecting ',' delimiter at 13",
+    b"hello": "not a JSON object per line: Expecting value at 1",
+    b'{"text": "a"} {"text": "b"}': "not a JSON object per line: Extra data at 15",
+    b'{"text": "a\x00b"}': "not a JSON object per line: Invalid control character at at 12",
     b'{"text": "caf\xe9"}': "not UTF-8 at byte 14",
-    b"[1, 2]": "expected an object with a value a column, found list",
-    b"7": "expected an object with a value a column, found int",
+    b"[1, 2]": "expected an object with one value per column, found list",
+    b"7": "expected an object with one value per column, found int",
     b'{"text": "a", "text": "b"}': "text: given twice in one object",
     b'{"messages": [{"role": "user", "role": "user"}]}': "role: given twice in one object",
     b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}": "nested too deeply",
     b'{"x": ' + b'{"x": ' * 200_000 + b"}" * 200_001: "nested too deeply",
     b'{"text": "a", "x": ' + b"9" * 5000 + b"}": "a whole number has too many digits",
-    b"\x00\x00\x00\x00": "not a JSON object a line: Expecting value at 1",
+    b"\x00\x00\x00\x00": "not a JSON object per line: Expecting value at 1",
     "{}".encode("utf-16"): "not UTF-8 at byte 1",
 }
 
@@ -323,7 +323,7 @@ def test_rows_of_an_array_are_numbered(write):
     path = write('[{"text": "a"},\n 7]', "rows.json")
     (_, row), (place, error) = open_source(path).rows
     assert row == {"text": "a"}
-    assert f"{place}: {error}" == f"{path}: row 2: expected an object with a value a column, found int"
+    assert f"{place}: {error}" == f"{path}: row 2: expected an object with one value per column, found int"
 
 
 def test_csv_places_count_lines_within_quotes(write):
@@ -388,16 +388,16 @@ BROKEN_FILES = {
     "quote.csv": (b'text\n"open\n', ":2: not CSV: unexpected end of data"),
     "returns.csv": (b"text,x\ra,b\rc,d", ":1: not CSV: new-line character seen in unquoted field"),
     "bytes.csv": (b"text\nok\ncaf\xe9\n", ":3: not UTF-8 at byte 4"),
-    "header.csv": (b"text,text\na,b\n", ":1: two columns of one name: text, text"),
+    "header.csv": (b"text,text\na,b\n", ":1: two columns have the same name: text, text"),
     "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99)[:-12], ": cannot be read: Compressed file ended"),
     "plain.jsonl.gz": (b'{"text": "a"}\n', ": cannot be read: Not a gzipped file"),
     "not.parquet": (b"hello", ": cannot be read: ArrowInvalid: Parquet"),
     "empty.jsonl": (b"", ": the file is empty"),
-    "notes.txt": (b"hello", ": unknown kind of file; known: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
+    "notes.txt": (b"hello", ": unknown file type; known: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
     "not.arrow": (b"hello", ": cannot be read: ArrowInvalid: "),
     "begins.arrow": (b"ARROW1\0\0hello", ": cannot be read: ArrowInvalid: "),
-    "packed.parquet.gz": (gzip.compress(b"x"), ": a .parquet file is not read through gzip; unpack it"),
-    "packed.arrow.gz": (gzip.compress(b"x"), ": a .arrow file is not read through gzip; unpack it"),
+    "packed.parquet.gz": (gzip.compress(b"x"), ": a .parquet file cannot be read through gzip; unpack it"),
+    "packed.arrow.gz": (gzip.compress(b"x"), ": a .arrow file cannot be read through gzip; unpack it"),
     "empty.parquet": (b"", ": the file is empty"),
     "empty.arrow": (b"", ": the file is empty"),
 }
@@ -418,7 +418,7 @@ def test_a_missing_file_names_the_nearest(write, tmp_path):
         open_source(str(tmp_path / "trian.json"))
     with pytest.raises(DataError, match=r"no such file, nor a folder .*nowhere"):
         open_source(str(tmp_path / "nowhere" / "train.jsonl"))
-    with pytest.raises(DataError, match=r"a folder; name a file in it, or several as .*/\*\.jsonl$"):
+    with pytest.raises(DataError, match=r"is a folder; name a file in it, or several with .*/\*\.jsonl$"):
         open_source(str(tmp_path))
     with pytest.raises(ValueError, match=r"no asset 'sft_trian'; there are: .*sft_train"):
         open_source("asset:sft_trian")
@@ -436,10 +436,10 @@ def test_a_pattern_is_all_files_that_fit_in_the_order_of_their_names(write, tmp_
     source = open_source(str(tmp_path / "*.*"))
     assert source.files == tuple(Path(files[i]) for i in (1, 0, 2))
     assert [place for place, _ in source.rows] == [f"{files[1]}:1", f"{files[0]}:1", f"{files[2]}:2"]
-    with pytest.raises(DataError, match=r"\*\.parquet: no file fits$"):
+    with pytest.raises(DataError, match=r"\*\.parquet: no file matches$"):
         open_source(str(tmp_path / "*.parquet"))
     write("hello", "notes.txt")
-    with pytest.raises(DataError, match=r"notes\.txt: unknown kind of file"):
+    with pytest.raises(DataError, match=r"notes\.txt: unknown file type"):
         open_source(str(tmp_path / "*"))
 
 

@@ -53,7 +53,7 @@ def test_a_pad_token_of_its_own_stays(saved, caplog):
 
 
 def test_what_cannot_be_used(saved, tmp_path):
-    with pytest.raises(DataError, match=r"the tokenizer has no EOS token, so no answer could end$"):
+    with pytest.raises(DataError, match=r"the tokenizer has no EOS token, so no answer could end; set eos_token$"):
         load_tokenizer(saved(["<pad>"], pad_token="<pad>"))
     with pytest.raises(DataError, match=r"nowhere: no tokenizer: "):
         load_tokenizer(str(tmp_path / "nowhere"))
@@ -69,7 +69,7 @@ def test_stop_tokens_are_eos_end_of_turn_and_the_extra_ones(chat, metaspace):
     assert stop_token_ids(chat, ()) == known(EOS, "<|im_end|>")
     assert stop_token_ids(chat, ("<|im_start|>", EOS)) == known(EOS, "<|im_end|>", "<|im_start|>")
     assert stop_token_ids(metaspace, ()) == (metaspace.eos_token_id,)
-    with pytest.raises(DataError, match=r"^sampling\.stop: '<\|nothing\|>' is not a token of this tokenizer$"):
+    with pytest.raises(DataError, match=r"^sampling\.stop: '<\|nothing\|>' is not a token of the tokenizer$"):
         stop_token_ids(chat, ("<|nothing|>",))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from jrlhf.data import BadRow, DataError, load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.encode import Encoder
-from jrlhf.data.formats import Answered, parse_answers, parse_prompt, parse_ranking, parse_sft
+from jrlhf.data.formats import Example, parse_answers, parse_prompt, parse_ranking, parse_sft
 from jrlhf.data.messages import without_fill
 from tests.support.chat_templates import CHATML, made
 
@@ -187,7 +187,7 @@ def test_every_stage_sees_the_tools(way, config, write):
         assert prompts.shown[0]["tools"] == [WEATHER]
         again = load_prompts(settings, write([prompts.shown[0]], "shown.jsonl"), tokenizer)
         assert again.tokens[0].tolist() == prompts.tokens[0].tolist()
-        before, after = Encoder(tokenizer).continued(
+        before, after = Encoder(tokenizer).encode_sample(
             prompts.shown[0]["prompt"], YES["content"], stopped=True, tools=prompts.shown[0]["tools"]
         )
         assert tokenizer.decode(before + after) == yes
@@ -233,7 +233,7 @@ def test_tools_beside_a_plain_text_are_refused(qwen, config, write):
     rows = [{"prompt": "Q", "completion": "A"}, {"prompt": "Q", "chosen": "A", "rejected": "B"}, {"prompt": "Q"}]
     doors = [lambda *given: load_sft(*given, train_on="completion"), load_rankings, load_prompts]
     for row, load in zip(rows, doors, strict=True):
-        with pytest.raises(DataError, match="tools: beside a plain text, which no chat template sees"):
+        with pytest.raises(DataError, match="tools: need a chat template, but the row is plain text"):
             load(config(), write([row | {"tools": [WEATHER]}]), qwen)
 
 
@@ -249,7 +249,7 @@ def test_a_template_of_its_own_for_tools(make_tokenizer, config, write):
 def test_a_stop_token_in_arguments_would_end_the_answer(qwen):
     call = {"function": {"name": "weather", "arguments": {"city": "Os<|im_end|>lo"}}}
     row = parse_sft({"messages": [ASK, CALLS | {"tool_calls": [call]}]})
-    with pytest.raises(BadRow, match=r"an answer holds a stop token, at which it would end: <\|im_end\|> in message 1"):
+    with pytest.raises(BadRow, match=r"an answer contains a stop token, which would end it: <\|im_end\|> in message 1"):
         Encoder(qwen).segments(row, every_turn=False)
 
 
@@ -287,14 +287,14 @@ BAD = [
         {"messages": [ASK, CALLS | {"tool_calls": [{"name": "f", "arguments": [1]}]}]},
         "messages[1].tool_calls[0].arguments: expected an object, found list",
     ),
-    ({"messages": [ASK, CALLS | {"tool_calls": "{"}]}, "messages[1].tool_calls: a text that is no JSON"),
+    ({"messages": [ASK, CALLS | {"tool_calls": "{"}]}, "messages[1].tool_calls: is not valid JSON"),
     ({"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": []}]}, "messages[1].content: is empty"),
     ({"messages": [ASK, CALLS | {"content": None, "tool_calls": "[]"}]}, "messages[1].content: expected a string"),
     (
         {"messages": [ASK, YES | {"function_call": {"name": "weather", "arguments": "{}"}}]},
-        'messages[1].function_call: is the old form of "tool_calls"; give those',
+        'messages[1].function_call: is an outdated form; use "tool_calls"',
     ),
-    ({"messages": [ASK, YES], "tools": "weather"}, "tools: a text that is no JSON"),
+    ({"messages": [ASK, YES], "tools": "weather"}, "tools: is not valid JSON"),
     ({"messages": [ASK, YES], "tools": 3}, "tools: expected a list of functions, found int"),
     ({"messages": [ASK, YES], "tools": [{"type": "web_search"}]}, "tools[0]: expected a function"),
 ]
@@ -303,7 +303,7 @@ BAD = [
 @pytest.mark.parametrize("nothing", [None, "", " ", "[]", "null", []])
 def test_no_tools_and_no_calls_however_they_are_spelt(nothing):
     row = {"messages": [ASK | {"tool_calls": nothing}, YES | {"tool_calls": nothing}], "tools": nothing}
-    assert parse_sft(row) == Answered(None, [ASK, YES])
+    assert parse_sft(row) == Example(None, [ASK, YES])
 
 
 @pytest.mark.parametrize(("row", "message"), BAD)
@@ -321,4 +321,4 @@ def test_the_same_call_is_the_same_answer():
     )
     assert ranking.completions == [[YES], [WORSE]]
     assert parse_prompt({"messages": MESSAGES}) == MESSAGES[:3]
-    assert parse_sft({"messages": MESSAGES, "tools": [WEATHER]}) == Answered(None, MESSAGES, [WEATHER])
+    assert parse_sft({"messages": MESSAGES, "tools": [WEATHER]}) == Example(None, MESSAGES, [WEATHER])

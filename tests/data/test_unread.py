@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jrlhf.data import BadRow, Columns, load_prompts, load_rankings, load_sft, load_texts
-from jrlhf.data.errors import NAMES_COUNTED, NAMES_SHOWN, Skips
+from jrlhf.data.errors import MAX_COUNTED_NAMES, MAX_NAMES, Skips
 from jrlhf.data.formats import parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.unread import READ_COLUMNS, template_fields, unread_of
 from tests.support.chats import CHATML
@@ -186,13 +186,13 @@ def test_it_is_said_again_of_rows_in_the_cache(chat, config, write, caplog, tmp_
 
 def test_the_line_is_short_however_many_names_there_are(caplog):
     skips = Skips("rows.jsonl", skip=True)
-    for i in range(2 * NAMES_COUNTED):
+    for i in range(2 * MAX_COUNTED_NAMES):
         skips.add_unread([f"column {i}", "a\nb", "x" * 9999])
     with caplog.at_level(logging.WARNING, logger="jrlhf.data"):
         skips.close(1)
     [line] = said(caplog)
     assert line.startswith(r"rows.jsonl: columns that nothing reads: a\nb (2,000 rows), xxx")
-    assert line.endswith(f" and {NAMES_COUNTED + 1 - NAMES_SHOWN} others")
+    assert line.endswith(f" and {MAX_COUNTED_NAMES + 1 - MAX_NAMES} others")
     assert "\n" not in line
     assert len(line) < 1000
 

@@ -24,7 +24,7 @@ def encode(row: dict[str, Any]) -> Encoded:
 @pytest.mark.parametrize("chunk", [1, 3, 128])
 @pytest.mark.parametrize("count", [0, 1, 5, 500])
 def test_rows_come_in_their_order_with_what_is_wrong_with_them(count, chunk, monkeypatch):
-    monkeypatch.setattr(workers, "CHUNK", chunk)
+    monkeypatch.setattr(workers, "CHUNK_ROWS", chunk)
     rows = [(f"row {n}", BadRow(None, "no row") if n % 11 == 5 else {"n": n}) for n in range(count)]
     found = list(encode_all(iter(rows), encode))
     assert [place for place, _ in found] == [place for place, _ in rows]
@@ -45,12 +45,12 @@ def test_a_source_is_read_ahead_by_a_few_chunks_only():
         next(found)
         if taken % 500 == 0:
             ahead = next(read) - taken
-            assert 0 <= ahead <= (2 * workers.THREADS + 2) * workers.CHUNK
+            assert 0 <= ahead <= (2 * workers.MAX_THREADS + 2) * workers.CHUNK_ROWS
     found.close()
 
 
 def test_an_error_of_the_source_comes_after_the_rows_before_it(monkeypatch):
-    monkeypatch.setattr(workers, "CHUNK", 4)
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 4)
 
     def rows():
         for n in range(10):

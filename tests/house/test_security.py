@@ -321,7 +321,7 @@ def test_a_link_out_of_the_run_is_refused(
     command = "sft" if place.startswith("sft") else "pipeline"
     train = ("--sft.data.train", str(data), "--sft.model.path", "asset:stories260k")
     line = refused(command, "--run", str(tmp_path / "run"), *train)
-    assert line == f"{link}: a link out of the run, to {outside / target}; remove it, or choose another --run"
+    assert line == f"{link}: is a link out of the run, to {outside / target}; remove it, or choose another --run"
 
 
 def test_the_run_itself_may_be_a_link(tmp_path: Path) -> None:

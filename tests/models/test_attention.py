@@ -30,8 +30,8 @@ def in_blocks(q, k, v, seen):
 @pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("layout", ["right", "left", "packed"])
 def test_it_is_attention_over_what_each_query_sees(monkeypatch, attention, queries, most, layout, window):
-    monkeypatch.setattr(attention_module, "QUERIES", queries)
-    monkeypatch.setattr(attention_module, "MOST_BLOCKS", most)
+    monkeypatch.setattr(attention_module, "MIN_BLOCK_QUERIES", queries)
+    monkeypatch.setattr(attention_module, "MAX_BLOCKS", most)
     segments = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [1, 2, 3, 3, 0, 0]], np.int32)
     mask = {"right": RIGHT, "left": RIGHT[:, ::-1], "packed": segments}[layout]
     positions = positions_from_mask(jnp.asarray(mask))
@@ -57,8 +57,8 @@ def test_it_is_attention_over_what_each_query_sees(monkeypatch, attention, queri
 @pytest.mark.parametrize(("queries", "most"), [(2, 3), (4, 8), (16, 8)])
 def test_its_gradient_is_that_of_the_plain_form(monkeypatch, queries, most, window, cap):
     """Of sequences packed and padded; what a padding query's mean is worth comes back to nobody."""
-    monkeypatch.setattr(attention_module, "QUERIES", queries)
-    monkeypatch.setattr(attention_module, "MOST_BLOCKS", most)
+    monkeypatch.setattr(attention_module, "MIN_BLOCK_QUERIES", queries)
+    monkeypatch.setattr(attention_module, "MAX_BLOCKS", most)
     segments = jnp.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]], jnp.int32)
     positions = positions_from_mask(segments)
     seen = attention_mask(positions, positions, window=window, segments=segments)
@@ -137,5 +137,5 @@ def test_a_single_query_in_bfloat16_is_that_of_float32(cap):
 
 
 def test_a_soft_cap_is_refused(arch):
-    with pytest.raises(ValueError, match="attention: 'cudnn' knows no soft cap"):
+    with pytest.raises(ValueError, match="attention: 'cudnn' has no soft cap"):
         decoder_fns(replace(arch, attention_softcap=50.0), dtype="bfloat16", remat=False, attention="cudnn")

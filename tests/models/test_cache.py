@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jrlhf.core import positions_from_mask
 from jrlhf.models import decoder_fns, init_params, int8_cache
 from jrlhf.models.attention import attend, attention_mask
-from jrlhf.models.cache import Quantised, append, attend_cached, quantise
+from jrlhf.models.cache import Quantised, append_entries, attend_cached, quantise
 from jrlhf.steps import make_generate
 from tests.support.attention import HEADS, KV_HEADS, LENGTH, RIGHT, ROWS, WIDTH, by_hand
 from tests.support.batches import token_batch
@@ -38,7 +38,7 @@ def rounded_by_hand(x):
 
 
 def dequantised(x):
-    return np.asarray(x.scales)[..., None] * np.asarray(x.rounded, np.float32)
+    return np.asarray(x.scales)[..., None] * np.asarray(x.values, np.float32)
 
 
 def drawn(shape, *, seed, dtype=jnp.float32):
@@ -53,8 +53,8 @@ def test_it_is_rounded_as_by_a_loop(dtype):
     x = drawn((3, 2, 5, 8), seed=0, dtype=dtype)
     found = jax.jit(quantise)(x)
     rounded, scales = rounded_by_hand(np.asarray(x, np.float64))
-    assert (found.rounded.dtype, found.scales.dtype) == (jnp.int8, jnp.float32)
-    np.testing.assert_array_equal(found.rounded, rounded)
+    assert (found.values.dtype, found.scales.dtype) == (jnp.int8, jnp.float32)
+    np.testing.assert_array_equal(found.values, rounded)
     np.testing.assert_allclose(found.scales, scales, rtol=1e-6)
     assert np.max(np.abs(rounded), axis=-1).tolist() == np.where(scales > 0, 127, 0).tolist()
 
@@ -72,14 +72,14 @@ def test_halves_go_to_the_even_neighbour():
     for scale in (1.0, 2.0**-20, 2.0**20):
         found = quantise(x * scale)
         assert found.scales.tolist() == [[[scale]]]
-        assert found.rounded.tolist() == [[[[127, 0, 2, 2, 0, -2, -2, 126]]]]
+        assert found.values.tolist() == [[[[127, 0, 2, 2, 0, -2, -2, 126]]]]
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-37, 1e-40])
 def test_a_vector_of_nothing_is_zeros(size):
     """Also one so small that its scale is no normal number, which a processor may take for 0."""
     found = quantise(jnp.full((1, 1, 2, 8), size, jnp.float32))
-    assert not np.any(found.rounded)
+    assert not np.any(found.values)
     np.testing.assert_allclose(found.scales, size, atol=1e-37)
 
 
@@ -91,13 +91,13 @@ def test_a_number_that_is_none_is_not_hidden():
 def test_it_is_written_where_the_slots_are_free():
     x = drawn((3, 2, 5, 8), seed=1)
     empty = Quantised(jnp.zeros((3, 2, 9, 8), jnp.int8), jnp.zeros((3, 2, 9), jnp.float32))
-    once = append(empty, x, jnp.int32(0))
-    twice = append(append(empty, x[:, :, :3], jnp.int32(0)), x[:, :, 3:], jnp.int32(3))
+    once = append_entries(empty, x, jnp.int32(0))
+    twice = append_entries(append_entries(empty, x[:, :, :3], jnp.int32(0)), x[:, :, 3:], jnp.int32(3))
     for found in (once, twice):
         for mine, theirs in zip(found, quantise(x), strict=True):
             np.testing.assert_array_equal(mine[:, :, :5], theirs)
             assert not np.any(mine[:, :, 5:])
-    plain = append(jnp.zeros((3, 2, 9, 8), jnp.float32), x, jnp.int32(4))
+    plain = append_entries(jnp.zeros((3, 2, 9, 8), jnp.float32), x, jnp.int32(4))
     np.testing.assert_array_equal(plain[:, :, 4:], x)
 
 
@@ -189,8 +189,8 @@ def test_its_leaves_have_rows_first_and_take_a_byte_a_number(arch, dtype, size):
     plain = decoder_fns(arch, dtype=dtype, remat=False).decode_fns
     cache = int8_cache(plain).init_cache(rows, slots)
     for held in (*cache.keys, *cache.values):
-        assert (held.rounded.dtype, held.scales.dtype) == (jnp.int8, jnp.float32)
-        assert held.rounded.shape == (rows, arch.num_kv_heads, slots, arch.head_dim)
+        assert (held.values.dtype, held.scales.dtype) == (jnp.int8, jnp.float32)
+        assert held.values.shape == (rows, arch.num_kv_heads, slots, arch.head_dim)
         assert held.scales.shape == (rows, arch.num_kv_heads, slots)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(cache) if leaf.ndim} == {rows}
 

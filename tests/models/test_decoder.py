@@ -162,8 +162,8 @@ WANTED = {
 @pytest.mark.parametrize("columns", [3, 30])
 def test_what_is_wanted_and_its_gradient_are_what_they_are_among_all(arch, params, monkeypatch, which, columns):
     """Slices of three columns, and of as many as all logits would take: two then, by the sizes set here."""
-    monkeypatch.setattr(unembedding, "PARTS", 2)
-    monkeypatch.setattr(unembedding, "TOKENS", 1)
+    monkeypatch.setattr(unembedding, "MAX_COLUMN_SLICES", 2)
+    monkeypatch.setattr(unembedding, "MIN_SLICE_TOKENS", 1)
     tokens, mask, _ = token_batch()
     wanted = WANTED[which](mask)
     fns = decoder_fns(arch, dtype="float32", remat=False, logits_at_once=3 * 61 * columns)
@@ -197,7 +197,7 @@ def test_columns_that_nobody_wants_are_not_computed(first, slices):
 
     wanted = jnp.arange(10)[None] >= jnp.array([9, first])[:, None]
     hidden, tokens = jnp.ones((2, 10, 4)), jnp.ones((2, 10), jnp.int32)
-    unembedding.hidden_logprobs(counted, hidden, tokens, temperature=1.0, columns=2, wanted=wanted)
+    unembedding.hidden_logprobs(counted, hidden, tokens, temperature=1.0, columns=2, where=wanted)
     jax.effects_barrier()
     assert len(calls) == slices
 

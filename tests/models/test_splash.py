@@ -14,8 +14,8 @@ from jrlhf.core.masks import real_tokens
 from jrlhf.models import decoder_fns, init_params
 from jrlhf.models import splash as splash_module
 from jrlhf.models.attention import attention_mask, causal_attend
-from jrlhf.models.hf.names import RULES
-from jrlhf.models.splash import Segments, interpreted, splash_attention
+from jrlhf.models.hf.names import SHARDING_RULES
+from jrlhf.models.splash import Segments, needs_interpreter, splash_attention
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 64
@@ -24,7 +24,7 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 64
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Of 128 places: sequences of a few hundred take several."""
-    monkeypatch.setattr(splash_module, "LARGEST", 128)
+    monkeypatch.setattr(splash_module, "MAX_BLOCK", 128)
 
 
 def layout(name, rows, length):
@@ -52,7 +52,7 @@ def drawn(rows, length, dtype=jnp.float32):
 
 def by_splash(q, k, v, mask, *, window=0, cap=None, mesh=None):
     seen = Segments(mask.astype(jnp.int32), jnp.int32(0))
-    return splash_attention(q, k, v, seen, windows=(window,), cap=cap, mesh=mesh, interpret=interpreted(mesh))
+    return splash_attention(q, k, v, seen, windows=(window,), cap=cap, mesh=mesh, interpret=needs_interpreter(mesh))
 
 
 def by_xla(q, k, v, mask, *, window=0, cap=None):
@@ -96,7 +96,7 @@ def off(found, expected):
 )
 def test_it_is_xlas_attention(monkeypatch, where, length, window, cap, largest):
     """Sums of up to 600 float32 products in another order: a few units in the last place, 1.2e-7, of each."""
-    monkeypatch.setattr(splash_module, "LARGEST", largest)
+    monkeypatch.setattr(splash_module, "MAX_BLOCK", largest)
     mask = jnp.asarray(layout(where, 2, length))
     given, of_each = drawn(2, length)
     ours, theirs = (partial(attention, window=window, cap=cap) for attention in (by_splash, by_xla))
@@ -175,7 +175,7 @@ def test_a_decoder_gives_the_same_with_it_on_eight_devices(mixed, spread):
     params = spread(init_params(mixed, jax.random.key(0)))
     batch, mesh = texts(mixed, "left"), make_mesh(data=2, fsdp=2, tensor=2)
     expected = logprobs_and_gradients(mixed, params, *jax.tree.map(jnp.asarray, batch))
-    placed = jax.device_put(params, tree_shardings(params, mesh, RULES))
+    placed = jax.device_put(params, tree_shardings(params, mesh, SHARDING_RULES))
     found = logprobs_and_gradients(mixed, placed, *shard_batch(batch, mesh), attention="splash", mesh=mesh)
     assert off(found, expected) < 1e-5
 

@@ -10,7 +10,7 @@ import pytest
 from jrlhf.data import Order
 from jrlhf.data.order import Part
 from jrlhf.parallel.launch import Launch, find_launch
-from jrlhf.parallel.peers import Peers, Row, failed, seen, silent, standing
+from jrlhf.parallel.peers import Peers, Row, find_failed, find_silent, find_stalled, update_status
 from tests.support.processes import WORKER, by_open_mpi, by_slurm, by_variables, running
 from tests.support.worker import BATCH, ROWS, STEPS
 
@@ -68,34 +68,43 @@ def row(beat=0, marks=0, ended=None, name="host, pid 1"):
 
 
 def test_ages_run_from_the_last_change():
-    peer = seen(None, row(beat=1), 10.0)
-    peer = seen(peer, row(beat=2), 12.0)
-    peer = seen(peer, row(beat=2, marks=1), 15.0)
+    peer = update_status(None, row(beat=1), 10.0)
+    peer = update_status(peer, row(beat=2), 12.0)
+    peer = update_status(peer, row(beat=2, marks=1), 15.0)
     assert (peer.beat_at, peer.marks_at, peer.ended_at) == (12.0, 15.0, 10.0)
-    assert seen(peer, row(beat=2, marks=1, ended=""), 16.0).ended_at == 16.0
+    assert update_status(peer, row(beat=2, marks=1, ended=""), 16.0).ended_at == 16.0
 
 
 def test_silence_is_a_fault_of_others_that_have_not_ended():
-    table = {0: seen(None, row(), 0.0), 1: seen(None, row(name="b, pid 2"), 0.0), 2: seen(None, row(ended=""), 0.0)}
-    assert silent(table, me=0, now=7.9, heartbeat=8.0) == ""
-    said = silent(table, me=0, now=8.0, heartbeat=8.0)
+    table = {
+        0: update_status(None, row(), 0.0),
+        1: update_status(None, row(name="b, pid 2"), 0.0),
+        2: update_status(None, row(ended=""), 0.0),
+    }
+    assert find_silent(table, process=0, now=7.9, heartbeat=8.0) == ""
+    said = find_silent(table, process=0, now=8.0, heartbeat=8.0)
     assert "process 1 (b, pid 2) is dead or stopped: not heard of for 8 s (distributed.heartbeat_timeout)" in said
-    assert silent({0: table[0], 2: table[2]}, me=0, now=100.0, heartbeat=8.0) == ""
+    assert find_silent({0: table[0], 2: table[2]}, process=0, now=100.0, heartbeat=8.0) == ""
 
 
 def test_the_first_failure_counts_and_neither_a_later_nor_the_same_one():
-    table = {n: seen(seen(None, row(), 0.0), row(ended=why), at) for n, why, at in ((0, "x", 9.0), (1, "y", 5.0))}
-    assert failed(table, me=2, before=10.0, own=None) == "process 1 (host, pid 1) failed: y"
-    assert failed(table, me=2, before=4.0, own=None) == ""
-    assert failed(table, me=2, before=10.0, own="y") == "process 0 (host, pid 1) failed: x"
-    assert failed(table, me=0, before=10.0, own="x") == "process 1 (host, pid 1) failed: y"
+    table = {
+        n: update_status(update_status(None, row(), 0.0), row(ended=why), at)
+        for n, why, at in ((0, "x", 9.0), (1, "y", 5.0))
+    }
+    assert find_failed(table, process=2, before=10.0, own=None) == "process 1 (host, pid 1) failed: y"
+    assert find_failed(table, process=2, before=4.0, own=None) == ""
+    assert find_failed(table, process=2, before=10.0, own="y") == "process 0 (host, pid 1) failed: x"
+    assert find_failed(table, process=0, before=10.0, own="x") == "process 1 (host, pid 1) failed: y"
 
 
 def test_standing_still_names_who_is_behind():
-    table = {0: seen(None, row(marks=5), 0.0), 1: seen(None, row(marks=4, name="b, pid 2"), 1.0)}
-    assert standing(table, now=10.5, stall=10.0) == ""
-    assert "10 s (distributed.stall_timeout); process 1 (b, pid 2) is behind" in standing(table, now=11.0, stall=10.0)
-    assert "all are as far" in standing({0: table[0]}, now=11.0, stall=10.0)
+    table = {0: update_status(None, row(marks=5), 0.0), 1: update_status(None, row(marks=4, name="b, pid 2"), 1.0)}
+    assert find_stalled(table, now=10.5, stall=10.0) == ""
+    assert "10 s (distributed.stall_timeout); process 1 (b, pid 2) is behind" in find_stalled(
+        table, now=11.0, stall=10.0
+    )
+    assert "all are as far" in find_stalled({0: table[0]}, now=11.0, stall=10.0)
 
 
 class Table:

@@ -238,7 +238,7 @@ def test_attention_of_an_accelerator_is_planned_with_xlas_where_there_is_none(at
 def test_a_plan_without_stages_or_with_a_wrong_topology_says_so() -> None:
     with pytest.raises(ConfigError, match="nothing to plan"):
         run_plan(replace(CONFIG, sft=replace(CONFIG.sft, data=DataConfig())))
-    with pytest.raises(ConfigError, match=r"topology: 'x9-8' is not known; there are"):
+    with pytest.raises(ConfigError, match=r"topology: 'x9-8' is not known; known are"):
         run_plan(replace(CONFIG, topology="x9-8"))
     with pytest.raises(ValueError, match="does not use exactly 6 devices"):
         run_plan(replace(CONFIG, topology="cpu:6"))

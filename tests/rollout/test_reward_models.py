@@ -106,7 +106,7 @@ def test_answers_are_scored_as_the_text_they_are(reward_folder: Path, tmp_path: 
     # The policy reads the end of a long prompt, the reward model all of it.
     given = [row["prompt"] for row in read_jsonl(Path(config.ppo.prompts.eval))]
     for prompt, row in zip(given, answers, strict=True):
-        before, after = encoder.continued(prompt, row["completion"], stopped=row["stopped"])
+        before, after = encoder.encode_sample(prompt, row["completion"], stopped=row["stopped"])
         assert (after[-1:] == [1]) == row["stopped"]
         np.testing.assert_allclose(row["score"], alone(before + after), atol=1e-4)
     assert np.std([row["score"] for row in answers]) > 1e-3

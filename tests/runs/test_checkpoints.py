@@ -367,7 +367,7 @@ def test_every_file_of_a_step_is_vouched_for(tmp_path: Path, caplog: pytest.LogC
                 assert checkpoints.metadata(1) == {"n": 1}
             [warning] = caplog.messages
             assert f"checkpoint {folder / '2'} is damaged ({name}" in warning
-            assert warning.endswith(f"set aside in {folder / 'damaged' / '2'}; going on from step 1")
+            assert warning.endswith(f"set aside in {folder / 'damaged' / '2'}; resuming from step 1")
             assert len(files_of(folder / "damaged" / "2")) == len(names) - (wrong == "removed")
 
 

@@ -27,7 +27,7 @@ from jrlhf.models import (
     save_reward_model,
 )
 from jrlhf.models.hf.generation import generation_eos
-from jrlhf.runs.checkpoints import FORMAT, Checkpoints
+from jrlhf.runs.checkpoints import FORMAT_VERSION, Checkpoints
 from jrlhf.runs.manifest import write_manifest
 from jrlhf.tools.export import run_export
 from jrlhf.tools.inference import run_generate, run_score
@@ -245,7 +245,7 @@ def test_a_checkpoint_of_an_earlier_version_is_exported(chat_run: Config, tmp_pa
         del saved["metadata"][key]
     saved["metadata"]["tokenizer"] = files
     notes.write_text(json.dumps(saved))
-    write_manifest(notes.parent, form=FORMAT)
+    write_manifest(notes.parent, form=FORMAT_VERSION)
     out = tmp_path / "out"
     run_export(ExportConfig(run=str(run), out=str(out), stage="sft", step=int(notes.parent.name)))
     assert (out / "model.safetensors").read_bytes() == (run / "sft" / "hf" / "model.safetensors").read_bytes()

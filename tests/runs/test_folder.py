@@ -14,7 +14,7 @@ from jrlhf import assets
 from jrlhf.config import CheckpointConfig, Config, ConfigError, DataConfig, LogConfig, ModelConfig, SFTConfig
 from jrlhf.config.files import apply_flags
 from jrlhf.config.tools import ExportConfig
-from jrlhf.runs.checkpoints import FORMAT, CheckpointError
+from jrlhf.runs.checkpoints import FORMAT_VERSION, CheckpointError
 from jrlhf.runs.folder import StageName, model_source, open_stage, read_summary
 from jrlhf.runs.manifest import write_manifest
 from jrlhf.stages.sft import run_sft
@@ -137,7 +137,7 @@ def test_another_model_under_the_same_name_is_refused_and_a_checkpoint_names_no_
     said = json.loads(notes.read_text())
     said["metadata"]["tokenizer"] = {"../outside.json": "{}"}
     notes.write_text(json.dumps(said))
-    write_manifest(notes.parent, form=FORMAT)
+    write_manifest(notes.parent, form=FORMAT_VERSION)
     with pytest.raises(ValueError, match=r"'\.\./outside\.json' is not the name of a tokenizer's file"):
         run_export(ExportConfig(str(folder), str(tmp_path / "deep" / "out"), step=1))
     assert not (tmp_path / "deep" / "outside.json").exists()

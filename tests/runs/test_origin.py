@@ -137,7 +137,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
 def inputs_of(config: Config) -> dict[str, tuple[StageName, Path, Callable[[Path], None], str]]:
     """The stage that reads an input, where it is, how it is changed, and what is said of it."""
     run, data, folder = Path(config.run), Path(config.sft.data.eval).parent, Path(config.run).parent
-    rows = "has other rows than the run began with"
+    rows = "has other rows than when the run began"
     weights = r"with other weights \(model\.safetensors\)"
 
     def prompts(name: str) -> Path:
@@ -190,7 +190,7 @@ def test_another_input_is_named_and_refused(name: str, done: bool, made: Config)
             RUN[stage](made)
     finally:
         (folder / "summary.json").unlink(missing_ok=True)
-    assert f"remove {folder} to make it anew" in str(refused.value)
+    assert f"remove {folder} to start over" in str(refused.value)
     assert "--accept_changes" in str(refused.value)
     # One thing was changed, and one is named.
     assert len(str(refused.value).splitlines()) == 3
@@ -355,7 +355,7 @@ def test_a_run_of_a_version_that_noted_nothing_goes_on_with_a_warning(
     with changed(Path(made.reward.data.eval), another_row), caplog.at_level(logging.WARNING, "jrlhf.origin"):
         run_reward(config)
         check_origin(stage_inputs(config, "sft"), run / "sft")
-    assert ["did not note what it was made from" in line for line in said_of_origin(caplog)] == [True, True]
+    assert ["did not record them" in line for line in said_of_origin(caplog)] == [True, True]
     # From now on it is known.
     assert not (run / "reward" / "origin.json").exists()
     assert (run / "sft" / "origin.json").exists()
@@ -370,7 +370,7 @@ def test_what_is_gone_is_not_missed_by_a_stage_that_is_done(
     summary = end(config, "reward")
     with changed(Path(made.reward.data.eval), lambda path: path.unlink()), caplog.at_level(logging.WARNING):
         assert run_reward(config) == summary
-    assert "reward is done, and not compared with what it was made from: reward.model.path" in caplog.text
+    assert "reward is finished, and an input cannot be compared: reward.model.path" in caplog.text
 
 
 def test_a_damaged_record_is_named(made: Config, tmp_path: Path) -> None:
@@ -418,6 +418,6 @@ def test_the_schema_of_a_rule_is_an_input(tmp_path: Path) -> None:
     [(key, path)] = PPOInputs(config).files().items()
     found = path()
     assert found is not None
-    first = file_input(key, found, known=())
+    first = file_input(key, found, records=())
     schema.write_text('{"type": "array"}')
-    assert file_input(key, found, known=(first,)).digest != first.digest
+    assert file_input(key, found, records=(first,)).digest != first.digest

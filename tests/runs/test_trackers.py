@@ -155,7 +155,7 @@ def test_a_run_that_starts_anew_is_a_new_one_there(calls: Calls, tmp_path: Path)
     "text", ["", "{", "[1]", '{"wandb": 3}', '{"wandb": {"run": "r1"}}', '{"wandb": {"run": "r1", ']
 )
 def test_a_damaged_file_ends_no_run(text: str, calls: Calls, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / trackers.KEPT).write_text(text)
+    (tmp_path / trackers.STATE_FILE).write_text(text)
     logged(tmp_path, "wandb", ROWS, resume_step=0)
     assert heard(calls) == ROWS
     assert "trackers.json is damaged" in caplog.text
@@ -206,15 +206,15 @@ def test_one_that_fails_is_closed_and_left_out_and_the_others_go_on(
     assert (bad.told, good.told) == (told, [0, 1, 2, 3, 4])
     assert bad.closed >= 1
     assert good.closed == 1
-    assert caplog.text.count(f"wandb is left out from here on: {type(error).__name__}: {error}") == 1
+    assert caplog.text.count(f"wandb gets no more rows: {type(error).__name__}: {error}") == 1
 
 
 @pytest.mark.parametrize("hangs", [-2, 0, -3])
 def test_one_that_hangs_holds_nothing_up(
     hangs: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trackers, "WAITING", 5)
-    monkeypatch.setattr(trackers, "PATIENCE", 0.1)
+    monkeypatch.setattr(trackers, "MAX_WAITING_ROWS", 5)
+    monkeypatch.setattr(trackers, "CLOSE_TIMEOUT", 0.1)
     slow = Sink(hangs=hangs)
     sinks = TrackerThread({"wandb": slow}, tmp_path, project="p", about={}, resumed=False)
     if hangs == -3:
@@ -223,6 +223,6 @@ def test_one_that_hangs_holds_nothing_up(
         for step in range(20):
             sinks.log(step, {"loss": 1.0})
         sinks.close(failed=False)
-        assert "rows were left out" in caplog.text
+        assert "rows were dropped" in caplog.text
     assert "trackers: not done after 0.1 s" in caplog.text
     slow.free.set()

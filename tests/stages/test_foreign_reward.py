@@ -14,7 +14,7 @@ from jrlhf.config import CanaryConfig, Config, DataConfig, ModelConfig, PPOConfi
 from jrlhf.config.rewards import RewardsConfig
 from jrlhf.config.tools import ScoreConfig
 from jrlhf.data import Encoder, load_prompts
-from jrlhf.data.formats import Answered
+from jrlhf.data.formats import Example
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rollout.actors import load_actors
 from jrlhf.rollout.evaluation import judging
@@ -187,7 +187,7 @@ def test_ours_is_read_at_the_stop_token(tmp_path: Path) -> None:
     run_score(ScoreConfig(str(tmp_path / "ours"), str(source), str(out)))
     encoder = Encoder(tokenizer)
     for chat, row in zip(CHATS[:2], read_jsonl(out), strict=True):
-        before, after = encoder.answered(Answered(chat[:-1], chat[-1:]))
+        before, after = encoder.encode_example(Example(chat[:-1], chat[-1:]))
         whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
         assert [*before, *after, *tokenizer("\n")["input_ids"]] == whole
         with torch.no_grad():

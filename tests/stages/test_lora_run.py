@@ -115,5 +115,5 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(
 def test_targets_that_are_found_nowhere_are_named(tmp_path: Path) -> None:
     config = small_config(tmp_path, "run")
     config = replace(config, sft=replace(config.sft, lora=LoRAConfig(rank=4, targets="c_attn")))
-    with pytest.raises(ConfigError, match=r"sft\.lora\.targets: 'c_attn' is found in none of self_attn\.q_proj"):
+    with pytest.raises(ConfigError, match=r"sft\.lora\.targets: 'c_attn' matches none of self_attn\.q_proj"):
         sft.run_sft(config)

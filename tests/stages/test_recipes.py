@@ -11,7 +11,7 @@ import pytest
 from jrlhf.config import Config, load_config
 from jrlhf.models import ArchConfig, Rope, decoder_fns
 from jrlhf.models.functions import abstract_params, abstract_reward_params
-from jrlhf.models.hf.names import RULES
+from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.parallel import make_mesh, tree_shardings
 from jrlhf.rollout.actors import Actors
 from jrlhf.stages.ppo import make_step
@@ -55,7 +55,7 @@ def test_every_stage_of_a_recipe_has_the_shapes_it_needs(path: Path) -> None:
         # The recipe's mesh on as many devices as there are here, each axis as large as fits.
         fsdp, tensor = min(config.mesh.fsdp, 2), min(config.mesh.tensor, 2)
         mesh = make_mesh(data=-1, fsdp=fsdp, tensor=tensor)
-        shardings = tree_shardings(state, mesh, RULES)
+        shardings = tree_shardings(state, mesh, SHARDING_RULES)
         for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
             sharding.shard_shape(leaf.shape)  # raises where it does not divide
 

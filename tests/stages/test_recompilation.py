@@ -20,7 +20,7 @@ from jrlhf.config import (
     SamplingConfig,
     SFTConfig,
 )
-from jrlhf.parallel.compilation import COMPILED
+from jrlhf.parallel.compilation import COMPILE_EVENT
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import sft as sft_stage
 from jrlhf.stages.ppo import run_ppo
@@ -41,7 +41,7 @@ def compiled() -> Iterator[Counter[str]]:
 
     def note(event: str, duration_secs: float, **about: str | int) -> None:
         del duration_secs
-        if event == COMPILED:
+        if event == COMPILE_EVENT:
             names[str(about["fun_name"])] += 1
 
     jax.monitoring.register_event_duration_secs_listener(note)

@@ -81,7 +81,7 @@ def test_a_command_with_the_other_kind_of_model_says_so_in_its_own_words(
     rows = small_config(tmp_path, "run")
     prompts, texts, folder = rows.ppo.prompts.train, rows.sft.data.train, str(reward_folder)
     language = "a language model (LlamaForCausalLM); {} needs a reward model"
-    reward = folder + ": a reward model (LlamaForSequenceClassification); {} needs a language model"
+    reward = folder + ": is a reward model (LlamaForSequenceClassification); {} needs a language model"
     run = ["--run", str(tmp_path / "other")]
     cases = {
         reward.format("model"): [

@@ -13,7 +13,7 @@ from jrlhf.models.functions import abstract_params, abstract_reward_params
 from jrlhf.models.hf.families import is_sequence_classification
 from jrlhf.models.hf.folder import WEIGHTS, leaf_at, names_of
 from jrlhf.models.hf.names import language_model_table, reward_model_table
-from jrlhf.models.hf.read import their_shape
+from jrlhf.models.hf.read import tensor_shape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -128,7 +128,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> Path:
     for entry in reward_model_table(arch) if reward else language_model_table(arch):
         shape = leaf_at(shapes, entry.path).shape
         for name in names_of(entry, shapes):
-            tensors[name] = values(name, their_shape(entry, shape[1:] if entry.stacked else shape))
+            tensors[name] = values(name, tensor_shape(entry, shape[1:] if entry.stacked else shape))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")

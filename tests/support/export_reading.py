@@ -41,6 +41,6 @@ def score_rows(run: Config) -> list[list[int]]:
     encoder, rows = Encoder(load_tokenizer(str(Path(run.run) / "reward" / "hf"))), list[list[int]]()
     for row in read_jsonl(Path(str(run.reward.data.train)))[: len(STORIES)]:
         for answer in (row["chosen"], row["rejected"]):
-            before, after = encoder.continued(row["prompt"], answer[0]["content"], stopped=True)
+            before, after = encoder.encode_sample(row["prompt"], answer[0]["content"], stopped=True)
             rows.append(before + after)
     return rows

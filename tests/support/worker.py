@@ -16,7 +16,7 @@ from jrlhf.config import DistributedConfig, OptimConfig
 from jrlhf.data import Order
 from jrlhf.data.order import Part
 from jrlhf.models import load_pretrained
-from jrlhf.parallel import fetch, is_first, joined, make_mesh, shard_batch
+from jrlhf.parallel import fetch, is_first, make_mesh, process_group, shard_batch
 from jrlhf.parallel.hosts import AnyProcess, first_goes_ahead, from_first, same_everywhere
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.steps import make_sft_step
@@ -127,7 +127,7 @@ def main(task: str, folder: str, *arguments: str) -> int:
     if arguments == ("answer signals",):
         end_at_once()
     try:
-        with joined(**vars(timeouts)):
+        with process_group(**vars(timeouts)):
             {"rows": read_rows, "agree": agree, "train": train, "reload": reload}[task](Path(folder), *arguments)
     except BaseException as error:
         complain(f"{type(error).__name__}: {error}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jrlhf.data.cache import SMALL, cache_folder
+from jrlhf.data.cache import MIN_CACHED_BYTES, cache_folder
 from jrlhf.system import environment
 from jrlhf.system.environment import keep_compiled_programs, restart_with_huge_pages, set_compiler_flags
 
@@ -203,7 +203,7 @@ def test_a_cache_of_rows_without_a_place_is_gone_without(
 ) -> None:
     """Where no folder is named; one that is named and cannot be used is an error."""
     big = tmp_path / "rows.jsonl"
-    big.write_bytes(b" " * (SMALL + 1))
+    big.write_bytes(b" " * (MIN_CACHED_BYTES + 1))
     monkeypatch.setenv("JRLHF_CACHE", "")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     for home in ("", "/proc/nowhere"):
@@ -234,10 +234,10 @@ def test_files_are_utf8_and_results_are_printed_in_any_locale(name: str, tmp_pat
     (tmp_path / "é" / "rows.jsonl").write_text(lines, encoding="utf-8")
     own = LOCALES[name] | {"JRLHF_CACHE": os.environ["JRLHF_CACHE"], "HOME": str(tmp_path)}
     few = ["--sampling.max_new_tokens", "2"]
-    answered = command(tmp_path, "generate", "asset:stories260k", "é/rows.jsonl", *few, **own)
-    assert answered.returncode == 0, answered.stderr
+    encode_example = command(tmp_path, "generate", "asset:stories260k", "é/rows.jsonl", *few, **own)
+    assert encode_example.returncode == 0, encode_example.stderr
     for encoding in ("utf-8", "latin-1"):
-        printed = [json.loads(line)["prompt"] for line in answered.stdout.decode(encoding).splitlines()]
+        printed = [json.loads(line)["prompt"] for line in encode_example.stdout.decode(encoding).splitlines()]
         assert printed == [rows[0]["prompt"]] * 4
     shown = command(tmp_path, "data", "show", "asset:stories260k", "é/rows.jsonl", "--rows", "1", **own)
     assert shown.returncode == 0, shown.stderr

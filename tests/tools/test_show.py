@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jrlhf.cli import main
-from jrlhf.data.inspect import Sequence
+from jrlhf.data.tally import InspectedSequence
 from jrlhf.tools.show import Spelling, about, spelt, visible
 from tests.support.chat_templates import MARKED, QWEN2
 
@@ -84,7 +84,7 @@ def test_pairs_are_shown_and_a_bad_row_is_a_usage_error_once_all_is_counted(rows
     data = rows(*PAIRS)
     code, out, err = shown(capsys, MODEL, data, "--rows", "1", "--max_length", "12")
     assert code == 2
-    assert err == f"jrlhf: {data}:2: chosen: the same as rejected; bad rows besides: 1\n"
+    assert err == f"jrlhf: {data}:2: chosen: is the same as rejected; bad rows besides: 1\n"
     assert (
         out
         == f"""\
@@ -107,8 +107,8 @@ pairs 2; the longer answer is the better one in 50.0% (no bias: 50 %)
         0  unknown tokens
         0  the pad token in the text
         0  special tokens written in the text
-        1  cannot be trained on: chosen: the same as rejected (first: {data}:2)
-        1  cannot be trained on: not a JSON object a line (first: {data}:4)
+        1  cannot be trained on: chosen: is the same as rejected (first: {data}:2)
+        1  cannot be trained on: not a JSON object per line (first: {data}:4)
 """
     )
 
@@ -187,7 +187,7 @@ def test_an_empty_table_and_one_that_is_none_are_named_in_a_line(suffix, capsys,
 def test_bad_rows_may_be_skipped_but_not_all_of_them(rows, capsys):
     code, out, err = shown(capsys, MODEL, rows(*PAIRS), "--rows", "0", "--on_bad_row", "skip")
     assert (code, err) == (0, "")
-    assert "cannot be trained on: chosen: the same as rejected" in out
+    assert "cannot be trained on: chosen: is the same as rejected" in out
     assert "⟦" not in out
     data = rows({"text": " "})
     code, out, err = shown(capsys, MODEL, data, "--on_bad_row", "skip")
@@ -242,7 +242,7 @@ def byte_level():
 def test_parts_of_a_character_go_by_the_vocabulary_s_name(byte_level):
     spelling = Spelling(byte_level)
     ids = np.asarray(byte_level("é \n<|im_end|>")["input_ids"])
-    line = spelt(Sequence(ids, ids == ids[2], ids), spelling)
+    line = spelt(InspectedSequence(ids, ids == ids[2], ids), spelling)
     assert line.plain == "<Ã>·<©>⟦ ⟧⏎\n<|im_end|>"
 
 

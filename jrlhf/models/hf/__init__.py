@@ -1,1 +1,1 @@
-"""Hugging Face folders: their configs, names, weights and adapters, read and written."""
+"""Reading and writing of Hugging Face folders: configs, tensor names, weights and adapters."""

@@ -1,4 +1,4 @@
-"""PEFT folders without their weights: which model they belong to, and what kind of model comes of both."""
+"""PEFT folders without their weights: the base model of an adapter, and the kind of model that both make."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,19 +17,19 @@ VOCABULARIES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-"""Files that hold a tokenizer's vocabulary; a folder with none of them has no tokenizer of its own."""
+"""Files with a tokenizer's vocabulary; a folder without any of them has no tokenizer of its own."""
 
 ModelKind = Literal["language", "reward"]
-"""A language model gives logits, a reward model (a ...ForSequenceClassification with one label) a score."""
+"""A language model outputs logits; a reward model (...ForSequenceClassification with one label) outputs a score."""
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """A PEFT adapter, not a model of its own."""
+    """Tell whether the folder holds a PEFT adapter instead of a model."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def base_of(folder: Path) -> str:
-    """The folder or hub id of the model that an adapter belongs to, as its config has it."""
+    """Return the folder or hub id of an adapter's base model, as its config names it."""
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UsageError(f"{folder}: base_model_name_or_path: expected a folder or hub id, found {base!r}")
@@ -37,7 +37,7 @@ def base_of(folder: Path) -> str:
 
 
 def base_folder(folder: Path, *, weights: bool = True) -> Path:
-    """The folder that ``base_of`` names: relative to the adapter's own, else to the working directory, else the hub's.
+    """Find the base model's folder: relative to the adapter's folder, to the working directory, or on the hub.
 
     The adapter's ``revision`` is that of its base on the hub.
     """
@@ -54,43 +54,43 @@ def base_folder(folder: Path, *, weights: bool = True) -> Path:
         raise FileNotFoundError(f"{folder}: base_model_name_or_path in {ADAPTER_CONFIG}: {error}") from error
 
 
-def _down_to_base(folder: Path, *, weights: bool) -> Iterator[Path]:
-    """A folder, and where it is an adapter's the folder of its base, and so on down to a model of its own."""
-    seen: list[Path] = []
+def _adapter_chain(folder: Path, *, weights: bool) -> Iterator[Path]:
+    """Yield a folder and, while it is an adapter's, the folder of its base, down to a model's folder."""
+    visited: list[Path] = []
     while is_adapter_folder(folder):
-        if any(folder.samefile(other) for other in seen):
+        if any(folder.samefile(other) for other in visited):
             raise UsageError(f"{folder}: base_model_name_or_path: the adapter is its own base")
-        seen.append(folder)
+        visited.append(folder)
         yield folder
         folder = base_folder(folder, weights=weights)
     yield folder
 
 
 class ModelFolder(NamedTuple):
-    """Where a model is read from."""
+    """The folders of a model and its adapters."""
 
     path: str
-    """The folder or hub id that was asked for."""
+    """Folder or hub id from the user."""
     base: Path
-    """The folder of the model itself."""
+    """Folder of the model itself."""
     adapters: tuple[Path, ...]
-    """PEFT folders to be merged into it, the innermost first."""
+    """PEFT folders to merge into the model, the innermost first."""
 
 
 def model_folder(path: str | Path, *, weights: bool = True) -> ModelFolder:
-    """The folders of a model; without ``weights`` only configs and tokenizers are asked of the hub."""
-    *adapters, base = _down_to_base(find_folder(path, weights=weights), weights=weights)
+    """Find the folders of a model; without ``weights`` only configs and tokenizers are downloaded from the hub."""
+    *adapters, base = _adapter_chain(find_folder(path, weights=weights), weights=weights)
     return ModelFolder(str(path), base, tuple(adapters[::-1]))
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The folder that a model's tokenizer is read from: an adapter without one has its base's."""
-    folders = _down_to_base(find_folder(path, weights=False), weights=False)
+    """Return the folder of a model's tokenizer; an adapter without one uses its base's."""
+    folders = _adapter_chain(find_folder(path, weights=False), weights=False)
     return next(f for f in folders if not is_adapter_folder(f) or any((f / name).is_file() for name in VOCABULARIES))
 
 
 def model_kind(source: ModelFolder) -> ModelKind:
-    """What kind of model it is, by the configs alone."""
+    """Return the kind of a model from its configs."""
     for adapter in source.adapters:
         config = read_json(adapter / ADAPTER_CONFIG)
         saved = config.get("modules_to_save")
@@ -101,16 +101,17 @@ def model_kind(source: ModelFolder) -> ModelKind:
 
 
 def require_kind(source: ModelFolder, kind: ModelKind, *, option: str) -> None:
-    """UsageError for a model of the other kind; ``option`` is what names its path in a config, or ""."""
+    """Raise UsageError for a model of the other kind; ``option`` is the config field of its path, or ""."""
     actual = model_kind(source)
     if actual == kind:
         return
     needs = f"{option} needs a {kind} model" if option else f"a {kind} model is needed"
     if source.adapters:
         hint = ": a reward model's adapter needs score in modules_to_save, or a reward model as its base"
-        raise UsageError(f"{source.path}: the adapter of a {actual} model; {needs}{hint if kind == 'reward' else ''}")
+        hint = hint if kind == "reward" else ""
+        raise UsageError(f"{source.path}: is the adapter of a {actual} model; {needs}{hint}")
     config = read_config(source.base)
     names = ", ".join(config.get("architectures") or ()) or "no architectures"
     classes = CLASSES[arch_from_hf(config).family]
     hint = f" (architectures: a reward model is a {classes.sequence_classification})" if kind == "reward" else ""
-    raise UsageError(f"{source.path}: a {actual} model ({names}); {needs}{hint}")
+    raise UsageError(f"{source.path}: is a {actual} model ({names}); {needs}{hint}")

@@ -1,4 +1,4 @@
-"""Digests of the files of a model's folder, by which two folders are told apart without comparing every byte."""
+"""Digests of the files of a model's folder, which distinguish folders without reading every byte."""
 
 import json
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from jrlhf.models.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG, GENE
 
 ModelFileKind = Literal["weights", "config", "tokenizer"]
 
-WHOLE = 64 * 2**20
-"""Bytes of a weights file up to which all of it is read."""
-BLOCKS, BLOCK = 512, 128 * 2**10
-"""Of a larger one about so many blocks, of so many bytes each, are read: 64 MiB, and a block more for each tensor."""
+MAX_FULL_READ = 64 * 2**20
+"""Size in bytes up to which a whole weights file is read."""
+SAMPLE_BLOCKS, BLOCK_BYTES = 512, 128 * 2**10
+"""Number and size in bytes of the blocks that are read of a larger file; each tensor adds one more block."""
 
 CONFIGS = (CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG)
-NOTES = ("_name_or_path", "base_model_name_or_path", "transformers_version")
-"""Keys of a config that say where a model was and who wrote it, not what it is."""
+IGNORED_KEYS = ("_name_or_path", "base_model_name_or_path", "transformers_version")
+"""Keys of a config that do not describe the model but its location and writer."""
 TOKENIZER_PATTERNS = (
     "tokenizer*",
     "*.model",
@@ -34,32 +34,32 @@ TOKENIZER_PATTERNS = (
 
 
 class ModelFile(NamedTuple):
-    """A file of a model's folder, and what it is there for."""
+    """A file of a model's folder and its purpose."""
 
     kind: ModelFileKind
     name: str
-    """Its path in the folder."""
+    """Path in the folder."""
 
 
 def model_files(folder: Path) -> list[ModelFile]:
-    """The weights, configs and tokenizer files that a folder has; what it lacks, its reader will say."""
+    """List the weights, configs and tokenizer files in a folder; reading the model reports missing files."""
     weights = [WEIGHTS] if (folder / WEIGHTS).is_file() else _shards(folder)
     by_kind: dict[ModelFileKind, list[str]] = {"weights": [*weights, ADAPTER_WEIGHTS], "config": [*CONFIGS]}
     files = [ModelFile(kind, name) for kind, names in by_kind.items() for name in names if (folder / name).is_file()]
-    found = {path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}
-    return files + [ModelFile("tokenizer", path.relative_to(folder).as_posix()) for path in sorted(found)]
+    tokenizer_files = {path for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern) if path.is_file()}
+    return files + [ModelFile("tokenizer", path.relative_to(folder).as_posix()) for path in sorted(tokenizer_files)]
 
 
 def _shards(folder: Path) -> list[str]:
     index = folder / INDEX
-    named = read_json(index).get("weight_map") if index.is_file() else None
-    # What is no name of a file in this folder, whoever reads the weights refuses.
-    names = named.values() if isinstance(named, dict) else ()
+    weight_map = read_json(index).get("weight_map") if index.is_file() else None
+    # Names that lead out of the folder are skipped; reading the weights reports them.
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
     return sorted({name for name in names if isinstance(name, str) and Path(name).name == name})
 
 
 def model_file_digest(path: Path, kind: ModelFileKind) -> str:
-    """The digest of one file of a model's folder, by what it is there for."""
+    """Return the digest of one file of a model's folder, computed according to its kind."""
     match kind:
         case "weights":
             return weights_digest(path)
@@ -70,27 +70,27 @@ def model_file_digest(path: Path, kind: ModelFileKind) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The digest of all bytes of a small file."""
+    """Return the digest of all bytes of a small file."""
     return xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def config_digest(path: Path) -> str:
-    """The digest of what a JSON object says, whatever its layout, but for ``NOTES``."""
-    content = {name: value for name, value in read_json(path).items() if name not in NOTES}
+    """Return the digest of a JSON object's content, which ignores its layout and ``IGNORED_KEYS``."""
+    content = {name: value for name, value in read_json(path).items() if name not in IGNORED_KEYS}
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def weights_digest(path: Path) -> str:
-    """The digest of a safetensors file: its size, its header, and its tensors.
+    """Return the digest of a safetensors file's size, header and tensors.
 
-    A file of up to 64 MiB is read whole. Of a larger one tensors of up to 128 KiB are, and blocks of the others that
-    are spread evenly over each: a block at least, and 512 more in proportion to their sizes. So 128 MiB are read at
-    most, and a change is seen unless it is confined to a small part of one large tensor, as no training is.
+    A file of up to 64 MiB is read completely. In a larger one, tensors of up to 128 KiB are read completely, and of the
+    others evenly spread blocks: one each, and 512 more in proportion to their sizes. So at most 128 MiB are read. Only
+    a change in a small part of one large tensor can go unnoticed, and training changes all of a tensor.
     """
     size = path.stat().st_size
     digest = xxhash.xxh3_128(size.to_bytes(8, "little"))
     with path.open("rb") as file:
-        if size <= WHOLE:
+        if size <= MAX_FULL_READ:
             while part := file.read(2**20):
                 digest.update(part)
             return digest.hexdigest()
@@ -101,15 +101,15 @@ def weights_digest(path: Path) -> str:
 
 
 def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
-    """``(start, length)`` of what is read of a large file, in its order."""
+    """Yield ``(start, length)`` of each part of a large file to read, in the file's order."""
     data = 8 + int.from_bytes(file.read(8), "little")
     tensors = _tensors(file, data, size)
-    yield 0, min(data, size, WHOLE)
-    # Many tensors have small blocks, so that no file has more than twice the bytes of a whole one.
-    block = min(BLOCK, WHOLE // max(len(tensors), 1))
+    yield 0, min(data, size, MAX_FULL_READ)
+    # With many tensors the blocks are smaller, so that at most twice MAX_FULL_READ bytes are read.
+    block = min(BLOCK_BYTES, MAX_FULL_READ // max(len(tensors), 1))
     total = max(sum(length for _, length in tensors), 1)
     for start, length in tensors:
-        count = 1 + BLOCKS * length // total
+        count = 1 + SAMPLE_BLOCKS * length // total
         if length <= count * block:
             yield start, length
         else:
@@ -117,7 +117,7 @@ def _sample(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _tensors(file: BinaryIO, data: int, size: int) -> list[tuple[int, int]]:
-    """``(start, length)`` of each tensor; where the header cannot be read, all that follows counts as one."""
+    """Return ``(start, length)`` of each tensor; with an unreadable header the whole file counts as one tensor."""
     try:
         if data > size:
             raise ValueError

@@ -1,4 +1,4 @@
-"""``config.json`` of each supported family, as transformers 4 or 5 writes it, read as data."""
+"""Conversion of ``config.json`` to an architecture, for each supported family and transformers 4 and 5."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from jrlhf.system.errors import UsageError
 
 
 class Classes(NamedTuple):
-    """transformers' names of a family's models."""
+    """transformers' class names of a family's models."""
 
     causal_lm: str
     sequence_classification: str
@@ -29,10 +29,10 @@ CLASSES: dict[Family, Classes] = {
 
 
 def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
-    """Sizes and switches of a config.
+    """Convert a config to an architecture.
 
-    Fields that transformers itself makes optional get transformers' defaults; dropout is not applied. A family, rope
-    type, activation or switch that is not understood here is a ``UsageError`` that names the field.
+    Fields that are optional in transformers get transformers' defaults; dropout is not applied. An unsupported family,
+    rope type, activation or switch is a ``ValueError`` that names the field.
     """
     match config.get("model_type"):
         case "llama":
@@ -66,7 +66,7 @@ def arch_from_hf(config: Mapping[str, Any]) -> ArchConfig:
 
 
 def is_sequence_classification(config: Mapping[str, Any], arch: ArchConfig) -> bool:
-    """A reward model, not a language model."""
+    """Tell whether a config is that of a reward model."""
     return CLASSES[arch.family].sequence_classification in (config.get("architectures") or ())
 
 
@@ -107,7 +107,7 @@ def _qwen3(config: Mapping[str, Any]) -> ArchConfig:
 
 
 def _qwen_windows(config: Mapping[str, Any]) -> tuple[int, tuple[bool, ...]]:
-    """Only with use_sliding_window, and then only the layers from max_window_layers on."""
+    """Return the window and the local layers: with use_sliding_window, those from max_window_layers on."""
     layers = size(config, "num_hidden_layers")
     first = config.get("max_window_layers", 28)
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
@@ -127,9 +127,9 @@ def _gemma2(config: Mapping[str, Any]) -> ArchConfig:
 
 
 def _gemma3(config: Mapping[str, Any]) -> ArchConfig:
-    """Local layers have rotary positions of their own, without scaling.
+    """Convert a Gemma 3 config, whose local layers have rotary positions of their own without scaling.
 
-    transformers' config has attn_logit_softcapping, its attention does without: so does ours.
+    attn_logit_softcapping is ignored, since transformers' attention ignores it too.
     """
     config = {"head_dim": 256} | dict(config) | {"attn_logit_softcapping": None}
     pattern = size_or(config, "sliding_window_pattern", 6)
@@ -147,7 +147,7 @@ def _gemma3(config: Mapping[str, Any]) -> ArchConfig:
 
 
 def _gemma(config: Mapping[str, Any], family: Family, **switches: Any) -> ArchConfig:
-    """What Gemma 2 and 3 share. Team Gemma 2024, arXiv 2408.00118; 2025, arXiv 2503.19786."""
+    """Convert the fields that Gemma 2 and 3 share (Team Gemma 2024, arXiv 2408.00118; 2025, arXiv 2503.19786)."""
     optional: dict[str, Any] = {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096}
     config = optional | {"query_pre_attn_scalar": 256, "tie_word_embeddings": True} | dict(config)
     require(config, "use_bidirectional_attention", value=False)
@@ -179,7 +179,7 @@ def _gated(
     activation_default: str = "silu",
     **switches: Any,
 ) -> ArchConfig:
-    """RMS norms, rotary positions, grouped queries and a gated MLP: what all families after GPT-NeoX share."""
+    """Convert the fields that all families after GPT-NeoX share: RMS norms, rotary positions and a gated MLP."""
     hidden_size, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     kv_heads = size_or(config, "num_key_value_heads", heads)
     if heads % kv_heads:
@@ -187,9 +187,9 @@ def _gated(
     head_dim = _head_dim(config, hidden_size, heads)
     config = {"max_position_embeddings": max_positions} | dict(config)
     if "rope" not in switches:
-        _whole_heads_are_rotated(config)
+        _check_full_rotation(config)
         switches["rope"] = _rope(config, "rope_theta", head_dim)
-    off: dict[str, Any] = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
+    defaults: dict[str, Any] = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False}
     return ArchConfig(
         family=family,
         vocab_size=size(config, "vocab_size"),
@@ -203,12 +203,12 @@ def _gated(
         norm_eps=number(config, "rms_norm_eps", default=1e-6),
         activation=activation(config, activation_key, default=activation_default),
         tie_embeddings=switch(config, "tie_word_embeddings"),
-        **off | switches,
+        **defaults | switches,
     )
 
 
 def _gpt2(config: Mapping[str, Any]) -> ArchConfig:
-    """Radford et al. 2019."""
+    """Convert a GPT-2 config (Radford et al. 2019)."""
     require(config, "scale_attn_weights", value=True)
     require(config, "scale_attn_by_inverse_layer_idx", value=False)
     require(config, "add_cross_attention", value=False)
@@ -238,15 +238,15 @@ def _gpt2(config: Mapping[str, Any]) -> ArchConfig:
 
 
 def _gpt_neox(config: Mapping[str, Any]) -> ArchConfig:
-    """Black et al. 2022, arXiv 2204.06745; Pythia is of this family."""
+    """Convert a GPT-NeoX or Pythia config (Black et al. 2022, arXiv 2204.06745)."""
     width, heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     head_dim = _head_dim(config, width, heads)
-    given = config.get(rope_field(config)) or {}
+    settings = config.get(rope_field(config)) or {}
     old = number(config, "rotary_pct", default=0.25)
-    rotated = number(given, "partial_rotary_factor", field="rope_parameters.partial_rotary_factor", default=old)
-    rotary_dim = int(head_dim * rotated)
+    fraction = number(settings, "partial_rotary_factor", field="rope_parameters.partial_rotary_factor", default=old)
+    rotary_dim = int(head_dim * fraction)
     if rotary_dim < 2 or rotary_dim % 2 or rotary_dim > head_dim:
-        raise UsageError(f"rotary_pct: {rotated} of {head_dim} dimensions is no even number of them")
+        raise UsageError(f"rotary_pct: {fraction} of {head_dim} dimensions is not an even number of dimensions")
     config = {"max_position_embeddings": 2048} | dict(config)
     bias = switch(config, "attention_bias", default=True)
     return ArchConfig(
@@ -289,17 +289,17 @@ def _rope(config: Mapping[str, Any], theta_key: str, dim: int) -> Rope:
     return rope_from_hf(config, config.get(field), field=field, theta=theta, head_dim=dim)
 
 
-def _whole_heads_are_rotated(config: Mapping[str, Any]) -> None:
+def _check_full_rotation(config: Mapping[str, Any]) -> None:
     field = rope_field(config)
-    given = config.get(field)
-    for place, source in ((f"{field}.", given if isinstance(given, Mapping) else {}), ("", config)):
-        found = source.get("partial_rotary_factor")
-        if found not in (None, 1, 1.0):
-            raise UsageError(f"{place}partial_rotary_factor: {found!r} is not supported; only 1.0")
+    settings = config.get(field)
+    for place, source in ((f"{field}.", settings if isinstance(settings, Mapping) else {}), ("", config)):
+        value = source.get("partial_rotary_factor")
+        if value not in (None, 1, 1.0):
+            raise UsageError(f"{place}partial_rotary_factor: {value!r} is not supported; only 1.0")
 
 
 def _local_layers(config: Mapping[str, Any], default: list[bool]) -> tuple[bool, ...]:
-    """``layer_types`` where the config has them."""
+    """Return which layers are local, from ``layer_types`` or, without it, ``default``."""
     types = config.get("layer_types")
     if types is None:
         return tuple(default)

@@ -1,4 +1,4 @@
-"""Reading single fields of a Hugging Face config: what does not fit is a ``UsageError`` that names the field."""
+"""Readers of single fields of a Hugging Face config; a bad value is a ``ValueError`` that names the field."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,27 +6,27 @@ from typing import Any
 from jrlhf.models.arch import Activation
 from jrlhf.system.errors import UsageError
 
-LARGEST = 2**24
-"""Of all sizes: no model has more of anything, and arrays are made of some before the weights are looked at."""
+MAX_SIZE = 2**24
+"""Upper bound of all sizes, checked because arrays of some sizes are allocated before the weights are read."""
 
 
 def size(config: Mapping[str, Any], key: str) -> int:
-    """A positive integer."""
+    """Read a positive integer."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise UsageError(f"{key}: expected a positive integer, found {value!r}")
-    if value > LARGEST:
-        raise UsageError(f"{key}: expected at most {LARGEST}, found {value}")
+    if value > MAX_SIZE:
+        raise UsageError(f"{key}: expected at most {MAX_SIZE}, found {value}")
     return value
 
 
 def size_or(config: Mapping[str, Any], key: str, default: int) -> int:
-    """``default`` where the field is missing or null."""
+    """Read a positive integer, or return ``default`` if the field is missing or null."""
     return default if config.get(key) is None else size(config, key)
 
 
 def number(config: Mapping[str, Any], key: str, *, field: str | None = None, default: float | None = None) -> float:
-    """A positive number; ``field`` is its name in errors where it stands inside another one."""
+    """Read a positive number; ``field`` is the name in errors of a nested field."""
     value = config.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
@@ -35,12 +35,12 @@ def number(config: Mapping[str, Any], key: str, *, field: str | None = None, def
 
 
 def number_or_none(config: Mapping[str, Any], key: str) -> float | None:
-    """None where the field is missing or null."""
+    """Read a positive number, or return None if the field is missing or null."""
     return None if config.get(key) is None else number(config, key)
 
 
 def switch(config: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
-    """true, false, or ``default`` where the field is missing or null."""
+    """Read a boolean, or return ``default`` if the field is missing or null."""
     value = config.get(key)
     if value is None:
         return default
@@ -50,7 +50,7 @@ def switch(config: Mapping[str, Any], key: str, *, default: bool = False) -> boo
 
 
 def activation(config: Mapping[str, Any], key: str, *, default: str) -> Activation:
-    """The MLP's non-linearity."""
+    """Read the MLP's activation function."""
     name = config.get(key)
     match default if name is None else name:
         case "silu" | "swish":
@@ -65,7 +65,7 @@ def activation(config: Mapping[str, Any], key: str, *, default: str) -> Activati
 
 
 def require(config: Mapping[str, Any], key: str, *, value: bool) -> None:
-    """A switch whose other position is not built."""
-    found = switch(config, key, default=value)
-    if found is not value:
-        raise UsageError(f"{key}: {str(found).lower()} is not supported")
+    """Raise ValueError unless a switch has the only supported ``value``."""
+    actual = switch(config, key, default=value)
+    if actual is not value:
+        raise UsageError(f"{key}: {str(actual).lower()} is not supported")

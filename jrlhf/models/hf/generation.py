@@ -1,4 +1,4 @@
-"""What a model's folder says of how its answers end."""
+"""The stop tokens in a model's ``generation_config.json``."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from jrlhf.system.errors import UsageError
 
 
 def generation_eos(path: str | Path) -> tuple[int, ...]:
-    """The token ids that end an answer by ``generation_config.json``, in its order; empty where it names none.
+    """Return the stop token ids of ``generation_config.json`` in its order; empty if it names none.
 
-    A PEFT folder without that file has its base model's. UsageError for what is no id of the model's vocabulary.
+    A PEFT folder without this file uses its base model's. Raises UsageError for an id outside the model's vocabulary.
     """
     folder = find_folder(path, weights=False)
     while is_adapter_folder(folder) and not (folder / GENERATION_CONFIG).is_file():

@@ -1,4 +1,4 @@
-"""Where each parameter stands in a Hugging Face checkpoint, on which mesh axes: a table a family, used both ways."""
+"""The Hugging Face names and mesh axes of all parameters: one table per family, used for reading and writing."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jrlhf.models.arch import ArchConfig
 from jrlhf.parallel import ShardingRules
 
-RULES: ShardingRules = (
+SHARDING_RULES: ShardingRules = (
     (r"(^|/)embed$", P("tensor", "fsdp")),
     (r"(^|/)position_embed$", P(None, "fsdp")),
     (r"/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
@@ -24,36 +24,36 @@ RULES: ShardingRules = (
     (r"/lora_scale$", P()),
     (r"norm/(scale|bias)$|/(o|down)/bias$|(^|/)head/(kernel|bias)$", P()),
 )
-"""Mesh axes of each parameter, for ``parallel.tree_shardings``: matrices over fsdp and tensor, norms whole.
+"""Mesh axes of each parameter for ``parallel.tree_shardings``: matrices over fsdp and tensor, norms replicated.
 
-Over tensor, kernels that lead into heads or the MLP split their output, those that lead out of them their input: each
-pair needs one sum over devices. Shoeybi et al. 2019, section 3.
+Over tensor, kernels into heads or the MLP split their output and kernels out of them split their input, so that each
+pair needs one sum over devices (Shoeybi et al. 2019, section 3).
 """
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
-"""Tensors of old checkpoints that repeat what the config says: rotary frequencies, causal masks."""
+"""Tensors of old checkpoints that repeat the config: rotary frequencies and causal masks."""
 
 HEAD_KERNEL = "score.weight"
 HEAD_BIAS = "score.bias"
-"""The tensor of a scalar head's bias, in the checkpoints of those whose class has one."""
+"""Tensor of a scalar head's bias, in checkpoints of model classes that have one."""
 
 
 class Fused(NamedTuple):
-    """Their tensor holds queries, keys and values side by side on its output axis, once a group."""
+    """Place of a parameter in a Hugging Face tensor that holds queries, keys and values on its output axis."""
 
     part: int
-    """0 queries, 1 keys, 2 values."""
+    """0: queries, 1: keys, 2: values."""
     groups: int
-    """1: all queries, then all keys (GPT-2); the number of heads: head by head (GPT-NeoX)."""
+    """1: all queries, then all keys, then all values (GPT-2); number of heads: the three per head (GPT-NeoX)."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter in both worlds.
+    """A parameter's place in jrlhf's tree and in a Hugging Face checkpoint.
 
-    ``path`` is its place in our tree, where layers are stacked on axis 0; ``name`` its name there, with ``{layer}``
-    where there is one tensor a layer. ``form``: torch's linear maps are ``[out, in]``, ours ``[in, out]``
-    ("transposed"); a scalar head's ``[1, in]`` is our ``[in]`` ("row").
+    ``path`` leads to the leaf in the tree, whose layers are stacked on axis 0. ``name`` is its name in the checkpoint,
+    with ``{layer}`` if there is one tensor per layer. ``form`` is "transposed" for torch's linear maps ``[out, in]``,
+    which the tree has as ``[in, out]``, and "row" for a head ``[1, in]``, which the tree has as ``[in]``.
     """
 
     path: tuple[str, ...]
@@ -67,7 +67,7 @@ class Entry:
 
 
 def base_prefix(arch: ArchConfig) -> str:
-    """What all names but a head's begin with; checkpoints of the bare decoder leave it out."""
+    """Return the prefix of all names except a head's; checkpoints of the bare decoder omit it."""
     match arch.family:
         case "gpt2":
             return "transformer"
@@ -78,12 +78,12 @@ def base_prefix(arch: ArchConfig) -> str:
 
 
 def lm_head_name(arch: ArchConfig) -> str:
-    """The LM head's tensor."""
+    """Return the name of the LM head's tensor."""
     return "embed_out.weight" if arch.family == "gpt_neox" else "lm_head.weight"
 
 
 def decoder_table(arch: ArchConfig) -> tuple[Entry, ...]:
-    """Everything but a head. q and k are in the half-split rotary order in both worlds: a transpose is enough."""
+    """Return the entries of a decoder without a head; q and k are in the half-split rotary order on both sides."""
     match arch.family:
         case "gpt2":
             return tuple(_gpt2())
@@ -94,21 +94,24 @@ def decoder_table(arch: ArchConfig) -> tuple[Entry, ...]:
 
 
 def language_model_table(arch: ArchConfig) -> tuple[Entry, ...]:
-    """A decoder and, where it is not tied to the embedding, its LM head."""
+    """Return the entries of a decoder and of its LM head, unless it is tied to the embedding."""
     head = Entry(("lm_head", "kernel"), lm_head_name(arch), form="transposed")
     return decoder_table(arch) + (() if arch.tie_embeddings else (head,))
 
 
 def reward_model_table(arch: ArchConfig, *, head_bias: bool = False) -> tuple[Entry, ...]:
-    """A decoder and a scalar head. transformers' head has no bias, and ours is kept in config.json; other people's may
-    have one as a tensor, ``head_bias``."""
+    """Return the entries of a decoder and a scalar head.
+
+    transformers' head has no bias, so jrlhf stores it in config.json; with ``head_bias`` it is a tensor, as other tools
+    write it.
+    """
     decoder = tuple(replace(entry, path=("decoder", *entry.path)) for entry in decoder_table(arch))
     bias = (Entry(("head", "bias"), HEAD_BIAS, form="row"),) if head_bias else ()
     return (*decoder, Entry(("head", "kernel"), HEAD_KERNEL, form="row"), *bias)
 
 
 def _gated(arch: ArchConfig) -> Iterator[Entry]:
-    """Llama, Mistral, Qwen and Gemma."""
+    """Yield the entries of Llama, Mistral, Qwen and Gemma."""
     yield Entry(("embed",), "model.embed_tokens.weight")
     yield Entry(("final_norm", "scale"), "model.norm.weight")
     layer = "model.layers.{layer}."
@@ -119,8 +122,8 @@ def _gated(arch: ArchConfig) -> Iterator[Entry]:
             "mlp_norm": "pre_feedforward_layernorm",
             "mlp_post_norm": "post_feedforward_layernorm",
         }
-    for ours, theirs in norms.items():
-        yield Entry(("layers", ours, "scale"), f"{layer}{theirs}.weight")
+    for name, hf_name in norms.items():
+        yield Entry(("layers", name, "scale"), f"{layer}{hf_name}.weight")
     for name in ("q_norm", "k_norm") if arch.qk_norm else ():
         yield Entry(("layers", "attention", name, "scale"), f"{layer}self_attn.{name}.weight")
     for name in ("q", "k", "v"):
@@ -131,7 +134,7 @@ def _gated(arch: ArchConfig) -> Iterator[Entry]:
 
 
 def _gpt2() -> Iterator[Entry]:
-    """Its linear maps are ``[in, out]`` as ours."""
+    """Yield the entries of GPT-2, whose linear maps are ``[in, out]`` as in jrlhf's tree."""
     yield Entry(("embed",), "transformer.wte.weight")
     yield Entry(("position_embed",), "transformer.wpe.weight")
     yield from _layer_norm(("final_norm",), "transformer.ln_f")

@@ -1,4 +1,4 @@
-"""Adapters as PEFT keeps them, written: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Writing of adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.hf.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, leaf_at
-from jrlhf.models.hf.folder_files import appear
+from jrlhf.models.hf.folder_files import write_atomically
 from jrlhf.models.hf.names import Entry
-from jrlhf.models.hf.write import fused
+from jrlhf.models.hf.write import join_fused
 from jrlhf.models.lora import linear_maps, module_name
 from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
@@ -21,11 +21,11 @@ from jrlhf.types import Params
 _PREFIX = "base_model.model."
 _HEAD = _PREFIX + "score.weight"
 _HEAD_BIAS = "jrlhf.head_bias"
-"""In the metadata of the weights' file: PEFT's head has no place for a bias, and a normalised reward model has one."""
+"""Key of the head's bias in the metadata of the weights file, since PEFT's format has no tensor for it."""
 
 
 def is_own_adapter(folder: Path) -> bool:
-    """Whether jrlhf wrote a reward model's adapter: its weights' file then holds the head's bias."""
+    """Tell whether jrlhf wrote a reward model's adapter, whose weights file then holds the head's bias."""
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
             return _HEAD_BIAS in (file.metadata() or {})
@@ -34,11 +34,11 @@ def is_own_adapter(folder: Path) -> bool:
 
 
 def save_adapter(params: Params, arch: ArchConfig, folder: Path, *, base: str, alpha: float) -> None:
-    """Write the adapters of a tree; a reward model's head goes with them.
+    """Write the adapters of a tree, with a reward model's head.
 
-    ``base``: a hub id or folder, as it is to stand in ``adapter_config.json``; a relative path is read from ``folder``
-    here, and by PEFT from wherever its process runs. PEFT has one adapter for a fused projection where we have three:
-    one of three times the rank, ours in its blocks.
+    ``base`` is the hub id or folder for ``adapter_config.json``; jrlhf resolves a relative path from ``folder``, PEFT
+    from the working directory. A fused projection has one adapter in PEFT and three here: they become the blocks of one
+    adapter of three times the rank.
     """
     decoder = params.get("decoder", params)
     tensors: dict[str, np.ndarray] = {}
@@ -55,7 +55,7 @@ def save_adapter(params: Params, arch: ArchConfig, folder: Path, *, base: str, a
             tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a.T)
             tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b.T)
     if not ranks:
-        raise ValueError("no adapters in these parameters")
+        raise ValueError("the parameters have no adapters to save")
     metadata = {"format": "pt"}
     if "head" in params:
         tensors[_HEAD] = np.asarray(params["head"]["kernel"])[None]
@@ -63,8 +63,8 @@ def save_adapter(params: Params, arch: ArchConfig, folder: Path, *, base: str, a
     config = _config(ranks, base=base, alpha=alpha, reward="head" in params, conv1d=arch.family == "gpt2")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    appear(folder / ADAPTER_WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
-    appear(folder / ADAPTER_CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / ADAPTER_WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+    write_atomically(folder / ADAPTER_CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _config(ranks: Mapping[str, int], *, base: str, alpha: float, reward: bool, conv1d: bool) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _config(ranks: Mapping[str, int], *, base: str, alpha: float, reward: bool, 
 
 
 def _by_tensor(arch: ArchConfig) -> dict[str, list[Entry]]:
-    """Our kernels by the name of the tensor they are in: one, or the three of a fused projection."""
+    """Group kernels by the name of their tensor: one each, or the three of a fused projection."""
     maps: dict[str, list[Entry]] = {}
     for entry in linear_maps(arch):
         maps.setdefault(entry.name, []).append(entry)
@@ -96,7 +96,7 @@ def _by_tensor(arch: ArchConfig) -> dict[str, list[Entry]]:
 
 
 def _one_adapter(entries: list[Entry], factors: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """``(a [in, r], b [r, out])`` of their linear map."""
+    """Return ``(a [in, r], b [r, out])`` of PEFT's adapter for these kernels."""
     layout = entries[0].fused
     if layout is None:
         return factors[0]
@@ -107,4 +107,4 @@ def _one_adapter(entries: list[Entry], factors: list[tuple[np.ndarray, np.ndarra
         padded[start : start + len(b)] = b
         parts.append(padded)
         start += len(b)
-    return a, fused(parts, layout.groups)
+    return a, join_fused(parts, layout.groups)

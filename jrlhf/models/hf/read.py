@@ -1,4 +1,4 @@
-"""Tensors of a Hugging Face folder into our tree: leaf by leaf, of each only what this host holds."""
+"""Reading of a Hugging Face folder's tensors into a parameter tree, leaf by leaf and only this host's parts."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jrlhf.models.arch import ArchConfig
-from jrlhf.models.hf.folder import DTYPES, INDEX, PICKLED, WEIGHTS, Stored, leaf_at, names_of, read_json
+from jrlhf.models.hf.folder import DTYPES, INDEX, PICKLE_SUFFIXES, WEIGHTS, Stored, leaf_at, names_of, read_json
 from jrlhf.models.hf.names import IGNORED, Entry, Fused, base_prefix, decoder_table, lm_head_name
 from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
@@ -20,16 +20,16 @@ from jrlhf.types import Params
 class Tensors:
     """The tensors of a folder by name, read in parts and on demand.
 
-    A file is opened anew for every read: what was mapped into memory is given back at once, not at the end.
+    Each read opens the file again, so that its mapped memory is released at once.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, str], prefix: str) -> None:
         self.folder = folder
-        self._theirs = {prefix + name: name for name in files}
+        self._file_names = {prefix + name: name for name in files}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.stored: dict[str, Stored] = {}
         for file in sorted(set(files.values())):
-            with _opened(folder / file) as handle:
+            with _open_file(folder / file) as handle:
                 for name in (name for name, where in files.items() if where == file):
                     part = handle.get_slice(name)
                     self._shapes[prefix + name] = tuple(part.get_shape())
@@ -39,17 +39,19 @@ class Tensors:
                 raise UsageError(f"{folder}: {name} is {dtype}; supported: {', '.join(DTYPES)}")
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        found = self._shapes[name]
-        if found != shape:
-            raise UsageError(f"{self.folder}: {name} has shape {list(found)}, the config asks for {list(shape)}")
+        """Raise UsageError if a tensor has another shape."""
+        actual = self._shapes[name]
+        if actual != shape:
+            raise UsageError(f"{self.folder}: {name} has shape {list(actual)}, the config asks for {list(shape)}")
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        with _opened(self.folder / self.stored[name].file) as handle:
-            return handle.get_slice(self._theirs[name])[index].astype(np.float32)
+        """Read part of a tensor in float32."""
+        with _open_file(self.folder / self.stored[name].file) as handle:
+            return handle.get_slice(self._file_names[name])[index].astype(np.float32)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _open_file(file: Path) -> Iterator[Any]:
     try:
         handle: Any = safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -59,21 +61,21 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def open_tensors(folder: Path, arch: ArchConfig) -> Tensors:
-    """``model.safetensors``, or the shards that the index names. Other formats are refused."""
+    """Open ``model.safetensors`` or the shards of its index; other formats are refused."""
     if (folder / WEIGHTS).is_file():
-        with _opened(folder / WEIGHTS) as handle:
+        with _open_file(folder / WEIGHTS) as handle:
             files = dict.fromkeys(handle.keys(), WEIGHTS)
     elif (folder / INDEX).is_file():
-        files = _sharded(folder / INDEX)
+        files = _shard_map(folder / INDEX)
     else:
-        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-        raise FileNotFoundError(f"{folder}: no {WEIGHTS} and no {INDEX}{_how_to_convert(folder, pickled)}")
+        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS} and no {INDEX}{_conversion_hint(folder, pickled)}")
     base = base_prefix(arch) + "."
     return Tensors(folder, files, "" if any(name.startswith(base) for name in files) else base)
 
 
-def _how_to_convert(folder: Path, pickled: list[str]) -> str:
-    """Pickled weights can run any code when they are opened; who trusts them can turn them into safetensors."""
+def _conversion_hint(folder: Path, pickled: list[str]) -> str:
+    """Return a command that converts pickled weights, which jrlhf never opens because they can run any code."""
     if not pickled:
         return ""
     command = (
@@ -83,19 +85,19 @@ def _how_to_convert(folder: Path, pickled: list[str]) -> str:
     return f"; {pickled[0]} is pickled and is never opened: if you trust it, convert it (needs torch): {command}"
 
 
-def _sharded(index: Path) -> dict[str, str]:
-    """Which file has which tensor."""
+def _shard_map(index: Path) -> dict[str, str]:
+    """Read and check the index, which maps each tensor to its file."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UsageError(f"{index}: weight_map must map tensor names to file names")
     for file in sorted(set(weight_map.values())):
-        # A name that leads elsewhere would read whatever it points to.
+        # A name that leads out of the folder could read any file.
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise UsageError(f"{index}: {file!r} is not the name of a safetensors file in this folder")
-        with _opened(index.parent / file) as handle:
-            held = set(handle.keys())
+        with _open_file(index.parent / file) as handle:
+            file_names = set(handle.keys())
         for name in (name for name, where in weight_map.items() if where == file):
-            if name not in held:
+            if name not in file_names:
                 raise UsageError(f"{index}: {name} is not in {file}")
     return weight_map
 
@@ -103,20 +105,21 @@ def _sharded(index: Path) -> dict[str, str]:
 def read_tree(
     tensors: Tensors, arch: ArchConfig, table: tuple[Entry, ...], shapes: Params, shardings: Params | None
 ) -> Params:
-    """The tree of ``table``'s entries in float32, leaf by leaf; of each only the parts that this host's devices hold.
+    """Read ``table``'s entries into a float32 tree, leaf by leaf and only the parts of this host's devices.
 
-    ``shapes``: a tree with at least these leaves. UsageError naming what is missing, unexpected or misshapen.
+    ``shapes`` is a tree with at least these leaves. Raises ValueError with the names of missing, unexpected or wrongly
+    shaped tensors.
     """
     if arch.num_layers > len(tensors.stored):
         has = f"has {len(tensors.stored)} tensors"
         raise UsageError(f"{tensors.folder}: the config asks for {arch.num_layers} layers, the folder {has}")
     _check_names(tensors, arch, {name for entry in table for name in names_of(entry, shapes)})
     tree: dict[str, Any] = {}
-    # The biggest first: while one is read it is held twice, which matters most when all the rest is there already.
+    # The largest first: a leaf is in memory twice while it is read, which costs most once all others are loaded.
     for entry in sorted(table, key=lambda entry: -leaf_at(shapes, entry.path).size):
         shape = leaf_at(shapes, entry.path).shape
         for name in names_of(entry, shapes):
-            tensors.check(name, their_shape(entry, shape[1:] if entry.stacked else shape))
+            tensors.check(name, tensor_shape(entry, shape[1:] if entry.stacked else shape))
         read = _leaf_reader(tensors, entry, shape)
         if shardings is None:
             leaf = jnp.array(read((slice(None),) * len(shape)))
@@ -130,35 +133,35 @@ def read_tree(
 
 
 def _check_names(tensors: Tensors, arch: ArchConfig, expected: set[str]) -> None:
-    found = {name for name in tensors.stored if not IGNORED.search(name)}
-    extra, head = found - expected, lm_head_name(arch)
+    actual = {name for name in tensors.stored if not IGNORED.search(name)}
+    extra, head = actual - expected, lm_head_name(arch)
     if arch.tie_embeddings and head in extra:
-        # Some tied checkpoints hold the same matrix under both names.
+        # Some tied checkpoints store the same matrix under both names.
         everything = (slice(None), slice(None))
         if np.array_equal(tensors.read(head, everything), tensors.read(_embedding_name(arch), everything)):
             extra.remove(head)
-    problems = [("missing", sorted(expected - found)), ("unexpected", sorted(extra))]
-    listed = [
+    problems = [("missing", sorted(expected - actual)), ("unexpected", sorted(extra))]
+    messages = [
         f"{what} tensors: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" for what, names in problems if names
     ]
-    if listed:
-        hints = _hints(arch, expected - found, extra)
-        raise UsageError(f"{tensors.folder}: {'; '.join(listed + hints)}")
+    if messages:
+        hints = _hints(arch, expected - actual, extra)
+        raise UsageError(f"{tensors.folder}: {'; '.join(messages + hints)}")
 
 
 def _hints(arch: ArchConfig, missing: set[str], extra: set[str]) -> list[str]:
-    """What to do about tensors that are known to be missing or left over in people's folders."""
+    """Return advice for common cases of missing and unexpected tensors."""
     head, embedding = lm_head_name(arch), _embedding_name(arch)
     hints = []
     if arch.tie_embeddings and head in extra:
         hints.append(
-            f"config.json says tie_word_embeddings, but {head} is not {embedding}: transformers 5 does not tie them "
-            f"then, 4 drops {head}; set tie_word_embeddings to false to keep it, or take it out of the file"
+            f"config.json says tie_word_embeddings, but {head} is not {embedding}: transformers 5 then does not tie "
+            f"them and 4 drops {head}; set tie_word_embeddings to false to use it, or remove it from the file"
         )
     if head in missing and "score.weight" not in extra:
-        hints.append(f"a model whose {head} is its embedding has tie_word_embeddings true in config.json")
+        hints.append(f"if {head} is the embedding, set tie_word_embeddings to true in config.json")
     if "score.weight" in extra:
-        hints.append("score.weight is a reward model's head: then architectures in config.json names another class")
+        hints.append("score.weight is a reward model's head: if it is one, correct architectures in config.json")
     return hints
 
 
@@ -169,8 +172,8 @@ def _embedding_name(arch: ArchConfig) -> str:
 def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Callable[[tuple[slice, ...]], np.ndarray]:
     def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if entry.fused is not None:
-            whole = tensors.read(name, (slice(None),) * len(index))
-            return unfused(whole.T if entry.form == "transposed" else whole, entry.fused)[index]
+            tensor = tensors.read(name, (slice(None),) * len(index))
+            return split_fused(tensor.T if entry.form == "transposed" else tensor, entry.fused)[index]
         match entry.form:
             case "same":
                 return tensors.read(name, index)
@@ -181,7 +184,7 @@ def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Call
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not entry.stacked:
-            # Not ascontiguousarray, which would make a vector of a scalar.
+            # ascontiguousarray would turn a scalar into a vector.
             return np.asarray(one(entry.name, index), order="C")
         layers = range(shape[0])[index[0]]
         sizes = (len(range(size)[part]) for size, part in zip(shape[1:], index[1:], strict=True))
@@ -193,14 +196,14 @@ def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Call
     return read
 
 
-def unfused(x: np.ndarray, fused: Fused) -> np.ndarray:
-    """``[..., groups · 3 · rest] -> [..., groups · rest]``: the queries, keys or values of every group."""
+def split_fused(x: np.ndarray, fused: Fused) -> np.ndarray:
+    """Extract one of queries, keys and values from a fused tensor: ``[..., groups · 3 · n] -> [..., groups · n]``."""
     grouped = x.reshape(*x.shape[:-1], fused.groups, 3, -1)
     return grouped[..., fused.part, :].reshape(*x.shape[:-1], -1)
 
 
-def their_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of their tensor, given that of our leaf (of one layer of it)."""
+def tensor_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the checkpoint's tensor for a leaf (or one layer of it) of shape ``shape``."""
     if entry.fused is not None:
         shape = (*shape[:-1], 3 * shape[-1])
     match entry.form:

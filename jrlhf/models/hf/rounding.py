@@ -1,4 +1,4 @@
-"""Parameters as a folder of narrower dtypes would hold them."""
+"""Rounding of parameters to the dtypes of the folder they were read from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +12,10 @@ from jrlhf.types import Params
 
 
 def round_to_stored(params: Params, arch: ArchConfig, stored: Mapping[str, Stored]) -> Params:
-    """Each parameter rounded to the dtype that ``stored`` names for it, as float32 again; those in float32 are shared.
+    """Round each parameter to the dtype that ``stored`` names for it and back; parameters in float32 are shared.
 
-    These are the very weights that are read back from a folder written in these dtypes. Adapters must be merged. A
-    reward model's head stays as it is.
+    The result equals the weights that are read back from a folder written in these dtypes. Adapters must be merged. A
+    reward model's head is not rounded.
     """
     if "decoder" in params:
         return params | {"decoder": _rounded_tree(params["decoder"], decoder_table(arch), stored)}
@@ -31,7 +31,7 @@ def _rounded_tree(params: Params, table: tuple[Entry, ...], stored: Mapping[str,
 
 
 def _rounded(leaf: Any, dtypes: list[str]) -> Any:
-    """``dtypes``: one, or one a layer. Each conversion is a program of its own: inside one XLA may leave both out."""
+    """Round a leaf to its dtype, or each layer to its own; two programs, since within one XLA may drop the rounding."""
     leaf = jnp.asarray(leaf)
     if len(set(dtypes)) == 1:
         return leaf.astype(DTYPES[dtypes[0]]).astype(leaf.dtype)

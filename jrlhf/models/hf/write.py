@@ -1,6 +1,7 @@
-"""Our tree into a Hugging Face folder: ``hf_read`` backwards, file by file."""
+"""Writing of a parameter tree to a Hugging Face folder, file by file."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,22 +12,22 @@ from safetensors.numpy import save_file
 
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.hf.folder import CONFIG, DTYPES, INDEX, WEIGHTS, Stored, leaf_at, names_of, read_json
-from jrlhf.models.hf.folder_files import appear, json_bytes, read_files, write_files
+from jrlhf.models.hf.folder_files import json_bytes, read_files, write_atomically, write_files
 from jrlhf.models.hf.names import Entry, lm_head_name
 from jrlhf.system.errors import UsageError
 from jrlhf.types import Params
 
 Source = tuple[Entry, int | None]
-"""A leaf of our tree, and which layer of it."""
+"""A leaf of the tree and the layer of it (None: the whole leaf)."""
 
 WeightDtype = Literal["float32", "source"]
-"""What weights are written in: float32, or the dtypes of the folder they were read from."""
+"""Dtype of written weights: float32, or the dtypes of the folder that they were read from."""
 
 
 def export_plan(
     tree: Params, arch: ArchConfig, table: tuple[Entry, ...], stored: Mapping[str, Stored]
 ) -> dict[str, list[Source]]:
-    """Their tensors by name, each with the leaves it is made of: one, or three where it is fused."""
+    """Return the names of all tensors to write, each with its leaves: one, or three if it is fused."""
     plan: dict[str, list[Source]] = {}
     for entry in table:
         for layer, name in enumerate(names_of(entry, tree)):
@@ -37,18 +38,16 @@ def export_plan(
     return plan
 
 
-def their_tensor(tree: Params, sources: list[Source], dtype: str) -> np.ndarray:
-    """One of their tensors. With several hosts all of them must call this: parts that others hold are gathered."""
+def build_tensor(tree: Params, sources: list[Source], dtype: str) -> np.ndarray:
+    """Build one tensor of the checkpoint. With several hosts all must call this, since it gathers their parts."""
     parts, entry = [_local(tree, source) for source in sources], sources[0][0]
-    value = parts[0] if entry.fused is None else fused(parts, entry.fused.groups)
-    theirs = {"same": value, "transposed": value.T, "row": value[None]}[entry.form]
+    value = parts[0] if entry.fused is None else join_fused(parts, entry.fused.groups)
+    tensor = {"same": value, "transposed": value.T, "row": value[None]}[entry.form]
     with np.errstate(over="ignore"):
-        narrow = np.ascontiguousarray(theirs.astype(DTYPES[dtype]))
-    if dtype == "F16" and not np.isfinite(narrow[np.isfinite(theirs)]).all():
-        raise UsageError(
-            f"{entry.name}: a weight is beyond 65504, the largest number in float16; export float32 instead"
-        )
-    return narrow
+        rounded = np.ascontiguousarray(tensor.astype(DTYPES[dtype]))
+    if dtype == "F16" and not np.isfinite(rounded[np.isfinite(tensor)]).all():
+        raise UsageError(f"{entry.name}: a weight exceeds 65504, the largest number in float16; export float32 instead")
+    return rounded
 
 
 def _local(tree: Params, source: Source) -> np.ndarray:
@@ -69,48 +68,48 @@ def write_folder(
     table: tuple[Entry, ...],
     stored: Mapping[str, Stored],
     source: Path,
-    copied: tuple[str, ...],
+    patterns: tuple[str, ...],
     *,
     dtype: WeightDtype = "source",
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """``config.json``, the weights, and ``files`` or those files of ``source`` that ``copied`` matches.
+    """Write ``config.json``, the weights, and ``files`` or else the files of ``source`` that match ``patterns``.
 
-    Tensors go to the files that ``stored`` names, new ones to the last of them. ``dtype`` "source" gives them the
-    dtypes that ``stored`` names (new ones float32). The first host writes. The config comes last, and each file
-    appears whole or not at all: a broken-off export cannot be loaded.
+    Tensors go to the files that ``stored`` names, new ones to the last of these. With ``dtype`` "source" they get the
+    dtypes that ``stored`` names, new ones float32. Only the first host writes. Each file is written atomically and the
+    config comes last, so that an interrupted export cannot be loaded.
     """
-    writes = jax.process_index() == 0
-    if writes:
+    is_writer = jax.process_index() == 0
+    if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
         if source.resolve() != folder.resolve():
-            # What an earlier export left must not be loaded with some of the files that come now.
+            # The folder must not be loadable while it mixes files of an earlier export with new ones.
             (folder / CONFIG).unlink(missing_ok=True)
         if files is not None:
             write_files(folder, files)
         elif source.resolve() != folder.resolve():
-            write_files(folder, read_files(source, copied))
+            write_files(folder, read_files(source, patterns))
     plan = export_plan(tree, arch, table, stored)
     last = max((stored[name].file for name in plan if name in stored), default=WEIGHTS)
     where = {name: stored[name].file if name in stored else last for name in plan}
     dtypes = {name: stored[name].dtype if dtype == "source" and name in stored else "F32" for name in plan}
     size = 0
     for file in sorted(set(where.values())):
-        tensors = {name: their_tensor(tree, plan[name], dtypes[name]) for name in plan if where[name] == file}
+        tensors = {name: build_tensor(tree, plan[name], dtypes[name]) for name in plan if where[name] == file}
         size += sum(tensor.nbytes for tensor in tensors.values())
-        if writes:
-            # One file holds everything under one name, whatever its own was.
+        if is_writer:
+            # A single file always has the standard name.
             target = file if len(set(where.values())) > 1 else WEIGHTS
-            appear(folder / target, lambda path, tensors=tensors: save_file(tensors, path, metadata={"format": "pt"}))
-    if writes:
+            write_atomically(folder / target, partial(save_file, tensors, metadata={"format": "pt"}))
+    if is_writer:
         as_stored = all(dtypes[name] == stored[name].dtype for name in plan if name in stored)
         _write_index(folder, where, source, size=None if as_stored else size)
-        config = config if dtype == "source" else _in_float32(config, as_stored=as_stored)
-        appear(folder / CONFIG, lambda path: path.write_bytes(json_bytes(config, source / CONFIG)))
+        config = config if dtype == "source" else _float32_config(config, as_stored=as_stored)
+        write_atomically(folder / CONFIG, lambda path: path.write_bytes(json_bytes(config, source / CONFIG)))
 
 
-def _in_float32(config: Mapping[str, Any], *, as_stored: bool) -> Mapping[str, Any]:
-    """The config of an export in float32: transformers loads weights in the dtype that it names, whatever theirs is."""
+def _float32_config(config: Mapping[str, Any], *, as_stored: bool) -> Mapping[str, Any]:
+    """Return a config that names float32, since transformers loads weights in the dtype of the config."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     if as_stored and all(config[key] in (None, "float32") for key in keys):
         return config
@@ -118,9 +117,9 @@ def _in_float32(config: Mapping[str, Any], *, as_stored: bool) -> Mapping[str, A
 
 
 def _write_index(folder: Path, where: Mapping[str, str], source: Path, *, size: int | None) -> None:
-    """Which file has which tensor, if there are several; what an earlier export left is taken away.
+    """Write the index of tensors and files if there are several files, and remove files of an earlier export.
 
-    ``size``: bytes of all tensors, where they are not in the dtypes of ``source``.
+    ``size`` is the number of bytes of all tensors, or None if they have the dtypes of ``source``.
     """
     if len(set(where.values())) == 1:
         (folder / INDEX).unlink(missing_ok=True)
@@ -131,10 +130,10 @@ def _write_index(folder: Path, where: Mapping[str, str], source: Path, *, size: 
     original = source / INDEX
     if size is None and original.is_file() and read_json(original).get("weight_map") == where:
         index = read_json(original)
-    appear(folder / INDEX, lambda path: path.write_bytes(json_bytes(index, original)))
+    write_atomically(folder / INDEX, lambda path: path.write_bytes(json_bytes(index, original)))
 
 
-def fused(parts: list[np.ndarray], groups: int) -> np.ndarray:
-    """``_unfused`` backwards, of queries, keys and values."""
+def join_fused(parts: list[np.ndarray], groups: int) -> np.ndarray:
+    """Join queries, keys and values to one tensor, the inverse of ``read.split_fused``."""
     grouped = [x.reshape(*x.shape[:-1], groups, -1) for x in parts]
     return np.stack(grouped, axis=-2).reshape(*parts[0].shape[:-1], -1)

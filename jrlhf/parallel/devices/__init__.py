@@ -1,1 +1,1 @@
-"""Devices by name: their peaks, their topologies, and how long collectives take between them."""
+"""Known devices: their peak rates, their topologies, and the bytes that collectives send between them."""

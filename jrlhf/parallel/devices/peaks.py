@@ -1,4 +1,4 @@
-"""What the devices do at best: from a table, or measured where there is none."""
+"""Peak rates of devices, from a table of data sheets or, for a CPU, from a measurement."""
 
 import statistics
 import time
@@ -11,36 +11,36 @@ import jax.numpy as jnp
 
 
 class Peaks(NamedTuple):
-    """Of all devices together: FLOP/s of matrix products, bytes/s of memory."""
+    """Peak rates of all devices together: FLOP/s of matrix products and bytes/s of memory."""
 
     flops: float
     bytes: float
 
 
 class Chip(NamedTuple):
-    """A device as JAX counts them, by its data sheet."""
+    """Data sheet of a device, as JAX counts devices."""
 
     kind: str
-    """A part of JAX's device kind."""
+    """Part of JAX's device kind."""
     name: str
-    """In the name of a topology."""
+    """Name in a topology."""
     units: int
-    """What the number in a topology's name counts to one device: cores of a TPU v4 or v5p chip."""
+    """Units per device in a topology's number, such as the cores of a TPU v4 or v5p chip."""
     tflops: float
-    """Dense, of bfloat16 with float32 sums."""
+    """Dense TFLOP/s in bfloat16 with float32 sums."""
     bandwidth: float
-    """GB/s of its memory."""
+    """Memory bandwidth in GB/s."""
     memory: float
-    """GB."""
+    """Memory in GB."""
     link: float
-    """GB/s that it sends to the devices it is joined with: half of what is told for both directions."""
-    joined: int
-    """Devices that are, by NVLink or in a TPU's pod."""
-    beyond: float | None
-    """GB/s that it sends to others; None: there are none."""
+    """GB/s to linked devices in one direction, which is half of the usual figure."""
+    linked_devices: int
+    """Number of devices that are linked by NVLink or in a TPU pod."""
+    network: float | None
+    """GB/s to other devices over the network; None: there are no others."""
 
 
-KNOWN = (
+CHIPS = (
     Chip("GB200", "gb200", 1, 2500, 8000, 186, 900, 72, 50),
     Chip("B200", "b200", 1, 2250, 8000, 180, 900, 8, 50),
     Chip("H200", "h200", 1, 989, 4800, 141, 450, 8, 50),
@@ -55,7 +55,7 @@ KNOWN = (
     Chip("A10G", "a10g", 1, 70, 600, 24, 32, 1, 32),
     Chip("RTX 4090", "rtx4090", 1, 165, 1008, 24, 32, 1, 32),
     Chip("RTX 3090", "rtx3090", 1, 71, 936, 24, 56, 2, 32),
-    # A device of JAX is a core in v2 and v3, and half a chip in v7.
+    # JAX's device is a core in v2 and v3, and half a chip in v7.
     Chip("TPU7", "tpu7x", 1, 1153, 3690, 96, 300, 18432, None),
     Chip("TPU v7", "v7", 1, 1153, 3690, 96, 300, 18432, None),
     Chip("TPU v6", "v6e", 1, 918, 1640, 32, 400, 256, None),
@@ -69,26 +69,26 @@ KNOWN = (
 
 
 def device_peaks(dtype: str) -> Peaks | None:
-    """Of all devices of the run; None for an accelerator that the table does not know.
+    """Return the peak rates of all devices of the run; None for an accelerator that is not in the table.
 
-    A CPU is measured, in ``dtype``, for a fraction of a second: once a process. An accelerator's FLOP/s are those of
-    bfloat16 whatever ``dtype`` is.
+    A CPU is measured in ``dtype`` once per process, for a fraction of a second. An accelerator's FLOP/s are those of
+    bfloat16 for every ``dtype``.
     """
     device = jax.devices()[0]
     if device.platform == "cpu":
-        # Simulated devices share the machine; processes are taken to have one each.
+        # Simulated devices share the machine; each process is assumed to have a machine of its own.
         one, count = _cpu_peaks(dtype), jax.process_count()
         return Peaks(one.flops * count, one.bytes * count)
     return known_peaks(device.device_kind, jax.device_count())
 
 
 def known_chip(kind: str) -> Chip | None:
-    """The row of an accelerator that JAX calls ``kind``."""
-    return next((chip for chip in KNOWN if chip.kind in kind), None)
+    """Return the data sheet of an accelerator by JAX's device kind; None if it is not in the table."""
+    return next((chip for chip in CHIPS if chip.kind in kind), None)
 
 
 def known_peaks(kind: str, count: int) -> Peaks | None:
-    """Of ``count`` accelerators of a kind, as JAX names it."""
+    """Return the peak rates of ``count`` accelerators by JAX's device kind; None if it is not in the table."""
     chip = known_chip(kind)
     return None if chip is None else Peaks(chip.tflops * 1e12 * count, chip.bandwidth * 1e9 * count)
 
@@ -99,7 +99,7 @@ def _cpu_peaks(dtype: str) -> Peaks:
 
 
 def measured_peaks(dtype: str, *, size: int, megabytes: int, repeats: int) -> Peaks:
-    """Of one device: a product of square matrices in ``dtype``, and reading and writing an array; medians."""
+    """Measure one device by the median times of a matrix product in ``dtype`` and of reading and writing an array."""
     side = jnp.ones((size, size), dtype)
     array = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
     return Peaks(
@@ -109,7 +109,7 @@ def measured_peaks(dtype: str, *, size: int, megabytes: int, repeats: int) -> Pe
 
 
 def _median_seconds(call: Callable[[Any], Any], argument: Any, repeats: int) -> float:
-    """After one call that compiles and one that warms up."""
+    """Return the median time of a call, after one call that compiles and one that warms up."""
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()

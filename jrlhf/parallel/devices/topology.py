@@ -1,4 +1,4 @@
-"""Devices by name, there or not: ``v5p-128``, ``h100x64``, ``cpu:8``, or those of this machine."""
+"""Topologies by name, available or not: ``v5p-128``, ``h100x64``, ``cpu:8``, or this machine's devices."""
 
 import os
 import re
@@ -8,34 +8,34 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jrlhf.parallel.devices.peaks import KNOWN, Chip, Peaks, device_peaks, known_chip
+from jrlhf.parallel.devices.peaks import CHIPS, Chip, Peaks, device_peaks, known_chip
 from jrlhf.parallel.settings import simulate_cpus
 from jrlhf.system.errors import UsageError
 
 
 class Topology(NamedTuple):
-    """Devices that a program is compiled for, and what is known of those that they stand for."""
+    """Devices to compile a program for, and the data sheet of the devices that they represent."""
 
     name: str
     size: int
-    """Devices, as JAX counts them."""
+    """Number of devices, as JAX counts them."""
     chip: Chip | None
-    """None: a CPU, or an accelerator that the table does not know."""
+    """Data sheet; None for a CPU or an unknown accelerator."""
     real: bool
-    """The devices are this machine's own; else the CPU's simulated ones stand in for them."""
+    """True for this machine's own devices; False if simulated CPU devices represent others."""
 
     def devices(self) -> Sequence[Any]:
-        """To compile for. UsageError where JAX runs already, with fewer."""
+        """Return the devices to compile for; raise UsageError if JAX has already started with fewer."""
         return jax.devices() if self.real else simulated_devices(self.size)
 
     def platform(self) -> str:
-        """JAX's name of what the program will run on."""
+        """Return JAX's name of the platform that the program will run on."""
         if self.real:
             return jax.devices()[0].platform
         return "cpu" if self.chip is None else "tpu" if self.chip.kind.startswith("TPU") else "gpu"
 
     def memory(self) -> float | None:
-        """Bytes of a device: simulated ones share the machine's."""
+        """Return the memory of a device in bytes; simulated devices share the machine's memory."""
         if self.chip is not None:
             return self.chip.memory * 1e9
         if self.platform() == "cpu":
@@ -44,41 +44,41 @@ class Topology(NamedTuple):
         return stats.get("bytes_limit")
 
     def peaks(self, dtype: str) -> Peaks | None:
-        """FLOP/s and bytes/s of all devices together."""
+        """Return the peak rates of all devices together; None for an unknown accelerator."""
         if self.chip is not None:
             return Peaks(self.chip.tflops * 1e12 * self.size, self.chip.bandwidth * 1e9 * self.size)
         return device_peaks(dtype) if self.platform() == "cpu" else None
 
     def sent_per_second(self, mesh: Mapping[str, int], axes: Sequence[str]) -> float | None:
-        """Bytes that a device sends in a second along ``axes``; of a CPU nothing is known."""
+        """Return the bytes per second that a device sends along ``axes``; None if there is no data sheet."""
         if self.chip is None:
             return None
         chip, places = self.chip, np.arange(int(np.prod([*mesh.values()]))).reshape([*mesh.values()])
         group = places[tuple(slice(None) if name in axes else 0 for name in mesh)]
-        within = int(group.max()) < chip.joined or chip.beyond is None
-        return 1e9 * (chip.link if within else chip.beyond or chip.link)
+        within = int(group.max()) < chip.linked_devices or chip.network is None
+        return 1e9 * (chip.link if within else chip.network or chip.link)
 
 
 def parse_topology(text: str) -> Topology:
-    """``v5p-128`` (cores, as Google counts them: 64 chips), ``h100x64``, ``cpu:8``; empty: this machine.
+    """Parse ``v5p-128`` (128 cores, as Google counts them, are 64 chips), ``h100x64``, ``cpu:8``; empty: this machine.
 
-    UsageError for any other, with the names there are.
+    Raises ValueError with the known names for any other text.
     """
     if not text:
         count, device = jax.device_count(), jax.devices()[0]
         return Topology(f"{count} x {device.device_kind}", count, known_chip(device.device_kind), real=True)
-    found = re.fullmatch(r"(.+?)([-x:])(\d+)", text.lower())
-    name, mark, number = found.groups() if found else ("", "", "0")
+    match = re.fullmatch(r"(.+?)([-x:])(\d+)", text.lower())
+    name, mark, number = match.groups() if match else ("", "", "0")
     if name == "cpu" and mark == ":" and int(number):
         return Topology(text, int(number), None, real=False)
-    chip = next((chip for chip in KNOWN if chip.name == name and mark == _mark(chip)), None)
+    chip = next((chip for chip in CHIPS if chip.name == name and mark == _mark(chip)), None)
     if chip is None or not int(number):
-        raise UsageError(f"{text!r} is not known; there are {', '.join(_example(chip) for chip in KNOWN)}, cpu:8")
+        raise UsageError(f"{text!r} is not known; known are {', '.join(_example(chip) for chip in CHIPS)}, cpu:8")
     count, rest = divmod(int(number), chip.units)
     if rest:
-        raise UsageError(f"{text!r}: the number counts cores, of which a chip has {chip.units}")
-    if chip.beyond is None and count > chip.joined:
-        raise UsageError(f"{text!r}: a pod has {chip.joined * chip.units} at most")
+        raise UsageError(f"{text!r}: the number counts cores and must be a multiple of {chip.units}")
+    if chip.network is None and count > chip.linked_devices:
+        raise UsageError(f"{text!r}: a pod has at most {chip.linked_devices * chip.units}")
     return Topology(text, count, chip, real=False)
 
 
@@ -91,7 +91,7 @@ def _example(chip: Chip) -> str:
 
 
 def simulated_devices(count: int) -> Sequence[Any]:
-    """``count`` of the CPU's devices; JAX is told to simulate them where it has not started yet."""
+    """Return ``count`` CPU devices, which JAX simulates if it has not started yet."""
     simulate_cpus(count)
     devices = jax.devices("cpu")
     if len(devices) < count:

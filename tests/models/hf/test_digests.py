@@ -9,7 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
-from jrlhf.models.hf.digests import BLOCK, WHOLE, config_digest, model_file_digest, model_files, weights_digest
+from jrlhf.models.hf.digests import (
+    BLOCK_BYTES,
+    MAX_FULL_READ,
+    config_digest,
+    model_file_digest,
+    model_files,
+    weights_digest,
+)
 
 MIB = 2**20
 
@@ -56,12 +63,12 @@ def test_every_byte_of_a_small_file_counts(tmp_path: Path) -> None:
 
 def test_of_a_large_file_a_bounded_part_is_read_and_a_change_of_any_tensor_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    sizes = {"embed": 700 * MIB, "norm": 8192, "layer": 300 * MIB, "small": BLOCK + 1, "head": 4096}
+    sizes = {"embed": 700 * MIB, "norm": 8192, "layer": 300 * MIB, "small": BLOCK_BYTES + 1, "head": 4096}
     at = sparse(path, sizes)
     before = bytes_read()
     first = weights_digest(path)
     # Some for /proc's own text.
-    assert bytes_read() - before < 2 * WHOLE + MIB
+    assert bytes_read() - before < 2 * MAX_FULL_READ + MIB
     for name in ("norm", "head"):
         start, end = at[name]
         for place in (start, end - 1):
@@ -85,7 +92,7 @@ def test_the_bound_holds_for_any_number_of_tensors(count: int, tmp_path: Path) -
     sparse(path, {f"model.layers.{i}.weight": 2**30 // count for i in range(count)})
     before = bytes_read()
     weights_digest(path)
-    assert bytes_read() - before < 2 * WHOLE + 4 * MIB
+    assert bytes_read() - before < 2 * MAX_FULL_READ + 4 * MIB
 
 
 def test_a_large_file_that_is_no_safetensors_has_a_digest_all_the_same(tmp_path: Path) -> None:
@@ -93,7 +100,7 @@ def test_a_large_file_that_is_no_safetensors_has_a_digest_all_the_same(tmp_path:
     for head in (b"\xff" * 8, (2**20).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"{}"):
         with path.open("wb") as file:
             file.write(head)
-            file.truncate(WHOLE + 1)
+            file.truncate(MAX_FULL_READ + 1)
         assert weights_digest(path) == weights_digest(path)
 
 

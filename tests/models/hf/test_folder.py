@@ -205,7 +205,7 @@ def test_the_two_kinds_of_folder_are_not_mistaken_for_each_other(folder, tmp_pat
         load_pretrained(tmp_path / "reward", dtype="float32")
     config = json.loads((tmp_path / "reward" / "config.json").read_text())
     (tmp_path / "reward" / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
-    with pytest.raises(ValueError, match="num_labels: a reward model has 1 label, this one has 2"):
+    with pytest.raises(ValueError, match="num_labels: a reward model must have 1 label, found 2"):
         load_reward_model(tmp_path / "reward", dtype="float32")
 
 
@@ -218,11 +218,11 @@ def test_the_two_kinds_of_folder_are_not_mistaken_for_each_other(folder, tmp_pat
         ("folder/that/isnt", r"no such folder$"),
         (
             "models/lama",
-            r"no such folder; did you mean models/llama\?; and no model of that name on the hub: it is not in",
+            r"no such folder; did you mean models/llama\?; and no such model on the hub: it is not in",
         ),
         ("./model/llama", r"no such folder; did you mean models\?$"),
         ("~/models/llamma", r"no such folder; did you mean .*/models/llama\?$"),
-        ("someone/model", r"no such folder; and no model of that name on the hub: it is not in the local cache, and"),
+        ("someone/model", r"no such folder; and no such model on the hub: it is not in the local cache, and"),
         ("models/readme.txt", r"a file; name the Hugging Face folder that holds it$"),
     ],
 )

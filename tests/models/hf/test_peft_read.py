@@ -49,7 +49,7 @@ def edit(folder: Path, edited: Any) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    *(({"init_lora_weights": name}, f"init_lora_weights: '{name}' took its first factors out of the base's weights")
+    *(({"init_lora_weights": name}, f"init_lora_weights: '{name}' subtracts the first factors from the base's weights")
       for name in ("pissa", "pissa_niter_4", "PiSSA", "olora", "corda", "corda_kpm", "lora_ga")),
     ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion .* merge it in PEFT"),
     ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "'loftq' .* model; merge it in PEFT"),
@@ -67,9 +67,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern: expected positive numbers, found 0"),
     ({"rank_pattern": {"q_proj": 3}}, r"lora_B have shapes \[2, 32\] and \[32, 2\]; .* their rank is 3"),
     ({"r": 4}, "their rank is 4"),
-    ({"rank_pattern": ["q_proj"]}, r"rank_pattern: expected a number a pattern, found \['q_proj'\]"),
+    ({"rank_pattern": ["q_proj"]}, r"rank_pattern: expected one number per pattern, found \['q_proj'\]"),
     ({"layers_to_transform": "0,2"}, "layers_to_transform: expected whole numbers, found '0,2'"),
-    ({"target_modules": "q_proj)"}, r"target_modules: 'q_proj\)' is no pattern"),
+    ({"target_modules": "q_proj)"}, r"target_modules: 'q_proj\)' is not a valid pattern"),
     ({"target_modules": ["q_proj", "v_proj"]}, r"missing tensor: .*\.layers\.0\.self_attn\.v_proj"),
 ]  # fmt: skip
 
@@ -164,7 +164,7 @@ def test_an_adapter_on_a_reward_model_keeps_its_head_or_brings_one(tmp_path: Pat
     expected = model.score(params, tokens, mask)
     np.testing.assert_allclose(read.score(read.params, tokens, mask), expected, atol=1e-5)
     assert not np.allclose(expected, model.score(model.params, tokens, mask), atol=1e-2)
-    with pytest.raises(ValueError, match="adapter: the adapter of a reward model; a language model is needed"):
+    with pytest.raises(ValueError, match="adapter: is the adapter of a reward model; a language model is needed"):
         load_pretrained(tmp_path / "adapter", dtype="float32")
 
 
@@ -250,7 +250,7 @@ def test_pissa_is_refused_and_its_conversion_read(tmp_path: Path, padded: Any) -
             if "lora_B" in name:
                 parameter.add_(0.3)
     model.save_pretrained(tmp_path / "as it is")
-    with pytest.raises(ValueError, match="init_lora_weights: 'pissa' took its first factors"):
+    with pytest.raises(ValueError, match="init_lora_weights: 'pissa' subtracts the first factors"):
         load_pretrained(tmp_path / "as it is", dtype="float32")
     tokens, mask = padded["none"]
     expected = their_logits(model.eval(), tokens, mask)

@@ -20,7 +20,7 @@ from jrlhf.models import (
     save_reward_model,
 )
 from jrlhf.models.hf.folder import Stored
-from jrlhf.models.hf.folder_files import appear, generation_config, read_files, write_files
+from jrlhf.models.hf.folder_files import generation_config, read_files, write_atomically, write_files
 from jrlhf.models.hf.names import language_model_table
 from jrlhf.models.hf.rounding import round_to_stored
 from jrlhf.models.hf.write import write_folder
@@ -82,7 +82,7 @@ def test_rounded_parameters_are_those_that_come_back_from_the_file(dtype, narrow
 def test_a_weight_that_float16_cannot_hold_is_an_error_and_not_infinite(narrow, tmp_path):
     model = load_pretrained(narrow(lambda name: "F16"), dtype="float32")
     trained = replace(model, params=jax.tree.map(lambda x: x * 1.1, model.params))
-    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: a weight is beyond 65504"):
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: a weight exceeds 65504"):
         save_pretrained(trained, tmp_path / "out")
     save_pretrained(trained, tmp_path / "out", dtype="float32")
 
@@ -126,7 +126,7 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path):
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        appear(tmp_path / "file", fail)
+        write_atomically(tmp_path / "file", fail)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
 
