@@ -9,7 +9,7 @@ from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
-from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
+from jrlhf.rank.tasks import MIN_ANSWERS, TaskFile, distinct, task_line
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
 from jrlhf.runs.folder import exported_folder
@@ -33,7 +33,7 @@ def run_sample(args: SampleConfig) -> None:
     for row, completions in drawn:
         different = distinct(completions)
         merged += len(completions) - len(different)
-        if len(different) < FEWEST:
+        if len(different) < MIN_ANSWERS:
             left_out += 1
         else:
             tools = {name: row[name] for name in ("tools",) if name in row}
