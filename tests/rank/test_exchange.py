@@ -228,15 +228,23 @@ def test_ties_that_do_not_fit_the_order_any_more_are_let_go():
         (
             "argilla",
             '[{"id": "one", "responses": {"ranking": [{"value": ["x"], "user_id": "u"}]}}]',
-            ": record 1: not as",
+            ": record 1: not in the format",
         ),
-        ("argilla", '[{"id": "one", "responses": {"ranking": [{"value": 3, "user_id": "u"}]}}]', ": record 1: not as"),
+        (
+            "argilla",
+            '[{"id": "one", "responses": {"ranking": [{"value": 3, "user_id": "u"}]}}]',
+            ": record 1: not in the format",
+        ),
         (
             "argilla",
             '[{"id": "one", "responses": {"ranking": [{"value": ["completion_1"], "user_id": "u"}]}}]',
-            ": task one: the order is not one of its 3 answers",
+            ": task one: the order does not fit its 3 answers",
         ),
-        ("label-studio", '[{"annotations": [{"result": [{"type": "ranker"}]}]}]', ": record 1: not as label-studio"),
+        (
+            "label-studio",
+            '[{"annotations": [{"result": [{"type": "ranker"}]}]}]',
+            ": record 1: not in the format",
+        ),
         ("label-studio", "[3]", ": expected a JSON array of objects"),
     ],
 )

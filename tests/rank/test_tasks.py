@@ -57,7 +57,7 @@ def test_each_rater_has_an_order_of_their_own_that_stays(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "not a JSON object a line"),
+        ("{", "not a line of JSON"),
         ("[1]", "expected a JSON object, got list"),
         ({"prompt": "p"}, "completions: expected a list of answers"),
         ({"prompt": 3, "completions": ["a", "b"]}, "prompt: expected text or chat messages"),
