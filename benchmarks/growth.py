@@ -1,9 +1,9 @@
-"""How time and memory grow with tokens a row, rows, layers and tokens of an answer, beside the arithmetic they take.
+"""Measures how time and memory grow with row length, rows, layers and answer length, compared with their FLOPs.
 
     python benchmarks/growth.py --shape S --out benchmarks/results/growth.png > growth.jsonl
 
-A JSON line a point: seconds (the median; all points of a sweep in turn), the program's memory besides its arguments,
-and model FLOPs. At the end of each sweep the exponents: time and memory grow as FLOPs to the power of so much.
+Each point is a JSON line: seconds (the median; all points of a sweep run in turn), the program's memory without its
+arguments, and model FLOPs. Each sweep ends with two exponents: time and memory grow as FLOPs to that power.
 """
 
 import statistics
@@ -29,7 +29,7 @@ class Point(NamedTuple):
     call: Callable[[], Any]
     first: float
     memory: int
-    """Bytes that the program takes besides its arguments and results."""
+    """Bytes that the program uses besides its arguments and results."""
     flops: float
 
 
@@ -90,7 +90,7 @@ SWEEPS: dict[str, tuple[tuple[int, ...], Callable[[ArchConfig, str, int], tuple[
 
 
 def measure(points: list[Point], repeats: int) -> list[Timing]:
-    """All points in turn, so that a slower minute is one for all of them."""
+    """Measure all points in turn, so that a slower minute affects all of them."""
     times: list[list[float]] = [[] for _ in points]
     for _ in range(repeats + 1):
         for point, seconds in zip(points, times, strict=True):
@@ -104,7 +104,7 @@ def measure(points: list[Point], repeats: int) -> list[Timing]:
 
 
 def exponent(flops: list[float], values: list[float]) -> float:
-    """The slope of a line through the logarithms."""
+    """Return the slope of a line through the logarithms."""
     return float(np.polyfit(np.log(flops), np.log(values), 1)[0])
 
 

@@ -1,9 +1,9 @@
-"""What the loop of a stage costs over its bare steps: input, logs, TensorBoard, checkpoints.
+"""Measures the overhead of a stage's loop over its bare steps: input, logs, TensorBoard, checkpoints.
 
     python benchmarks/loop.py --shape S --steps 60 --every 20
 
-`jrlhf sft` in this process; every call of the jitted step is awaited and timed. From the end of the first call (which
-compiles) to the end of the last one, what is not inside a call is the loop's.
+It runs `jrlhf sft` in this process, and waits for and times every call of the jitted step. The overhead is the time
+outside the calls, from the end of the first call (which compiles) to the end of the last.
 """
 
 import json
@@ -23,7 +23,7 @@ from jrlhf.config import CheckpointConfig, Config, DataConfig, LogConfig, ModelC
 
 
 class Calls:
-    """Start and end of every call of a step."""
+    """Records the start and the end of every call of a step."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[float, float]] = []

@@ -243,7 +243,7 @@ def test_ties_that_do_not_fit_the_order_any_more_are_let_go():
         (
             "label-studio",
             '[{"annotations": [{"result": [{"type": "ranker"}]}]}]',
-            ": record 1: not in the format",
+            ": record 1: not in the format of label-studio",
         ),
         ("label-studio", "[3]", ": expected a JSON array of objects"),
     ],

@@ -130,7 +130,7 @@ def test_another_host_than_this_machine_is_warned_of_and_its_printed_name_lets_i
         connection.close()
         server.process.send_signal(signal.SIGINT)
         _, err = server.process.communicate(timeout=30)
-    assert "open to other machines" in err
+    assert "other machines can reach the page" in err
 
 
 def test_without_its_packages_it_says_which_extra_has_them(tmp_path, monkeypatch, capsys):
