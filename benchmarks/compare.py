@@ -59,8 +59,8 @@ def arguments() -> argparse.Namespace:
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the picture needs matplotlib")
     args.python = {"jrlhf": sys.executable} | dict(args.python)
-    given = [(side, *setting.partition("=")[::2]) for side, setting in args.env]
-    args.env = {side: {name: value for owner, name, value in given if owner == side} for side in MODULES}
+    variables_of = [(side, *setting.partition("=")[::2]) for side, setting in args.env]
+    args.env = {side: {name: value for owner, name, value in variables_of if owner == side} for side in MODULES}
     return args
 
 
@@ -74,9 +74,9 @@ def of_side(text: str) -> tuple[str, str]:
 
 def masked(argv: list[str]) -> str:
     """Return the command without this machine's paths."""
-    given = [item.partition("=") for item in argv]
+    items = [item.partition("=") for item in argv]
     words = [
-        f"{side}=PYTHON" if side in MODULES and "=" not in value else side + sign + value for side, sign, value in given
+        f"{side}=PYTHON" if side in MODULES and "=" not in value else side + sign + value for side, sign, value in items
     ]
     return shlex.join(["python", *words])
 
@@ -99,7 +99,7 @@ def open_peaks(args: argparse.Namespace, stack: ExitStack) -> Iterator[Side]:
 
 def measure(case: Case, args: argparse.Namespace, peaks: list[Side]) -> Result:
     """Start every side of a case, then run the rounds."""
-    found: dict[str, SideResult] = {}
+    outcomes: dict[str, SideResult] = {}
     failed: dict[str, str] = {}
     running: dict[str, Side] = {}
     limits: list[Peaks] = []
@@ -110,19 +110,19 @@ def measure(case: Case, args: argparse.Namespace, peaks: list[Side]) -> Result:
             settings = variables(name, case.work, args.env[name])
             try:
                 running[name] = stack.enter_context(Side(command(name, args.python[name], spec(case)), settings))
-                found[name] = SideResult(running[name].facts, shown(settings), [])
+                outcomes[name] = SideResult(running[name].facts, shown(settings), [])
             except SideEnded as error:
                 failed[name] = str(error)
         for _ in range(args.rounds):
             limits.append(Peaks.best([side.go(1) for side in peaks], case.dtype))
             for name, side in list(running.items()):
                 try:
-                    found[name].lines.append(side.go(WORKS[case.work].calls))
+                    outcomes[name].lines.append(side.go(WORKS[case.work].calls))
                 except SideEnded as error:
                     failed[name] = str(error)
-                    del running[name], found[name]
-    failed |= {name: wrong for name, side in found.items() if (wrong := miscounted(case, side))}
-    return Result(case, {name: side for name, side in found.items() if name not in failed}, failed, limits)
+                    del running[name], outcomes[name]
+    failed |= {name: wrong for name, side in outcomes.items() if (wrong := miscounted(case, side))}
+    return Result(case, {name: side for name, side in outcomes.items() if name not in failed}, failed, limits)
 
 
 def miscounted(case: Case, side: SideResult) -> str:

@@ -50,16 +50,16 @@ def main() -> None:
         return
     random.seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        whole = small_run(Path(folder), "whole")
+        reference = small_run(Path(folder), "reference")
         start = time.perf_counter()
-        if code := command(whole, "pipeline").wait():
-            raise SystemExit(f"the unbroken run ended with {code}")
+        if code := command(reference, "pipeline").wait():
+            raise SystemExit(f"the uninterrupted run ended with {code}")
         tell("unbroken_run", seconds=round(time.perf_counter() - start, 1), stages=len(STAGES))
-        broken = small_run(Path(folder), "broken")
+        interrupted = small_run(Path(folder), "interrupted")
         for stage in STAGES:
-            tell("kills_survived", stage=stage, **survived(stage, whole, broken, kills=args.kills))
-        tell("flips_found", **flips_found(Path(whole.run) / "sft" / "checkpoints", flips=args.flips))
-        shares = [row["share/checkpoint"] for row in log_of(whole, "sft", every=True) if "share/checkpoint" in row]
+            tell("kills_survived", stage=stage, **survived(stage, reference, interrupted, kills=args.kills))
+        tell("flips_found", **flips_found(Path(reference.run) / "sft" / "checkpoints", flips=args.flips))
+        shares = [row["share/checkpoint"] for row in log_of(reference, "sft", every=True) if "share/checkpoint" in row]
         # A new process: the memory of the other figures would hide this one.
         subprocess.run([sys.executable, __file__, "--save-mib", "512"], check=True)
         tell("blocked_share", of="sft, a checkpoint every 5 steps", value=round(sum(shares) / max(len(shares), 1), 4))
@@ -84,13 +84,13 @@ def save_memory(mib: int) -> dict[str, Any]:
         checkpoints.save(1, state, metadata={}, metrics=None)
         blocked = time.perf_counter() - start
         checkpoints.wait()
-        whole = time.perf_counter() - start
+        total = time.perf_counter() - start
         over = (resident("VmHWM") - before) / size
     return {
         "state_mib": round(size / 2**20),
         "peak_over_state": round(1 + over, 2),
         "blocked_seconds": round(blocked, 3),
-        "seconds": round(whole, 2),
+        "seconds": round(total, 2),
     }
 
 
@@ -153,20 +153,20 @@ def command(config: Config, stage: str) -> subprocess.Popen[bytes]:
     )
 
 
-def survived(stage: str, whole: Config, broken: Config, *, kills: int) -> dict[str, Any]:
+def survived(stage: str, reference: Config, interrupted: Config, *, kills: int) -> dict[str, Any]:
     """Kill and restart a stage, then compare; if a run ends before all kills are used, another run begins."""
     spent, equal, runs, back = 0, 0, 0, []
     while spent < kills:
-        in_this_run, folder = 0, Path(broken.run) / stage
+        in_this_run, folder = 0, Path(interrupted.run) / stage
         while not (folder / "summary.json").exists():
-            known = len(log_of(broken, stage))
+            known = len(log_of(interrupted, stage))
             start = time.perf_counter()
-            process = command(broken, stage)
+            process = command(interrupted, stage)
             # The range covers the start, the last steps and the export.
             limit = start + random.uniform(2.0, 14.0) if spent + in_this_run < kills else start + 600
             while process.poll() is None and time.perf_counter() < limit:
                 time.sleep(0.02)
-                if known and len(log_of(broken, stage)) > known:
+                if known and len(log_of(interrupted, stage)) > known:
                     back.append(time.perf_counter() - start)
                     known = 10**9
             if process.poll() is None:
@@ -176,15 +176,15 @@ def survived(stage: str, whole: Config, broken: Config, *, kills: int) -> dict[s
                 raise SystemExit(f"{stage} ended by itself, with {process.returncode}")
             process.wait()
         spent, runs = spent + in_this_run, runs + 1
-        equal += in_this_run * same(stage, whole, broken)
+        equal += in_this_run * same(stage, reference, interrupted)
         if spent < kills:
             folder.rename(folder.with_name(f"{stage}-{runs}"))
-    found = sorted(back)
+    times = sorted(back)
     return {
         "kills": spent,
         "survived": equal,
         "runs": runs,
-        "back_at_a_new_line_seconds": round(found[len(found) // 2], 1) if found else None,
+        "back_at_a_new_line_seconds": round(times[len(times) // 2], 1) if times else None,
     }
 
 
@@ -203,7 +203,7 @@ def log_of(config: Config, stage: str, *, every: bool = False) -> list[dict[str,
 
 def flips_found(folder: Path, *, flips: int) -> dict[str, int]:
     """Count how many of ``flips`` single-bit changes in files of a checkpoint are detected, one at a time."""
-    found = 0
+    count = 0
     with Checkpoints(folder, keep=9, keep_best=0, best_metric=None, best_mode="min") as saved:
         step = saved.steps()[-1]
         files = [path for path in (folder / str(step)).rglob("*") if path.is_file()]
@@ -215,10 +215,10 @@ def flips_found(folder: Path, *, flips: int) -> dict[str, int]:
             try:
                 saved.check(step)
             except CheckpointError as error:
-                found += file.name in str(error)
+                count += file.name in str(error)
             file.write_bytes(content)
         saved.check(step)
-    return {"flips": flips, "found": found, "files": len(files)}
+    return {"flips": flips, "found": count, "files": len(files)}
 
 
 if __name__ == "__main__":

@@ -44,38 +44,38 @@ def main() -> None:
         sys.exit(run_with_signal(**json.loads(args.run_with_signal)))
     random.seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        whole = evaluated_often(small_run(Path(folder), "whole"))
-        if code := command(whole, "pipeline").wait():
-            raise SystemExit(f"the unbroken run ended with {code}")
+        reference = with_frequent_evaluation(small_run(Path(folder), "reference"))
+        if code := command(reference, "pipeline").wait():
+            raise SystemExit(f"the uninterrupted run ended with {code}")
         for phase in args.phases:
-            tell("signals_survived", phase=phase, **survived(phase, whole, args.signals))
+            tell("signals_survived", phase=phase, **survived(phase, reference, args.signals))
 
 
-def evaluated_often(config: Config) -> Config:
+def with_frequent_evaluation(config: Config) -> Config:
     return replace(config, ppo=replace(config.ppo, log=replace(config.ppo.log, eval_every=2)))
 
 
-def survived(phase: str, whole: Config, signals: int) -> dict[str, Any]:
+def survived(phase: str, reference: Config, signals: int) -> dict[str, Any]:
     """Run PPO on the models of the uninterrupted run, and interrupt it until all signals are used."""
     sent = stopped = last = runs = equal = 0
     seconds = []
     while sent < signals:
         runs, in_this_run = runs + 1, 0
-        broken = replace(whole, run=f"{whole.run}-{phase}-{runs}")
-        folder = Path(broken.run) / "ppo"
+        interrupted = replace(reference, run=f"{reference.run}-{phase}-{runs}")
+        folder = Path(interrupted.run) / "ppo"
         folder.parent.mkdir()
         for stage in ("sft", "reward"):
-            shutil.copytree(Path(whole.run) / stage, folder.parent / stage)
+            shutil.copytree(Path(reference.run) / stage, folder.parent / stage)
         while not (folder / "summary.json").exists():
             if sent == signals:
-                if code := command(broken, "ppo").wait():
+                if code := command(interrupted, "ppo").wait():
                     raise SystemExit(f"going on after {phase} ended with {code}")
                 break
             number = (signal.SIGTERM, signal.SIGINT)[sent % 2]
-            found = stop_once(broken, phase, number)
-            if found is None:  # the run ended before the phase came again
+            outcome = stop_once(interrupted, phase, number)
+            if outcome is None:  # the run ended before the phase came again
                 break
-            code, after = found
+            code, after = outcome
             sent, in_this_run = sent + 1, in_this_run + 1
             # In the last iteration nothing is left to stop, so the run ends normally.
             over = (folder / "summary.json").exists()
@@ -83,17 +83,17 @@ def survived(phase: str, whole: Config, signals: int) -> dict[str, Any]:
             ended_well = code == (0 if over else CODES[number])
             stopped += ended_well
             if not ended_well:
-                tell("ended_otherwise", phase=phase, code=code, log=log_of_it(broken).read_text()[-2000:])
+                tell("ended_otherwise", phase=phase, code=code, log=log_of_it(interrupted).read_text()[-2000:])
             seconds.append(after)
-        equal += in_this_run * same("ppo", whole, broken)
-    found = sorted(seconds)
+        equal += in_this_run * same("ppo", reference, interrupted)
+    times = sorted(seconds)
     return {
         "signals": sent,
         "stopped": stopped,
         "in_last_iteration": last,
         "exact": equal,
         "runs": runs,
-        "ends_after_seconds": [round(found[len(found) // 2], 2), round(found[-1], 2)],
+        "ends_after_seconds": [round(times[len(times) // 2], 2), round(times[-1], 2)],
     }
 
 
@@ -104,10 +104,10 @@ def log_of_it(config: Config) -> Path:
 
 def stop_once(config: Config, phase: str, number: int) -> tuple[int, float] | None:
     """Start a run and send a signal in a phase; return the exit code and the seconds from the signal to the end."""
-    asked = {"config": str(Path(config.run).with_suffix(".yaml")), "phase": phase, "number": int(number)}
-    asked["call"], asked["share"] = random.randint(1, 1 if phase == "compile" else 3), random.random()
-    command_line = [sys.executable, __file__, "--run-with-signal", json.dumps(asked)]
-    Path(asked["config"]).write_text(to_yaml(config), encoding="utf-8")
+    request = {"config": str(Path(config.run).with_suffix(".yaml")), "phase": phase, "number": int(number)}
+    request["call"], request["share"] = random.randint(1, 1 if phase == "compile" else 3), random.random()
+    command_line = [sys.executable, __file__, "--run-with-signal", json.dumps(request)]
+    Path(request["config"]).write_text(to_yaml(config), encoding="utf-8")
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     if phase == "compile":
         environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -183,8 +183,8 @@ def run_with_signal(config: str, phase: str, number: int, call: int, share: floa
         last = 2.0
         random.seed(share)
     if phase == "evaluation":
-        made = ppo.make_evaluator
-        ppo.make_evaluator = lambda *arguments: marked(made(*arguments))
+        make_evaluator = ppo.make_evaluator
+        ppo.make_evaluator = lambda *arguments: marked(make_evaluator(*arguments))
     if phase == "save":
         Checkpoints.save = marked(Checkpoints.save)
     return jrlhf(["ppo", "--config", config])

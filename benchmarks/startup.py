@@ -32,13 +32,13 @@ def main() -> None:
         (folder / "rows.jsonl").write_text(text, encoding="utf-8")
         helps = [seconds_of([*JRLHF, "--help"]) for _ in range(args.repeats)]
         report("jrlhf --help", statistics.median(helps), "seconds", summary(helps), args)
-        found: dict[str, list[float]] = {"first": [], "second": []}
+        starts: dict[str, list[float]] = {"first": [], "second": []}
         for repeat in range(args.repeats):
             # A new cache for each pair of starts: the first start fills it for the second.
-            for which, times in found.items():
+            for which, times in starts.items():
                 run = folder / f"{which}{repeat}"
                 times.append(to_first_step(sft_command(folder, run, args), run, folder / f"cache{repeat}"))
-        for which, times in found.items():
+        for which, times in starts.items():
             report(f"{which} start to first step", statistics.median(times), "seconds", summary(times), args)
 
 
