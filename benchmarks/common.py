@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, timing apart from compilation, measured peaks, one JSON line a figure."""
+"""Shared parts of the benchmarks: flags, timing without compilation, measured peaks, and one JSON line per figure."""
 
 import argparse
 import datetime
@@ -32,7 +32,7 @@ SHAPES = {
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
-    """Flags of every benchmark, and one more for each of ``defaults``."""
+    """Read the flags of every benchmark, and one more for each of ``defaults``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--shape", default="S", choices=SHAPES, help="sizes of the model; the next flags override one each"
@@ -41,10 +41,10 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=None)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
     parser.add_argument(
-        "--attention", default="xla", choices=("xla", "cudnn", "splash"), help="what computes it in training"
+        "--attention", default="xla", choices=("xla", "cudnn", "splash"), help="implementation of attention in training"
     )
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--device", default=None, help="JAX platform: cpu, gpu or tpu; JAX's choice if not given")
+    parser.add_argument("--device", default=None, help="JAX platform: cpu, gpu or tpu; default: JAX's choice")
     parser.add_argument(
         "--repeats", type=int, default=5, help="timed calls, after one that compiles and one that warms up"
     )
@@ -52,13 +52,13 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value)
     args = parser.parse_args()
     if args.device:
-        # The CPU too: what is compared with it runs there.
+        # Add the CPU: comparisons with it run there.
         jax.config.update("jax_platforms", {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}.get(args.device, args.device))
     return args
 
 
 def arch_of(args: argparse.Namespace) -> ArchConfig:
-    """The Llama of the flags."""
+    """Return the architecture of the Llama that the flags describe."""
     hidden, layers, heads, kv_heads, ffn, vocab, tied = SHAPES[args.shape]
     hidden, heads = args.hidden or hidden, args.heads or heads
     return ArchConfig(
@@ -75,7 +75,8 @@ def arch_of(args: argparse.Namespace) -> ArchConfig:
 
 
 def save_random_model(folder: Path, arch: ArchConfig) -> int:
-    """Write a Llama of random weights as a Hugging Face folder, without a tokenizer; returns its parameters' bytes."""
+    """Write a Llama with random weights as a Hugging Face folder without a tokenizer; return the bytes of its
+    parameters."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -96,12 +97,12 @@ def save_random_model(folder: Path, arch: ArchConfig) -> int:
 
 
 def batch_flops(arch: ArchConfig, rows: int, length: int, *, logits: int) -> float:
-    """Model FLOPs of a forward pass over full rows, ``logits`` positions of which get logits."""
+    """Return the model FLOPs of a forward pass over full rows with logits at ``logits`` positions."""
     return rows * float(forward_flops(arch, np.arange(length), logits=logits / rows))
 
 
 class Timing(NamedTuple):
-    """Seconds. ``first`` holds tracing, compilation and one call."""
+    """Seconds of a call. ``first`` covers tracing, compilation and one call."""
 
     first: float
     median: float
@@ -110,7 +111,7 @@ class Timing(NamedTuple):
 
 
 def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
-    """Time ``call``, which returns device arrays; each timed call is awaited."""
+    """Time ``call``, which returns device arrays, until they are ready."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -124,13 +125,13 @@ def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
 
 
 def peaks_of(dtype: str) -> Peaks:
-    """What this device does at best, measured in this run: an accelerator needs more to be busy."""
+    """Measure the peaks of this device in this run. Only large sizes keep an accelerator busy."""
     size, megabytes = (2048, 256) if jax.default_backend() == "cpu" else (8192, 4096)
     return measured_peaks(dtype, size=size, megabytes=megabytes, repeats=9)
 
 
 def report(figure: str, value: float, unit: str, timing: Timing, args: argparse.Namespace, **more: Any) -> None:
-    """Print one figure as a JSON line, with what it was made on and with."""
+    """Print one figure as a JSON line, with its hardware, versions and flags."""
     device = jax.devices()[0]
     line = {
         "figure": figure,
@@ -151,7 +152,7 @@ def report(figure: str, value: float, unit: str, timing: Timing, args: argparse.
 
 
 def shares(flops: float, seconds: float, peaks: Peaks) -> dict[str, float]:
-    """Of the measured matmul peak, and of the one by its data sheet where the device is an accelerator."""
+    """Return fractions of the measured peak, and on a known accelerator of the peak on its data sheet."""
     known = known_peaks(jax.devices()[0].device_kind, 1)
     mfu = {} if known is None else {"mfu": round(flops / seconds / known.flops, 4)}
     return mfu | {
@@ -162,7 +163,7 @@ def shares(flops: float, seconds: float, peaks: Peaks) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Of the device where it says so, else the process's high-water mark; MB."""
+    """Return the peak memory in MB: of the device if it reports one, else of the process."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] // 2**20

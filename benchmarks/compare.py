@@ -1,9 +1,9 @@
-"""jrlhf and its peers, round by round in turn, each in its own environment: a table with ratios, a page and a picture.
+"""Compares jrlhf with its peers, each in its own environment: a table with ratios, a page and a picture.
 
     python benchmarks/compare.py --python trl=TRL/bin/python tunix=TUNIX/bin/python --out benchmarks/results/compare.md
 
-Every side is started once a case, warmed up, and then called in rounds while the others wait: A B C A B C. So a machine
-that is slower for a while is so for all of them, and ratios are taken within a round.
+For each case, every side starts once, warms up, and then runs in turn while the others wait: A B C A B C. So a slower
+spell of the machine affects all sides, and ratios compare times of the same round.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
         for case in map(Case._make, product(args.work, args.shape, args.dtype)):
             results.append(measure(case, args, peaks))
             print(page.case_table([results[-1]]), flush=True)
-            # After each case: a long run that is broken off leaves what it found.
+            # Write after each case, so that an interrupted run leaves its results.
             page.write(args.out, run, results)
     page.draw(args.out.with_suffix(".png"), results)
 
@@ -53,19 +53,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--env", type=of_side, nargs="+", default=[], metavar="SIDE=NAME=VALUE", help="variables for one side"
     )
-    parser.add_argument("--machine", default=cpu_name(), help="what the page calls it")
-    parser.add_argument("--out", type=Path, required=True, help="the Markdown page; the picture stands beside it")
+    parser.add_argument("--machine", default=cpu_name(), help="name of the machine on the page")
+    parser.add_argument("--out", type=Path, required=True, help="Markdown page to write; the picture goes beside it")
     args = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the picture needs matplotlib")
     args.python = {"jrlhf": sys.executable} | dict(args.python)
-    given = [(side, *setting.partition("=")[::2]) for side, setting in args.env]
-    args.env = {side: {name: value for owner, name, value in given if owner == side} for side in MODULES}
+    variables_of = [(side, *setting.partition("=")[::2]) for side, setting in args.env]
+    args.env = {side: {name: value for owner, name, value in variables_of if owner == side} for side in MODULES}
     return args
 
 
 def of_side(text: str) -> tuple[str, str]:
-    """``SIDE=VALUE``."""
+    """Parse ``SIDE=VALUE``."""
     side, _, value = text.partition("=")
     if side not in MODULES or not value:
         raise argparse.ArgumentTypeError(f"{text}: not SIDE=VALUE with a side of {', '.join(MODULES)}")
@@ -73,30 +73,33 @@ def of_side(text: str) -> tuple[str, str]:
 
 
 def masked(argv: list[str]) -> str:
-    """The command without this machine's paths."""
-    given = [item.partition("=") for item in argv]
+    """Return the command without this machine's paths."""
+    items = [item.partition("=") for item in argv]
     words = [
-        f"{side}=PYTHON" if side in MODULES and "=" not in value else side + sign + value for side, sign, value in given
+        f"{side}=PYTHON" if side in MODULES and "=" not in value else side + sign + value for side, sign, value in items
     ]
     return shlex.join(["python", *words])
 
 
 def missing(args: argparse.Namespace) -> list[str]:
-    wanted = {side for work in args.work for side in WORKS[work].sides}
-    return [side for side in MODULES if side in wanted - args.python.keys()]
+    needed = {side for work in args.work for side in WORKS[work].sides}
+    return [side for side in MODULES if side in needed - args.python.keys()]
 
 
 def open_peaks(args: argparse.Namespace, stack: ExitStack) -> Iterator[Side]:
-    """What a matrix product and a copy reach, by XLA and by torch: the better one counts."""
+    """Open the processes that measure peaks of matrix products and copies, by XLA and by torch; the better one
+    counts."""
     for side in ("jrlhf", "trl"):
         if side in args.python:
-            told = {"work": "peaks", "shape": "XS", "dtypes": args.dtype}
-            yield stack.enter_context(Side(command(side, args.python[side], told), variables(side, "", args.env[side])))
+            peaks_spec = {"work": "peaks", "shape": "XS", "dtypes": args.dtype}
+            yield stack.enter_context(
+                Side(command(side, args.python[side], peaks_spec), variables(side, "", args.env[side]))
+            )
 
 
 def measure(case: Case, args: argparse.Namespace, peaks: list[Side]) -> Result:
-    """Start every side, then the rounds."""
-    found: dict[str, SideResult] = {}
+    """Start every side of a case, then run the rounds."""
+    outcomes: dict[str, SideResult] = {}
     failed: dict[str, str] = {}
     running: dict[str, Side] = {}
     limits: list[Peaks] = []
@@ -107,26 +110,26 @@ def measure(case: Case, args: argparse.Namespace, peaks: list[Side]) -> Result:
             settings = variables(name, case.work, args.env[name])
             try:
                 running[name] = stack.enter_context(Side(command(name, args.python[name], spec(case)), settings))
-                found[name] = SideResult(running[name].facts, shown(settings), [])
+                outcomes[name] = SideResult(running[name].facts, shown(settings), [])
             except SideEnded as error:
                 failed[name] = str(error)
         for _ in range(args.rounds):
             limits.append(Peaks.best([side.go(1) for side in peaks], case.dtype))
             for name, side in list(running.items()):
                 try:
-                    found[name].lines.append(side.go(WORKS[case.work].calls))
+                    outcomes[name].lines.append(side.go(WORKS[case.work].calls))
                 except SideEnded as error:
                     failed[name] = str(error)
-                    del running[name], found[name]
-    failed |= {name: wrong for name, side in found.items() if (wrong := miscounted(case, side))}
-    return Result(case, {name: side for name, side in found.items() if name not in failed}, failed, limits)
+                    del running[name], outcomes[name]
+    failed |= {name: wrong for name, side in outcomes.items() if (wrong := miscounted(case, side))}
+    return Result(case, {name: side for name, side in outcomes.items() if name not in failed}, failed, limits)
 
 
 def miscounted(case: Case, side: SideResult) -> str:
-    """Why a side did not do the same work; empty where it did."""
+    """Return why a side did other work; empty if it did the same."""
     drawn = [line["tokens"] for line in side.lines if "tokens" in line]
     wrong = [tokens for tokens in drawn if tokens != units(case)]
-    return f"{wrong[0]} tokens in place of {units(case)}" if wrong else ""
+    return f"{wrong[0]} tokens instead of {units(case)}" if wrong else ""
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Data at scale: rows tokenised a second, seconds to the first batch, and memory, a JSON line a figure.
+"""Measures large data: rows tokenised per second, seconds to the first batch, and memory. Prints a JSON line each.
 
     python benchmarks/data.py --rows 200000 2000000 --model FOLDER --out /tmp/data
 
-Writes each number of rows as JSONL (shipped film-review sentences put together at random) and starts a process of its
-own for each figure: ``first`` finds no cache and makes it, ``second`` finds it, ``epoch`` finds it and reads a whole
-epoch of batches, ``memory`` keeps all rows in memory instead, where ``--memory`` asks for it.
+It writes each number of rows as JSONL (random combinations of the shipped film-review sentences) and starts a new
+process for each figure: ``first`` builds the cache, ``second`` uses it, ``epoch`` uses it for all batches of an epoch,
+and ``memory`` (with ``--memory``) holds all rows in memory instead.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default="asset:stories260k", help="folder or hub id of the tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the rows and the cache")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--memory", action="store_true", help="besides, all rows in memory and no cache")
+    parser.add_argument("--memory", action="store_true", help="also measure all rows in memory, without a cache")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -44,13 +44,13 @@ def main() -> None:
     for rows in args.rows:
         path = args.out / f"{args.form}-{rows}.jsonl"
         write_rows(path, rows, args.form)
-        # Another time of change is another key: what an earlier call left is not found.
+        # A new modification time gives a new cache key, so caches of earlier calls do not count.
         for what in ["first", "second", "epoch"] + ["memory"] * args.memory:
             report(args, path, rows, what)
 
 
 def write_rows(path: Path, rows: int, form: str) -> None:
-    """A prompt of one sentence and an answer of one to eight."""
+    """Return a prompt of one sentence and an answer of one to eight."""
     from jrlhf import assets
 
     with open(assets.resolve("asset:sft_train"), encoding="utf-8") as lines:
@@ -63,7 +63,7 @@ def write_rows(path: Path, rows: int, form: str) -> None:
 
 
 def report(args: argparse.Namespace, path: Path, rows: int, what: str) -> None:
-    """Run one figure in a process of its own and print its line."""
+    """Run one figure in a new process and print its line."""
     from common import cpu_name
 
     child = [sys.executable, __file__, "--child", what, "--rows", str(rows), "--form", args.form]
@@ -86,7 +86,7 @@ def report(args: argparse.Namespace, path: Path, rows: int, what: str) -> None:
 
 
 def measure(what: str, args: argparse.Namespace) -> None:
-    """The child: from nothing to the first batch; of ``epoch`` to the last one."""
+    """Measure in the child process from its start to the first batch, or for ``epoch`` to the last."""
     from jrlhf import assets
     from jrlhf.config import DataConfig
     from jrlhf.data import Order, load_sft, load_tokenizer
@@ -94,7 +94,7 @@ def measure(what: str, args: argparse.Namespace) -> None:
     [rows] = args.rows
     path, cache = args.out / f"{args.form}-{rows}.jsonl", args.out / "cache"
     tokenizer = load_tokenizer(assets.resolve(args.model))
-    # A tokenizer takes more while it is read than when it is there: from here on the peak is that of the rows.
+    # Loading a tokenizer takes more memory than holding it; from here on the peak is that of the rows.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     found: dict[str, float] = {"memory_before_mb": peak()}
     config = DataConfig(cache="" if what == "memory" else str(cache))
@@ -119,7 +119,7 @@ def measure(what: str, args: argparse.Namespace) -> None:
 
 
 def peak() -> int:
-    """Most memory this process has held, MB. Of getrusage it would be the parent's, where that was larger."""
+    """Return the peak memory of this process in MB; getrusage could return the larger peak of its parent."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) // 1024
 

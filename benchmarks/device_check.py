@@ -1,8 +1,8 @@
-"""Does an accelerator compute what a CPU does? Losses, gradients, log-probs and greedy answers beside CPU float32.
+"""Compares losses, gradients, log-probs and greedy answers of an accelerator with those of a CPU in float32.
 
     python benchmarks/device_check.py --shape S --device gpu
 
-A JSON line a figure: the largest difference as a share of the largest value. Exit code 1 where one is too big.
+Each figure is a JSON line: the largest difference as a fraction of the largest value. Exit code 1 if one is too big.
 """
 
 import sys
@@ -20,7 +20,7 @@ from jrlhf.steps import make_generate, make_reward_step, make_sft_step
 from jrlhf.types import RankingBatch, SFTBatch, TrainState
 
 LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
-"""bfloat16 has 8 bits: a loss is right to a per cent, a gradient's largest entry to a few."""
+"""Tolerances. bfloat16 has 8 bits: a loss is right within one per cent, the largest gradient within a few."""
 
 
 class Inputs(NamedTuple):
@@ -37,14 +37,14 @@ def inputs(arch: ArchConfig, rows: int, length: int) -> Inputs:
     mask = at < lengths[:, :, None]
     ranks = np.tile(np.arange(2, dtype=np.int32), (rows, 1))
     rankings = RankingBatch(tokens, mask, ranks, np.ones_like(mask[:, :, 0]), np.zeros(rows, np.float32))
-    # Wider than at the start of a training run: a softmax of equal logits would hide what is wrong.
+    # Larger weights than at the start of training: a softmax of equal logits would hide errors.
     params = jax.tree.map(lambda leaf: 3.0 * leaf if leaf.ndim > 2 else leaf, init_params(arch, jax.random.key(0)))
     text = SFTBatch(tokens[:, 0], mask[:, 0], mask[:, 0])
     return jax.device_get(Inputs(params, reward_params(params, arch, jax.random.key(1)), text, rankings))
 
 
 def results(fns: DecoderFns, given: Inputs, new: int) -> dict[str, Any]:
-    """By one step of gradient descent with a rate of 1, whose difference is the gradient."""
+    """Compute a gradient as the difference that one step of gradient descent with rate 1 makes."""
     tx = optax.sgd(1.0)
 
     def after(step: Callable[..., Any], params: Any, batch: Any) -> tuple[Any, Any]:
@@ -73,7 +73,7 @@ def results(fns: DecoderFns, given: Inputs, new: int) -> dict[str, Any]:
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest one of all leaves, as a share of the largest value."""
+    """Return the largest difference in all leaves as a fraction of the largest value."""
     pairs = list(zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
     largest = max(float(np.max(np.abs(b))) for _, b in pairs)
     return max(float(np.max(np.abs(np.asarray(a, np.float64) - b))) for a, b in pairs) / largest
@@ -94,7 +94,7 @@ def main() -> None:
     if jax.devices()[0].platform == "tpu":
         kinds += [("float32", "splash"), ("bfloat16", "splash")]
     for dtype, attention in kinds:
-        # At a higher one the kernel takes no bfloat16.
+        # At a higher precision the kernel does not accept bfloat16.
         precision = "default" if (dtype, attention) == ("bfloat16", "splash") else "highest"
         with jax.default_matmul_precision(precision):
             found = results(decoder_fns(arch, dtype=dtype, remat=False, attention=attention), given, args.new)

@@ -1,4 +1,4 @@
-"""Sampling: new tokens a second, compile seconds, share of the measured memory bandwidth that decoding uses."""
+"""Measures sampling: new tokens per second, compile seconds, fraction of the measured memory bandwidth."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def read_bytes(arch, args) -> float:
-    """The least that must be read: all weights each step, and the cache as far as it is filled."""
+    """Return the minimum of bytes to read: all weights in each step, and the filled part of the cache."""
     fed = np.tile(np.arange(args.prompt, args.prompt + args.new - 1), args.batch)
     itemsize = jnp.dtype(args.dtype).itemsize
     return float(decode_bytes(arch, fed, steps=args.new - 1, itemsize=itemsize, kv_cache=args.kv_cache))

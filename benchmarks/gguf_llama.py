@@ -1,4 +1,4 @@
-"""A Llama in a GGUF file, and its tokenizer, as a Hugging Face folder. Reading needs the package gguf."""
+"""Converts a Llama in a GGUF file, and its tokenizer, to a Hugging Face folder. Needs the package gguf."""
 
 import json
 import re
@@ -24,11 +24,12 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""GGUF's names of Llama's tensors, and Hugging Face's."""
+"""GGUF's names of Llama's tensors, with Hugging Face's names."""
 
 
 def hf_tensor(name: str, weight: np.ndarray, *, heads: int, kv_heads: int) -> tuple[str, np.ndarray]:
-    """Hugging Face's name and row order of one GGUF tensor; llama.cpp turns neighbouring rows of q and k together."""
+    """Return Hugging Face's name and row order of a GGUF tensor; llama.cpp rotates neighbouring rows of q and k
+    together."""
     layer, stem = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name).groups()
     turned = {"attn_q": heads, "attn_k": kv_heads}
     if stem in turned:
@@ -38,7 +39,7 @@ def hf_tensor(name: str, weight: np.ndarray, *, heads: int, kv_heads: int) -> tu
 
 
 def hf_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """``config.json`` from GGUF's metadata."""
+    """Return ``config.json`` from the metadata of GGUF."""
     llama = {name.removeprefix("llama."): value for name, value in fields.items()}
     heads, hidden = llama["attention.head_count"], llama["embedding_length"]
     return {
@@ -58,7 +59,7 @@ def hf_config(fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_hidden_layers": llama["block_count"],
         "num_key_value_heads": llama["attention.head_count_kv"],
         "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
-        "rms_norm_eps": float(f"{llama['attention.layer_norm_rms_epsilon']:.3g}"),  # a float32 there
+        "rms_norm_eps": float(f"{llama['attention.layer_norm_rms_epsilon']:.3g}"),  # GGUF stores a float32
         "rope_scaling": None,
         "rope_theta": llama["rope.freq_base"],
         "tie_word_embeddings": True,
@@ -68,7 +69,8 @@ def hf_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convert(gguf_file: Path, tokenizer: Path, out: Path) -> None:
-    """A GGUF Llama and its ``tokenizer.json`` as a Hugging Face folder; the config comes last, so it marks the end."""
+    """Write a GGUF Llama and its ``tokenizer.json`` as a Hugging Face folder; the config comes last and marks
+    completion."""
     from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(gguf_file)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything of one GPU in under nine minutes: right beside CPU float32, then speed. A JSON line a figure.
+# Measures one GPU in under nine minutes: correctness against CPU float32, then speed. Prints a JSON line per figure.
 #
 #   bash benchmarks/gpu.sh benchmarks/results/gpu.jsonl
 #
-# PYTHON names the interpreter. DEVICE=cpu TINY=1 runs the same at sizes that a CPU does in minutes, to test this file.
+# PYTHON names the interpreter. DEVICE=cpu TINY=1 tests this file with sizes that take a CPU minutes.
 set -uo pipefail
 
 out=${1:?the file to write}
@@ -11,12 +11,12 @@ python=${PYTHON:-python}
 device=${DEVICE:-gpu}
 here=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$here/..:$here${PYTHONPATH:+:$PYTHONPATH}"
-# Peak memory is then what the program takes, not what JAX reserves.
+# Peak memory is then the use of the program, not the reservation of JAX.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 failed=0
 : > "$out"
 
-run() { # seconds, file, flags: what fails or takes too long is named, and the rest goes on
+run() { # seconds, file, flags: names a benchmark that fails or takes too long, and continues
   local limit=$1 file=$2
   shift 2
   if [ -n "${TINY:-}" ]; then

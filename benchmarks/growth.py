@@ -1,9 +1,9 @@
-"""How time and memory grow with tokens a row, rows, layers and tokens of an answer, beside the arithmetic they take.
+"""Measures how time and memory grow with row length, rows, layers and answer length, compared with their FLOPs.
 
     python benchmarks/growth.py --shape S --out benchmarks/results/growth.png > growth.jsonl
 
-A JSON line a point: seconds (the median; all points of a sweep in turn), the program's memory besides its arguments,
-and model FLOPs. At the end of each sweep the exponents: time and memory grow as FLOPs to the power of so much.
+Each point is a JSON line: seconds (the median; all points of a sweep run in turn), the program's memory without its
+arguments, and model FLOPs. Each sweep ends with two exponents: time and memory grow as FLOPs to that power.
 """
 
 import statistics
@@ -29,13 +29,13 @@ class Point(NamedTuple):
     call: Callable[[], Any]
     first: float
     memory: int
-    """Bytes that the program takes besides its arguments and results."""
+    """Bytes that the program uses besides its arguments and results."""
     flops: float
 
 
-def compiled(fn: Callable[..., Any], *given: Any, donate: tuple[int, ...] = ()) -> tuple[Any, float, int]:
+def compiled(fn: Callable[..., Any], *inputs: Any, donate: tuple[int, ...] = ()) -> tuple[Any, float, int]:
     start = time.perf_counter()
-    program = jax.jit(fn, donate_argnums=donate).lower(*given).compile()
+    program = jax.jit(fn, donate_argnums=donate).lower(*inputs).compile()
     return program, time.perf_counter() - start, program.memory_analysis().temp_size_in_bytes
 
 
@@ -55,8 +55,8 @@ def sft(arch: ArchConfig, dtype: str, rows: int, length: int) -> tuple[Any, floa
     fns, tx = decoder_fns(arch, dtype=dtype, remat=False), optax.adamw(1e-5)
     tokens, mask = jnp.ones((rows, length), jnp.int32), jnp.ones((rows, length), jnp.bool_)
     step = make_sft_step(fns.logprob_fn, tx, accumulation=1)
-    found = training(step, init_params(arch, jax.random.key(0)), tx, SFTBatch(tokens, mask, mask))
-    return *found, 3 * batch_flops(arch, rows, length, logits=rows * length)
+    program = training(step, init_params(arch, jax.random.key(0)), tx, SFTBatch(tokens, mask, mask))
+    return *program, 3 * batch_flops(arch, rows, length, logits=rows * length)
 
 
 def reward(arch: ArchConfig, dtype: str, rows: int, length: int) -> tuple[Any, float, int, float]:
@@ -73,9 +73,9 @@ def generation(arch: ArchConfig, dtype: str, rows: int, new: int) -> tuple[Any, 
     fns, prompt = decoder_fns(arch, dtype=dtype, remat=False).decode_fns, 16
     sampler = make_generate(fns, max_new_tokens=new, temperature=1.0, top_k=0, top_p=1.0, stop_tokens=(), pad_token=0)
     params, tokens = init_params(arch, jax.random.key(0)), jnp.ones((rows, prompt), jnp.int32)
-    given = params, tokens, tokens > 0, jax.random.key(1)
-    program, first, memory = compiled(sampler, *given)
-    return lambda: program(*given).tokens, first, memory, batch_flops(arch, rows, prompt + new, logits=rows * new)
+    inputs = params, tokens, tokens > 0, jax.random.key(1)
+    program, first, memory = compiled(sampler, *inputs)
+    return lambda: program(*inputs).tokens, first, memory, batch_flops(arch, rows, prompt + new, logits=rows * new)
 
 
 SWEEPS: dict[str, tuple[tuple[int, ...], Callable[[ArchConfig, str, int], tuple[Any, float, int, float]]]] = {
@@ -90,7 +90,7 @@ SWEEPS: dict[str, tuple[tuple[int, ...], Callable[[ArchConfig, str, int], tuple[
 
 
 def measure(points: list[Point], repeats: int) -> list[Timing]:
-    """All points in turn, so that a slower minute is one for all of them."""
+    """Measure all points in turn, so that a slower minute affects all of them."""
     times: list[list[float]] = [[] for _ in points]
     for _ in range(repeats + 1):
         for point, seconds in zip(points, times, strict=True):
@@ -104,14 +104,14 @@ def measure(points: list[Point], repeats: int) -> list[Timing]:
 
 
 def exponent(flops: list[float], values: list[float]) -> float:
-    """The slope of a line through the logarithms."""
+    """Return the slope of a line through the logarithms."""
     return float(np.polyfit(np.log(flops), np.log(values), 1)[0])
 
 
 def main() -> None:
     args = arguments(__doc__, out="", sweeps="")
     arch = arch_of(args)
-    found: dict[str, tuple[list[Point], list[Timing]]] = {}
+    results: dict[str, tuple[list[Point], list[Timing]]] = {}
     for name, (sizes, build) in SWEEPS.items():
         if args.sweeps not in name:
             continue
@@ -127,19 +127,21 @@ def main() -> None:
         }
         for what, value in grown.items():
             report(f"{name}: growth of {what}", value, "power of FLOPs", times[-1], args)
-        found[name] = points, times
+        results[name] = points, times
     if args.out:
-        draw(Path(args.out), found)
+        draw(Path(args.out), results)
 
 
-def draw(path: Path, found: dict[str, tuple[list[Point], list[Timing]]]) -> None:
+def draw(path: Path, results: dict[str, tuple[list[Point], list[Timing]]]) -> None:
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, len(found), figsize=(3 * len(found), 5.5), squeeze=False, layout="constrained")
-    for column, (name, (points, times)) in enumerate(found.items()):
+    figure, axes = pyplot.subplots(
+        2, len(results), figsize=(3 * len(results), 5.5), squeeze=False, layout="constrained"
+    )
+    for column, (name, (points, times)) in enumerate(results.items()):
         sizes, flops = [point.size for point in points], np.array([point.flops for point in points])
         rows = {"seconds": [timing.median for timing in times], "MB": [point.memory / 2**20 for point in points]}
         for axis, (unit, values) in zip(axes[:, column], rows.items(), strict=True):

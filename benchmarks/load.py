@@ -1,8 +1,8 @@
-"""Seconds and peak host memory of reading a Hugging Face folder, of random weights in a Llama of the flags' sizes.
+"""Measures seconds and peak host memory of reading a Hugging Face folder: a Llama of the flags' size, random weights.
 
     python benchmarks/load.py --hidden 1024 --layers 8 --heads 16 --kv-heads 4 --ffn 2816 --vocab 16000
 
-Linux only. The figure counts mapped files too, ``private`` does not; both are above what the process held before.
+Linux only. The figure includes mapped files, ``private`` does not; both exclude the memory from before.
 """
 
 import threading
@@ -18,14 +18,14 @@ from jrlhf.parallel import make_mesh
 
 
 def resident() -> dict[str, int]:
-    """Bytes in memory: private ("RssAnon") and all ("VmRSS")."""
+    """Return the bytes in memory: private ("RssAnon") and all ("VmRSS")."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")}
 
 
 class Watch(threading.Thread):
-    """The highest figures while it runs, looked at every millisecond."""
+    """Records the highest figures while it runs, every millisecond."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -1,9 +1,9 @@
-"""What the loop of a stage costs over its bare steps: input, logs, TensorBoard, checkpoints.
+"""Measures the overhead of a stage's loop over its bare steps: input, logs, TensorBoard, checkpoints.
 
     python benchmarks/loop.py --shape S --steps 60 --every 20
 
-`jrlhf sft` in this process; every call of the jitted step is awaited and timed. From the end of the first call (which
-compiles) to the end of the last one, what is not inside a call is the loop's.
+It runs `jrlhf sft` in this process, and waits for and times every call of the jitted step. The overhead is the time
+outside the calls, from the end of the first call (which compiles) to the end of the last.
 """
 
 import json
@@ -23,17 +23,17 @@ from jrlhf.config import CheckpointConfig, Config, DataConfig, LogConfig, ModelC
 
 
 class Calls:
-    """Start and end of every call of a step."""
+    """Records the start and the end of every call of a step."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[float, float]] = []
 
     def timed(self, step: Any) -> Any:
-        def call(*given: Any) -> Any:
+        def call(*inputs: Any) -> Any:
             start = time.perf_counter()
-            found = jax.block_until_ready(step(*given))
+            output = jax.block_until_ready(step(*inputs))
             self.spans.append((start, time.perf_counter()))
-            return found
+            return output
 
         return call
 
@@ -42,11 +42,11 @@ def main() -> None:
     args = arguments(__doc__, batch=8, length=256, steps=60, every=20)
     calls, start_training = Calls(), sft_stage.start_training
 
-    def watched(*given: Any, **settings: Any) -> Any:
-        state, update = start_training(*given, **settings)
+    def start_timed(*inputs: Any, **settings: Any) -> Any:
+        state, update = start_training(*inputs, **settings)
         return state, calls.timed(update)
 
-    with TemporaryDirectory() as name, patch.object(sft_stage, "start_training", watched):
+    with TemporaryDirectory() as name, patch.object(sft_stage, "start_training", start_timed):
         folder, arch = Path(name), arch_of(args)
         save_random_model(folder / "model", arch)
         save_tokenizer(folder / "model", arch.vocab_size)
@@ -63,11 +63,11 @@ def main() -> None:
         sft_stage.run_sft(Config(run=str(folder / "run"), sft=config))
         lines = (folder / "run" / "sft" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [end - start for start, end in calls.spans[1:]]
-    whole = calls.spans[-1][1] - calls.spans[0][1]
+    total = calls.spans[-1][1] - calls.spans[0][1]
     each = Timing(calls.spans[0][1] - calls.spans[0][0], float(np.median(steps)), min(steps), max(steps))
     shares = {name: [x for line in lines if (x := json.loads(line).get(f"share/{name}")) is not None] for name in PARTS}
-    parts = {f"share_{name}": float(np.mean(found)) if found else 0.0 for name, found in shares.items()}
-    report("loop over bare steps", (whole - sum(steps)) / sum(steps), "of the bare steps' time", each, args, **parts)
+    parts = {f"share_{name}": float(np.mean(values)) if values else 0.0 for name, values in shares.items()}
+    report("loop over bare steps", (total - sum(steps)) / sum(steps), "of the bare steps' time", each, args, **parts)
 
 
 PARTS = ("input", "checkpoint")

@@ -1,11 +1,11 @@
-"""What ``jrlhf plan`` says beside what is so: the peak of a real run, and how long big models take to plan.
+"""Compares ``jrlhf plan`` with the peak memory of a real run, and measures the planning time of large models.
 
     python benchmarks/plan.py --work measured --out DIR
     python benchmarks/plan.py --work big --out DIR
 
-``measured``: SFT and PPO of a Llama with 100 MB of parameters on 8 simulated CPU devices: a plan, and the growth of the
-process's resident memory until the first checkpoint (whose copies are the host's), its programs compiled by a run
-before. ``big``: PPO of Llama-3-8B and 70B by their config.json on 64 and 512 TPU v5p, with the seconds a plan took.
+``measured``: SFT and PPO of a Llama with 100 MB of parameters on 8 simulated CPU devices: the plan, and the growth of
+the process's resident memory until the first checkpoint (which copies to the host); an earlier run has compiled the
+programs. ``big``: PPO of Llama-3-8B and 70B by their config.json on 64 and 512 TPU v5p, and the seconds of each plan.
 """
 
 import argparse
@@ -90,17 +90,17 @@ ppo:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Return the bytes of this process that are in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def highest() -> int:
-    """Bytes of this process that have been in memory at most."""
+    """Return the peak of the bytes of this process in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def write_small(out: Path) -> None:
-    """Models, rows that are all longer than the limits, and the config."""
+    """Write the models, rows longer than all limits, and the config."""
     import jax
     from common import save_random_model
 
@@ -135,7 +135,7 @@ def write_small(out: Path) -> None:
 
 
 def run_stage(out: Path, stage: str) -> None:
-    """In a process of its own: the stage until its first checkpoint; prints what memory it took."""
+    """Run a stage in this process until its first checkpoint, and print the memory that it used."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -147,14 +147,14 @@ def run_stage(out: Path, stage: str) -> None:
 
     jax.block_until_ready(jax.numpy.zeros(8))
     config = load_config(out / "small.yaml")
-    # Libraries that are imported where they are first used are no part of the growth.
+    # Late imports of libraries must not count as growth.
     tokenizer = load_tokenizer(str(out / "model"))
     load_sft(config.sft.data, config.sft.data.train, tokenizer, train_on="all")
 
     save = Checkpoints.save
 
     def stop(checkpoints: Checkpoints, step: int, *arguments: Any, **named: Any) -> None:
-        if step == 0:  # what there is to go back to: no step has been made
+        if step == 0:  # the checkpoint before the first step
             return save(checkpoints, step, *arguments, **named)
         print(json.dumps({"resident": highest() - before}), flush=True)
         os._exit(0)
@@ -165,20 +165,20 @@ def run_stage(out: Path, stage: str) -> None:
 
 
 def measure(out: Path) -> None:
-    """A JSON line for SFT and for PPO: predicted and measured bytes of the whole process."""
+    """Print a JSON line each for SFT and PPO: predicted and measured bytes of the whole process."""
     write_small(out)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        # What is freed goes back to the system, so that resident memory is what is held.
+        # Return freed memory to the system at once, so that resident memory is memory in use.
         "MALLOC_TRIM_THRESHOLD_": "0",
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
     planned = plan(out / "small.yaml", f"cpu:{DEVICES}", out)
     for stage in planned["stages"]:
         command = [sys.executable, __file__, "--stage", stage["name"], "--out", str(out)]
-        for _ in range(2):  # the second finds its programs compiled
+        for _ in range(2):  # the second run uses the programs of the first
             shutil.rmtree(out / "run", ignore_errors=True)
             done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=1800)
         found = json.loads(done.stdout.splitlines()[-1])["resident"]
@@ -201,13 +201,13 @@ def plan(config: Path, topology: str, out: Path) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """That processes started from here have used and ended: what a plan takes where nothing else runs."""
+    """Return the CPU seconds of all finished child processes: the time of a plan on an idle machine."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def plan_big(out: Path, only: str) -> None:
-    """A JSON line a plan."""
+    """Print a JSON line for each plan."""
     for size, sizes in SIZES.items():
         (out / size).mkdir(parents=True, exist_ok=True)
         (out / size / "config.json").write_text(json.dumps(LLAMA3 | sizes))
@@ -234,9 +234,13 @@ def plan_big(out: Path, only: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", default="", choices=("", "measured", "big"))
-    parser.add_argument("--stage", default="", choices=("", "sft", "ppo"), help="(what a process of its own does)")
-    parser.add_argument("--only", default="", help="of the big plans those whose name has it, such as '8B 128'")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for models, runs and plans")
+    parser.add_argument(
+        "--stage", default="", choices=("", "sft", "ppo"), help="(internal: the stage of a child process)"
+    )
+    parser.add_argument(
+        "--only", default="", help="run only the big plans with this text in their name, such as '8B 128'"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for models, runs and plans")
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One PPO iteration through the public steps: rollout, scoring, all updates; seconds in all and by phase."""
+"""Measures one PPO iteration through the public steps: rollout, scoring, all updates; seconds in total and by phase."""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""The full quick start over several seeds: a JSON line a seed, and a Markdown table for benchmarks/results/.
+"""Runs the full quick start over several seeds. Prints a JSON line per seed, and a table for benchmarks/results/.
 
     python benchmarks/quickstart.py --seeds 0 1 2 --out /tmp/quickstart > quickstart.jsonl
 
-A seed whose folder is finished is not run again.
+A seed with a finished folder does not run again.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--preset", default="full", choices=("full", "smoke"))
-    parser.add_argument("--out", type=Path, required=True, help="a folder a seed is made below it")
+    parser.add_argument("--out", type=Path, required=True, help="folder for one folder per seed")
     args = parser.parse_args()
     summaries = []
     for seed in args.seeds:

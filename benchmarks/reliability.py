@@ -1,7 +1,7 @@
-"""How well runs survive: kills, flipped bits, how long saving holds training up, how fast a run is back.
+"""Measures the reliability of runs: kills, bit flips, delay by saving, and time to resume.
 
-One JSON line a figure. `--kills` a stage: the real command is killed at random moments and started again until it ends;
-its weights and log are then those of an unbroken run, or its kills are not counted as survived.
+It prints one JSON line per figure. It kills the real command `--kills` times in each stage, at random moments, and
+restarts it until it ends. The run survives its kills if weights and log equal those of an uninterrupted run.
 """
 
 import argparse
@@ -38,11 +38,11 @@ MEASURED = ("time", "seconds/", "share/", "perf/", "compile/")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50, help="of each stage")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills in each stage")
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--save-mib", type=int, default=0, help="only this: save a state of so many MiB, for its memory"
+        "--save-mib", type=int, default=0, help="only save a state of this many MiB, and measure its memory"
     )
     args = parser.parse_args()
     if args.save_mib:
@@ -50,23 +50,23 @@ def main() -> None:
         return
     random.seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        whole = small_run(Path(folder), "whole")
+        reference = small_run(Path(folder), "reference")
         start = time.perf_counter()
-        if code := command(whole, "pipeline").wait():
-            raise SystemExit(f"the unbroken run ended with {code}")
+        if code := command(reference, "pipeline").wait():
+            raise SystemExit(f"the uninterrupted run ended with {code}")
         tell("unbroken_run", seconds=round(time.perf_counter() - start, 1), stages=len(STAGES))
-        broken = small_run(Path(folder), "broken")
+        interrupted = small_run(Path(folder), "interrupted")
         for stage in STAGES:
-            tell("kills_survived", stage=stage, **survived(stage, whole, broken, kills=args.kills))
-        tell("flips_found", **flips_found(Path(whole.run) / "sft" / "checkpoints", flips=args.flips))
-        shares = [row["share/checkpoint"] for row in log_of(whole, "sft", every=True) if "share/checkpoint" in row]
-        # In a process of its own: what the others have taken before would hide it.
+            tell("kills_survived", stage=stage, **survived(stage, reference, interrupted, kills=args.kills))
+        tell("flips_found", **flips_found(Path(reference.run) / "sft" / "checkpoints", flips=args.flips))
+        shares = [row["share/checkpoint"] for row in log_of(reference, "sft", every=True) if "share/checkpoint" in row]
+        # A new process: the memory of the other figures would hide this one.
         subprocess.run([sys.executable, __file__, "--save-mib", "512"], check=True)
         tell("blocked_share", of="sft, a checkpoint every 5 steps", value=round(sum(shares) / max(len(shares), 1), 4))
 
 
 def save_memory(mib: int) -> dict[str, Any]:
-    """What a save takes besides the state itself, at its peak, and how long it holds the caller up (Linux)."""
+    """Measure the peak memory of a save relative to the state, and how long it blocks the caller (Linux)."""
     import jax
 
     rows = mib * 2**20 // (8 * 1024 * 4)
@@ -79,23 +79,23 @@ def save_memory(mib: int) -> dict[str, Any]:
         state = {f"w{i}": jax.random.normal(jax.random.key(i), (rows, 1024)) for i in range(8)}
         jax.block_until_ready(state)
         size, before = sum(leaf.nbytes for leaf in state.values()), resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         start = time.perf_counter()
         checkpoints.save(1, state, metadata={}, metrics=None)
         blocked = time.perf_counter() - start
         checkpoints.wait()
-        whole = time.perf_counter() - start
+        total = time.perf_counter() - start
         over = (resident("VmHWM") - before) / size
     return {
         "state_mib": round(size / 2**20),
         "peak_over_state": round(1 + over, 2),
         "blocked_seconds": round(blocked, 3),
-        "seconds": round(whole, 2),
+        "seconds": round(total, 2),
     }
 
 
 def resident(name: str) -> int:
-    """Bytes."""
+    """Return a memory figure of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
@@ -105,7 +105,7 @@ def tell(figure: str, **values: Any) -> None:
 
 
 def small_run(folder: Path, name: str) -> Config:
-    """The shipped model on a few hundred rows; checkpoints every 5 steps, of PPO every iteration."""
+    """Configure the shipped model on a few hundred rows; checkpoints every 5 steps, in PPO every iteration."""
     log = LogConfig(every=5, eval_every=10, eval_rows=16, samples=2, progress=False)
 
     def data(train: str, heldout: str) -> DataConfig:
@@ -153,20 +153,20 @@ def command(config: Config, stage: str) -> subprocess.Popen[bytes]:
     )
 
 
-def survived(stage: str, whole: Config, broken: Config, *, kills: int) -> dict[str, Any]:
-    """Kill, start again, and compare; when a run ends before all kills are spent, another one begins."""
+def survived(stage: str, reference: Config, interrupted: Config, *, kills: int) -> dict[str, Any]:
+    """Kill and restart a stage, then compare; if a run ends before all kills are used, another run begins."""
     spent, equal, runs, back = 0, 0, 0, []
     while spent < kills:
-        in_this_run, folder = 0, Path(broken.run) / stage
+        in_this_run, folder = 0, Path(interrupted.run) / stage
         while not (folder / "summary.json").exists():
-            known = len(log_of(broken, stage))
+            known = len(log_of(interrupted, stage))
             start = time.perf_counter()
-            process = command(broken, stage)
-            # From nothing done at all to the last steps and the export.
+            process = command(interrupted, stage)
+            # The range covers the start, the last steps and the export.
             limit = start + random.uniform(2.0, 14.0) if spent + in_this_run < kills else start + 600
             while process.poll() is None and time.perf_counter() < limit:
                 time.sleep(0.02)
-                if known and len(log_of(broken, stage)) > known:
+                if known and len(log_of(interrupted, stage)) > known:
                     back.append(time.perf_counter() - start)
                     known = 10**9
             if process.poll() is None:
@@ -176,20 +176,20 @@ def survived(stage: str, whole: Config, broken: Config, *, kills: int) -> dict[s
                 raise SystemExit(f"{stage} ended by itself, with {process.returncode}")
             process.wait()
         spent, runs = spent + in_this_run, runs + 1
-        equal += in_this_run * same(stage, whole, broken)
+        equal += in_this_run * same(stage, reference, interrupted)
         if spent < kills:
             folder.rename(folder.with_name(f"{stage}-{runs}"))
-    found = sorted(back)
+    times = sorted(back)
     return {
         "kills": spent,
         "survived": equal,
         "runs": runs,
-        "back_at_a_new_line_seconds": round(found[len(found) // 2], 1) if found else None,
+        "back_at_a_new_line_seconds": round(times[len(times) // 2], 1) if times else None,
     }
 
 
 def same(stage: str, a: Config, b: Config) -> bool:
-    """Weights byte for byte, and every line of the log but for what it measures."""
+    """Whether two runs have the same weights, byte for byte, and the same log except for measurements."""
     weights = [(Path(config.run) / stage / "hf" / "model.safetensors").read_bytes() for config in (a, b)]
     return weights[0] == weights[1] and log_of(a, stage) == log_of(b, stage)
 
@@ -202,8 +202,8 @@ def log_of(config: Config, stage: str, *, every: bool = False) -> list[dict[str,
 
 
 def flips_found(folder: Path, *, flips: int) -> dict[str, int]:
-    """Of ``flips`` single bits changed in any file of a checkpoint, one at a time."""
-    found = 0
+    """Count how many of ``flips`` single-bit changes in files of a checkpoint are detected, one at a time."""
+    count = 0
     with Checkpoints(folder, keep=9, keep_best=0, best_metric=None, best_mode="min") as saved:
         step = saved.steps()[-1]
         files = [path for path in (folder / str(step)).rglob("*") if path.is_file()]
@@ -215,10 +215,10 @@ def flips_found(folder: Path, *, flips: int) -> dict[str, int]:
             try:
                 saved.check(step)
             except CheckpointError as error:
-                found += file.name in str(error)
+                count += file.name in str(error)
             file.write_bytes(content)
         saved.check(step)
-    return {"flips": flips, "found": found, "files": len(files)}
+    return {"flips": flips, "found": count, "files": len(files)}
 
 
 if __name__ == "__main__":

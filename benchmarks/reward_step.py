@@ -1,4 +1,4 @@
-"""One reward-model step on K-wise rankings: pairs and completions a second, share of the matmul peak."""
+"""Measures a reward-model step on K-wise rankings: pairs and completions per second, fraction of the matmul peak."""
 
 import jax
 import jax.numpy as jnp

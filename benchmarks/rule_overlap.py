@@ -1,10 +1,10 @@
-"""How much of a slow rule's time is hidden, as answers are drawn and read while it scores.
+"""Measures how much of a slow rule's time overlaps with sampling and reading of answers.
 
     python benchmarks/rule_overlap.py --shape S --seconds 2 --iterations 8 --parts 1
 
-`jrlhf ppo` without a reward model, scored by a Python function that sleeps every second iteration, as one that asks a
-server does: `--seconds` for all answers, an equal share for each of the `--parts` they are drawn in. The figure: of the
-rule's seconds those that rollout and scoring did not take longer, 1 if all were hidden, 0 if none.
+It runs `jrlhf ppo` without a reward model. A Python function scores, and sleeps in every second iteration, like a
+request to a server: `--seconds` for all answers, in equal shares for the `--parts` of the rollout. The figure is the
+fraction of the rule's seconds that does not lengthen rollout and scoring: 1 if all are hidden, 0 if none.
 """
 
 import importlib
@@ -29,7 +29,7 @@ naps = cycle([0.0])
 
 
 def sleeps(completions: list[str], **_: Any) -> list[float]:
-    """The rule; its score is how long it slept."""
+    """Score answers with the seconds of sleep."""
     nap = next(naps)
     time.sleep(nap)
     return [nap] * len(completions)
@@ -37,7 +37,7 @@ def sleeps(completions: list[str], **_: Any) -> list[float]:
 
 def main() -> None:
     args = arguments(__doc__, seconds=2.0, iterations=8, parts=1, episodes=32, prompt=64, new=64)
-    # The stage imports it by name, which is another copy than the one that runs as __main__.
+    # The stage imports this module by name, as a second copy beside __main__.
     importlib.import_module("rule_overlap").naps = cycle([0.0] * args.parts + [args.seconds / args.parts] * args.parts)
     spec = {"dtype": args.dtype, "rows": args.episodes, "prompt": args.prompt, "new": args.new, "optimizer": OPTIMIZER}
     with TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def main() -> None:
         )
         run_ppo(Config(run=base.run, ppo=ppo))
         lines = [line for line in read_metrics(Path(base.run) / "ppo" / "metrics.jsonl") if "seconds/scoring" in line]
-    # The first two rounds compile.
+    # The first two iterations compile.
     timed = [
         (line["reward/rule/function"] > 0, line["seconds/rollout"] + line["seconds/scoring"]) for line in lines[2:]
     ]

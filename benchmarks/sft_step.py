@@ -1,4 +1,4 @@
-"""One SFT step: tokens a second, compile seconds, share of the measured matmul peak."""
+"""Measures an SFT step: tokens per second, compile seconds, fraction of the measured matmul peak."""
 
 import jax
 import jax.numpy as jnp

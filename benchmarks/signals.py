@@ -1,11 +1,11 @@
-"""Whether a run that is asked to stop does so, whatever it is at: PPO by the real command, signals in every phase.
+"""Tests that signals stop a run in every phase: it runs PPO by the real command and sends signals.
 
     python benchmarks/signals.py [--signals 20] [--phases rollout save]
 
-One JSON line a phase. Processes are sent SIGTERM and SIGINT in turn, at a random moment of the phase in a random
-iteration. A signal counts as stopped where the process ends with 143 or 130 and its state saved; one in the last
-iteration, after which nothing is left to stop, where it ends as always, with 0 (``in_last_iteration``). It counts as
-exact where the run, started again by the same command until it ends, has the weights and the log of an unbroken one.
+It prints one JSON line per phase. Processes get SIGTERM and SIGINT in turn, at a random moment of the phase in a random
+iteration. A signal counts as stopped if the process saves its state and ends with 143 or 130; in the last iteration
+nothing is left to stop, so it must end with 0 (``in_last_iteration``). It counts as exact if the run, restarted by the
+same command until it ends, has the weights and the log of an uninterrupted run.
 """
 
 import argparse
@@ -35,79 +35,79 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--signals", type=int, default=20, help="of each phase")
+    parser.add_argument("--signals", type=int, default=20, help="number of signals in each phase")
     parser.add_argument("--phases", nargs="+", default=PHASES, choices=PHASES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-with-signal", default="", help="(what a process of its own does)")
+    parser.add_argument("--run-with-signal", default="", help="(internal: arguments of a child process)")
     args = parser.parse_args()
     if args.run_with_signal:
         sys.exit(run_with_signal(**json.loads(args.run_with_signal)))
     random.seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        whole = evaluated_often(small_run(Path(folder), "whole"))
-        if code := command(whole, "pipeline").wait():
-            raise SystemExit(f"the unbroken run ended with {code}")
+        reference = with_frequent_evaluation(small_run(Path(folder), "reference"))
+        if code := command(reference, "pipeline").wait():
+            raise SystemExit(f"the uninterrupted run ended with {code}")
         for phase in args.phases:
-            tell("signals_survived", phase=phase, **survived(phase, whole, args.signals))
+            tell("signals_survived", phase=phase, **survived(phase, reference, args.signals))
 
 
-def evaluated_often(config: Config) -> Config:
+def with_frequent_evaluation(config: Config) -> Config:
     return replace(config, ppo=replace(config.ppo, log=replace(config.ppo.log, eval_every=2)))
 
 
-def survived(phase: str, whole: Config, signals: int) -> dict[str, Any]:
-    """Runs of PPO on the unbroken run's models, broken off again and again until all signals are spent."""
+def survived(phase: str, reference: Config, signals: int) -> dict[str, Any]:
+    """Run PPO on the models of the uninterrupted run, and interrupt it until all signals are used."""
     sent = stopped = last = runs = equal = 0
     seconds = []
     while sent < signals:
         runs, in_this_run = runs + 1, 0
-        broken = replace(whole, run=f"{whole.run}-{phase}-{runs}")
-        folder = Path(broken.run) / "ppo"
+        interrupted = replace(reference, run=f"{reference.run}-{phase}-{runs}")
+        folder = Path(interrupted.run) / "ppo"
         folder.parent.mkdir()
         for stage in ("sft", "reward"):
-            shutil.copytree(Path(whole.run) / stage, folder.parent / stage)
+            shutil.copytree(Path(reference.run) / stage, folder.parent / stage)
         while not (folder / "summary.json").exists():
             if sent == signals:
-                if code := command(broken, "ppo").wait():
+                if code := command(interrupted, "ppo").wait():
                     raise SystemExit(f"going on after {phase} ended with {code}")
                 break
             number = (signal.SIGTERM, signal.SIGINT)[sent % 2]
-            found = stop_once(broken, phase, number)
-            if found is None:  # the run was over before that phase came again
+            outcome = stop_once(interrupted, phase, number)
+            if outcome is None:  # the run ended before the phase came again
                 break
-            code, after = found
+            code, after = outcome
             sent, in_this_run = sent + 1, in_this_run + 1
-            # Asked in its last iteration, there is nothing left to stop: it ends as always.
+            # In the last iteration nothing is left to stop, so the run ends normally.
             over = (folder / "summary.json").exists()
             last += over
             ended_well = code == (0 if over else CODES[number])
             stopped += ended_well
             if not ended_well:
-                tell("ended_otherwise", phase=phase, code=code, log=log_of_it(broken).read_text()[-2000:])
+                tell("ended_otherwise", phase=phase, code=code, log=log_of_it(interrupted).read_text()[-2000:])
             seconds.append(after)
-        equal += in_this_run * same("ppo", whole, broken)
-    found = sorted(seconds)
+        equal += in_this_run * same("ppo", reference, interrupted)
+    times = sorted(seconds)
     return {
         "signals": sent,
         "stopped": stopped,
         "in_last_iteration": last,
         "exact": equal,
         "runs": runs,
-        "ends_after_seconds": [round(found[len(found) // 2], 2), round(found[-1], 2)],
+        "ends_after_seconds": [round(times[len(times) // 2], 2), round(times[-1], 2)],
     }
 
 
 def log_of_it(config: Config) -> Path:
-    """What the process said that was signalled last."""
+    """Return the log of the process with the latest signal."""
     return Path(config.run).with_suffix(".log")
 
 
 def stop_once(config: Config, phase: str, number: int) -> tuple[int, float] | None:
-    """Start it, and signal it in that phase; its exit code and the seconds from signal to end."""
-    asked = {"config": str(Path(config.run).with_suffix(".yaml")), "phase": phase, "number": int(number)}
-    asked["call"], asked["share"] = random.randint(1, 1 if phase == "compile" else 3), random.random()
-    command_line = [sys.executable, __file__, "--run-with-signal", json.dumps(asked)]
-    Path(asked["config"]).write_text(to_yaml(config), encoding="utf-8")
+    """Start a run and send a signal in a phase; return the exit code and the seconds from the signal to the end."""
+    request = {"config": str(Path(config.run).with_suffix(".yaml")), "phase": phase, "number": int(number)}
+    request["call"], request["share"] = random.randint(1, 1 if phase == "compile" else 3), random.random()
+    command_line = [sys.executable, __file__, "--run-with-signal", json.dumps(request)]
+    Path(request["config"]).write_text(to_yaml(config), encoding="utf-8")
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     if phase == "compile":
         environment |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
@@ -124,7 +124,7 @@ def stop_once(config: Config, phase: str, number: int) -> tuple[int, float] | No
 
 
 def run_with_signal(config: str, phase: str, number: int, call: int, share: float) -> int:
-    """``jrlhf ppo`` with a signal ``share`` of the way through that phase, the ``call``-th time it is entered."""
+    """Run ``jrlhf ppo`` with a signal at ``share`` of the way through a phase, in its ``call``-th occurrence."""
     from jrlhf.cli import main as jrlhf
     from jrlhf.rollout import iteration as ppo_iteration
     from jrlhf.runs.checkpoints import Checkpoints
@@ -146,14 +146,14 @@ def run_with_signal(config: str, phase: str, number: int, call: int, share: floa
         entered += 1
         due = None
         if entered == call:
-            # A save goes on in the background when its call returns.
+            # A save continues in the background after its call returns.
             due = threading.Timer(share * (0.3 if phase == "save" else last or 0.05), send)
             due.start()
         start = time.perf_counter()
         yield
         last = time.perf_counter() - start
         if due is not None and phase != "save" and due.is_alive():
-            # It went quicker than the time before: now, then, before it is left.
+            # The phase was shorter than the last time: send the signal now, before it ends.
             due.cancel()
             due.join()
             send()
@@ -169,7 +169,7 @@ def run_with_signal(config: str, phase: str, number: int, call: int, share: floa
 
     @contextmanager
     def marked_phase(seconds: dict[str, Any], name: str) -> Iterator[Any]:
-        # The first time of all is the one in which it is compiled.
+        # The first occurrence of all is the one that compiles.
         compiles = phase == "compile" and entered == 0
         if name == f"seconds/{phase}" or (name != "seconds/input" and compiles and random.random() < 0.5):
             with within(), timed(seconds, name) as wait:
@@ -183,8 +183,8 @@ def run_with_signal(config: str, phase: str, number: int, call: int, share: floa
         last = 2.0
         random.seed(share)
     if phase == "evaluation":
-        made = ppo.make_evaluator
-        ppo.make_evaluator = lambda *arguments: marked(made(*arguments))
+        make_evaluator = ppo.make_evaluator
+        ppo.make_evaluator = lambda *arguments: marked(make_evaluator(*arguments))
     if phase == "save":
         Checkpoints.save = marked(Checkpoints.save)
     return jrlhf(["ppo", "--config", config])

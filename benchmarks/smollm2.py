@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct through jrlhf's own commands: it answers a question, becomes a reward model of people's
-choices, and runs a PPO iteration on it. A JSON line, and a Markdown table for benchmarks/results/.
+"""Runs SmolLM2-135M-Instruct through jrlhf's commands: it answers a question, becomes a reward model of human
+preferences, and trains for one PPO iteration. Prints a JSON line, and a Markdown table for benchmarks/results/.
 
     python benchmarks/smollm2.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --tokenizer tokenizer.json \\
         --pairs hh-harmless.jsonl.gz --out /tmp/smollm2 > smollm2.jsonl
 
-What has been finished in --out is not run again. Needs the package gguf.
+Commands that have finished in --out do not run again. Needs the package gguf.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from jrlhf.tools.quickstart import BAG_OF_WORDS_L2
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 HELDOUT, NORMALISED = 200, 32
-"""Pairs: the last ones are held out; the reward is normalised on the first ones of the others."""
+"""Numbers of pairs: the last ones are held out, and the first of the others normalise the reward."""
 RECIPE = """\
 run: {out}/run
 seed: 0
@@ -72,13 +72,13 @@ ROWS = {
     "bag of words, same pairs": ("reward", "bag_of_words_accuracy"),
     "longer wins": ("reward", "longer_wins_accuracy"),
     "expected calibration error": ("reward", "ece"),
-    "held-out loss, nats a pair (chance: 0.693)": ("reward", "loss"),
+    "held-out loss, nats per pair (chance: 0.693)": ("reward", "loss"),
     "training loss, first and last quarter": ("reward", "train_loss"),
-    "pairs to train on; held out": ("reward", "pairs"),
+    "training pairs; held-out pairs": ("reward", "pairs"),
     "updates": ("reward", "steps"),
-    "pairs a second, median": ("reward", "pairs_per_second"),
+    "pairs per second, median": ("reward", "pairs_per_second"),
     "PPO: reward before, after": ("ppo", "score"),
-    "PPO: KL after, nats an answer": ("ppo", "kl"),
+    "PPO: KL after, nats per answer": ("ppo", "kl"),
     "PPO: sampler and trainer, max abs log-prob difference": ("ppo", "max_abs_logprob_diff"),
     "PPO: first minibatch, max abs log ratio": ("ppo", "first_minibatch_max_abs_log_ratio"),
     "seconds: answer": ("seconds", "generate"),
@@ -92,7 +92,7 @@ ROWS = {
 
 
 def split(pairs: Path, out: Path, *, train_pairs: int) -> None:
-    """Rows that a reward model can learn from, as they stand: the last ones held out, of the others the first."""
+    """Split the rows that a reward model can learn from: the last ones are held out, the first of the others train."""
     with gzip.open(pairs, "rt", encoding="utf-8") if pairs.suffix == ".gz" else pairs.open(encoding="utf-8") as file:
         usable = [line for line in file if line.strip() and is_ranking(line)]
     train = usable[:-HELDOUT][:train_pairs]
@@ -118,7 +118,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def run_once(out: Path, command: str, *arguments: str) -> float:
-    """Seconds of a jrlhf command, unless it has ended well in an earlier call: then its seconds then."""
+    """Run a jrlhf command unless it has finished in an earlier call; return its seconds."""
     done = out / f"{command}.seconds"
     if not done.is_file():
         start = time.perf_counter()
@@ -128,7 +128,7 @@ def run_once(out: Path, command: str, *arguments: str) -> float:
 
 
 def ask(out: Path) -> float:
-    """The greedy answer to the question, which must be right: else the weights are not what they were."""
+    """Return the seconds of a greedy answer, which must be right, else the weights are wrong."""
     question = {"prompt": [{"role": "user", "content": QUESTION}]}
     (out / "data/question.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
     files = ["--prompts", str(out / "data/question.jsonl"), "--out", str(out / "answer.jsonl")]
@@ -140,13 +140,13 @@ def ask(out: Path) -> float:
 
 
 def reward_figures(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """From the scores of the held-out answers, which stand in pairs, the better one first."""
+    """Compute the figures from the scores of the held-out answers, which come in pairs with the better one first."""
     summary = json.loads((out / "run/reward/summary.json").read_text(encoding="utf-8"))
     log = [line for line in read_metrics(out / "run/reward/metrics.jsonl") if "loss" in line]
     rows = read_lines(out / "scores.jsonl")
     scores = np.asarray([row["score"] for row in rows]).reshape(-1, 2)
     lengths = np.asarray([len(tokenizer.encode(row["completion"]).ids) for row in rows]).reshape(-1, 2)
-    # The gain, which gives the scores a standard deviation of 1, is no part of what was learnt of the pairs.
+    # Undo the gain, which only normalises the scores to a standard deviation of 1.
     figures = pair_metrics((scores[:, 0] - scores[:, 1]) / summary["gain"], lengths[:, 0] - lengths[:, 1])
     train, heldout = (rankings(out / f"data/{name}.jsonl") for name in ("train", "heldout"))
     interval = binomtest(round(figures["accuracy"] * len(scores)), len(scores)).proportion_ci(method="wilson")
@@ -177,12 +177,12 @@ def ppo_figures(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gguf", type=Path, required=True, help="the weights, any quantisation that gguf reads")
+    parser.add_argument("--gguf", type=Path, required=True, help="weights, in any quantisation that gguf reads")
     parser.add_argument("--tokenizer", type=Path, required=True, help="the model's tokenizer.json")
     parser.add_argument("--pairs", type=Path, required=True, help="preferences, JSONL; gzip if it ends in .gz")
-    parser.add_argument("--train-pairs", type=int, default=1600, help="at most so many are trained on")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a prompt and an answer")
-    parser.add_argument("--out", type=Path, required=True, help="everything is written there")
+    parser.add_argument("--train-pairs", type=int, default=1600, help="maximum number of pairs to train on")
+    parser.add_argument("--max-length", type=int, default=256, help="maximum tokens of a prompt with an answer")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all output")
     args = parser.parse_args()
     out = args.out.resolve()
     if not (out / "model/config.json").is_file():

@@ -1,4 +1,4 @@
-"""What benchmarks/smollm2.py wrote, in transformers and PEFT: the same answer, the same scores. A JSON line.
+"""Compares the answer and the scores of benchmarks/smollm2.py with those of transformers and PEFT. Prints a JSON line.
 
     python benchmarks/smollm2_parity.py --out /tmp/smollm2
 
@@ -26,7 +26,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def answers_agree(out: Path) -> dict[str, Any]:
-    """Both models' greedy answers to the question, and the largest difference of their logits over it."""
+    """Return both models' greedy answers to the question, and the largest difference of their logits over it."""
     tokenizer, theirs = (
         AutoTokenizer.from_pretrained(out / "model"),
         AutoModelForCausalLM.from_pretrained(out / "model"),
@@ -49,9 +49,9 @@ def answers_agree(out: Path) -> dict[str, Any]:
 
 
 def scores_agree(out: Path, *, count: int) -> dict[str, Any]:
-    """``jrlhf score``'s figures against those of transformers on reward/hf and of PEFT on reward/peft.
+    """Compare ``jrlhf score`` with transformers on reward/hf and with PEFT on reward/peft, on texts that are not cut.
 
-    Theirs have no bias in the head: ours stands in config.json under "jrlhf". On texts that nothing is cut from.
+    Their heads have no bias; config.json holds ours under "jrlhf".
     """
     folder = out / "run/reward"
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
@@ -83,8 +83,8 @@ def scores_agree(out: Path, *, count: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the folder that smollm2.py wrote")
-    parser.add_argument("--texts", type=int, default=32, help="held-out answers that are scored")
+    parser.add_argument("--out", type=Path, required=True, help="output folder of smollm2.py")
+    parser.add_argument("--texts", type=int, default=32, help="number of held-out answers to score")
     args = parser.parse_args()
     out = args.out.resolve()
     figures = {"answer": answers_agree(out), "reward": scores_agree(out, count=args.texts)}

@@ -1,8 +1,8 @@
-"""Seconds from a command to its first step, with an empty cache of compiled programs and with a filled one.
+"""Measures seconds from a command to its first step, with an empty and with a full cache of compiled programs.
 
     python benchmarks/startup.py --shape S
 
-Each start is a process of its own, `jrlhf sft` on random weights and random words; `jrlhf --help` is timed too.
+Each start is a new process, `jrlhf sft` on random weights and random words. `jrlhf --help` is timed too.
 """
 
 import json
@@ -32,13 +32,13 @@ def main() -> None:
         (folder / "rows.jsonl").write_text(text, encoding="utf-8")
         helps = [seconds_of([*JRLHF, "--help"]) for _ in range(args.repeats)]
         report("jrlhf --help", statistics.median(helps), "seconds", summary(helps), args)
-        found: dict[str, list[float]] = {"first": [], "second": []}
+        starts: dict[str, list[float]] = {"first": [], "second": []}
         for repeat in range(args.repeats):
-            # A cache of its own each time, which the second start of the pair then finds filled.
-            for which, times in found.items():
+            # A new cache for each pair of starts: the first start fills it for the second.
+            for which, times in starts.items():
                 run = folder / f"{which}{repeat}"
                 times.append(to_first_step(sft_command(folder, run, args), run, folder / f"cache{repeat}"))
-        for which, times in found.items():
+        for which, times in starts.items():
             report(f"{which} start to first step", statistics.median(times), "seconds", summary(times), args)
 
 
@@ -69,7 +69,7 @@ def sft_command(folder: Path, run: Path, args) -> list[str]:
 
 
 def to_first_step(command: list[str], run: Path, cache: Path, *, limit: float = 300.0) -> float:
-    """Until the log has a line with a loss; the process is then ended."""
+    """Return the seconds until the log has a line with a loss, then end the process."""
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     log, start = run / "sft" / "metrics.jsonl", time.perf_counter()
     with subprocess.Popen(command, env=environment | {"JRLHF_CACHE": str(cache)}) as process:

@@ -1,8 +1,8 @@
-"""Makes the shipped assets from their sources, once: ``python -m scripts.build_assets --help``. Deterministic.
+"""Builds the shipped assets from their sources: ``python -m scripts.build_assets --help``. Deterministic.
 
 ``asset:stories260k`` is A. Karpathy's stories260K, read from the llama2.c files and written as a Hugging Face folder.
-The review sentences are split into parts that share no sentence: the same text, in SFT and in rankings, is training
-text; held-out rows and prompts are made of others.
+The split of the review sentences shares no sentence between its parts: SFT and rankings train on the same texts, and
+held-out rows and prompts use others.
 """
 
 import argparse
@@ -25,23 +25,24 @@ SEED = 20020501
 HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT = 1000, 1490, 512
 RANKING_SIZE = 16
 LENGTH_SPREAD = 0.15
-"""How far, as a standard deviation of log length, a sentence strays from the group of its own length."""
+"""Standard deviation of the noise on the log length by which sentences are grouped."""
 PAIRS_PER_SENTENCE = 2
 PAIR_GAP = 1.0
 
 
 def rope_half_split(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k from llama2.c's order, where 2i and 2i + 1 turn together, to HF's, where i and i + d/2 do."""
+    """Reorder rows of q or k from llama2.c's pairs (2i, 2i + 1) to Hugging Face's pairs (i, i + d/2)."""
     rows, dim = weight.shape
     half = rows // heads // 2
     return weight.reshape(heads, half, 2, dim).swapaxes(1, 2).reshape(rows, dim)
 
 
 def read_llama2c(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """HF config and tensors of a llama2.c checkpoint (version 0: seven int32, then float32)."""
+    """Return the Hugging Face config and the tensors of a llama2.c checkpoint (version 0: seven int32, then
+    float32)."""
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("<7i", data[:28])
     if vocab < 0:
-        raise ValueError("a separate output matrix is not expected here")
+        raise ValueError("a separate output matrix is not supported")
     head_dim = dim // heads
     kv_dim = kv_heads * head_dim
     flat, at = np.frombuffer(data, "<f4", offset=28), 0
@@ -65,9 +66,9 @@ def read_llama2c(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "mlp.up_proj": take(layers, hidden, dim),
     }
     tensors = {"model.embed_tokens.weight": embedding, "model.norm.weight": take(dim)}
-    take(2, context, head_dim // 2)  # the rope tables, which follow from theta
+    take(2, context, head_dim // 2)  # skip the RoPE tables, which follow from theta
     if at != flat.size:
-        raise ValueError(f"{flat.size - at} floats are left over")
+        raise ValueError(f"{flat.size - at} floats remain unread")
     for name, stacked in per_layer.items():
         for i, weight in enumerate(stacked):
             if name.endswith("q_proj"):
@@ -105,7 +106,7 @@ def read_llama2c(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def read_llama2c_tokens(data: bytes) -> list[str]:
-    """The tokens of a llama2.c tokenizer file, best merge first; a space is written ``▁``, as sentencepiece does."""
+    """Return the tokens of a llama2.c tokenizer file, best merge first, with ``▁`` for a space as in sentencepiece."""
     at, tokens, scores = 4, [], []
     while at < len(data):
         score, length = struct.unpack_from("<fi", data, at)
@@ -119,11 +120,11 @@ def read_llama2c_tokens(data: bytes) -> list[str]:
 
 
 def make_tokenizer(tokens: Sequence[str]) -> Tokenizer:
-    """The BPE of ``tokens`` (``<unk>``, ``<s>``, ``</s>``, 256 bytes, then pieces, best first), with bytes as fallback.
+    """Build the BPE of ``tokens`` (``<unk>``, ``<s>``, ``</s>``, 256 bytes, pieces, best first) with byte fallback.
 
-    llama2.c joins the neighbours whose union is the best token: every split of a token into two is one of its merges.
-    ``prepend_scheme="first"`` puts the space of sentencepiece only before text that starts the input and has none yet:
-    text that follows a special token, or starts with a space, is a continuation and gets none.
+    llama2.c joins the neighbours with the best union, so every split of a token into two tokens is a merge.
+    ``prepend_scheme="first"`` adds sentencepiece's space only to text that starts the input without a space: text after
+    a special token is a continuation.
     """
     vocab = {token: i for i, token in enumerate(tokens)}
     pieces = tokens[3 + 256 :]
@@ -141,11 +142,11 @@ def make_tokenizer(tokens: Sequence[str]) -> Tokenizer:
 
 
 def write_model(source: Path, out: Path) -> None:
-    """``stories260K.bin`` and ``tok512.bin`` as a Hugging Face folder."""
+    """Write ``stories260K.bin`` and ``tok512.bin`` as a Hugging Face folder."""
     out.mkdir(parents=True, exist_ok=True)
     config, tensors = read_llama2c((source / "stories260K.bin").read_bytes())
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
+    (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     make_tokenizer(read_llama2c_tokens((source / "tok512.bin").read_bytes())).save(str(out / "tokenizer.json"))
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
@@ -164,51 +165,51 @@ def write_model(source: Path, out: Path) -> None:
 
 
 class Review(NamedTuple):
-    """A sentence of a film review and the mean of people's ratings of it, in [-4, 4]."""
+    """A sentence of a film review, and the mean of its ratings by people, in [-4, 4]."""
 
     text: str
     rating: float
 
 
 def clean(text: str) -> str:
-    """HTML entities, LaTeX quotes and the gaps that dashes left behind, made plain text again."""
+    """Replace HTML entities, LaTeX quotes and the gaps of missing dashes by plain text."""
     text = html.unescape(text).replace("''", '"').replace("`", "'")
     text = re.sub(r"(?<=\S)\s{3,}(?=\S)", " - ", text)
     return re.sub(r"\s+", " ", text).strip()
 
 
 def normalised(text: str) -> str:
-    """Lower-case letters and digits alone: two sentences that share it are the same sentence."""
+    """Reduce a text to lower-case letters and digits, which identify a sentence."""
     return "".join(c for c in text.lower() if c.isalnum())
 
 
 def read_reviews(path: Path) -> list[Review]:
-    """Each sentence once, in the file's order; of duplicates the first stays."""
-    found: dict[str, Review] = {}
+    """Read each sentence once, in the order of the file; the first of several duplicates stays."""
+    reviews: dict[str, Review] = {}
     for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
         _, rating, text = line.split("\t")
-        found.setdefault(normalised(clean(text)), Review(clean(text), round(float(rating), 3)))
-    return list(found.values())
+        reviews.setdefault(normalised(clean(text)), Review(clean(text), round(float(rating), 3)))
+    return list(reviews.values())
 
 
 def opening(text: str, words: int, opinion: frozenset[str]) -> str | None:
-    """The first words of a sentence, or None where they end a clause, carry an opinion, or leave under four words."""
+    """Return the first words of a sentence; None if they end a clause, hold an opinion, or leave under four words."""
     parts = text.split()
     start = parts[:words]
-    settled = any(normalised(w) in opinion for w in start)
-    if settled or len(parts) < words + 4 or re.search(r"[^\w' ]", " ".join(start)):
+    has_opinion = any(normalised(w) in opinion for w in start)
+    if has_opinion or len(parts) < words + 4 or re.search(r"[^\w' ]", " ".join(start)):
         return None
     return " ".join(start)
 
 
 def read_opinion_words(folder: Path) -> frozenset[str]:
-    """Both word lists of the opinion lexicon."""
+    """Return both word lists of the opinion lexicon."""
     lines = [line for p in sorted(folder.glob("*-words.txt")) for line in p.read_text(encoding="utf-8").split("\n")]
     return frozenset(normalised(line) for line in lines if line and not line.startswith(";"))
 
 
 class Parts(NamedTuple):
-    """The split. No sentence is in two of them, and no two openings are the same."""
+    """Parts of the data, which share no sentence and no opening."""
 
     train: list[Review]
     heldout: list[Review]
@@ -217,7 +218,7 @@ class Parts(NamedTuple):
 
 
 def split_reviews(reviews: Sequence[Review], opinion: frozenset[str], rng: np.random.Generator) -> Parts:
-    """Openings are drawn first, from sentences that have a fit one; the rest is split at random."""
+    """Draw openings from suitable sentences, then split the other sentences at random."""
     openings: dict[str, str] = {}
     rest: list[Review] = []
     lengths = rng.integers(3, 6, len(reviews))
@@ -233,8 +234,8 @@ def split_reviews(reviews: Sequence[Review], opinion: frozenset[str], rng: np.ra
     return Parts(rest[HELDOUT:], rest[:HELDOUT], prompts[PROMPTS_HELDOUT:], prompts[:PROMPTS_HELDOUT])
 
 
-def ranked(group: Sequence[Review]) -> dict[str, Any]:
-    """A row of rankings: rank 0 is the best rating, equal ratings share a rank."""
+def ranking_row(group: Sequence[Review]) -> dict[str, Any]:
+    """Return a row of rankings: rank 0 is the best rating, and equal ratings share a rank."""
     order = sorted({r.rating for r in group}, reverse=True)
     return {
         "completions": [r.text for r in group],
@@ -244,47 +245,47 @@ def ranked(group: Sequence[Review]) -> dict[str, Any]:
 
 
 def group_reviews(reviews: Sequence[Review], size: int, rng: np.random.Generator) -> list[list[Review]]:
-    """Groups of ``size`` sentences of like length, each sentence in one, in random order.
+    """Group all sentences by similar length into groups of ``size``, in random order.
 
-    Like length, so that length tells little of rank and little of a padded batch is padding; but not the same, so that
-    long and short sentences meet too. Fewer than two left over are dropped.
+    Similar lengths predict little of the rank and need little padding, but they differ, so that long and short
+    sentences meet as well. A remainder of one sentence is dropped.
     """
     lengths = np.asarray([len(review.text) for review in reviews])
-    strayed = lengths * np.exp(LENGTH_SPREAD * rng.standard_normal(len(reviews)))
-    by_length = [reviews[i] for i in np.argsort(strayed, kind="stable")]
+    noisy_lengths = lengths * np.exp(LENGTH_SPREAD * rng.standard_normal(len(reviews)))
+    by_length = [reviews[i] for i in np.argsort(noisy_lengths, kind="stable")]
     groups = [by_length[i : i + size] for i in range(0, len(by_length), size)]
-    # A group keeps the order of the draw: its longest sentence must not always come last.
+    # Shuffle each group: its longest sentence must not always come last.
     mixed = [[group[i] for i in rng.permutation(len(group))] for group in groups if len(group) > 1]
     return [mixed[i] for i in rng.permutation(len(mixed))]
 
 
 def rating_pairs(reviews: Sequence[Review], rng: np.random.Generator) -> list[list[Review]]:
-    """Random pairs of two sentences whose ratings differ by ``PAIR_GAP`` or more; a sentence is in at most
-    ``PAIRS_PER_SENTENCE``."""
-    found: dict[frozenset[int], list[Review]] = {}
+    """Draw random pairs of sentences whose ratings differ by at least ``PAIR_GAP``, with each sentence in at most
+    ``PAIRS_PER_SENTENCE`` pairs."""
+    pairs: dict[frozenset[int], list[Review]] = {}
     for _ in range(PAIRS_PER_SENTENCE):
         waiting: list[int] = []
         for i in map(int, rng.permutation(len(reviews))):
             far = [j for j in waiting if abs(reviews[i].rating - reviews[j].rating) >= PAIR_GAP]
-            new = [j for j in far if frozenset((i, j)) not in found]
+            new = [j for j in far if frozenset((i, j)) not in pairs]
             if new:
                 waiting.remove(new[0])
-                found[frozenset((i, new[0]))] = [reviews[new[0]], reviews[i]]
+                pairs[frozenset((i, new[0]))] = [reviews[new[0]], reviews[i]]
             else:
                 waiting.append(i)
-    return list(found.values())
+    return list(pairs.values())
 
 
 def write_reviews(source: Path, out: Path) -> None:
-    """The split files, and the opinion lexicon."""
+    """Write the files of the split, and the opinion lexicon."""
     shutil.unpack_archive(source / "opinion_lexicon.zip", out)
     reviews = read_reviews(source / "vader_movieReviewSnippets_GroundTruth.txt")
     rng = np.random.default_rng(SEED)
     parts = split_reviews(reviews, read_opinion_words(out / "opinion_lexicon"), rng)
     _write_jsonl(out / "sft_train.jsonl", ({"text": r.text} for r in parts.train))
     _write_jsonl(out / "sft_heldout.jsonl", ({"text": r.text} for r in parts.heldout))
-    _write_jsonl(out / "rankings_train.jsonl", map(ranked, group_reviews(parts.train, RANKING_SIZE, rng)))
-    _write_jsonl(out / "rankings_heldout.jsonl", map(ranked, rating_pairs(parts.heldout, rng)))
+    _write_jsonl(out / "rankings_train.jsonl", map(ranking_row, group_reviews(parts.train, RANKING_SIZE, rng)))
+    _write_jsonl(out / "rankings_heldout.jsonl", map(ranking_row, rating_pairs(parts.heldout, rng)))
     _write_jsonl(out / "prompts_train.jsonl", ({"prompt": p} for p in parts.prompts_train))
     _write_jsonl(out / "prompts_heldout.jsonl", ({"prompt": p} for p in parts.prompts_heldout))
     shutil.copyfile(source / "vader_LICENSE.txt", out / "LICENSE_reviews")
@@ -299,13 +300,13 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--model-dir", type=Path, required=True, help="holds stories260K.bin, tok512.bin and their licence"
+        "--model-dir", type=Path, required=True, help="folder with stories260K.bin, tok512.bin and their licence"
     )
     parser.add_argument(
-        "--reward-dir", type=Path, required=True, help="holds the rated reviews, their licence and the lexicon"
+        "--reward-dir", type=Path, required=True, help="folder with the rated reviews, their licence and the lexicon"
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -32,6 +32,7 @@ from jrlhf.models import (
     reward_params,
     save_reward_model,
 )
+from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.parallel import make_mesh, shard_batch
 from jrlhf.runs.metrics import MetricsLog
 from jrlhf.stages.ppo import run_ppo

@@ -1,9 +1,9 @@
 #!/bin/bash
-# Cloud TPU VMs, all hosts of a slice, from your own machine with gcloud:
+# Starts a run on all hosts of a Cloud TPU slice, from your own machine with gcloud:
 #   TPU=jrlhf ZONE=us-east5-a TYPE=v5p-32 IMAGE=v2-alpha-tpuv5 SHARE=10.0.0.2:/share configs/launch/cloud-tpu.sh
-# SHARE is an NFS export (Filestore) with a checkout in jrlhf/; all hosts mount it and write the run there. JAX asks the
-# machine which process it is. A slice that was preempted is made anew; then, as after an error, the same command goes on
-# from its newest checkpoint, ATTEMPTS times at most.
+# SHARE is an NFS export (Filestore) with a checkout in jrlhf/; all hosts mount it and write the run there. JAX learns the
+# index of each process from its machine. The script creates a preempted slice again. After that, or after an error, the
+# same command resumes from the newest checkpoint, at most ATTEMPTS times.
 set -u
 tpu=${TPU:?name of the TPU VM}
 zone=${ZONE:?its zone}

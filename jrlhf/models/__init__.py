@@ -8,7 +8,6 @@ from jrlhf.models.arch import ArchConfig, Rope
 from jrlhf.models.decoder import int8_cache
 from jrlhf.models.functions import DecoderFns, decoder_fns, init_params, reward_params
 from jrlhf.models.hf.families import arch_from_hf
-from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.models.hf.peft import save_adapter
 from jrlhf.models.lora import add_adapters, is_trained, merge_adapters
 from jrlhf.models.pretrained import Pretrained, load_pretrained, save_pretrained

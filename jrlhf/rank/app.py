@@ -1,4 +1,4 @@
-"""The page's server: the next task, a decision, a decision taken back."""
+"""Server of the page: it gives tasks, stores decisions, and undoes them."""
 
 import json
 import math
@@ -13,9 +13,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from jrlhf.rank.guard import Guard
-from jrlhf.rank.render import shown
+from jrlhf.rank.places import is_ranking
+from jrlhf.rank.render import render_turns
 from jrlhf.rank.store import Decision, Store, next_task
-from jrlhf.rank.tasks import LONGEST_NAME, Task, is_name, is_rank
+from jrlhf.rank.tasks import MAX_NAME_LENGTH, Task, is_name
 
 PAGE = {
     "/": ("index.html", "text/html"),
@@ -23,12 +24,12 @@ PAGE = {
     "/rank.js": ("rank.js", "text/javascript"),
 }
 MARGINS = {"slightly": 1 / 3, "clearly": 1.0}
-"""What the loss is given for a rater's word: Llama 2's small margins (arXiv:2307.09288). Unsaid is none."""
-LONGEST_NOTE, LONGEST_TIME = 2000, 24 * 3600.0
+"""Margin in the loss for each word of a rater: Llama 2's small margins (arXiv:2307.09288). No word means no margin."""
+MAX_NOTE_LENGTH, MAX_SECONDS = 2000, 24 * 3600.0
 
 
 def make_app(tasks: Sequence[Task], store: Store, *, token: str, host: str) -> Guard:
-    """The app behind its guard."""
+    """Build the app behind its guard."""
     by_key = {task.key: task for task in tasks}
 
     def state(rater: str, task: Task | None = None, before: Decision | None = None) -> JSONResponse:
@@ -36,7 +37,7 @@ def make_app(tasks: Sequence[Task], store: Store, *, token: str, host: str) -> G
         task = task or next_task(tasks, decisions)
         skipped = sum(decision.kind == "skip" for decision in decisions)
         about = {"rater": rater, "done": len(decisions), "skipped": skipped, "total": len(tasks)}
-        return JSONResponse(about | {"task": task and _shown(task, rater, before)})
+        return JSONResponse(about | {"task": task and _task_view(task, rater, before)})
 
     async def static(request: Request) -> Response:
         name, kind = PAGE[request.url.path]
@@ -49,19 +50,19 @@ def make_app(tasks: Sequence[Task], store: Store, *, token: str, host: str) -> G
         return JSONResponse({"raters": store.raters()})
 
     async def following(request: Request) -> Response:
-        return state(_rater(await _asked(request)))
+        return state(_rater(await _payload(request)))
 
     async def decide(request: Request) -> Response:
-        asked = await _asked(request)
-        rater, key = _rater(asked), asked.get("task")
+        payload = await _payload(request)
+        rater, key = _rater(payload), payload.get("task")
         task = by_key.get(key) if isinstance(key, str) else None
         if task is None:
             raise HTTPException(404, "no such task; load the page again")
-        store.add(_decision(asked, rater, task))
+        store.add(_decision(payload, rater, task))
         return state(rater)
 
     async def undo(request: Request) -> Response:
-        rater = _rater(await _asked(request))
+        rater = _rater(await _payload(request))
         before = store.undo(rater, by_key)
         return state(rater, by_key[before.task] if before else None, before)
 
@@ -76,57 +77,57 @@ def make_app(tasks: Sequence[Task], store: Store, *, token: str, host: str) -> G
     return Guard(Starlette(routes=routes), token=token, host=host)
 
 
-def _shown(task: Task, rater: str, before: Decision | None) -> dict[str, Any]:
-    """Prompt and answers in the rater's order; nothing of the model or of what is known to be right."""
-    order = task.shown(rater)
+def _task_view(task: Task, rater: str, before: Decision | None) -> dict[str, Any]:
+    """Return the prompt and the answers in the rater's order, without the model or the known ranks."""
+    order = task.order_for(rater)
     ranks = [before.ranks[i] for i in order] if before and before.ranks else None
     return {
         "key": task.key,
-        "prompt": shown(task.prompt),
-        "answers": [shown(task.completions[i]) for i in order],
+        "prompt": render_turns(task.prompt),
+        "answers": [render_turns(task.completions[i]) for i in order],
         "ranks": ranks,
         "margin": next((word for word, margin in MARGINS.items() if before and margin == before.margin), None),
         "note": before.note if before else "",
     }
 
 
-def _decision(asked: Mapping[str, Any], rater: str, task: Task) -> Decision:
-    """What the page sent, in the order of the task file; ranks without gaps."""
-    note = asked.get("note", "")
-    if not isinstance(note, str) or len(note) > LONGEST_NOTE:
-        raise HTTPException(400, f"note: expected text of at most {LONGEST_NOTE} characters")
-    seconds = asked.get("seconds")
+def _decision(payload: Mapping[str, Any], rater: str, task: Task) -> Decision:
+    """Read the decision from the page into the order of the task file, with ranks without gaps."""
+    note = payload.get("note", "")
+    if not isinstance(note, str) or len(note) > MAX_NOTE_LENGTH:
+        raise HTTPException(400, f"note: expected text of at most {MAX_NOTE_LENGTH} characters")
+    seconds = payload.get("seconds")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not math.isfinite(seconds):
         raise HTTPException(400, "seconds: expected a number")
-    seconds = min(max(float(seconds), 0.0), LONGEST_TIME)
-    if asked.get("skip") is True:
+    seconds = min(max(float(seconds), 0.0), MAX_SECONDS)
+    if payload.get("skip") is True:
         return Decision(rater, task.key, "skip", note=note, seconds=seconds)
-    given, margin = asked.get("ranks"), asked.get("margin")
-    if not isinstance(given, list) or len(given) != len(task.completions) or not all(map(is_rank, given)):
-        raise HTTPException(400, "ranks: expected a whole number an answer, 0 for the best")
+    page_ranks, margin = payload.get("ranks"), payload.get("margin")
+    if not isinstance(page_ranks, list) or not is_ranking(page_ranks, len(task.completions)):
+        raise HTTPException(400, "ranks: expected a whole number for each answer, 0 for the best")
     if margin is not None and not (isinstance(margin, str) and margin in MARGINS):
         raise HTTPException(400, f"margin: expected one of {', '.join(MARGINS)}, or nothing")
-    dense = sorted(set(given))
-    ranks = {number: dense.index(rank) for number, rank in zip(task.shown(rater), given, strict=True)}
+    dense = sorted(set(page_ranks))
+    ranks = {number: dense.index(rank) for number, rank in zip(task.order_for(rater), page_ranks, strict=True)}
     ordered = tuple(ranks[number] for number in range(len(ranks)))
     return Decision(rater, task.key, "rank", ordered, None if margin is None else MARGINS[margin], note, seconds)
 
 
-def _rater(asked: Mapping[str, Any]) -> str:
-    name = asked.get("rater")
+def _rater(payload: Mapping[str, Any]) -> str:
+    name = payload.get("rater")
     name = name.strip() if isinstance(name, str) else ""
     if not is_name(name):
-        raise HTTPException(400, f"rater: expected a name of at most {LONGEST_NAME} printable characters")
+        raise HTTPException(400, f"rater: expected a name of at most {MAX_NAME_LENGTH} printable characters")
     return name
 
 
-async def _asked(request: Request) -> Mapping[str, Any]:
+async def _payload(request: Request) -> Mapping[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "expected application/json")
     try:
-        asked = json.loads(await request.body())
+        payload = json.loads(await request.body())
     except (ValueError, RecursionError):
         raise HTTPException(400, "not JSON") from None
-    if not isinstance(asked, dict):
+    if not isinstance(payload, dict):
         raise HTTPException(400, "expected a JSON object")
-    return asked
+    return payload

@@ -1,4 +1,4 @@
-"""Who may talk to the page: one that was given the address of this run, from the page itself, in small requests."""
+"""Access to the page: only with the token in this run's address, from the page itself, and in small requests."""
 
 import hashlib
 import hmac
@@ -11,7 +11,7 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LARGEST_BODY = 64 * 1024
+MAX_BODY_BYTES = 64 * 1024
 OWN_NAMES = ("127.0.0.1", "localhost", "::1")
 EVERYWHERE = ("0.0.0.0", "::")
 HEADERS = {
@@ -28,15 +28,15 @@ HEADERS = {
 
 
 class Guard:
-    """Refuses before the app sees a request: another host's name (400), no token (403), a foreign page (403), a large
-    body (413)."""
+    """Refuses requests before the app sees them: another host's name (400), no token (403), a foreign page (403), a
+    large body (413)."""
 
     def __init__(self, app: ASGIApp, *, token: str, host: str) -> None:
         self._app = app
         self._token = token
         self._everywhere = host in EVERYWHERE
         self._names = {*OWN_NAMES, shown_host(host).lower()}
-        # Cookies know no ports: runs side by side must not take each other's.
+        # Cookies ignore ports, so runs side by side need different names.
         self.cookie = "jrlhf_rank_" + hashlib.sha256(token.encode()).hexdigest()[:8]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,41 +50,41 @@ class Guard:
         status, reason = self._refusal(scope, headers, in_address)
         body = b"" if status else await _body(receive)
         if body is None:
-            status, reason = 413, f"more than {LARGEST_BODY} bytes"
-        sent = _with_headers(send, f"{self.cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/" * in_address)
+            status, reason = 413, f"more than {MAX_BODY_BYTES} bytes"
+        reply = _with_headers(send, f"{self.cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/" * in_address)
         if status or body is None:
-            await PlainTextResponse(reason + "\n", status)(scope, receive, sent)
+            await PlainTextResponse(reason + "\n", status)(scope, receive, reply)
             return
 
-        async def again() -> Message:
+        async def replay() -> Message:
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._app(scope, again, sent)
+        await self._app(scope, replay, reply)
 
     def _refusal(self, scope: Scope, headers: Headers, in_address: bool) -> tuple[int, str]:
-        """The status and why; 0 where there is nothing to refuse."""
+        """Return a status and the reason, or 0 and an empty text to admit the request."""
         host = headers.get("host", "")
         if not self._is_ours(host):
-            return 400, "not the name of this page's host"
+            return 400, "wrong host name for this page"
         origin = headers.get("origin")
         safe = scope["method"] in ("GET", "HEAD")
         if (origin is not None or not safe) and origin not in (f"http://{host}", f"https://{host}"):
-            return 403, "asked for by another page"
+            return 403, "the request came from another page"
         cookies = cookie_parser(headers.get("cookie", ""))
         if not (in_address and safe) and not self._matches(cookies.get(self.cookie, "")):
-            return 403, "open the whole address that jrlhf rank printed: it has a token in it"
+            return 403, "open the full address that jrlhf rank printed, including its token"
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > LARGEST_BODY:
-            return 413, f"more than {LARGEST_BODY} bytes"
+        if not length.isdecimal() or int(length[:20]) > MAX_BODY_BYTES:
+            return 413, f"more than {MAX_BODY_BYTES} bytes"
         return 0, ""
 
     def _matches(self, token: str) -> bool:
         return hmac.compare_digest(token.encode("utf-8", "surrogateescape"), self._token.encode())
 
     def _is_ours(self, host: str) -> bool:
-        """A page elsewhere may give its own name this machine's address (DNS rebinding), but then its name stands here.
+        """Whether a request names this host; a page elsewhere that uses DNS rebinding names its own host instead.
 
-        A server for all addresses is known by its machine's name, and by any number, which is no one's name.
+        A server for all addresses accepts its machine's name and any numeric address.
         """
         try:
             name = (urlsplit(f"//{host}").hostname or "").lower()
@@ -94,7 +94,7 @@ class Guard:
 
 
 def shown_host(host: str) -> str:
-    """What stands in the printed address: the machine's name where the page is served at all its addresses."""
+    """Return the host of the printed address: the machine's name if the page is served at all its addresses."""
     return socket.gethostname() if host in EVERYWHERE else host
 
 
@@ -107,19 +107,19 @@ def _is_address(name: str) -> bool:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """All of it; None where it is too large, whatever its header says."""
+    """Read the body of a request; None if it is too large, whatever its header says."""
     body, more = b"", True
     while more:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > LARGEST_BODY:
+        if len(body) > MAX_BODY_BYTES:
             return None
         more = message.get("more_body", False)
     return body
 
 
 def _with_headers(send: Send, cookie: str) -> Send:
-    async def sent(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers.update(HEADERS)
@@ -127,4 +127,4 @@ def _with_headers(send: Send, cookie: str) -> Send:
                 headers.append("set-cookie", cookie)
         await send(message)
 
-    return sent
+    return send_with_headers

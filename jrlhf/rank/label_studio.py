@@ -1,15 +1,15 @@
-"""Label Studio's annotated tasks, as its JSON import and export have them (labelstud.io/guide/task_format), for its
-``Ranker`` tag (labelstud.io/tags/ranker), whose result is a dict of one list of item ids, best first. The project's
-labelling interface is ``INTERFACE``.
+"""Label Studio's annotated tasks, in the format of its JSON import and export (labelstud.io/guide/task_format), for
+its ``Ranker`` tag (labelstud.io/tags/ranker), whose result is a dict of one list of item ids, best first. The project
+needs the labelling interface ``INTERFACE``.
 
-Ties and names, for which a list has no place, stand in the result's ``meta``. Where the interface has buckets, the
-answers of one bucket are tied, and the buckets come best first.
+The result's ``meta`` holds ties and names of raters, for which a list has no place. If the interface has buckets, the
+answers of a bucket are tied, and the best bucket comes first.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jrlhf.rank.places import Placed, as_text, read_order
+from jrlhf.rank.places import Ranking, as_text, read_order
 from jrlhf.rank.tasks import Task
 
 INTERFACE = """<View>
@@ -20,11 +20,11 @@ INTERFACE = """<View>
 RANK, LIST = "rank", "answers"
 
 
-def annotated(tasks: Sequence[Task], placed: Sequence[tuple[Task, Placed]]) -> list[dict[str, Any]]:
-    """One of its tasks a task, with an annotation a rater."""
+def annotated_tasks(tasks: Sequence[Task], pairs: Sequence[tuple[Task, Ranking]]) -> list[dict[str, Any]]:
+    """Return a Label Studio task for each task, with an annotation for each rater."""
     annotations: dict[str, list[dict[str, Any]]] = {}
-    for task, made in placed:
-        annotations.setdefault(task.key, []).append(_annotation(made))
+    for task, ranking in pairs:
+        annotations.setdefault(task.key, []).append(_annotation(ranking))
     return [
         {
             "data": {
@@ -41,23 +41,23 @@ def annotated(tasks: Sequence[Task], placed: Sequence[tuple[Task, Placed]]) -> l
     ]
 
 
-def _annotation(made: Placed) -> dict[str, Any]:
-    value = {"ranker": {RANK: [str(i + 1) for i in made.order()]}}
-    result = {"from_name": RANK, "to_name": LIST, "type": "ranker", "value": value, "meta": made.about()}
-    return {"result": [result], "was_cancelled": False, "lead_time": made.seconds}
+def _annotation(ranking: Ranking) -> dict[str, Any]:
+    value = {"ranker": {RANK: [str(i + 1) for i in ranking.order()]}}
+    result = {"from_name": RANK, "to_name": LIST, "type": "ranker", "value": value, "meta": ranking.about()}
+    return {"result": [result], "was_cancelled": False, "lead_time": ranking.seconds}
 
 
-def parse(task: Mapping[str, Any]) -> Iterator[tuple[str, Placed]]:
-    """Its rankings; what an annotator cancelled is none."""
+def parse(task: Mapping[str, Any]) -> Iterator[tuple[str, Ranking]]:
+    """Yield the rankings of a task, except for cancelled annotations."""
     for annotation in task.get("annotations") or []:
         if annotation.get("was_cancelled"):
             continue
         for result in annotation["result"]:
             if result.get("type") == "ranker":
-                yield str(task["data"]["task"]), _placed(result, annotation)
+                yield str(task["data"]["task"]), _ranking(result, annotation)
 
 
-def _placed(result: Mapping[str, Any], annotation: Mapping[str, Any]) -> Placed:
+def _ranking(result: Mapping[str, Any], annotation: Mapping[str, Any]) -> Ranking:
     about = {"seconds": annotation.get("lead_time"), **(result.get("meta") or {})}
     by = annotation.get("completed_by")
     name = by.get("email") if isinstance(by, dict) else by
@@ -65,7 +65,7 @@ def _placed(result: Mapping[str, Any], annotation: Mapping[str, Any]) -> Placed:
     groups = result["value"]["ranker"]
     if isinstance(groups, list):
         groups = {RANK: groups}
-    # "_" holds what was put into no bucket.
+    # "_" holds the items outside all buckets.
     buckets = [[int(item) - 1 for item in items] for name, items in groups.items() if name != "_" or len(groups) == 1]
     order = [answer for bucket in buckets for answer in bucket]
     if len(buckets) > 1:

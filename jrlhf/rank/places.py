@@ -1,17 +1,17 @@
-"""A rater's ranking on its way between files: which answers stand where, and what was said besides."""
+"""A rater's ranking, in the form that files exchange."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jrlhf.rank.store import Decision
-from jrlhf.rank.tasks import LONGEST_NAME, Content, Task, is_name, is_rank, turn_text
+from jrlhf.rank.tasks import MAX_NAME_LENGTH, Content, Task, is_name, is_rank, turn_text
 from jrlhf.system.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Placed:
-    """One ranking, apart from its task."""
+class Ranking:
+    """One ranking without its task."""
 
     rater: str
     ranks: tuple[int, ...]
@@ -20,15 +20,15 @@ class Placed:
     seconds: float | None = None
 
     @classmethod
-    def of(cls, decision: Decision) -> "Placed":
+    def of(cls, decision: Decision) -> "Ranking":
         return cls(decision.rater, decision.ranks, decision.margin, decision.note, decision.seconds)
 
     @classmethod
-    def read(cls, rater: str, ranks: Sequence[int], about: Mapping[str, Any]) -> "Placed":
-        """With whatever a file says of margin, note and seconds."""
+    def read(cls, rater: str, ranks: Sequence[int], about: Mapping[str, Any]) -> "Ranking":
+        """Build a ranking from a file, with its margin, note and seconds if they are valid."""
         note = about.get("note")
         if not is_name(rater):
-            raise UsageError(f"rater: not a name of at most {LONGEST_NAME} printable characters: {rater!r}")
+            raise UsageError(f"rater: not a name of at most {MAX_NAME_LENGTH} printable characters: {rater!r}")
         return cls(
             rater,
             dense(ranks),
@@ -38,11 +38,11 @@ class Placed:
         )
 
     def order(self) -> list[int]:
-        """The answers, best first; those that are tied in the order of the task file."""
+        """Return the answers, best first; tied answers keep the order of the task file."""
         return sorted(range(len(self.ranks)), key=lambda answer: self.ranks[answer])
 
     def about(self) -> dict[str, Any]:
-        """What a list of answers cannot say: ties above all."""
+        """Return the properties for which a list of answers has no place, above all ties."""
         return {
             "rater": self.rater,
             "ranks": list(self.ranks),
@@ -52,42 +52,43 @@ class Placed:
         }
 
 
-def read_order(order: Sequence[int], rater: str, about: Mapping[str, Any]) -> Placed:
-    """A list of answers, best first, with the ties of ``about`` where these still fit the list."""
+def read_order(order: Sequence[int], rater: str, about: Mapping[str, Any]) -> Ranking:
+    """Read a list of answers, best first, with the ties of ``about`` if they fit the list."""
     if sorted(order) != list(range(len(order))):
         raise UsageError(f"not an order of answers: {list(order)}")
     ranks = [order.index(answer) for answer in range(len(order))]
-    said = about.get("ranks")
-    if is_ranking(said, len(ranks)):
-        assert isinstance(said, list)
-        in_order = [said[answer] for answer in order]
-        ranks = said if in_order == sorted(in_order) else ranks
-    return Placed.read(rater, ranks, about)
+    tied = about.get("ranks")
+    if is_ranking(tied, len(ranks)):
+        assert isinstance(tied, list)
+        in_order = [tied[answer] for answer in order]
+        ranks = tied if in_order == sorted(in_order) else ranks
+    return Ranking.read(rater, ranks, about)
 
 
-def decided(made: Placed, task: Task) -> Decision:
-    return Decision(made.rater, task.key, "rank", made.ranks, made.margin, made.note, made.seconds)
+def as_decision(ranking: Ranking, task: Task) -> Decision:
+    """Return the ranking as a decision on a task."""
+    return Decision(ranking.rater, task.key, "rank", ranking.ranks, ranking.margin, ranking.note, ranking.seconds)
 
 
 def is_ranking(ranks: Any, count: int) -> bool:
-    """Whether it is a list of as many ranks."""
+    """Whether ``ranks`` is a list of ``count`` ranks."""
     return isinstance(ranks, list | tuple) and len(ranks) == count and all(map(is_rank, ranks))
 
 
 def dense(ranks: Sequence[int]) -> tuple[int, ...]:
-    """``[3, 1, 3] -> (1, 0, 1)``."""
+    """Close gaps between ranks: ``[3, 1, 3] -> (1, 0, 1)``."""
     places = sorted(set(ranks))
     return tuple(places.index(rank) for rank in ranks)
 
 
 def as_text(content: Content | None) -> str:
-    """Chat messages as one text, for tools that show no chats."""
+    """Join chat messages into one text, for tools without chats."""
     if content is None or isinstance(content, str):
         return content or ""
     return "\n\n".join(f"{message['role']}: {turn_text(message)}" for message in content)
 
 
 def _number(value: Any) -> float | None:
-    """A finite one, or none."""
+    """Return a finite number, else None."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
     return float(value) if fits else None

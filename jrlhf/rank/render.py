@@ -1,4 +1,4 @@
-"""Markdown as HTML that can do nothing: no raw HTML, no picture, no link that leads anywhere."""
+"""Markdown as harmless HTML: no raw HTML, no pictures, no working links."""
 
 from functools import cache
 from typing import Any
@@ -11,12 +11,12 @@ from jrlhf.rank.tasks import Content, turn_text
 
 @cache
 def _parser() -> MarkdownIt:
-    """CommonMark and tables. Raw HTML is shown as the text it is."""
+    """Build a parser of CommonMark and tables. It shows raw HTML as text."""
     return MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
 
 
 def to_html(text: str) -> str:
-    """What the page puts in as it stands."""
+    """Return HTML that the page inserts unchanged."""
     parser = _parser()
     tokens = parser.parse(text)
     for token in tokens:
@@ -25,7 +25,7 @@ def to_html(text: str) -> str:
 
 
 def _disarm(token: Token) -> None:
-    """Links become text with their address as a title; inline styles, which the page's policy forbids, go."""
+    """Turn links into text with the address as a title, and drop inline styles, which the page's policy forbids."""
     token.attrs.pop("style", None)
     if token.type == "link_open":
         token.tag, token.attrs = "span", {"class": "link", "title": token.attrs.get("href", "")}
@@ -35,8 +35,8 @@ def _disarm(token: Token) -> None:
         _disarm(child)
 
 
-def shown(content: Content | None) -> list[dict[str, Any]]:
-    """Turns, each as text and as HTML; a plain text is one turn of no one."""
+def render_turns(content: Content | None) -> list[dict[str, Any]]:
+    """Return the turns of a chat as text and as HTML; a plain text is one turn without a role."""
     if content is None:
         return []
     turns = [{"role": "", "content": content}] if isinstance(content, str) else content

@@ -1,4 +1,4 @@
-"""How far raters agree, how often they are right where that is known, and how fast they are."""
+"""Report on raters: their agreement, their accuracy on known ranks, and their pace."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,37 +14,38 @@ from jrlhf.rank.tasks import Task
 
 @dataclass(frozen=True)
 class RaterFigures:
-    """What one rater did. None where there is nothing to count."""
+    """Figures of one rater. None stands for a figure without data."""
 
     name: str
     ranked: int
     skipped: int
     ties: float | None
-    """Share of pairs of answers that were given one place."""
+    """Fraction of pairs of answers that the rater tied."""
     gold: float | None
-    """Share of the pairs whose order is known that were put in that order; a tie is not."""
+    """Fraction of the pairs with a known order that the rater put in that order; ties do not count as right."""
     seconds: float | None
-    """Median a task."""
+    """Median seconds per task."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What all raters did together."""
+    """Figures of all raters together."""
 
     tasks: int
     decided: int
-    """Tasks that anyone has ranked."""
+    """Number of tasks with a ranking."""
     shared: int
-    """Tasks that two or more have ranked."""
+    """Number of tasks with rankings by two or more raters."""
     alpha: float | None
     agreement: float | None
-    """Share of pairs of answers that two raters of a task see in one way: better, worse, or tied."""
+    """Fraction of pairs of answers that two raters of a task order alike: better, worse, or tied."""
     raters: tuple[RaterFigures, ...]
     elsewhere: int
-    """Decisions on tasks that the file does not hold, or no longer so."""
+    """Number of decisions on tasks that the file does not have, or no longer has in that form."""
 
 
 def figures(tasks: Sequence[Task], decisions: Iterable[Decision]) -> Figures:
+    """Compute the figures of the decisions on the tasks of a file."""
     by_key = {task.key: task for task in tasks}
     all_decisions = list(decisions)
     known = [decision for decision in all_decisions if decision.task in by_key]
@@ -56,7 +57,7 @@ def figures(tasks: Sequence[Task], decisions: Iterable[Decision]) -> Figures:
     return Figures(
         tasks=len(tasks),
         decided=len(rankings),
-        shared=sum(len(of) > 1 for of in rankings.values()),
+        shared=sum(len(orders) > 1 for orders in rankings.values()),
         alpha=alpha(_reliability(rankings, names)),
         agreement=_agreement(rankings),
         raters=tuple(_rater(name, [d for d in known if d.rater == name], by_key) for name in names),
@@ -65,22 +66,22 @@ def figures(tasks: Sequence[Task], decisions: Iterable[Decision]) -> Figures:
 
 
 def _reliability(rankings: dict[str, dict[str, tuple[int, ...]]], names: Sequence[str]) -> np.ndarray:
-    """``[raters, answers]``: each answer's place in its task; NaN where a rater did not rank it.
+    """Return an array ``[raters, answers]`` of each answer's place in its task, NaN for answers without a place.
 
-    Answers that are tied share the mean of their places (1, 2.5, 2.5, 4), so that a tie moves no one else's.
+    Tied answers share the mean of their places (1, 2.5, 2.5, 4), so that a tie does not move the other answers.
     """
     columns = []
-    for of in rankings.values():
-        unseen = np.full(len(next(iter(of.values()))), np.nan)
-        columns.append(np.stack([rankdata(of[name]) if name in of else unseen for name in names]))
+    for orders in rankings.values():
+        missing = np.full(len(next(iter(orders.values()))), np.nan)
+        columns.append(np.stack([rankdata(orders[name]) if name in orders else missing for name in names]))
     return np.concatenate(columns, axis=1) if columns else np.zeros((len(names), 0))
 
 
 def alpha(values: np.ndarray) -> float | None:
-    """Krippendorff's alpha of ordinal values ``[raters, units]``: 1 is full agreement, 0 is chance.
+    """Return Krippendorff's alpha of ordinal values ``[raters, units]``: 1 is full agreement, 0 is chance.
 
-    α = 1 - observed / expected disagreement (Krippendorff 2011, Computing Krippendorff's Alpha-Reliability). None where
-    no two raters share a unit, or all values are one.
+    α = 1 - observed / expected disagreement (Krippendorff 2011, Computing Krippendorff's Alpha-Reliability). None if
+    no two raters share a unit, or if all values are equal.
     """
     import krippendorff
 
@@ -93,8 +94,8 @@ def alpha(values: np.ndarray) -> float | None:
 def _agreement(rankings: dict[str, dict[str, tuple[int, ...]]]) -> float | None:
     pairs = [
         np.sign(one[i] - one[j]) == np.sign(other[i] - other[j])
-        for of in rankings.values()
-        for one, other in combinations(of.values(), 2)
+        for orders in rankings.values()
+        for one, other in combinations(orders.values(), 2)
         for i, j in combinations(range(len(one)), 2)
     ]
     return float(np.mean(pairs)) if pairs else None
@@ -122,20 +123,20 @@ def _rater(name: str, decisions: Sequence[Decision], by_key: dict[str, Task]) ->
     )
 
 
-def as_text(found: Figures) -> str:
-    """What `jrlhf rank --report` prints."""
+def as_text(result: Figures) -> str:
+    """Return the text of `jrlhf rank --report`."""
     lines = [
-        f"tasks                              {found.tasks}",
-        f"ranked by anyone                   {found.decided}",
-        f"ranked by two or more              {found.shared}",
-        f"Krippendorff's alpha (ordinal)     {_figure(found.alpha)}",
-        f"pairs of answers seen in one way   {_figure(found.agreement)}",
+        f"tasks                              {result.tasks}",
+        f"ranked by anyone                   {result.decided}",
+        f"ranked by two or more              {result.shared}",
+        f"Krippendorff's alpha (ordinal)     {_figure(result.alpha)}",
+        f"pairs of answers seen in one way   {_figure(result.agreement)}",
     ]
-    if found.elsewhere:
-        lines.append(f"decisions on tasks not in the file {found.elsewhere}")
-    width = max([len("rater"), *(len(rater.name) for rater in found.raters)])
+    if result.elsewhere:
+        lines.append(f"decisions on tasks not in the file {result.elsewhere}")
+    width = max([len("rater"), *(len(rater.name) for rater in result.raters)])
     lines += ["", f"{'rater':<{width}}  ranked  skipped   ties  gold right  seconds a task"]
-    for r in found.raters:
+    for r in result.raters:
         seconds = "-" if r.seconds is None else f"{r.seconds:.1f}"
         cells = f"{r.ranked:>6}  {r.skipped:>7}  {_figure(r.ties):>5}  {_figure(r.gold):>10}  {seconds:>14}"
         lines.append(f"{r.name:<{width}}  {cells}")

@@ -1,4 +1,4 @@
-"""`jrlhf rank`: the page, or what was decided on it."""
+"""Runs `jrlhf rank`: serves the page, or exports, imports or reports the decisions."""
 
 import secrets
 import socket
@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from jrlhf.config import ConfigError
 from jrlhf.config.tools import RankConfig
-from jrlhf.rank.exchange import exported, take_in
+from jrlhf.rank.exchange import export_text, import_rankings
 from jrlhf.rank.store import Store
 from jrlhf.rank.tasks import Task, is_name, read_tasks
 from jrlhf.system.lines import write_output
@@ -30,7 +30,7 @@ def run_rank(args: RankConfig) -> None:
         elif args.export:
             _export(args, file.tasks, store)
         elif args.import_from:
-            for note in take_in(Path(args.import_from), args.format, file.tasks, store):
+            for note in import_rankings(Path(args.import_from), args.format, file.tasks, store):
                 print(note)
         else:
             _serve(args, file.tasks, store)
@@ -48,7 +48,7 @@ def _report(tasks: Sequence[Task], store: Store) -> None:
 
 
 def _export(args: RankConfig, tasks: Sequence[Task], store: Store) -> None:
-    text, notes = exported(tasks, store.standing(), args.format)
+    text, notes = export_text(tasks, store.standing(), args.format)
     write_output(args.export, text)
     for note in notes:
         print(f"jrlhf: {note}", file=sys.stderr)
@@ -70,29 +70,29 @@ def _serve(args: RankConfig, tasks: Sequence[Task], store: Store) -> None:
         raise ConfigError(f"rater: must be a name of at most 64 printable characters, got {args.rater!r}")
     if args.host not in OWN_NAMES:
         print(
-            f"jrlhf: {args.host}: the page is open to other machines, unencrypted; who has the address can rank",
+            f"jrlhf: {args.host}: other machines can reach the page, unencrypted; everyone with its address can rank",
             file=sys.stderr,
         )
     token = secrets.token_urlsafe(24)
-    listening = _listen(args.host, args.port)
+    listener = _listen(args.host, args.port)
     shown = shown_host(args.host)
     where = f"[{shown}]" if ":" in shown else shown
     rater = f"&rater={quote(args.rater.strip())}" if args.rater else ""
-    print(f"{len(tasks)} tasks; open http://{where}:{listening.getsockname()[1]}/?token={token}{rater}")
-    print("Every decision is kept at once; ctrl-C ends, and the same command goes on.", flush=True)
+    print(f"{len(tasks)} tasks; open http://{where}:{listener.getsockname()[1]}/?token={token}{rater}")
+    print("Every decision is saved at once; ctrl-C ends the page, and the same command continues.", flush=True)
     app = make_app(tasks, store, token=token, host=args.host)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, proxy_headers=False)
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
         [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        # From here on a browser that is quicker than the server waits for it.
-        listening.listen()
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # From here on a browser that connects before the server is ready waits for it.
+        listener.listen()
     except OSError as error:
-        raise ConfigError(f"host: {host}:{port} cannot be listened at: {error}") from error
-    return listening
+        raise ConfigError(f"host: cannot listen at {host}:{port}: {error}") from error
+    return listener

@@ -1,4 +1,4 @@
-"""Decisions in SQLite: appended, never changed, and on the disk before the next task is shown."""
+"""Stores decisions in SQLite: it only appends, and writes to the disk before the next task appears."""
 
 import json
 import sqlite3
@@ -31,21 +31,21 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Decision:
-    """What a rater made of a task."""
+    """Decision of a rater on a task."""
 
     rater: str
     task: str
     kind: Kind
     ranks: tuple[int, ...] = ()
-    """One an answer, in the order of the task file: 0 is best, equal ones are ties. None where it was skipped."""
+    """Rank of each answer, in the order of the task file: 0 is best, equal ranks are ties. Empty for a skipped task."""
     margin: float | None = None
     note: str = ""
     seconds: float | None = None
-    """From the sight of the task to the decision; None where it is not known."""
+    """Seconds from the display of the task to the decision; None if unknown."""
 
 
 class Store:
-    """One file of decisions. Several threads and processes may use it at once."""
+    """File of decisions, for several threads and processes at once."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
@@ -74,11 +74,11 @@ class Store:
             raise TaskError(f"{path}: cannot be used as a file of decisions: {error}") from error
 
     def close(self) -> None:
-        """Folds the log into the file."""
+        """Close the file, and merge its write-ahead log into it."""
         self._db.close()
 
     def add(self, *decisions: Decision) -> None:
-        """All of them or none; they are on the disk when this returns."""
+        """Append all decisions or none; they are on the disk when this returns."""
         rows = [
             (d.rater, d.task, d.kind, json.dumps(d.ranks), d.margin, d.note, d.seconds, time.time()) for d in decisions
         ]
@@ -96,16 +96,16 @@ class Store:
             self._db.execute("COMMIT")
 
     def undo(self, rater: str, tasks: Iterable[str]) -> Decision | None:
-        """Take back the rater's newest decision on any of ``tasks``, and return it."""
-        wanted = set(tasks)
-        standing = [decision for decision in self.standing(rater) if decision.task in wanted]
+        """Undo the rater's newest decision on any of ``tasks``, and return it."""
+        keys = set(tasks)
+        standing = [decision for decision in self.standing(rater) if decision.task in keys]
         if not standing:
             return None
         self.add(Decision(rater, standing[-1].task, "undo"))
         return standing[-1]
 
     def standing(self, rater: str | None = None) -> list[Decision]:
-        """The newest decision of each rater on each task, unless it was taken back; in the order they were made."""
+        """Return the newest decision of each rater on each task, except undone ones, oldest first."""
         query = "SELECT rater, task, kind, ranks, margin, note, seconds FROM decisions WHERE ? IS NULL OR rater = ?"
         with self._lock:
             rows: Sequence[tuple] = self._db.execute(f"{query} ORDER BY number", (rater, rater)).fetchall()
@@ -117,12 +117,12 @@ class Store:
         return list(newest.values())
 
     def raters(self) -> list[str]:
-        """Those who have decided anything, by name."""
+        """Return the names of all raters, sorted."""
         with self._lock:
             return [name for (name,) in self._db.execute("SELECT DISTINCT rater FROM decisions ORDER BY rater")]
 
 
 def next_task(tasks: Sequence[Task], decisions: Iterable[Decision]) -> Task | None:
-    """The first one that is not decided: all raters take them in one order, so that what they have in common grows."""
-    decided = {decision.task for decision in decisions}
-    return next((task for task in tasks if task.key not in decided), None)
+    """Return the first undecided task. All raters take the tasks in the same order, so that they share many of them."""
+    done = {decision.task for decision in decisions}
+    return next((task for task in tasks if task.key not in done), None)

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder."""
+"""Exports a checkpoint as a Hugging Face folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,15 +26,15 @@ from jrlhf.types import Params
 
 
 def run_export(args: ExportConfig) -> None:
-    """Write a finished stage's model, or the one in a checkpoint, to ``args.out``.
+    """Write the model of a finished stage, or that of a checkpoint, to ``args.out``.
 
-    A reward model from a checkpoint is not normalised: that is done once, after training.
+    The scores of a reward model from a checkpoint are not normalised: normalisation happens once, after training.
     """
     out = Path(args.out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"out: {out} is not empty")
     folder, stage = _stage_of(args)
-    # The run may have moved since: its stages are beside this one.
+    # The run's folder may have moved, so its other stages are beside this one.
     config = replace(load_config(folder / "config.yaml"), run=str(folder.parent))
     if args.step == -1 and (folder / "hf" / "config.json").is_file():
         _export_finished(config, stage, folder, out, args)
@@ -55,14 +55,14 @@ def _stage_of(args: ExportConfig) -> tuple[Path, Stage]:
                 return run / stage.name, stage
             if run.name == stage.name and (run / "checkpoints").is_dir():
                 return run, stage
-    wanted = "stage" if args.stage == "last" else f"{args.stage} stage"
-    raise ConfigError(f"run: {run} has no {wanted} with a checkpoint")
+    stage_name = "stage" if args.stage == "last" else f"{args.stage} stage"
+    raise ConfigError(f"run: {run} has no {stage_name} with a checkpoint")
 
 
 def _export_finished(config: Config, stage: Stage, folder: Path, out: Path, args: ExportConfig) -> None:
-    """What the stage exported, file by file; with other dtypes, its weights as they stand there, written anew."""
+    """Copy what the stage exported; for other dtypes, write its exported weights again."""
     summary = read_summary(folder)
-    # Before it could be chosen, a stage exported what its source was in.
+    # Before the option existed, a stage exported the dtypes of its source.
     own = None if summary is None else summary.get("export_dtype", "source")
     dtype = _dtype(config, stage, args)
     if args.dtype == "stage" or dtype == own:
@@ -98,7 +98,7 @@ def _export_step(
 
 
 def _start(config: Config, stage: Stage, mesh: Mesh) -> Pretrained | RewardModel:
-    """The model that the stage began with."""
+    """Load the model that the stage began with."""
     return stage.start(stage.inputs(config).source, mesh=mesh, option=f"{stage.name}.model.path")
 
 

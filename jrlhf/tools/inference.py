@@ -1,4 +1,4 @@
-"""A trained model on files: prompts in, answers out; texts in, scores out."""
+"""Applies a trained model to files: it answers prompts, or scores texts."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
-from jrlhf.rank.tasks import FEWEST, TaskFile, distinct, task_line
+from jrlhf.rank.tasks import MIN_ANSWERS, TaskFile, distinct, task_line
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
 from jrlhf.runs.folder import exported_folder
@@ -20,22 +20,20 @@ from jrlhf.train.positions import Positions
 
 
 def run_generate(args: GenerateConfig) -> None:
-    """One JSON line a prompt, in the order of the prompts: ``{"prompt", "tools"?, "completions": [...]}``."""
-    drawn = _draw(args)
-    rows = (row | {"completions": completions} for row, completions in drawn)
+    """Write one JSON line for each prompt, in order: ``{"prompt", "tools"?, "completions": [...]}``."""
+    rows = (row | {"completions": completions} for row, completions in _sample(args))
     write_output(args.out, "".join(map(json_line, rows)))
 
 
 def run_sample(args: SampleConfig) -> None:
-    """One JSON line a prompt that people can rank answers of; what is left out is said on stderr."""
+    """Write one JSON line for each prompt with answers to rank, and notes about the others to stderr."""
     lines: list[str] = []
     merged = left_out = 0
-    drawn = _draw(args)
     about = {"model": args.model, "seed": args.seed, "temperature": args.sampling.temperature}
-    for row, completions in drawn:
+    for row, completions in _sample(args):
         different = distinct(completions)
         merged += len(completions) - len(different)
-        if len(different) < FEWEST:
+        if len(different) < MIN_ANSWERS:
             left_out += 1
         else:
             tools = {name: row[name] for name in ("tools",) if name in row}
@@ -45,12 +43,12 @@ def run_sample(args: SampleConfig) -> None:
     for note in TaskFile((), merged, left_out, repeated).notes():
         print(f"jrlhf: {note}", file=sys.stderr)
     if not unique:
-        raise DataError(f"{args.prompts}: no prompt got two different answers; raise sampling.temperature or samples")
+        raise DataError(f"{args.prompts}: no prompt has two different answers; raise sampling.temperature or samples")
     write_output(args.out, "".join(unique))
 
 
-def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
-    """Each prompt, with the tools it may call, and its answers."""
+def _sample(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
+    """Return each prompt, the tools that it may call, and its answers."""
     source = exported_folder(assets.resolve(args.model), stages=stages_of_kind("language"))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.prompts, max_length=args.max_length)
@@ -76,7 +74,8 @@ def _draw(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
 
 
 def run_score(args: ScoreConfig) -> None:
-    """One JSON line an answer, in the order of the rows: ``{"prompt"?, "tools"?, "completion", "score"}``."""
+    """Write one JSON line for each answer, in the order of the rows: ``{"prompt"?, "tools"?, "completion",
+    "score"}``."""
     source = exported_folder(assets.resolve(args.model), stages=stages_of_kind("reward"))
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.data, max_length=args.max_length)

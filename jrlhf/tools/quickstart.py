@@ -1,4 +1,4 @@
-"""All three stages on real weights and data that ship with the package, and a judge the reward model never saw."""
+"""Runs all three stages on the shipped model and data, and scores them by an independent judge."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,23 +24,24 @@ from jrlhf.system.terminal import show_all_characters
 from jrlhf.tools.quickstart_judge import lexicon_scores, load_opinion_lexicon, paired_difference
 
 BAG_OF_WORDS_L2 = 3e-4
-"""The baseline's best over 60,000 random pairs of the held-out sentences: a choice in its favour."""
+"""L2 penalty at which the baseline does best on 60,000 random pairs of the held-out sentences, in its favour."""
 
 
 def run_quickstart(out: Path, seed: int, preset: Literal["full", "smoke"]) -> dict[str, Any]:
-    """``jrlhf pipeline`` on configs/quickstart/<preset>.yaml, then the judge; writes summary.json and report.html."""
+    """Run ``jrlhf pipeline`` on configs/quickstart/<preset>.yaml, then the judge; write summary.json and
+    report.html."""
     show_all_characters()
     config = replace(load_config(config_path(f"quickstart/{preset}.yaml")), run=str(out), seed=seed)
     out = Path(config.run)
-    summary = judge(config, run_pipeline(config))
+    summary = quickstart_summary(config, run_pipeline(config))
     write_json(out / "summary.json", summary)
     write_report(out, summary, STAGES)
     print_summary(Console(), summary, before_and_after(config), STAGES)
     return summary
 
 
-def judge(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
-    """The summary in the quick start's terms: each stage before and after, beside its baselines."""
+def quickstart_summary(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the summary of the quick start: each stage before and after, beside its baselines."""
     before, after = read_answers(config, 0), read_answers(config, config.ppo.iterations)
     gold = gold_scores(config)
     gold_before, gold_after = gold[0], gold[config.ppo.iterations]
@@ -80,13 +81,13 @@ def judge(config: Config, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def gold_scores(config: Config) -> dict[int, Float[np.ndarray, "N"]]:
-    """What the lexicon says of the held-out answers of every evaluation of PPO, by iteration."""
+    """Return the lexicon's scores of the held-out answers of each PPO evaluation, by iteration."""
     lexicon = load_opinion_lexicon()
     steps = sorted(int(path.stem) for path in (Path(config.run) / "ppo" / "evals").glob("*.jsonl"))
-    return {s: lexicon_scores([whole_text(row) for row in read_answers(config, s)], lexicon) for s in steps}
+    return {s: lexicon_scores([prompt_and_answer(row) for row in read_answers(config, s)], lexicon) for s in steps}
 
 
-def whole_text(row: dict[str, Any]) -> str:
+def prompt_and_answer(row: dict[str, Any]) -> str:
     return row["prompt"] + row["completion"]
 
 
@@ -99,7 +100,7 @@ def largest(log: Iterable[dict[str, Any]], name: str) -> float:
 
 
 def read_answers(config: Config, iteration: int) -> list[dict[str, Any]]:
-    """The held-out answers that PPO wrote after so many iterations."""
+    """Read the held-out answers that PPO wrote after this iteration."""
     return read_json_lines(Path(config.run) / "ppo" / "evals" / f"{iteration:06d}.jsonl")
 
 
@@ -109,7 +110,7 @@ def read_rankings(sources: Sources) -> list[Ranking]:
 
 
 def before_and_after(config: Config) -> list[dict[str, str]]:
-    """The first three held-out prompts, each with the SFT model's answer and the PPO policy's."""
+    """Return the first three held-out prompts, each with the answers of the SFT model and of the policy."""
     pairs = zip(read_answers(config, 0)[:3], read_answers(config, config.ppo.iterations)[:3], strict=True)
     return [
         {"prompt": before["prompt"], "before": before["completion"], "after": after["completion"]}

@@ -1,4 +1,4 @@
-"""The judge of the quick start, which no reward model sees: an opinion lexicon."""
+"""Judge of the quick start, which is independent of all reward models: an opinion lexicon."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from jrlhf.rollout.diversity import words
 
 
 class Lexicon(NamedTuple):
-    """Words that speak for a text, and words that speak against it."""
+    """Positive and negative words."""
 
     positive: frozenset[str]
     negative: frozenset[str]
 
 
 def load_opinion_lexicon() -> Lexicon:
-    """The shipped word lists. Hu & Liu 2004, "Mining and summarizing customer reviews"."""
+    """Load the shipped word lists. Hu & Liu 2004, "Mining and summarizing customer reviews"."""
     folder = Path(assets.resolve("asset:opinion_lexicon"))
 
     def read(name: str) -> frozenset[str]:
@@ -30,13 +30,14 @@ def load_opinion_lexicon() -> Lexicon:
 
 
 def lexicon_scores(texts: Sequence[str], lexicon: Lexicon) -> Float[np.ndarray, "N"]:
-    """Positive minus negative words of each text; every occurrence counts, a word on both lists counts as 0."""
+    """Return the number of positive minus negative words of each text, with repetitions; a word on both lists counts as
+    0."""
     counts = [sum((w in lexicon.positive) - (w in lexicon.negative) for w in words(text)) for text in texts]
     return np.asarray(counts, np.float64)
 
 
 def paired_difference(before: Float[np.ndarray, "N"], after: Float[np.ndarray, "N"]) -> tuple[float, float]:
-    """Mean of after - before and its standard error s / √N, s over N - 1; the error of a single pair is NaN."""
+    """Return the mean of after - before and its standard error s / √N, s over N - 1; NaN for a single pair."""
     difference = after.astype(np.float64) - before.astype(np.float64)
     if difference.size < 2:
         return float(np.mean(difference)), float("nan")

@@ -1,4 +1,4 @@
-"""What `jrlhf data show` prints: rows as the model sees them, then counts over the whole source."""
+"""Runs `jrlhf data show`: rows as the model sees them, then counts over the whole source."""
 
 from functools import lru_cache
 
@@ -22,13 +22,13 @@ from jrlhf.system.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"
 BAD, ODD = "red", "yellow"
-CUT_SHOWN = 12
-"""Tokens shown of what was cut off."""
+MAX_CUT_TOKENS = 12
+"""Maximum number of tokens to show of a part that was cut off."""
 USES = {"sft": "SFT", "reward": "a reward model", "prompts": "PPO's prompts"}
 
 
 def run_show(args: ShowConfig) -> None:
-    """``DataError``, once all is counted, where a row is bad and training would end there."""
+    """Show rows and counts. Then raise DataError if a row is bad and training would end there."""
     show_all_characters()
     tokenizer = load_tokenizer(
         exported_folder(assets.resolve(args.model), stages=(*stages_of_kind("language"), *stages_of_kind("reward")))
@@ -38,7 +38,7 @@ def run_show(args: ShowConfig) -> None:
     kind = guess_kind(first) if args.kind == "auto" else args.kind
     inspector = RowInspector(DataConfig(max_length=args.max_length), tokenizer, kind, args.train_on)
     tally = Tally(tokenizer, kind)
-    # Lines are not broken where there is no terminal to break them for.
+    # Without a terminal, lines keep their full length.
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     spelling = Spelling(tokenizer)
     learnt = f", learnt: {args.train_on}" if kind == "sft" else ""
@@ -66,31 +66,31 @@ def run_show(args: ShowConfig) -> None:
 
 
 class Spelling:
-    """Tokens as text, one by one: nothing in it can move a cursor, and a line's end shows."""
+    """Shows single tokens as text, with visible line ends and without characters that move a cursor."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
         self._special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        # Behind another token the first space of a token stays.
+        # The decoder keeps the first space of a token only after another token.
         self._anchor: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self.of = lru_cache(maxsize=None)(self._spelt)
+        self.of = lru_cache(maxsize=None)(self._spell)
 
     def special(self, token: int) -> bool:
         return token in self._special
 
-    def _spelt(self, token: int) -> str:
-        known = self._tokenizer.convert_ids_to_tokens(token)
+    def _spell(self, token: int) -> str:
+        piece = self._tokenizer.convert_ids_to_tokens(token)
         if self.special(token):
-            return known
-        head, whole = (self._decoded(ids) for ids in (self._anchor, [*self._anchor, token]))
-        text = whole[len(head) :] if whole.startswith(head) else "\ufffd"
-        # A part of a character is no text: the vocabulary's own name for it.
+            return piece
+        head, text = (self._decode(ids) for ids in (self._anchor, [*self._anchor, token]))
+        text = text[len(head) :] if text.startswith(head) else "\ufffd"
+        # For a part of a character, show its name in the vocabulary.
         if not text or "\ufffd" in text:
-            return known if known.startswith("<") else f"<{known}>"
+            return piece if piece.startswith("<") else f"<{piece}>"
         return "".join(visible(letter) for letter in text)
 
-    def _decoded(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -101,17 +101,17 @@ def visible(letter: str) -> str:
 
 
 def about(tokenizer: Tokenizer) -> str:
-    """What decides tokens and masks, in a line."""
+    """Describe the parts of the tokenizer that decide tokens and masks."""
     template = template_of(tokenizer)
-    way = "generation markers" if MARKER.search(template) else "the difference of prefixes"
+    method = "generation markers" if MARKER.search(template) else "the difference of prefixes"
     own = tokenizer.init_kwargs.get("pad_token")
-    instead = "" if own is None or str(own) == tokenizer.pad_token else f" (its own, {own}, is the EOS)"
+    own_pad = "" if own is None or str(own) == tokenizer.pad_token else f" (its own, {own}, is the EOS)"
     return "; ".join(
         [
             f"{len(tokenizer):,} tokens",
             "stop tokens " + " ".join(tokenizer.convert_ids_to_tokens(list(stop_token_ids(tokenizer, ())))),
-            f"pad {tokenizer.pad_token}{instead}",
-            f"chat template, answers marked by {way}" if template else "no chat template",
+            f"pad {tokenizer.pad_token}{own_pad}",
+            f"chat template, answers marked by {method}" if template else "no chat template",
         ]
     )
 
@@ -133,18 +133,18 @@ def row_lines(seen: InspectedRow, kind: str, spelling: Spelling) -> list[Text]:
     lines = [Text(seen.place, "bold")]
     for number, sequence in enumerate(seen.sequences):
         length, lost = len(sequence.tokens), len(sequence.uncut) - len(sequence.tokens)
-        said = [f"rank {rank}" + " (best)" * (rank == 0) for rank in seen.ranks[number : number + 1]]
-        said.append(f"{length} tokens")
-        said += [f"{int(sequence.mask.sum())} learnt"] if kind == "sft" else []
-        lines.append(Text(", ".join(said), "bold"))
+        labels = [f"rank {rank}" + " (best)" * (rank == 0) for rank in seen.ranks[number : number + 1]]
+        labels.append(f"{length} tokens")
+        labels += [f"{int(sequence.mask.sum())} learnt"] if kind == "sft" else []
+        lines.append(Text(", ".join(labels), "bold"))
         if lost:
             lines[-1].append(f", {lost} cut off: {cut_off(sequence, spelling)}", BAD)
-        lines.append(spelt(sequence, spelling))
+        lines.append(token_line(sequence, spelling))
     return lines
 
 
-def spelt(sequence: InspectedSequence, spelling: Spelling) -> Text:
-    """The tokens; brackets stand around what is marked, so that no colour is needed to see it."""
+def token_line(sequence: InspectedSequence, spelling: Spelling) -> Text:
+    """Show the tokens of a sequence, with brackets around marked ones, so that colour is not needed."""
     line, inside = Text(), False
     for token, mask in zip(sequence.tokens.tolist(), sequence.mask.tolist(), strict=True):
         if inside and not mask:
@@ -159,16 +159,16 @@ def spelt(sequence: InspectedSequence, spelling: Spelling) -> Text:
 
 
 def cut_off(sequence: InspectedSequence, spelling: Spelling) -> str:
-    """Where, and the beginning of what was there."""
+    """Return the place of the cut, and the beginning of the lost tokens."""
     ids, whole = sequence.tokens, sequence.uncut
     unequal = np.flatnonzero(ids != whole[: len(ids)])
     start = int(unequal[0]) if len(unequal) else len(ids)
     lost = whole[start : start + len(whole) - len(ids)].tolist()
-    text = "".join(spelling.of(token) for token in lost[:CUT_SHOWN]).replace("\n", "")
+    text = "".join(spelling.of(token) for token in lost[:MAX_CUT_TOKENS]).replace("\n", "")
     where = "the end" if start == len(ids) else "the prompt's start"
     if where != "the end" and not np.array_equal(ids[start:], whole[len(whole) - len(ids) + start :]):
         where = "the prompt's start and the end"
-    return f"{where}, {text}{'…' if len(lost) > CUT_SHOWN else ''}"
+    return f"{where}, {text}{'…' if len(lost) > MAX_CUT_TOKENS else ''}"
 
 
 def summary_lines(tally: Tally) -> list[Text]:

@@ -1,4 +1,4 @@
-"""The invariants of RLHF with PPO, checked on the user's own model and printed with their figures."""
+"""Checks the invariants of RLHF with PPO on the user's own model, and prints their figures."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,10 +30,12 @@ from jrlhf.types import Generation, Key, PPOParams, Rollout, TrainState
 EXACT = 0.0
 FLOAT32 = 1e-5
 LOGITS = 1e-4
-"""Cached and full attention add up in another order; a logit is a sum over the whole width."""
+"""Bound for logits: cached and full attention add in different orders, and a logit is a sum over the whole width."""
 
 
-class Finding(NamedTuple):
+class Invariant(NamedTuple):
+    """Figure of one invariant, and its upper bound."""
+
     name: str
     figure: float
     bound: float
@@ -44,33 +46,33 @@ class Finding(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """The model under test, a critic with a fresh head on it, and one rollout of it."""
+    """Model under test, a critic with a new head on it, and one rollout."""
 
     model: Pretrained
     critic: RewardModel
     generation: Generation
     rollout: Rollout
     step: Step
-    """One update on a whole rollout."""
+    """One update on the full rollout."""
     temperature: float
     key: Key
     """The key of every update: they differ in nothing else than what is compared."""
 
 
 def run_verify(args: VerifyConfig) -> bool:
-    """Print every invariant with its figure and bound; True where all hold."""
+    """Print every invariant with its figure and bound; return whether all hold."""
     show_all_characters()
     subject = _prepare(args)
     table = Table("invariant", "figure", "bound", "", title=f"jrlhf verify {args.model}")
-    findings = list(_findings(subject))
-    for finding in findings:
-        verdict = "[green]holds[/]" if finding.holds else "[red]broken[/]"
-        table.add_row(finding.name, f"{finding.figure:.3g}", f"{finding.bound:.0e}", verdict)
+    invariants = list(_invariants(subject))
+    for invariant in invariants:
+        verdict = "[green]holds[/]" if invariant.holds else "[red]broken[/]"
+        table.add_row(invariant.name, f"{invariant.figure:.3g}", f"{invariant.bound:.0e}", verdict)
     console = Console()
     console.print(table)
     if jax.device_count() == 1:
-        console.print("One device: the update over several devices was not compared.")
-    return all(finding.holds for finding in findings)
+        console.print("One device: updates over several devices were not compared.")
+    return all(invariant.holds for invariant in invariants)
 
 
 def _prepare(args: VerifyConfig) -> Subject:
@@ -82,7 +84,7 @@ def _prepare(args: VerifyConfig) -> Subject:
     prompts = load_prompts(DataConfig(max_length=args.max_length), prompt_source, tokenizer)
     positions = Positions(model.arch, "max_length", args.max_new_tokens, "max_new_tokens")
     positions.check({prompt_source: prompts})
-    # An even number of rows, so that they can be read in two slices.
+    # An even number of rows divides into two slices.
     rows = max(2, min(args.batch_size, len(prompts)) // 2 * 2)
     tokens, mask = prompts.batch(np.resize(np.arange(len(prompts)), rows))
     generate = make_generate(
@@ -119,30 +121,30 @@ def _experience(
     return jax.jit(experience)(model.params, model.params, critic.params, generation, scores, jnp.float32(ppo.kl.coef))
 
 
-def _findings(subject: Subject) -> Iterator[Finding]:
+def _invariants(subject: Subject) -> Iterator[Invariant]:
     stats = jax.device_get(jax.jit(rollout_metrics)(subject.rollout))
-    yield Finding("KL(policy, reference) at step 0, nats a sequence", abs(float(stats["kl"])), EXACT)
-    yield Finding("sampler and trainer: max |Δ log-prob|", float(stats["sampler/max_abs_logprob_diff"]), LOGITS)
+    yield Invariant("KL(policy, reference) at step 0, nats a sequence", abs(float(stats["kl"])), EXACT)
+    yield Invariant("sampler and trainer: max |Δ log-prob|", float(stats["sampler/max_abs_logprob_diff"]), LOGITS)
     state, metrics = _update(subject, rate=0.0, rollout=subject.rollout)
-    yield Finding("first minibatch: max |log ratio|", float(metrics["policy/max_abs_log_ratio"]), FLOAT32)
-    yield Finding("first minibatch: approximate KL", float(metrics["policy/approxkl"]), FLOAT32)
-    yield Finding("learning rate 0: max |Δ parameter|", _distance(state.params, _params(subject)), EXACT)
-    whole, _ = _update(subject, rate=1.0, rollout=subject.rollout)
+    yield Invariant("first minibatch: max |log ratio|", float(metrics["policy/max_abs_log_ratio"]), FLOAT32)
+    yield Invariant("first minibatch: approximate KL", float(metrics["policy/approxkl"]), FLOAT32)
+    yield Invariant("learning rate 0: max |Δ parameter|", _distance(state.params, _params(subject)), EXACT)
+    full, _ = _update(subject, rate=1.0, rollout=subject.rollout)
     sliced = _sliced_update(subject)
-    scale = _distance(whole.params, _params(subject))
-    yield Finding("2 slices or 1: |Δ update| / |update|", _distance(sliced.params, whole.params) / scale, FLOAT32)
+    scale = _distance(full.params, _params(subject))
+    yield Invariant("2 slices or 1: |Δ update| / |update|", _distance(sliced.params, full.params) / scale, FLOAT32)
     if jax.device_count() > 1:
         spread = _update_over_devices(subject)
         name = f"{jax.device_count()} devices or 1: |Δ update| / |update|"
-        yield Finding(name, _distance(spread.params, whole.params) / scale, FLOAT32)
-    yield Finding("cached decode and full forward: max |Δ logit|", _cache_error(subject), LOGITS)
-    yield Finding("left or right padding: max |Δ log-prob|", _padding_error(subject), LOGITS)
-    yield Finding("alone or in a batch: max |Δ log-prob|", _batch_error(subject), LOGITS)
-    yield Finding("GAE against a loop: max |Δ advantage|", _gae_error(subject.rollout), FLOAT32)
-    yield Finding("whitening against NumPy: max |Δ|", _whiten_error(subject.rollout), FLOAT32)
-    yield Finding("ranking loss, K = 2 against pairs: max |Δ|", _pair_error(subject.rollout.scores), FLOAT32)
+        yield Invariant(name, _distance(spread.params, full.params) / scale, FLOAT32)
+    yield Invariant("cached decode and full forward: max |Δ logit|", _cache_error(subject), LOGITS)
+    yield Invariant("left or right padding: max |Δ log-prob|", _padding_error(subject), LOGITS)
+    yield Invariant("alone or in a batch: max |Δ log-prob|", _batch_error(subject), LOGITS)
+    yield Invariant("GAE against a loop: max |Δ advantage|", _gae_error(subject.rollout), FLOAT32)
+    yield Invariant("whitening against NumPy: max |Δ|", _whiten_error(subject.rollout), FLOAT32)
+    yield Invariant("ranking loss, K = 2 against pairs: max |Δ|", _pair_error(subject.rollout.scores), FLOAT32)
     for name, count in _degenerate(subject):
-        yield Finding(f"{name}: values that are not finite", count, EXACT)
+        yield Invariant(f"{name}: values that are not finite", count, EXACT)
 
 
 def _params(subject: Subject) -> PPOParams:
@@ -164,9 +166,9 @@ def _make_step(model: Pretrained, critic: RewardModel, *, temperature: float, ac
 
 
 def _optimizer(rate: float) -> optax.GradientTransformation:
-    """Plain gradient descent: Adam would blow rounding up to full size wherever a gradient is almost 0.
+    """Plain gradient descent, because Adam magnifies rounding wherever a gradient is almost 0.
 
-    The rate is part of the state, so that one compiled step serves for every rate.
+    The rate is part of the state, so that one compiled step works for every rate.
     """
     return optax.inject_hyperparams(optax.sgd)(learning_rate=rate)
 
@@ -190,7 +192,7 @@ def _update_over_devices(subject: Subject) -> TrainState:
     copies = jax.tree.map(jnp.copy, _params(subject))
     state = init_sharded(partial(_start, 1.0), copies, mesh=mesh, rules=rules)
     shardings = tree_shardings(jax.eval_shape(lambda: state), mesh, rules)
-    # Whole copies of the batch, so that any number of devices divides it; the mean stays what it is.
+    # Copies of the batch make it divisible by the number of devices, and keep the mean.
     parts = mesh.shape["data"]
     rollout = jax.tree.map(lambda x: np.concatenate([np.asarray(x)] * parts), subject.rollout)
     step = _make_step(subject.model, subject.critic, temperature=subject.temperature, accumulation=1)
@@ -203,7 +205,7 @@ def _distance(a: Any, b: Any) -> float:
 
 
 def _cache_error(subject: Subject) -> float:
-    """Feed the sampled tokens one by one through the cache, and compare each row of logits."""
+    """Feed the sampled tokens one by one through the cache, and compare all logits."""
     tokens, mask = subject.generation.tokens, subject.generation.mask
     model = subject.model
     positions = positions_from_mask(mask)
@@ -219,7 +221,7 @@ def _cache_error(subject: Subject) -> float:
 
 
 def _padding_error(subject: Subject) -> float:
-    """The same rows pushed to the left edge: log-probs move with their tokens and do not change."""
+    """Compare the log-probs of left-padded rows with those of the same rows with right padding."""
     tokens, mask = np.asarray(subject.generation.tokens), np.asarray(subject.generation.mask)
     order = np.argsort(~mask, axis=1, kind="stable")
     shifted = jnp.asarray(np.take_along_axis(tokens, order, 1)), jnp.asarray(np.take_along_axis(mask, order, 1))
@@ -244,22 +246,22 @@ def _batch_error(subject: Subject) -> float:
 def _gae_error(rollout: Rollout) -> float:
     ppo = PPOConfig()
     rewards, values, mask = (np.asarray(x) for x in (rollout.rewards, rollout.values, rollout.response_mask))
-    found = jax.vmap(lambda r, v, m: gae(r, v, m, gamma=ppo.gamma, lam=ppo.lam)[0])(rewards, values, mask)
+    advantages = jax.vmap(lambda r, v, m: gae(r, v, m, gamma=ppo.gamma, lam=ppo.lam)[0])(rewards, values, mask)
     expected = np.zeros(rewards.shape, np.float64)
     for row in range(len(rewards)):
         advantage, value = 0.0, 0.0
         for t in np.flatnonzero(mask[row])[::-1]:
             advantage = rewards[row, t] + ppo.gamma * value - values[row, t] + ppo.gamma * ppo.lam * advantage
             value, expected[row, t] = values[row, t], advantage
-    return float(np.max(np.abs(np.asarray(found) - expected)) / max(1.0, np.max(np.abs(expected))))
+    return float(np.max(np.abs(np.asarray(advantages) - expected)) / max(1.0, np.max(np.abs(expected))))
 
 
 def _whiten_error(rollout: Rollout) -> float:
     mask, returns = np.asarray(rollout.response_mask), np.asarray(rollout.returns, np.float64)
-    kept = returns[mask]
-    expected = (kept - kept.mean()) / np.sqrt(kept.var() + 1e-8)
-    found = masked_whiten(rollout.returns, rollout.response_mask, shift_mean=True)
-    return float(np.max(np.abs(np.asarray(found)[mask] - expected)))
+    unmasked = returns[mask]
+    expected = (unmasked - unmasked.mean()) / np.sqrt(unmasked.var() + 1e-8)
+    whitened = masked_whiten(rollout.returns, rollout.response_mask, shift_mean=True)
+    return float(np.max(np.abs(np.asarray(whitened)[mask] - expected)))
 
 
 def _pair_error(scores: jax.Array) -> float:

@@ -22,7 +22,7 @@ from scripts.build_assets import (
     make_tokenizer,
     normalised,
     opening,
-    ranked,
+    ranking_row,
     rating_pairs,
     read_llama2c_tokens,
     read_opinion_words,
@@ -156,7 +156,7 @@ def test_groups_and_pairs_have_the_sizes_they_say() -> None:
 
 def test_ranking_by_hand() -> None:
     reviews = [Review("a", 1.0), Review("b", -2.0), Review("c", 1.0), Review("d", 3.5)]
-    assert ranked(reviews)["ranks"] == [1, 2, 1, 0]
+    assert ranking_row(reviews)["ranks"] == [1, 2, 1, 0]
     rng = np.random.default_rng(0)
     assert sorted(map(len, group_reviews(reviews * 4 + reviews[:1], 8, rng))) == [8, 8]
     pairs = rating_pairs([Review(str(i), float(i % 2)) for i in range(20)], rng)

@@ -9,7 +9,7 @@ pytest.importorskip("markdown_it")
 
 from jrlhf.rank import read_tasks
 from jrlhf.rank.app import make_app
-from jrlhf.rank.guard import LARGEST_BODY
+from jrlhf.rank.guard import MAX_BODY_BYTES
 from jrlhf.rank.render import to_html
 from jrlhf.rank.store import Store
 
@@ -76,7 +76,7 @@ def test_another_page_cannot_read(client):
 
 
 def test_a_large_body_is_refused_by_its_header_and_by_its_bytes(client):
-    large = b"x" * (LARGEST_BODY + 1)
+    large = b"x" * (MAX_BODY_BYTES + 1)
     assert client("POST", "/api/next", chunks=[large], content_length=str(len(large))).status == 413
     assert client("POST", "/api/next", chunks=[large[:9], large[9:]]).status == 413
     assert client("POST", "/api/next", chunks=[b"{}"], content_length=str(len(large))).status == 413
@@ -123,7 +123,7 @@ def test_what_is_shown_is_blind_and_in_the_rater_s_order(client, tmp_path):
     assert b"secret" not in reply.body
     assert b"gold" not in reply.body
     task = reply.json()["task"]
-    assert [a["text"] for [a] in task["answers"]] == [first.completions[i] for i in first.shown("ann")]
+    assert [a["text"] for [a] in task["answers"]] == [first.completions[i] for i in first.order_for("ann")]
 
 
 def test_decisions_are_kept_in_the_order_of_the_file(client, tmp_path):
@@ -135,7 +135,7 @@ def test_decisions_are_kept_in_the_order_of_the_file(client, tmp_path):
     store = Store(tmp_path / "tasks.sqlite")
     [decision] = store.standing()
     store.close()
-    seen = first.shown("ann")
+    seen = first.order_for("ann")
     assert decision.ranks == tuple({seen[0]: 0, seen[1]: 0, seen[2]: 1}[i] for i in range(3))
     assert (decision.rater, decision.kind, decision.margin, decision.note) == ("ann", "rank", 1.0, "näh")
     assert decision.seconds == 1.5

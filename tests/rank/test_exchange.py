@@ -12,10 +12,10 @@ from jrlhf.data import load_rankings, load_tokenizer
 from jrlhf.data.formats import Ranking, parse_ranking
 from jrlhf.rank import TaskError, read_tasks
 from jrlhf.rank.argilla import user_id
-from jrlhf.rank.exchange import exported, take_in
+from jrlhf.rank.exchange import export_text, import_rankings
 from jrlhf.rank.label_studio import INTERFACE
 from jrlhf.rank.places import read_order
-from jrlhf.rank.render import shown
+from jrlhf.rank.render import render_turns
 from jrlhf.rank.store import Decision, Store
 from jrlhf.rank.tasks import task_line
 
@@ -87,11 +87,11 @@ def test_tools_and_calls_go_along_into_reward_data(tmp_path, store):
     path.write_text(task_line(turns, ["Yes.", "No."], tools=tools))
     [task] = read_tasks(path).tasks
     store.add(Decision("ann", task.key, "rank", (1, 0)))
-    rows, _ = exported([task], store.standing(), "ranking")
+    rows, _ = export_text([task], store.standing(), "ranking")
     [row] = map(json.loads, rows.splitlines())
     assert parse_ranking(row) == Ranking(turns, ["Yes.", "No."], [1, 0], 0.0, tools)
-    assert shown(turns)[1]["text"] == json.dumps(call)
-    records, _ = exported([task], store.standing(), "argilla")
+    assert render_turns(turns)[1]["text"] == json.dumps(call)
+    records, _ = export_text([task], store.standing(), "argilla")
     assert "assistant: {" in json.loads(records)[0]["fields"]["prompt"]
 
 
@@ -103,7 +103,7 @@ def test_what_is_left_out_is_said(tasks, store, tmp_path, capsys):
     assert err.splitlines() == [
         "jrlhf: 5 rankings of 3 raters",
         "jrlhf: 1 skipped tasks left out",
-        "jrlhf: 1 of the rankings left out: all answers tied, so there is nothing to learn",
+        "jrlhf: 1 of the rankings left out: all answers are tied, so there is nothing to learn",
     ]
 
 
@@ -128,9 +128,9 @@ def test_every_form_comes_back_as_it_was(form, tasks, store, tmp_path, capsys):
     expected = [d for d in store.standing() if d.kind == "rank" and d.task in keys]
     if form == "ranking":
         expected = [d for d in expected if len(set(d.ranks)) > 1]
-    for said in (f"{len(expected)} decisions taken in, 0 were", f"0 decisions taken in, {len(expected)} were"):
+    for said in (f"{len(expected)} decisions imported, 0 were", f"0 decisions imported, {len(expected)} were"):
         assert main(argv) == 0
-        assert capsys.readouterr().out == said + " here already\n"
+        assert capsys.readouterr().out == said + " known already\n"
     new = Store(tmp_path / "new.sqlite")
     assert sorted(new.standing(), key=repr) == sorted(expected, key=repr)
     new.close()
@@ -138,7 +138,7 @@ def test_every_form_comes_back_as_it_was(form, tasks, store, tmp_path, capsys):
 
 def test_argilla_s_form_is_its_sdk_s(tasks, store):
     decide(store, tasks)
-    records = json.loads(exported(tasks, store.standing(), "argilla")[0])
+    records = json.loads(export_text(tasks, store.standing(), "argilla")[0])
     assert [list(record) for record in records] == [
         ["id", "fields", "metadata", "suggestions", "responses", "vectors"]
     ] * 3
@@ -166,9 +166,9 @@ def test_argilla_s_own_answers_are_read(tasks, store, tmp_path):
     record = {"id": "one", "metadata": {"jrlhf": json.dumps(ours)}, "responses": {"ranking": responses}}
     path = tmp_path / "records.json"
     path.write_text(json.dumps([record, {"id": "two", "responses": {}}, {**record, "id": "unknown"}]))
-    assert take_in(path, "argilla", tasks, store) == [
-        "3 decisions taken in, 0 were here already",
-        "3 rankings left out: their task is not in the task file",
+    assert import_rankings(path, "argilla", tasks, store) == [
+        "3 decisions imported, 0 were known already",
+        "3 rankings left out: the task file does not have their task",
     ]
     found = {decision.rater: decision.ranks for decision in store.standing()}
     assert found == {"ann": (1, 2, 0), "argilla u2": (1, 1, 0), "argilla u4": (1, 0, 2)}
@@ -176,7 +176,7 @@ def test_argilla_s_own_answers_are_read(tasks, store, tmp_path):
 
 def test_label_studio_s_form_fits_its_interface(tasks, store):
     decide(store, tasks)
-    [first, *_] = json.loads(exported(tasks, store.standing(), "label-studio")[0])
+    [first, *_] = json.loads(export_text(tasks, store.standing(), "label-studio")[0])
     assert [item["id"] for item in first["data"]["items"]] == ["1", "2", "3"]
     result = first["annotations"][0]["result"][0]
     assert result["value"] == {"ranker": {"rank": ["2", "1", "3"]}}
@@ -196,7 +196,7 @@ def test_label_studio_s_own_answers_are_read(tasks, store, tmp_path):
     ]
     path = tmp_path / "export.json"
     path.write_text(json.dumps([{"id": 1, "data": {"task": "one"}, "annotations": annotations}]))
-    assert take_in(path, "label-studio", tasks, store) == ["3 decisions taken in, 0 were here already"]
+    assert import_rankings(path, "label-studio", tasks, store) == ["3 decisions imported, 0 were known already"]
     found = {decision.rater: (decision.ranks, decision.seconds) for decision in store.standing()}
     assert found == {
         "label-studio 3": ((1, 2, 0), 9.5),
@@ -228,15 +228,23 @@ def test_ties_that_do_not_fit_the_order_any_more_are_let_go():
         (
             "argilla",
             '[{"id": "one", "responses": {"ranking": [{"value": ["x"], "user_id": "u"}]}}]',
-            ": record 1: not as",
+            ": record 1: not in the format",
         ),
-        ("argilla", '[{"id": "one", "responses": {"ranking": [{"value": 3, "user_id": "u"}]}}]', ": record 1: not as"),
+        (
+            "argilla",
+            '[{"id": "one", "responses": {"ranking": [{"value": 3, "user_id": "u"}]}}]',
+            ": record 1: not in the format",
+        ),
         (
             "argilla",
             '[{"id": "one", "responses": {"ranking": [{"value": ["completion_1"], "user_id": "u"}]}}]',
-            ": task one: the order is not one of its 3 answers",
+            ": task one: the order does not fit its 3 answers",
         ),
-        ("label-studio", '[{"annotations": [{"result": [{"type": "ranker"}]}]}]', ": record 1: not as label-studio"),
+        (
+            "label-studio",
+            '[{"annotations": [{"result": [{"type": "ranker"}]}]}]',
+            ": record 1: not in the format of label-studio",
+        ),
         ("label-studio", "[3]", ": expected a JSON array of objects"),
     ],
 )
@@ -244,6 +252,6 @@ def test_a_file_that_is_no_such_file_is_named_and_nothing_is_taken(form, text, m
     path = tmp_path / "in.json"
     path.write_text(text)
     with pytest.raises(TaskError) as caught:
-        take_in(path, form, tasks, store)
+        import_rankings(path, form, tasks, store)
     assert str(caught.value).startswith(f"{path}{message}")
     assert store.standing() == []

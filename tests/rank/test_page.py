@@ -79,7 +79,7 @@ def test_two_raters_rank_twenty_tasks_by_keys_alone(opened, tmp_path):
         for page, rater in ((ann, "ann"), (bob, "bob")):
             # Digits name the answers as this rater sees them; the best is the file's last, or the first for bob.
             wanted = [3, 2, 1, 0] if rater == "ann" else [0, 1, 2, 3]
-            seen = task.shown(rater)
+            seen = task.order_for(rater)
             for answer in wanted[:3]:
                 page.keyboard.press(str(seen.index(answer) + 1))
             page.keyboard.press("Enter")
@@ -140,7 +140,7 @@ def test_every_key_does_what_the_help_says(opened, tmp_path):
     press("Enter")
     wait_for(page, 1)
     [decision] = standing(path)
-    seen = first.shown("ann")
+    seen = first.order_for("ann")
     assert decision.ranks == tuple([1, 0, 1][seen.index(i)] for i in range(3))
     assert (decision.margin, decision.note) == (1.0, "3 is wrong")
     press("s")
@@ -168,7 +168,7 @@ def test_dragged_by_hand_on_a_page_that_asked_for_a_name(opened, tmp_path):
     page.locator("#submit").click()
     wait_for(page, 1)
     [decision] = standing(path)
-    seen = read_tasks(path).tasks[0].shown("Cleo")
+    seen = read_tasks(path).tasks[0].order_for("Cleo")
     assert decision.ranks == tuple([2, 1, 0][seen.index(i)] for i in range(3))
     again, _ = opened(path, rater="", server=server)
     again.locator("#known button", has_text="Cleo").click()
@@ -202,7 +202,7 @@ def test_a_server_that_is_gone_is_said_and_nothing_is_lost_on_the_page(opened, t
     page.keyboard.press("2")
     page.evaluate("() => { window.fetch = () => Promise.reject(new TypeError('gone')) }")
     page.keyboard.press("Enter")
-    page.locator("#status", has_text="Not kept: the server cannot be reached").wait_for()
+    page.locator("#status", has_text="Not saved: the server cannot be reached").wait_for()
     assert [p.text_content() for p in page.locator(".answer .place").all()] == ["1.", "2.", "3."]
     assert standing(path) == []
 

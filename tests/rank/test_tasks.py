@@ -45,9 +45,9 @@ def test_answers_are_shown_once_and_blank_ones_never(tmp_path):
 def test_each_rater_has_an_order_of_their_own_that_stays(tmp_path):
     names = [f"rater {i}" for i in range(200)]
     [task] = read_tasks(written(tmp_path, {"prompt": "p", "completions": ["a", "b", "c"]})).tasks
-    orders = [tuple(task.shown(name)) for name in names]
+    orders = [tuple(task.order_for(name)) for name in names]
     random.seed(1)
-    assert orders == [tuple(task.shown(name)) for name in names]
+    assert orders == [tuple(task.order_for(name)) for name in names]
     counts = [orders.count(order) for order in sorted(set(orders))]
     assert len(counts) == 6
     assert min(counts) > 15  # of 33 each, on average
@@ -57,8 +57,8 @@ def test_each_rater_has_an_order_of_their_own_that_stays(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", "not a JSON object a line"),
-        ("[1]", "expected a JSON object, found list"),
+        ("{", "not a line of JSON"),
+        ("[1]", "expected a JSON object, got list"),
         ({"prompt": "p"}, "completions: expected a list of answers"),
         ({"prompt": 3, "completions": ["a", "b"]}, "prompt: expected text or chat messages"),
         (
@@ -83,9 +83,9 @@ def test_a_bad_line_is_named(row, message, tmp_path):
 
 def test_two_tasks_of_one_id_and_a_file_without_any_are_refused(tmp_path):
     path = written(tmp_path, {"id": 1, "completions": ["a", "b"]}, {"id": "1", "completions": ["a", "c"]})
-    with pytest.raises(TaskError, match="2: id: '1' is that of line 1 too"):
+    with pytest.raises(TaskError, match="2: id: '1': line 1 has the same id"):
         read_tasks(path)
-    with pytest.raises(TaskError, match="holds no prompt with two different answers"):
+    with pytest.raises(TaskError, match="no prompt has two different answers"):
         read_tasks(written(tmp_path, {"completions": ["a", "a"]}))
     with pytest.raises(FileNotFoundError):
         read_tasks(tmp_path / "absent.jsonl")

@@ -252,7 +252,7 @@ def test_answers_are_sampled_as_tasks_to_rank(finished: Finished, tmp_path: Path
     first = out.read_bytes()
     run_sample(args)
     assert out.read_bytes() == first
-    with pytest.raises(DataError, match=r"no prompt got two different answers; raise sampling\.temperature"):
+    with pytest.raises(DataError, match=r"no prompt has two different answers; raise sampling\.temperature"):
         run_sample(replace(args, sampling=replace(sampling, top_k=1)))
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jrlhf.cli import main
 from jrlhf.data.tally import InspectedSequence
-from jrlhf.tools.show import Spelling, about, spelt, visible
+from jrlhf.tools.show import Spelling, about, token_line, visible
 from tests.support.chat_templates import MARKED, QWEN2
 
 MODEL = "asset:stories260k"
@@ -242,7 +242,7 @@ def byte_level():
 def test_parts_of_a_character_go_by_the_vocabulary_s_name(byte_level):
     spelling = Spelling(byte_level)
     ids = np.asarray(byte_level("é \n<|im_end|>")["input_ids"])
-    line = spelt(InspectedSequence(ids, ids == ids[2], ids), spelling)
+    line = token_line(InspectedSequence(ids, ids == ids[2], ids), spelling)
     assert line.plain == "<Ã>·<©>⟦ ⟧⏎\n<|im_end|>"
 
 

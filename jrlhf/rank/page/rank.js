@@ -1,5 +1,5 @@
 // One task at a time. The list on the page is the ranking: its first `placed` cards have a place, the others none yet,
-// and a card in `tied` shares the place of the one above it. What leaves the page is a rank an answer.
+// and a card in `tied` shares the place of the card above it. The page sends one rank for each answer.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -7,11 +7,11 @@ const MARGINS = ["", "slightly", "clearly"];
 
 let rater = new URLSearchParams(location.search).get("rater") || "";
 let task = null;
-let order = []; // answers by their numbers, as they stand on the page
+let order = []; // numbers of the answers, in the order of the page
 let placed = 0;
 let tied = new Set();
 let focused = 0; // an answer's number
-let moves = []; // what `u` goes back to
+let moves = []; // earlier states for `u`
 let busy = false;
 let began = 0;
 let seen = 0; // milliseconds, while the page was in view
@@ -29,15 +29,15 @@ async function ask(path, body) {
   return answer.json();
 }
 
-async function send(path, body, said) {
+async function send(path, body, message) {
   if (busy) return;
   busy = true;
   try {
     show(await ask(path, { rater, ...body }));
-    say(said);
+    say(message);
   } catch (error) {
     const gone = error instanceof TypeError;
-    say(gone ? "Not kept: the server cannot be reached. Start it again, then repeat." : `Not kept: ${error.message}`);
+    say(gone ? "Not saved: the server cannot be reached. Start it again, then repeat." : `Not saved: ${error.message}`);
   } finally {
     busy = false;
   }
@@ -47,10 +47,10 @@ const submit = () => {
   const missing = order.length - placed;
   if (missing) return say(`${missing} ${missing === 1 ? "answer has" : "answers have"} no place yet.`);
   const margin = document.querySelector("input[name=margin]:checked").value || null;
-  return send("api/decide", { task: task.key, ranks: ranks(), margin, ...extras() }, "Kept.");
+  return send("api/decide", { task: task.key, ranks: ranks(), margin, ...extras() }, "Saved.");
 };
 const skip = () => send("api/decide", { task: task.key, skip: true, ...extras() }, "Skipped.");
-const takeBack = () => send("api/undo", {}, "The last decision is taken back.");
+const takeBack = () => send("api/undo", {}, "The last decision is undone.");
 const extras = () => ({ note: $("note").value, seconds: time() / 1000 });
 
 function ranks() {
@@ -74,7 +74,7 @@ document.addEventListener("visibilitychange", () => {
 // ---- changing the order
 
 function change(act) {
-  if (busy) return; // the task on the page is on its way out
+  if (busy) return; // the page is about to show the next task
   const before = { order: [...order], placed, tied: new Set(tied), focused };
   act();
   for (const answer of [...tied]) {
@@ -108,7 +108,7 @@ function shift(answer, by) {
   change(() => {
     const at = order.indexOf(answer);
     focused = answer;
-    if (by < 0 && at === placed) placed += 1; // over the line between those with a place and those without
+    if (by < 0 && at === placed) placed += 1; // across the line between answers with and without a place
     else if (by > 0 && at === placed - 1 && placed < order.length) placed -= 1;
     else if (order[at + by] !== undefined) {
       order.splice(at, 1);
@@ -137,7 +137,7 @@ function tie(answer) {
   change(() => {
     const at = order.indexOf(answer);
     focused = answer;
-    if (at < 1 || at > placed) return; // the one above has no place to share
+    if (at < 1 || at > placed) return; // the card above has no place to share
     placed = Math.max(placed, at + 1);
     if (!tied.delete(answer)) tied.add(answer);
   });
@@ -147,7 +147,7 @@ function undo() {
   if (!moves.length || !task) return takeBack();
   ({ order, placed, tied, focused } = moves.pop());
   draw(true);
-  return say("One step back.");
+  return say("Undone.");
 }
 
 // ---- showing
@@ -191,7 +191,7 @@ function turns(content) {
     const turn = element("div", "turn");
     if (role) turn.append(element("div", "role", role));
     const body = element("div", markdown ? "html" : "text");
-    if (markdown) body.innerHTML = html; // made on the server, where all that is not Markdown is escaped
+    if (markdown) body.innerHTML = html; // from the server, which escapes everything that is not Markdown
     else body.textContent = text;
     turn.append(body);
     return turn;
@@ -222,7 +222,7 @@ function card(answer, at, rank) {
   const shared = tied.has(answer) ? ", tied with the one above" : "";
   made.setAttribute("aria-label", `Answer ${answer + 1}, ${place}${shared}: ${task.answers[answer].map((t) => t.text).join(" ")}`);
   const left = element("div", "left");
-  left.append(button("pick", String(answer + 1), has ? "Take its place away" : "Next best", () => pick(answer)));
+  left.append(button("pick", String(answer + 1), has ? "Remove its place" : "Next best", () => pick(answer)));
   left.append(element("span", "place", has ? `${tied.has(answer) ? "= " : ""}${rank + 1}.` : "–"));
   const content = element("div", "content");
   content.append(...turns(task.answers[answer]));
@@ -238,7 +238,7 @@ function card(answer, at, rank) {
 function button(name, text, label, act) {
   const made = element("button", name, text);
   made.type = "button";
-  made.tabIndex = -1; // the keys do the same; for those who tab, the card is the stop
+  made.tabIndex = -1; // the keys do the same; the tab key stops at the card
   made.setAttribute("aria-label", label);
   made.title = label;
   made.addEventListener("click", act);
