@@ -80,10 +80,11 @@ def diff_configs(old: T, new: T) -> list[str]:
 def config_path(name: str) -> Path:
     """A recipe that comes with jrlhf, such as `quickstart/full.yaml`, in a checkout or an installed package."""
     package = Path(__file__).resolve().parent
-    for folder in (package / "configs", package.parent / "configs"):
+    # pyproject.toml puts the checkout's configs/ into the wheel under the first name.
+    for folder in (package / "recipes", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise ConfigError(f"{name}: no such recipe in {package / 'configs'} or {package.parent / 'configs'}")
+    raise ConfigError(f"{name}: no such recipe in {package / 'recipes'} or {package.parent / 'configs'}")
 
 
 def schema(cls: type, prefix: str = "") -> dict[str, Any]:
