@@ -1,6 +1,7 @@
 """Eight CPU devices and JAX at its strictest, set before anything imports JAX."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -44,3 +45,9 @@ settings.register_profile("jrlhf", deadline=None, max_examples=25, derandomize=T
 settings.load_profile("jrlhf")
 
 atexit.register(shutil.rmtree, os.environ["JRLHF_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collecting have made stays to the end: the garbage collector need not look at it each time."""
+    gc.collect()
+    gc.freeze()

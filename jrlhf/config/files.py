@@ -82,6 +82,7 @@ def diff_configs(old: T, new: T) -> list[str]:
 def config_path(name: str) -> Path:
     """Return the path of a shipped recipe, such as `quickstart/full.yaml`, in a checkout or an installed package."""
     package = Path(__file__).resolve().parents[1]
+    # pyproject.toml puts the checkout's configs/ into the wheel under the first name.
     for folder in (package / "recipes", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name

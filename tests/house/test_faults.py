@@ -216,7 +216,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     33: (
-        "another jaxlib (.ci/run tests both ends where it finds both interpreters): cached decode is the full forward",
+        "another jaxlib (.ci/run tries both ends; every family nightly): cached decode is the full forward",
         (
             "tests/models/hf/test_families.py::test_cached_decode_equals_the_full_forward",
             "tests/models/test_decoder.py::test_cached_decode_equals_the_full_forward",
