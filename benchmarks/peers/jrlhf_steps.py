@@ -38,8 +38,9 @@ from jrlhf.runs.metrics import MetricsLog
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.steps import make_generate, make_reward_step, make_sft_step
 from jrlhf.train.batches import gradient_slices, usual_microbatch
+from jrlhf.train.keys import stream_key
 from jrlhf.train.optim import make_optimizer
-from jrlhf.train.start import start_training
+from jrlhf.train.start import begin, build_training
 from jrlhf.types import DecodeFns, Params, RankingBatch, SFTBatch
 
 
@@ -92,9 +93,8 @@ def train(
 ) -> None:
     """A step as the stages run it: jitted over a mesh, its state donated, a new batch put on the device each time."""
     mesh, (trained, frozen) = make_mesh(data=-1, fsdp=1, tensor=1), split
-    state, update = start_training(
-        step, tx, trained, mesh=mesh, rules=SHARDING_RULES, seed=0, stage="sft", frozen=frozen
-    )
+    training = build_training(step, tx, trained, frozen, mesh=mesh, rules=SHARDING_RULES)
+    state, update = begin(training, mesh=mesh, key=stream_key(0, "sft", "train")), training.step
     train, key = state.train, state.key
 
     def call() -> dict[str, Any]:

@@ -26,7 +26,7 @@ MOST = 64
 def run_plan(config: PlanConfig) -> list[StageFigures]:
     """Plan the stages that have training data; print their figures, and write them where the config says."""
     show_all_characters()
-    target = planned_site(config)
+    target = planned_target(config)
     requested = [stage for stage in STAGES if required_value(config, stage.name)]
     if not requested:
         fields = [f"{name}.{section.required}" for name, section in stage_sections().items()]
@@ -40,7 +40,7 @@ def run_plan(config: PlanConfig) -> list[StageFigures]:
     return found
 
 
-def planned_site(config: PlanConfig) -> Target:
+def planned_target(config: PlanConfig) -> Target:
     """The devices, and the config's mesh over them."""
     try:
         topology = parse_topology(config.topology)

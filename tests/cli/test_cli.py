@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jrlhf import __version__
-from jrlhf.cli import COMMANDS, entry, main
-from jrlhf.cli.flags import PLAN_ONLY, STAGES
+from jrlhf.cli import commands, entry, main
+from jrlhf.cli.flags import PLAN_ONLY, sections
 from jrlhf.config import Config, ConfigError, PlanConfig, SamplingConfig
 from jrlhf.config.files import flag_types
 from jrlhf.config.tools import (
@@ -38,7 +38,8 @@ TOOLS = {
     "verify": VerifyConfig,
     "quickstart": QuickstartConfig,
 }
-PLACES = {name: (f"jrlhf.stages.{name}", f"run_{name}") for name in ("pipeline", "sft", "reward", "ppo")} | {
+PLACES = dict.fromkeys(("sft", "reward", "ppo"), ("jrlhf.stages.run", "run_stage")) | {
+    "pipeline": ("jrlhf.stages.pipeline", "run_pipeline"),
     "plan": ("jrlhf.plan", "run_plan"),
     "report": ("jrlhf.report", "run_report"),
     **{name: (f"jrlhf.tools.{name}", f"run_{name}") for name in ("export", "verify", "quickstart")},
@@ -89,13 +90,13 @@ def test_alone_it_prints_help_as_a_usage_error(capsys):
     assert main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert all(f"\n  {name} " in err for name in COMMANDS)
+    assert all(f"\n  {name} " in err for name in commands())
 
 
 def test_help_lists_every_command_with_one_line(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"\n  {name:<12}{line}\n" in out for name, line in COMMANDS.items())
+    assert all(f"\n  {name:<12}{line}\n" in out for name, line in commands().items())
     assert "JRLHF_DEBUG" in out
 
 
@@ -111,7 +112,7 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert errors(capsys) == ["jrlhf: data: unknown command; did you mean data show?"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands())
 def test_help_of_every_command_shows_every_field(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "250")
     assert main([command, "--help"]) == 0
@@ -121,7 +122,9 @@ def test_help_of_every_command_shows_every_field(command, capsys, monkeypatch):
         shown |= {name: name.upper() for name in ("model", "prompts", "data", "run", "out") if f"--{name}" not in words}
         shown = {name: text for name, text in shown.items() if name in flag_types(TOOLS[command])}
     else:
-        cls, parts = (PlanConfig, (*PLAN_ONLY, *STAGES["pipeline"])) if command == "plan" else (Config, STAGES[command])
+        cls, parts = (
+            (PlanConfig, (*PLAN_ONLY, *sections("pipeline"))) if command == "plan" else (Config, sections(command))
+        )
         shown = {name: f"--{name}" for name in flag_types(cls) if name.split(".")[0] in parts}
         assert "--config" in words
         assert not [w for w in words if w.startswith("--") and "." in w and w.removeprefix("--") not in shown]

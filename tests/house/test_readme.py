@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from jrlhf.cli import COMMANDS
+from jrlhf.cli import commands
 from jrlhf.cli.commands import TOOLS
-from jrlhf.cli.flags import PLAN_ONLY, STAGES, read_flags, stage_flags, tool_config
+from jrlhf.cli.flags import PLAN_ONLY, read_flags, sections, stage_flags, tool_config
 from jrlhf.config import Config, ConfigError, PlanConfig, check, load_config
 from jrlhf.config.files import apply_flags, flag_types, schema
 from tests.support import ROOT
@@ -67,8 +67,8 @@ def command_lines(page: Path) -> Iterator[str]:
 def parse(line: str) -> None:
     """ConfigError where a command does not exist, or does not know a flag or its value."""
     _, *words = shlex.split(line)
-    command = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
-    if command not in COMMANDS:
+    command = " ".join(words[:2]) if " ".join(words[:2]) in commands() else words[0]
+    if command not in commands():
         raise ConfigError(f"{command}: unknown command")
     arguments = [word.strip("[]") for word in words[len(command.split()) :]]
     if not arguments or arguments == ["--help"]:
@@ -76,7 +76,7 @@ def parse(line: str) -> None:
     if command in TOOLS:
         tool_config(command, TOOLS[command], arguments)
         return
-    config, parts = Config(), STAGES.get(command, STAGES["pipeline"])
+    config, parts = Config(), sections(command)
     if command == "plan":
         config, parts = PlanConfig(), (*PLAN_ONLY, *parts)
     flags = read_flags(command, arguments, stage_flags(type(config), parts))
@@ -179,7 +179,7 @@ def test_every_page_is_in_both_lists() -> None:
 
 def test_every_command_has_a_row() -> None:
     rows = "\n".join(line for line in text_of(ROOT / "docs/commands.md").splitlines() if line.startswith("|"))
-    for command in COMMANDS:
+    for command in commands():
         assert f"`jrlhf {command}" in rows, command
 
 

@@ -9,9 +9,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import pytest
-from jrlhf.plan.ppo import ppo_stage
-from jrlhf.plan.reward import reward_stage
-from jrlhf.plan.sft import sft_stage
 
 from jrlhf import assets
 from jrlhf.config import (
@@ -31,12 +28,17 @@ from jrlhf.models.cache import CacheKind
 from jrlhf.parallel.devices.topology import Topology, parse_topology
 from jrlhf.plan import run as plan_run
 from jrlhf.plan import run_plan
-from jrlhf.plan.parts import Site, Sized, planned_model
-from jrlhf.plan.programs import Figures, cache_bytes, compiled, device_bytes, measured
-from jrlhf.plan.run import KEPT_BACK, StageFigures, fitting_rows, plan_stage, planned_site
+from jrlhf.plan.parts import StageFigures
+from jrlhf.plan.programs import Figures, cache_bytes, compiled, measured
+from jrlhf.plan.run import KEPT_BACK, fitting_rows, plan_stage, planned_target
+from jrlhf.stages.ppo import plan_ppo
+from jrlhf.stages.reward import plan_reward
+from jrlhf.stages.sft import plan_sft
+from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
-from jrlhf.train.start import start_training
+from jrlhf.train.programs import Sized, Target, device_bytes, planned_model
+from jrlhf.train.start import begin, build_training
 from jrlhf.types import PPOParams
 
 CONFIG = PlanConfig(
@@ -50,6 +52,7 @@ CONFIG = PlanConfig(
         prompts=DataConfig(max_length=16), sampling=SamplingConfig(max_new_tokens=8), episodes=16, microbatch=1
     ),
 )
+MODEL = assets.resolve("asset:stories260k")
 LORA = LoRAConfig(rank=4, targets="q_proj")
 
 
@@ -74,8 +77,8 @@ def never(state, batch, key):
 def test_a_planned_state_has_the_bytes_of_a_real_one(kind: str, lora: LoRAConfig) -> None:
     sft, reward, ppo = (replace(part, lora=lora) for part in (CONFIG.sft, CONFIG.reward, CONFIG.ppo))
     config = replace(CONFIG, sft=sft, reward=reward, ppo=replace(ppo, ema_decay=0.9))
-    site = planned_site(config)
-    make = {"sft": sft_stage, "reward": reward_stage, "ppo": ppo_stage}[kind]
+    site = planned_target(config)
+    make = {"sft": plan_sft, "reward": plan_reward, "ppo": plan_ppo}[kind]
     held = make(config, site).build(1).held
 
     base = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=site.mesh)
@@ -99,9 +102,8 @@ def test_a_planned_state_has_the_bytes_of_a_real_one(kind: str, lora: LoRAConfig
             loaded = base.params, critic.params
             tx, _ = make_actor_critic_optimizer(config.ppo.optim, value_lr=0.0, updates=9)
             more = {"ema": trained.policy}
-    state, _ = start_training(
-        never, tx, trained, mesh=site.mesh, rules=base.rules, seed=0, stage="sft", frozen=frozen, **more
-    )
+    training = build_training(never, tx, trained, frozen, mesh=site.mesh, rules=base.rules, **more)
+    state = begin(training, mesh=site.mesh, key=stream_key(0, "sft", "train"))
 
     real = {"trained": state.train.params, "optimizer": state.train.opt_state, "average": state.train.ema}
     assert {name: device_bytes(held[name]) for name in real} == {name: spread(tree) for name, tree in real.items()}
@@ -163,8 +165,8 @@ def test_a_cache_in_int8_is_planned_with_its_scales(dtype: Literal["float32", "b
         config = replace(
             CONFIG, ppo=replace(CONFIG.ppo, model=ModelConfig("asset:stories260k", dtype=dtype), sampling=sampling)
         )
-        site = planned_site(config)
-        sized = ppo_stage(config, site)
+        site = planned_target(config)
+        sized = plan_ppo(config, site)
         program = next(p for p in sized.build(sized.rows).programs if p.name == "rollout")
         return measured(program, site.topology, site.mesh, dtype).cache, program.read
 
@@ -179,12 +181,12 @@ def test_weights_with_as_many_columns_as_slots_are_no_scales() -> None:
     assert cache_bytes(f"  %w = ({carry}) while(%t), condition=%c, body=%b", (24, 8)) == 2 * 4 * 24 * (8 + 4)
 
 
-def update_of(config: PlanConfig) -> tuple[Sized, Site]:
-    site = planned_site(config)
-    return sft_stage(config, site), site
+def update_of(config: PlanConfig) -> tuple[Sized, Target]:
+    site = planned_target(config)
+    return plan_sft(config, site), site
 
 
-def update_figures(sized: Sized, site: Site, rows: int) -> Figures:
+def update_figures(sized: Sized, site: Target, rows: int) -> Figures:
     return measured(sized.build(rows).programs[1], site.topology, site.mesh, "float32")
 
 
@@ -228,11 +230,11 @@ def test_a_batch_that_does_not_fit_and_the_one_that_does(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("attention", "needs"), [("cudnn", "a GPU and bfloat16"), ("splash", "a TPU, v4 or newer")])
 def test_attention_of_an_accelerator_is_planned_with_xlas_where_there_is_none(attention: str, needs: str) -> None:
     model = ModelConfig(path="asset:stories260k", attention=attention)  # pyright: ignore[reportArgumentType]
-    site = planned_site(CONFIG)
-    assert planned_model(site, CONFIG, model, key="sft.model").arch.num_layers == 5
+    site = planned_target(CONFIG)
+    assert planned_model(site, MODEL, model, key="sft.model", kind=None).arch.num_layers == 5
     here = site._replace(topology=parse_topology(""))
     with pytest.raises(ConfigError, match=rf"sft\.model\.attention: {attention} needs {needs}, not cpu"):
-        planned_model(here, CONFIG, model, key="sft.model")
+        planned_model(here, MODEL, model, key="sft.model", kind=None)
 
 
 def test_a_plan_without_stages_or_with_a_wrong_topology_says_so() -> None:
@@ -250,8 +252,8 @@ def test_a_model_without_weights_is_enough(tmp_path: Path) -> None:
     big = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
     (tmp_path / "config.json").write_text(json.dumps(source | big | {"num_attention_heads": 64, "head_dim": 128}))
     config = replace(CONFIG, sft=replace(CONFIG.sft, model=ModelConfig(path=str(tmp_path), dtype="bfloat16")))
-    site = planned_site(config)
-    held = sft_stage(config, site).build(1).held
+    site = planned_target(config)
+    held = plan_sft(config, site).build(1).held
     total = sum(x.size for x in jax.tree.leaves(held["trained"]))
     assert total > 50e9
     # A quarter each with fsdp 4; norms are whole.

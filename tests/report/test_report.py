@@ -15,7 +15,10 @@ from jrlhf.config import ConfigError
 from jrlhf.config.tools import ReportConfig
 from jrlhf.report import figures, print_summary, run_report, write_report
 from jrlhf.report.charts import MAX_POINTS, line_chart, thin
+from jrlhf.report.record import summary_labels
+from jrlhf.stages.table import STAGES
 
+LABELS = summary_labels(STAGES)
 SUMMARY: dict[str, Any] = {
     "sft": {"base_nll": 4.0, "heldout_nll": 2.2},
     "reward": {
@@ -86,7 +89,7 @@ def without_library(text: str) -> str:
 
 
 def test_before_and_after_are_one_figure() -> None:
-    rows = {(row.stage, row.name): row for row in figures(SUMMARY)}
+    rows = {(row.stage, row.name): row for row in figures(SUMMARY, LABELS)}
     nll, reward, kl = rows["sft", "nll"], rows["ppo", "reward"], rows["ppo", "kl"]
     assert (nll.before, nll.after, nll.change) == (4.0, 2.2, "-1.8 (-45%)")
     assert (reward.before, reward.after, reward.change) == (-0.0123, 1.4567, "+1.47")
@@ -95,7 +98,7 @@ def test_before_and_after_are_one_figure() -> None:
 
 
 def test_every_scalar_of_any_summary_is_a_figure() -> None:
-    found = [(row.stage, row.name, row.before, row.after) for row in figures(PIPELINE)]
+    found = [(row.stage, row.name, row.before, row.after) for row in figures(PIPELINE, LABELS)]
     assert found == [
         ("sft", "nll", None, 2.5), ("sft", "steps", None, 10), ("sft", "skipped/empty", None, 7),
         ("ppo", "eval/score_mean", 0.125, 0.625), ("ppo", "eval/kl", 0.0, 3.5), ("ppo", "kl_coef", None, 0.0625),
@@ -105,7 +108,7 @@ def test_every_scalar_of_any_summary_is_a_figure() -> None:
 
 def printed(summary: dict[str, Any], samples: list[dict[str, str]]) -> str:
     out = io.StringIO()
-    print_summary(Console(file=out, width=120), summary, samples)
+    print_summary(Console(file=out, width=120), summary, samples, STAGES)
     return out.getvalue()
 
 
@@ -130,8 +133,8 @@ def test_the_terminal_shows_figures_and_samples_as_they_are() -> None:
 
 
 def test_the_page_holds_all_that_the_run_left(run: Path) -> None:
-    text = write_report(run, None).read_text(encoding="utf-8")
-    for row in figures(SUMMARY):
+    text = write_report(run, None, STAGES).read_text(encoding="utf-8")
+    for row in figures(SUMMARY, LABELS):
         assert row.label in text.replace("&#x27;", "'").replace("&quot;", '"')
     for cell in ("0.7811", "1.457", "2.5e-06", "jax 0.10.2", "seed 3", "run: a&lt;b", "failed by 2", "rollback"):
         assert cell in text, cell
@@ -148,7 +151,7 @@ def test_the_page_holds_all_that_the_run_left(run: Path) -> None:
 
 
 def test_what_a_model_wrote_is_text_and_nothing_is_fetched(run: Path) -> None:
-    whole = write_report(run, None).read_text(encoding="utf-8")
+    whole = write_report(run, None, STAGES).read_text(encoding="utf-8")
     assert "</script><script>document.title" not in whole
     text = without_library(whole)
     assert "&lt;/script&gt;&lt;script&gt;document.title" in text
@@ -165,7 +168,7 @@ def test_two_runs_are_side_by_side(run: Path) -> None:
     shutil.copytree(run, other)
     (run / "ppo" / "config.yaml").write_text("run: a\nseed: 0\n")
     (other / "ppo" / "config.yaml").write_text("run: b\nseed: 1\n")
-    text = run_report(ReportConfig(str(run), str(other))).read_text(encoding="utf-8")
+    text = run_report(ReportConfig(str(run), str(other)), STAGES).read_text(encoding="utf-8")
     assert (run / "comparison.html").exists()
     assert "mine (1) and yours (2)" in text
     assert "seed: 0 -&gt; 1" in text
@@ -174,7 +177,7 @@ def test_two_runs_are_side_by_side(run: Path) -> None:
         assert all(f"{title} ({number})" in text for number in (1, 2)), title
     # A config of another version is told of, and the rest is there.
     (other / "ppo" / "config.yaml").write_text("run: b\nppo: {no_such_field: 1}\n")
-    text = run_report(ReportConfig(str(run), str(other))).read_text(encoding="utf-8")
+    text = run_report(ReportConfig(str(run), str(other)), STAGES).read_text(encoding="utf-8")
     assert "ppo: cannot be compared" in text
     assert "no_such_field" in text
 
@@ -185,20 +188,20 @@ def test_a_run_on_its_way_has_a_page_too(run: Path) -> None:
     shutil.rmtree(run / "reward")
     with (run / "ppo" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "ki')
-    text = write_report(run, None).read_text(encoding="utf-8")
+    text = write_report(run, None, STAGES).read_text(encoding="utf-8")
     assert "answer 3 at 10 " in text
     (run / "sft" / "metrics.jsonl").write_text("")
     shutil.rmtree(run / "ppo")
-    bare = write_report(run, None).read_text(encoding="utf-8")
+    bare = write_report(run, None, STAGES).read_text(encoding="utf-8")
     assert "<h2>Configuration</h2>" in bare
     assert "Bokeh" not in bare, "no chart, no script"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not a run: it has none of sft, reward, ppo"):
-        run_report(ReportConfig(str(tmp_path)))
+        run_report(ReportConfig(str(tmp_path)), STAGES)
     with pytest.raises(ConfigError, match="not a run"):
-        run_report(ReportConfig(str(tmp_path / "absent")))
+        run_report(ReportConfig(str(tmp_path / "absent")), STAGES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -218,7 +221,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(file: str, text: str, run: Path) -> None:
     (run / file).write_text(text)
     with pytest.raises(ConfigError, match=rf"{re.escape(file)}: damaged .*; repair it or move it away"):
-        write_report(run, None)
+        write_report(run, None, STAGES)
     assert not (run / "report.html").exists()
 
 
@@ -226,7 +229,7 @@ def test_answers_without_a_score_and_events_without_a_time_are_shown_all_the_sam
     for step in (0, 5):
         (run / "ppo" / "evals" / f"{step:06d}.jsonl").write_text('{"prompt": "p", "completion": "c", "length": 3}\n')
     (run / "ppo" / "events.jsonl").write_text('{"step": 7, "event": "ended"}\n')
-    text = write_report(run, None).read_text(encoding="utf-8")
+    text = write_report(run, None, STAGES).read_text(encoding="utf-8")
     assert "Scores of held-out answers" not in text
     assert "length 3" in text
     assert "<td>ended</td>" in text
@@ -261,7 +264,7 @@ def test_in_a_browser_it_draws_and_says_nothing_wrong(run: Path) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium on the path")
-    page_file = write_report(run, None)
+    page_file = write_report(run, None, STAGES)
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     told: list[tuple[str, str]] = []
     asked: list[str] = []

@@ -18,6 +18,7 @@ from jrlhf.config import Config, ConfigError, DataConfig, LoRAConfig
 from jrlhf.data import DataError, Encoder, load_prompts
 from jrlhf.models import RewardModel, load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model
 from jrlhf.rollout.actors import load_actors
+from jrlhf.rollout.models import weight_reader
 from jrlhf.rollout.reward_models import make_scorer, padded_width
 from jrlhf.rollout.sampling import jit_generate, texts_of
 from jrlhf.runs.metrics import read_metrics
@@ -119,7 +120,7 @@ def test_answers_are_scored_as_the_text_they_are(reward_folder: Path, tmp_path: 
 def test_a_chat_goes_through_the_reward_model_s_own_template(reward_folder: Path, tmp_path: Path) -> None:
     config = config_with(reward_folder, tmp_path)
     mesh = mesh_of(config)
-    actors = load_actors(config, mesh)
+    actors = load_actors(config.ppo, "ppo", weight_reader(config, mesh), value_from=config.ppo.value_from)
     assert actors.reward_tokenizer is not None
     policy_tokenizer = actors.tokenizer
     offered = "{% if tools %}{{ tools[0].name }}{% endif %}"
@@ -153,7 +154,7 @@ def test_what_the_reward_model_cannot_read_is_named(reward_folder: Path, tmp_pat
     other_tokenizer(None).save_pretrained(bare)
     config = config_with(bare, tmp_path, value_from="reward")
     with pytest.raises(ConfigError, match=r"ppo\.value_from: the value network reads the policy's tokens"):
-        load_actors(config, mesh_of(config))
+        load_actors(config.ppo, "ppo", weight_reader(config, mesh_of(config)), value_from=config.ppo.value_from)
     chats = tmp_path / "chats.jsonl"
     chats.write_text((json.dumps({"prompt": [{"role": "user", "content": "hi"}]}) + "\n") * 16, encoding="utf-8")
     prompts = replace(config.ppo.prompts, train=str(chats), eval=str(chats))
@@ -184,7 +185,7 @@ def test_with_the_same_tokens_the_value_network_starts_from_either(
     value_from: str, from_policy: bool, same_tokens: Path, tmp_path: Path
 ) -> None:
     config = config_with(same_tokens, tmp_path, value_from=value_from)
-    actors = load_actors(config, mesh_of(config))
+    actors = load_actors(config.ppo, "ppo", weight_reader(config, mesh_of(config)), value_from=config.ppo.value_from)
     assert actors.reward_tokenizer is None
     assert (actors.value is not actors.reward) == from_policy
     assert bool(np.any(actors.value.params["head"]["kernel"])) != from_policy
@@ -192,7 +193,7 @@ def test_with_the_same_tokens_the_value_network_starts_from_either(
 
 def test_with_others_it_starts_from_the_policy_s_own_arrays(reward_folder: Path, tmp_path: Path) -> None:
     config = config_with(reward_folder, tmp_path)
-    actors = load_actors(config, mesh_of(config))
+    actors = load_actors(config.ppo, "ppo", weight_reader(config, mesh_of(config)), value_from=config.ppo.value_from)
     assert not np.any(actors.value.params["head"]["kernel"])
     shared = [
         a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer()

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jrlhf.plan.ppo import ppo_stage
 
 from jrlhf import assets
 from jrlhf.config import Config, ConfigError, DataConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig, check
@@ -32,8 +31,7 @@ from jrlhf.config.rewards import (
 )
 from jrlhf.data import DataError, load_tokenizer
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
-from jrlhf.plan.run import planned_site
-from jrlhf.rollout import iteration as ppo_iteration
+from jrlhf.plan.run import planned_target
 from jrlhf.rollout import rules
 from jrlhf.rollout import scores as rewards
 from jrlhf.rollout.rules import Rule, columns_read, make_rules, start_rules
@@ -42,7 +40,7 @@ from jrlhf.rollout.scores import agreed, weigh
 from jrlhf.rules import EndpointError, Episode
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo
-from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.ppo import plan_ppo, run_ppo
 from jrlhf.train.keys import stream_key
 from jrlhf.train.signals import Interrupted
 from jrlhf.types import Generation
@@ -177,7 +175,7 @@ def test_a_run_on_rules_can_be_planned() -> None:
             rewards=RULES,
         ),
     )
-    sized = ppo_stage(plan, planned_site(plan))
+    sized = plan_ppo(plan, planned_target(plan))
     names = [program.name for program in sized.build(1).programs]
     assert "scores" not in names
     assert {"rollout", "readings", "update"} <= set(names)
@@ -298,7 +296,7 @@ def test_a_cell_that_cannot_be_read_is_named(rewards: RewardsConfig, row: dict[s
 def test_the_networks_read_while_the_rules_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With no reward model too: their work is handed out before a rule begins, and nobody waits for it."""
     order: list[str] = []
-    make, start = ppo_iteration.jit_readings, rewards.start_rules
+    make, start = ppo.jit_readings, rewards.start_rules
 
     def jit_readings(*args: Any, **kwargs: Any) -> Any:
         read = make(*args, **kwargs)
@@ -308,7 +306,7 @@ def test_the_networks_read_while_the_rules_score(tmp_path: Path, monkeypatch: py
         order.append("rules")
         return start(*args, **kwargs)
 
-    monkeypatch.setattr(ppo_iteration, "jit_readings", jit_readings)
+    monkeypatch.setattr(ppo, "jit_readings", jit_readings)
     monkeypatch.setattr(rewards, "start_rules", starting)
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: (order.append("waited"), tree)[1])
     run_ppo(rules_only(tmp_path, "run", RULES, iterations=2))
@@ -326,8 +324,8 @@ def test_the_rules_score_a_part_of_a_rollout_while_the_next_is_drawn(
     told: list[str] = []
     parts: list[tuple[jax.Array, Generation]] = []
     rollouts: list[tuple[Generation, jax.Array]] = []
-    make, start, targets = ppo.jit_generate, rewards.start_rules, ppo_iteration.jit_targets
-    readings = ppo_iteration.jit_readings
+    make, start, targets = ppo.jit_generate, rewards.start_rules, ppo.jit_targets
+    readings = ppo.jit_readings
 
     def jit_generate(*args: Any, **kwargs: Any) -> Any:
         draw = make(*args, **kwargs)
@@ -354,8 +352,8 @@ def test_the_rules_score_a_part_of_a_rollout_while_the_next_is_drawn(
 
     monkeypatch.setattr(ppo, "jit_generate", jit_generate)
     monkeypatch.setattr(rewards, "start_rules", starting)
-    monkeypatch.setattr(ppo_iteration, "jit_readings", jit_readings)
-    monkeypatch.setattr(ppo_iteration, "jit_targets", jit_targets)
+    monkeypatch.setattr(ppo, "jit_readings", jit_readings)
+    monkeypatch.setattr(ppo, "jit_targets", jit_targets)
     monkeypatch.setattr(
         rules, "load_function", lambda path: lambda completions, **_: [sum(map(ord, text)) for text in completions]
     )

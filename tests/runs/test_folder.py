@@ -15,7 +15,7 @@ from jrlhf.config import CheckpointConfig, Config, ConfigError, DataConfig, LogC
 from jrlhf.config.files import apply_flags
 from jrlhf.config.tools import ExportConfig
 from jrlhf.runs.checkpoints import FORMAT_VERSION, CheckpointError
-from jrlhf.runs.folder import StageName, model_source, open_stage, read_summary
+from jrlhf.runs.folder import model_source, open_stage, read_summary
 from jrlhf.runs.manifest import write_manifest
 from jrlhf.stages.sft import run_sft
 from jrlhf.tools.export import run_export
@@ -71,7 +71,7 @@ VALUES = {"remat": "true", "attention": "cudnn"}
 
 
 @pytest.mark.parametrize("stage", FREE)
-def test_what_a_run_takes_at_a_time_and_how_it_computes_may_change_on_the_way(stage: StageName, tmp_path: Path) -> None:
+def test_what_a_run_takes_at_a_time_and_how_it_computes_may_change_on_the_way(stage: str, tmp_path: Path) -> None:
     """As people do who ran out of memory, or of patience."""
     config = Config(run=str(tmp_path))
     with open_stage(config, stage) as folder:

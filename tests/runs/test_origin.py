@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jrlhf.stages.inputs import PPOInputs, stage_inputs
 from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
@@ -22,18 +21,20 @@ from jrlhf.config.rewards import FunctionRuleConfig, RewardsConfig
 from jrlhf.config.tools import ExportConfig, ReportConfig
 from jrlhf.config.watch import SafetyConfig
 from jrlhf.report import run_report
-from jrlhf.runs.folder import StageName, open_stage
+from jrlhf.runs.folder import open_stage
 from jrlhf.runs.origin import file_input
 from jrlhf.runs.origin_check import check_origin
 from jrlhf.stages.pipeline import run_pipeline
-from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.ppo import PPOInputs, run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
+from jrlhf.stages.table import STAGES as TABLE
+from jrlhf.stages.table import stage_named
 from jrlhf.tools.export import run_export
 from tests.support.runs import read_jsonl, small_config
 
-RUN: dict[StageName, Callable[[Config], dict[str, Any]]] = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
-STAGES: list[StageName] = [*RUN]
+RUN: dict[str, Callable[[Config], dict[str, Any]]] = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
+STAGES: list[str] = [*RUN]
 
 
 def other_weights(model: Path) -> None:
@@ -108,14 +109,14 @@ def make_config(folder: Path) -> Config:
     )
 
 
-def begin(config: Config, stage: StageName) -> None:
+def begin(config: Config, stage: str) -> None:
     """What a stage notes before its first step, and a checkpoint that nobody looks into."""
     with open_stage(config, stage) as folder:
-        check_origin(stage_inputs(config, stage), folder)
+        check_origin(stage_named(stage).inputs(config), folder)
         (folder / "checkpoints" / "1").mkdir(parents=True)
 
 
-def end(config: Config, stage: StageName) -> dict[str, Any]:
+def end(config: Config, stage: str) -> dict[str, Any]:
     """What makes a stage that has begun one that is done."""
     summary = {"seconds": 1.0}
     (Path(config.run) / stage / "summary.json").write_text(json.dumps(summary))
@@ -134,7 +135,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
         yield config
 
 
-def inputs_of(config: Config) -> dict[str, tuple[StageName, Path, Callable[[Path], None], str]]:
+def inputs_of(config: Config) -> dict[str, tuple[str, Path, Callable[[Path], None], str]]:
     """The stage that reads an input, where it is, how it is changed, and what is said of it."""
     run, data, folder = Path(config.run), Path(config.sft.data.eval).parent, Path(config.run).parent
     rows = "has other rows than when the run began"
@@ -216,7 +217,7 @@ def test_what_is_touched_moved_or_written_again_is_no_other_input(
                     assert RUN[stage](config) == summary
                     (Path(config.run) / stage / "summary.json").unlink()
                 else:
-                    assert not check_origin(stage_inputs(config, stage), Path(config.run) / stage).changed
+                    assert not check_origin(stage_named(stage).inputs(config), Path(config.run) / stage).changed
     assert not said_of_origin(caplog)
 
 
@@ -279,10 +280,10 @@ def test_safety_prompts_of_another_name_are_no_change(made: Config, tmp_path: Pa
     )
     for safety in (config.safety, SafetyConfig(), config.safety):
         now = replace(config, safety=safety)
-        assert not check_origin(stage_inputs(now, "sft"), Path(config.run) / "sft").changed
+        assert not check_origin(stage_named("sft").inputs(now), Path(config.run) / "sft").changed
     another_row(other)
     with pytest.raises(ConfigError, match=r"safety\.prompts: .*other\.jsonl has other rows"):
-        check_origin(stage_inputs(config, "sft"), Path(config.run) / "sft")
+        check_origin(stage_named("sft").inputs(config), Path(config.run) / "sft")
 
 
 def test_texts_that_come_later_are_a_change(made: Config, tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_sft_made_anew_ends_the_pipeline_at_the_reward_model(
     events = read_jsonl(run / "reward" / "events.jsonl")
     assert [event["event"] for event in events] == ["changed inputs"]
     assert line in events[0]["accepted"]
-    page = run_report(ReportConfig(str(run))).read_text(encoding="utf-8")
+    page = run_report(ReportConfig(str(run)), TABLE).read_text(encoding="utf-8")
     assert "Accepted changes of inputs" in page
     assert line in page
     # What was accepted once is what it is made from now; the report still says so.
@@ -354,7 +355,7 @@ def test_a_run_of_a_version_that_noted_nothing_goes_on_with_a_warning(
         (run / stage / "origin.json").unlink()
     with changed(Path(made.reward.data.eval), another_row), caplog.at_level(logging.WARNING, "jrlhf.origin"):
         run_reward(config)
-        check_origin(stage_inputs(config, "sft"), run / "sft")
+        check_origin(stage_named("sft").inputs(config), run / "sft")
     assert ["did not record them" in line for line in said_of_origin(caplog)] == [True, True]
     # From now on it is known.
     assert not (run / "reward" / "origin.json").exists()

@@ -18,6 +18,7 @@ from jrlhf.data.formats import Example
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rollout.actors import load_actors
 from jrlhf.rollout.evaluation import judging
+from jrlhf.rollout.models import weight_reader
 from jrlhf.rollout.reward_models import make_scorer
 from jrlhf.rollout.sampling import jit_generate, texts_of
 from jrlhf.rollout.scores import learned_scorer
@@ -141,7 +142,7 @@ def test_ppo_its_ensemble_and_the_canary_read_it_alike(foreign: Foreign, chat: b
     policy = write_policy(tmp_path / "policy", byte_tokenizer(CHATML))
     config = ppo_config(policy, foreign.folder, second.folder)
     mesh = mesh_of(config)
-    actors = load_actors(config, mesh)
+    actors = load_actors(config.ppo, "ppo", weight_reader(config, mesh), value_from=config.ppo.value_from)
     assert actors.value is actors.reward
     given: list[Any] = [one[:-1] for one in CHATS] if chat else ["Once", "A", "The end"]
     source = tmp_path / "prompts.jsonl"
@@ -165,9 +166,11 @@ def test_ppo_its_ensemble_and_the_canary_read_it_alike(foreign: Foreign, chat: b
 
     scores = make_scorer(actors, mesh, slices=1, option="ppo.reward")(generation, prompts, rows)
     np.testing.assert_allclose(scores, recipe(foreign), atol=SCORED)
-    judge = make_scorer(judging(config, actors, mesh), mesh, slices=1, option="ppo.reward")(generation, prompts, rows)
+    judge = make_scorer(
+        judging(config.ppo, "ppo", actors, weight_reader(config, mesh)), mesh, slices=1, option="ppo.reward"
+    )(generation, prompts, rows)
     np.testing.assert_allclose(judge, recipe(foreign), atol=SCORED)
-    together = learned_scorer(config.ppo.rewards, actors, mesh, slices=1)(generation, prompts, rows)
+    together = learned_scorer(config.ppo.rewards, actors, mesh, slices=1, stage="ppo")(generation, prompts, rows)
     np.testing.assert_allclose(together, np.mean([recipe(foreign), recipe(second)], axis=0), atol=SCORED)
 
 
@@ -206,10 +209,13 @@ def test_sampled_tokens_are_read_only_where_each_has_an_embedding(tmp_path: Path
     tokenizer.save_pretrained(tmp_path / "wider")
     config = ppo_config(str(tmp_path / "policy"), str(tmp_path / "ours"))
     mesh = mesh_of(config)
-    assert load_actors(config, mesh).reward_tokenizer is None
+    assert (
+        load_actors(config.ppo, "ppo", weight_reader(config, mesh), value_from=config.ppo.value_from).reward_tokenizer
+        is None
+    )
     wider = replace(config, ppo=replace(config.ppo, model=ModelConfig(path=str(tmp_path / "wider"))))
-    actors = load_actors(wider, mesh)
+    actors = load_actors(wider.ppo, "ppo", weight_reader(wider, mesh), value_from=wider.ppo.value_from)
     assert actors.reward_tokenizer is not None
     assert actors.value.arch.vocab_size == len(tokenizer) + 4
     with pytest.raises(ValueError, match=r"ppo\.value_from: the value network reads the policy's tokens, of which"):
-        load_actors(replace(wider, ppo=replace(wider.ppo, value_from="reward")), mesh)
+        load_actors(wider.ppo, "ppo", weight_reader(wider, mesh), value_from="reward")

@@ -13,10 +13,13 @@ from jrlhf.config.tools import ExportConfig
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages import ppo, sft
+from jrlhf.stages import sft
 from jrlhf.stages.pipeline import run_pipeline
+from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
 from jrlhf.tools.export import run_export
+from jrlhf.train.attempt import Event
 from tests.support.runs import small_config
 
 LORA = LoRAConfig(rank=4, alpha=8.0, targets="q_proj|v_proj|mlp")
@@ -24,7 +27,7 @@ LORA = LoRAConfig(rank=4, alpha=8.0, targets="q_proj|v_proj|mlp")
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any], list[Any]]:
-    """The run's config, its summary, and every state that a PPO update was given."""
+    """The run's config, its summary, and the state at every event of the PPO stage."""
     config = small_config(tmp_path_factory.mktemp("lora"), "run")
     config = replace(
         config,
@@ -33,20 +36,14 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str,
         ppo=replace(config.ppo, lora=LORA, iterations=2),
     )
     states: list[Any] = []
-    start = ppo.start_training
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        state, update = start(*args, **kwargs)
+    def note(event: Event) -> None:
+        states.append(event.state.train)
 
-        def noted(train: Any, *rest: Any) -> Any:
-            states.append(train)
-            return update(train, *rest)
-
-        return state, noted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "start_training", watched)
-        summary = run_pipeline(config)
+    run_sft(config)
+    run_reward(config)
+    run_ppo(config, on_event=note)
+    summary = run_pipeline(config)
     return config, summary, states
 
 

@@ -22,10 +22,10 @@ from jrlhf.config import (
 )
 from jrlhf.parallel.compilation import COMPILE_EVENT
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages import sft as sft_stage
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
+from jrlhf.train.attempt import Event
 
 MODEL = ModelConfig(path="asset:stories260k")
 BUCKETS = 2
@@ -68,17 +68,16 @@ def check(folder: Path, compiled: Counter[str], *names: str) -> None:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_sft(lengths: int, tmp_path: Path, compiled: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    place, live = sft_stage.shard_batch, list[int]()
+def test_sft(lengths: int, tmp_path: Path, compiled: Counter[str]) -> None:
+    live = list[int]()
 
-    def counting(batch: Any, mesh: Any) -> Any:
-        live.append(len(jax.live_arrays()))
-        return place(batch, mesh)
+    def count(event: Event) -> None:
+        if event.kind == "step":
+            live.append(len(jax.live_arrays()))
 
-    monkeypatch.setattr(sft_stage, "shard_batch", counting)
     data = write(tmp_path / "texts.jsonl", [{"text": words(1 + n)} for n in range(lengths)])
     sft = SFTConfig(MODEL, data=data, batch_size=8, epochs=2.0, log=LOG, checkpoint=ONCE)
-    run_sft(Config(run=str(tmp_path / "run"), sft=sft))
+    run_sft(Config(run=str(tmp_path / "run"), sft=sft), on_event=count)
     check(tmp_path / "run/sft", compiled, "jitted", "flops")
     # Memory is flat: the second epoch holds no more arrays than the first.
     assert len(live) == 2 * -(-lengths // 8)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jrlhf.plan.reward import reward_stage
 
 from jrlhf import assets
 from jrlhf.cli import main
@@ -16,8 +15,8 @@ from jrlhf.config.tools import ExportConfig
 from jrlhf.data import load_tokenizer
 from jrlhf.models import RewardModel, load_pretrained, load_reward_model, reward_from_pretrained, save_reward_model
 from jrlhf.models.reward import normalise_reward
-from jrlhf.plan.run import planned_site
-from jrlhf.stages.reward import run_reward
+from jrlhf.plan.run import planned_target
+from jrlhf.stages.reward import plan_reward, run_reward
 from jrlhf.tools.export import run_export
 from tests.support.runs import small_config
 
@@ -69,7 +68,7 @@ def test_it_is_planned_with_the_bytes_of_its_own(reward_folder: Path, tmp_path: 
     def held(path: str) -> dict[str, list[tuple[int, ...]]]:
         config = from_folder(Path(path), tmp_path, LoRAConfig())
         plan = PlanConfig(topology="cpu:8", reward=config.reward, sft=config.sft, ppo=config.ppo)
-        trees = reward_stage(plan, planned_site(plan)).build(1).held
+        trees = plan_reward(plan, planned_target(plan)).build(1).held
         return {name: [leaf.shape for leaf in jax.tree.leaves(tree)] for name, tree in trees.items()}
 
     assert held(str(reward_folder)) == held(assets.resolve(MODEL))

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from jrlhf.plan.ppo import ppo_stage
 
 from jrlhf.config import Config, DataConfig, LoRAConfig, ModelConfig, PlanConfig, PPOConfig, SamplingConfig
 from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
-from jrlhf.plan.programs import device_bytes
-from jrlhf.plan.run import planned_site
+from jrlhf.plan.run import planned_target
 from jrlhf.runs.metrics import read_metrics
-from jrlhf.stages.ppo import run_ppo
+from jrlhf.stages.ppo import plan_ppo, run_ppo
+from jrlhf.train.programs import device_bytes
 from tests.support.runs import compare_runs, small_config
 
 RULES = RewardsConfig(model_weight=0.0, length=LengthRuleConfig(weight=2.0, min=3, max=5))
@@ -62,7 +61,7 @@ def test_it_is_planned_with_one_network() -> None:
                 value_from=value_from,
             ),
         )
-        stage = ppo_stage(plan, planned_site(plan)).build(1)
+        stage = plan_ppo(plan, planned_target(plan)).build(1)
         figures = {program.name: program.flops for program in stage.programs}
         return device_bytes(stage.held["trained"]), figures["update"]
 

@@ -23,8 +23,9 @@ from jrlhf.steps import make_sft_step
 from jrlhf.system.errors import USAGE_ERRORS, UsageError
 from jrlhf.system.interrupts import end_at_once
 from jrlhf.system.terminal import complain
+from jrlhf.train.keys import stream_key
 from jrlhf.train.optim import make_optimizer
-from jrlhf.train.start import start_training
+from jrlhf.train.start import begin, build_training
 from jrlhf.train.state import RunState, abstract
 
 STEPS, ROWS, BATCH = 7, 40, 8
@@ -91,7 +92,8 @@ def sft_state(devices: Any) -> tuple[RunState, Any]:
     model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
     tx, _ = make_optimizer(OptimConfig(lr=1e-3), updates=100)
     step = make_sft_step(model.logprob_fn, tx, accumulation=1)
-    return start_training(step, tx, model.params, mesh=mesh, rules=model.rules, seed=0, stage="sft", frozen=None)
+    training = build_training(step, tx, model.params, None, mesh=mesh, rules=model.rules)
+    return begin(training, mesh=mesh, key=stream_key(0, "sft", "train")), training.step
 
 
 def open_checkpoints(folder: Path) -> Checkpoints:

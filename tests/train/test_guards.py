@@ -27,14 +27,15 @@ from jrlhf.config import (
 from jrlhf.config.gates import GatesFailed
 from jrlhf.config.watch import GuardConfig, GuardsConfig
 from jrlhf.data import load_tokenizer, stop_token_ids
+from jrlhf.data.tokenizer_files import tokenizer_files
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
+from jrlhf.models.hf.folder_files import write_files
 from jrlhf.rollout import evaluation as ppo_eval
 from jrlhf.rollout.scores import Rewards, Scored
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.train.guards import GuardStop
-from jrlhf.train.start import export_tokenizer
 from jrlhf.types import Generation
 
 MODEL = "asset:stories260k"
@@ -46,7 +47,7 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     source = assets.resolve(MODEL)
     save_reward_model(reward_from_pretrained(load_pretrained(source, dtype="float32"), jax.random.key(0)), folder)
-    export_tokenizer(load_tokenizer(source), folder)
+    write_files(folder, tokenizer_files(load_tokenizer(source)))
     return folder
 
 
