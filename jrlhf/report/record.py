@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jrlhf.config import ConfigError
 from jrlhf.runs.metrics import read_metrics
@@ -13,6 +13,7 @@ from jrlhf.system.lines import read_complete_json_lines
 Points = list[tuple[float, float]]
 
 
+@runtime_checkable
 class StageView(Protocol):
     """The part of a stage's record that a report shows."""
 

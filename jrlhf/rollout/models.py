@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,12 @@ from jrlhf.train.start import computed
 M = TypeVar("M", covariant=True)
 
 
+@runtime_checkable
 class SourceOf(Protocol):
     def __call__(self, path: str, *, key: str, stage: str | None) -> str: ...
 
 
+@runtime_checkable
 class ModelOf(Protocol[M]):
     def __call__(self, source: str, model: ModelConfig, *, key: str, option: str = "") -> M: ...
 
