@@ -13,9 +13,19 @@ from jrlhf.config.schema_check import (
     sampling_checks,
     seed_check,
 )
-from jrlhf.config.stages import Config, PlanConfig
+from jrlhf.config.stages import (
+    Config,
+    PlanConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    StageConfig,
+    stage_section,
+    stage_sections,
+)
 from jrlhf.config.stages_check import ppo_checks, reward_checks, sft_checks
 from jrlhf.config.tools import (
+    ExportConfig,
     GenerateConfig,
     QuickstartConfig,
     RankConfig,
@@ -51,6 +61,18 @@ def _login_checks(config: Any) -> Iterator[Check]:
         yield not LOGIN.search(str(value)), name, value, "without a user and password"
 
 
+def _stage_checks(name: str, section: StageConfig) -> Iterator[Check]:
+    match section:
+        case SFTConfig():
+            yield from sft_checks(name, section)
+        case RewardConfig():
+            yield from reward_checks(name, section)
+        case PPOConfig():
+            yield from ppo_checks(name, section)
+        case _:
+            raise TypeError(f"{name}: {type(section).__name__} has no checks")
+
+
 def _checks(config: Any) -> Iterator[Check]:
     match config:
         case Config():
@@ -61,9 +83,8 @@ def _checks(config: Any) -> Iterator[Check]:
             yield from mesh_checks("mesh", config.mesh)
             yield from distributed_checks("distributed", config.distributed)
             yield from safety_checks("safety", config.safety)
-            yield from sft_checks("sft", config.sft)
-            yield from reward_checks("reward", config.reward)
-            yield from ppo_checks("ppo", config.ppo)
+            for name in stage_sections():
+                yield from _stage_checks(name, stage_section(config, name))
         case QuickstartConfig():
             yield from run_folder_checks("out", config.out)
             yield seed_check(config.seed)
@@ -95,6 +116,9 @@ def _checks(config: Any) -> Iterator[Check]:
                 config.format,
                 "set with export or import_from",
             )
+        case ExportConfig():
+            names = ["last", *stage_sections()]
+            yield config.stage in names, "stage", config.stage, f"one of {', '.join(names)}"
         case ScoreConfig():
             yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
             yield config.max_length >= 1, "max_length", config.max_length, "1 or more"

@@ -92,7 +92,9 @@ def config_path(name: str) -> Path:
 def schema(cls: type, prefix: str = "") -> dict[str, Any]:
     """Map the dotted path of every section (`mesh`) and every value in it (`mesh.fsdp`) to its type."""
     types: dict[str, Any] = {}
-    for name, hint in get_type_hints(cls, include_extras=True).items():
+    hints = get_type_hints(cls, include_extras=True)
+    # Fields alone: a class variable is no value of a config.
+    for name, hint in ((f.name, hints[f.name]) for f in fields(cls)):
         types[prefix + name] = hint
         if isinstance(hint, type) and is_dataclass(hint):
             types |= schema(hint, f"{prefix}{name}.")

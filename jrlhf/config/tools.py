@@ -115,8 +115,8 @@ class ExportConfig(WithPaths):
     """Run folder, or the folder of a stage in it."""
     out: PathText
     """Folder to write."""
-    stage: Literal["last", "sft", "reward", "ppo"] = "last"
-    """Stage of a run folder; last: the furthest stage that has a checkpoint."""
+    stage: str = "last"
+    """Stage of a run folder, such as sft; last: the furthest stage that has a checkpoint."""
     step: int = -1
     """Step of the checkpoint; -1 is the newest."""
     dtype: Literal["stage", "float32", "source"] = "stage"
