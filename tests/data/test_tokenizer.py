@@ -70,7 +70,7 @@ def test_stop_tokens_are_eos_end_of_turn_and_the_extra_ones(chat, metaspace):
     assert stop_token_ids(chat, ("<|im_start|>", EOS)) == known(EOS, "<|im_end|>", "<|im_start|>")
     assert stop_token_ids(metaspace, ()) == (metaspace.eos_token_id,)
     with pytest.raises(DataError, match=r"^sampling\.stop: '<\|nothing\|>' is not a token of the tokenizer$"):
-        stop_token_ids(chat, ("<|nothing|>",))
+        stop_token_ids(chat, ("<|nothing|>",), option="sampling.stop")
 
 
 def test_a_template_that_ends_turns_with_eos_has_one_stop_token(make_tokenizer):

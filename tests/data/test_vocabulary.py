@@ -113,7 +113,7 @@ def test_a_stop_token_is_checked_where_it_is_named(model):
     folder, tokens = model()
     tokenizer = load_tokenizer(folder)
     with pytest.raises(DataError, match=rf"^sampling\.stop: stop token '<\|spare\|>' .*{numbers(tokens)}"):
-        stop_token_ids(tokenizer, (SPARE,))
+        stop_token_ids(tokenizer, (SPARE,), option="sampling.stop")
     assert len(stop_token_ids(tokenizer, ())) == 2
 
 

@@ -150,5 +150,7 @@ def test_no_try_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> No
         by_endpoint("https://localhost/", EPISODES, timeout=10.0, retries=50, deadline=125.0)
     assert given == [10.0, 10.0, 5.0]
     with pytest.raises(EndpointError, match=r"no time left for a request \(ppo\.rewards\.timeout\)"):
-        by_endpoint("https://localhost/", EPISODES, timeout=10.0, retries=50, deadline=125.0)
+        by_endpoint(
+            "https://localhost/", EPISODES, timeout=10.0, retries=50, deadline=125.0, limit="ppo.rewards.timeout"
+        )
     assert len(given) == 3
