@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
     return ModelReader(source, load_tokenizer, language, reward, blank_value)
 
 
-class SizedVocabulary:
+class SizedVocabulary(Tokenizer):
     """Stands for a tokenizer that a plan does not read: two are taken as the same where they have the same size."""
 
     def __init__(self, size: int) -> None:
@@ -87,7 +87,7 @@ def shape_reader(config: PlanConfig, target: Target) -> ModelReader:
 
     def tokenizer(source: str) -> Tokenizer:
         folder = model_folder(source, weights=False).base
-        return cast(Tokenizer, SizedVocabulary(arch_from_hf(read_config(folder)).vocab_size))
+        return SizedVocabulary(arch_from_hf(read_config(folder)).vocab_size)  # pyright: ignore[reportAbstractUsage]
 
     def language(source: str, model: ModelConfig, *, key: str, option: str = "") -> Pretrained:
         return planned_model(target, source, model, key=key, kind="language", option=option)

@@ -80,8 +80,9 @@ def build_training(
 
 def begin(training: Training, *, mesh: Mesh, key: Key, kl_coef: float = 0.0) -> RunState:
     """Return the state before the first step. ``key`` is that of the stage's steps."""
-    # Copies: the step donates its state, and the caller keeps the model it loaded.
-    train = training.start(tree_copy(training.trained), tree_copy(training.ema))
+    # Copies: the step donates its state, and the caller keeps the model it loaded. A fresh head is on one device yet.
+    copies = tree_copy((training.trained, training.ema))
+    train = training.start(*jax.device_put(copies, (training.shardings.params, training.shardings.ema)))
     # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
     scalars = jax.jit(lambda: (key, jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh))
     run_key, cursor, coef = scalars()
