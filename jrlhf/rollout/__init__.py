@@ -1,1 +1,1 @@
-"""Sample, score, read and evaluate: what every stage that learns from its own answers shares."""
+"""Sample, score, read, evaluate and plan: what every stage that learns from its own answers shares."""

@@ -1,1 +1,1 @@
-"""A run on disk: folder, lock, checkpoints, metrics, trackers, exports, and the origins of its stages."""
+"""A run on disk: folder, lock, checkpoints, metrics, trackers, exports, and the inputs and origins of its stages."""

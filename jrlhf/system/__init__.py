@@ -1,1 +1,1 @@
-"""Process-level parts: paths, text files, signals, terminal and environment. Imports nothing else of jrlhf."""
+"""Process-level parts: paths, text files, signals, terminal, environment and errors. Imports nothing else of jrlhf."""

@@ -1,1 +1,1 @@
-"""Commands beside training: export, generate, score, show, verify, quickstart."""
+"""Commands beside training: export, generate, sample, score, show, verify, quickstart."""

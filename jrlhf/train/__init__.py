@@ -1,1 +1,1 @@
-"""The loop that every stage shares, and what starts it; it knows no algorithm."""
+"""What every stage shares: the loop, what starts it, random keys, and programs by shapes. It knows no algorithm."""
