@@ -4,7 +4,10 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jrlhf.system.errors import UsageError
+
 log = logging.getLogger("jrlhf.data")
+
 
 MAX_REASONS = 20
 MAX_NAMES, MAX_COUNTED_NAMES = 20, 1000
@@ -14,7 +17,7 @@ MAX_NAME_CHARACTERS = 60
 """Characters of a name that a message shows, since a user's text may stand where a name should."""
 
 
-class DataError(ValueError):
+class DataError(UsageError):
     """Data that training cannot use. The message names file, row and column."""
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jrlhf.parallel.coordination import client, coordinator_address, process_count, process_number
 from jrlhf.parallel.relay import Relay
+from jrlhf.system.errors import UsageError
 from jrlhf.system.interrupts import set_farewell
 
 GRACE = 2.0
@@ -30,7 +31,7 @@ class PeerLost(RuntimeError):
     """Another process of the run has died, failed or been silent for too long."""
 
 
-class PeerRefused(ValueError):
+class PeerRefused(UsageError):
     """Process 0 has refused the user's settings."""
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jrlhf.system.errors import UsageError
 from jrlhf.system.lines import json_line, numbered_lines
 
 Content = str | list[dict[str, Any]]
@@ -20,7 +21,7 @@ MAX_NAME_LENGTH = 64
 """Maximum number of characters in a rater's name."""
 
 
-class TaskError(ValueError):
+class TaskError(UsageError):
     """A file of tasks or rankings is invalid. The message names file, line and column."""
 
 

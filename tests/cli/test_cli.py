@@ -147,7 +147,7 @@ def test_defaults_then_yaml_then_flags(command, stage, tmp_path, capsys):
     calls = stage(command)
     flags = [f"--{command}.optim.lr", "3e-4", f"--{DATA[command]}=rows.jsonl", "--mesh.data", "-1"]
     assert main([command, "--config", str(path), *flags]) == 0
-    [(config,)] = calls
+    [(_, config)] = calls
     part = {"sft": config.sft, "reward": config.reward, "ppo": config.ppo}[command]
     assert (config.run, config.seed, config.mesh.data) == ("from-yaml", 5, -1)
     assert (part.optim.lr, part.optim.b1, part.epochs) == (3e-4, 0.8, {"ppo": 4}.get(command, 1.0))

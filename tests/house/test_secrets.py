@@ -27,13 +27,13 @@ sft:
 """
 CRASHING = """
 import sys
-import jrlhf.stages.sft
+import jrlhf.stages.run
 from jrlhf.cli import main
 
 def crash(*given, **named):
     raise RuntimeError("no more")
 
-jrlhf.stages.sft.write_export = crash
+jrlhf.stages.run.write_export = crash
 sys.argv[1:] = ["sft", "--config", "recipe.yaml", "--run", "crashed"]
 sys.exit(main())
 """

@@ -91,7 +91,5 @@ def test_a_row_that_uses_it_is_refused_at(door: str, files: Files, tmp_path: Pat
 
 def test_a_reward_model_that_reads_the_text_is_held_to_its_own_embeddings(files: Files, tmp_path: Path) -> None:
     """The policy has them all, so the reward model reads texts: of a prompt that it cannot, no score is made up."""
-    with pytest.raises(
-        DataError, match=rf"^ppo\.reward: .* prompt of ppo\.prompts: 'Ń' \(id {TOKENS - 1}\): beyond the"
-    ):
+    with pytest.raises(DataError, match=rf"^ppo\.reward: .* prompt: 'Ń' \(id {TOKENS - 1}\): beyond the"):
         files.ppo(files.whole, files.rows)(str(tmp_path / "out"))

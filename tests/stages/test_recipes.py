@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jrlhf.config import Config, load_config
-from jrlhf.models import ArchConfig, Rope, decoder_fns
+from jrlhf.models import ArchConfig, RewardModel, Rope, decoder_fns
 from jrlhf.models.functions import abstract_params, abstract_reward_params
 from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.parallel import make_mesh, tree_shardings
@@ -110,8 +110,10 @@ def check_ppo(config: Config, arch: ArchConfig) -> TrainState:
         struct((rows, length), jnp.int32), marks, marks, *[per_token] * 8, struct((rows,)), struct((rows,), jnp.bool_)
     )
     parts = slices(rows // ppo.minibatches, ppo.microbatch)
-    model: Any = SimpleNamespace(arch=arch, **fns._asdict())
-    actors = Actors(model, None, model, tokenizer=None, reward_tokenizer=None)
+    policy: Any = SimpleNamespace(arch=arch, **fns._asdict())
+    value = RewardModel({}, fns.score_fn, {}, arch, Path(), (), {})
+    tokenizer: Any = None
+    actors = Actors(policy, None, value, tokenizer, reward_tokenizer=None)
     step = make_step(ppo, actors, tx, accumulation=parts)
     after, _ = jax.eval_shape(step, state, rollout, KEY)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
