@@ -18,7 +18,7 @@ from jrlhf.models.hf.folder import read_config
 from jrlhf.runs.folder import model_source
 from jrlhf.train.keys import stream_key
 from jrlhf.train.programs import Target, planned_model, planned_source
-from jrlhf.train.start import computed
+from jrlhf.train.start import compute_options
 
 M = TypeVar("M", covariant=True)
 
@@ -49,7 +49,7 @@ def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
     """Models with their weights, for a run."""
 
     def options(model: ModelConfig, key: str, option: str) -> dict[str, Any]:
-        chosen = computed(model, mesh, key=key)
+        chosen = compute_options(model, mesh, key=key)
         return chosen | {"option": option} if option else chosen
 
     def source(path: str, *, key: str, stage: str | None) -> str:

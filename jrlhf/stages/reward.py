@@ -57,7 +57,7 @@ from jrlhf.train.programs import (
     planned_training,
 )
 from jrlhf.train.site import Site
-from jrlhf.train.start import Training, begin, build_training, computed
+from jrlhf.train.start import Training, begin, build_training, compute_options
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
 from jrlhf.types import PackedRankingBatch, Params, RankingBatch
@@ -145,7 +145,7 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
     """Load the model, and build the programs and the loop."""
     config, mesh = site.config, site.mesh
     reward, rows, heldout, texts = config.reward, inputs.train, inputs.heldout, inputs.texts
-    options = computed(reward.model, mesh, key="reward.model")
+    options = compute_options(reward.model, mesh, key="reward.model")
     model = load_reward_start(inputs.source, stream_key(config.seed, "reward", "init"), mesh=mesh, **options)
     positions = Positions(model.arch, "reward.data.max_length")
     normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {inputs.texts_source})"

@@ -46,7 +46,7 @@ from jrlhf.train.programs import (
     planned_training,
 )
 from jrlhf.train.site import Site
-from jrlhf.train.start import Training, begin, build_training, computed
+from jrlhf.train.start import Training, begin, build_training, compute_options
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
 from jrlhf.types import Params, SFTBatch
@@ -132,7 +132,7 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
     config, mesh, tokenizer = site.config, site.mesh, site.tokenizer
     sft, rows, heldout, candidates = config.sft, inputs.train, inputs.heldout, inputs.candidate_prompts
     shown = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer) if heldout and sft.log.samples else None
-    model = load_pretrained(inputs.source, mesh=mesh, **computed(sft.model, mesh, key="sft.model"))
+    model = load_pretrained(inputs.source, mesh=mesh, **compute_options(sft.model, mesh, key="sft.model"))
     positions = Positions(model.arch, "sft.data.max_length")
     positions.check({"sft.data.train": rows, "sft.data.eval": heldout})
     answering = positions.answering(sft.sampling, "sft.sampling")

@@ -1,1 +1,1 @@
-"""The loop that every stage shares, and what starts it; it knows no algorithm."""
+"""The training loop that all stages share, and the setup before it; it contains no algorithm."""
