@@ -1,1 +1,1 @@
-"""Sample, score, read and evaluate: what every stage that learns from its own answers shares."""
+"""Sampling, scoring, reading and evaluation, for all stages that learn from their policy's own answers."""
