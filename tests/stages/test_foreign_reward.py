@@ -217,5 +217,5 @@ def test_sampled_tokens_are_read_only_where_each_has_an_embedding(tmp_path: Path
     actors = load_actors(wider.ppo, "ppo", weight_reader(wider, mesh), value_from=wider.ppo.value_from)
     assert actors.reward_tokenizer is not None
     assert actors.value.arch.vocab_size == len(tokenizer) + 4
-    with pytest.raises(ValueError, match=r"ppo\.value_from: the value network reads the policy's tokens, of which"):
+    with pytest.raises(ValueError, match=r"ppo\.value_from: the value network reads the policy's tokens, but"):
         load_actors(wider.ppo, "ppo", weight_reader(wider, mesh), value_from="reward")
