@@ -1,4 +1,4 @@
-"""Every stage compiled ahead of time for devices that need not be there: memory, traffic, time, the batch that fits."""
+"""Compiles stages for real or simulated devices and predicts memory, traffic, time and the largest batch."""
 
 from jrlhf.plan.run import run_plan
 

@@ -1,4 +1,4 @@
-"""The figures of a planned stage."""
+"""The figures of a stage in a plan."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from jrlhf.plan.programs import Figures
 
 @dataclass(frozen=True)
 class StageFigures:
-    """What one stage takes; bytes are a device's."""
+    """Memory, traffic, FLOPs and time of one stage; bytes are per device."""
 
     name: str
     batch_key: str
@@ -15,17 +15,17 @@ class StageFigures:
     held: dict[str, float]
     cache: float
     temporaries: float
-    """Of the program with the highest peak: activations, gradients, the cache."""
+    """Activations, gradients and KV cache of the program with the highest peak."""
     peak: float
     peak_in: str
     flops: float
-    """Of a step (PPO: an iteration), of all devices."""
+    """FLOPs of a step (PPO: an iteration) on all devices."""
     sent: dict[str, float]
-    """By a device in a step, by mesh axes."""
+    """Bytes that a device sends in a step, by mesh axes."""
     seconds: float | None
     memory: float | None
-    """That may be used; None: nothing is known of the devices' memory."""
+    """Usable bytes; None if the memory of the devices is unknown."""
     fits: bool | None
     fitting_batch: int | None
-    """The largest batch that fits, read in as many slices; 0: not even a row a device."""
+    """Largest batch that fits with the same number of slices; 0 if not even one row per device fits."""
     programs: list[Figures]

@@ -1,4 +1,4 @@
-"""Programs of a stage, compiled without an array: what each takes of a device, sends to others and computes."""
+"""Compiles the programs of a stage from shapes alone and reads their memory, traffic, FLOPs and time."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -11,53 +11,54 @@ from jrlhf.parallel.devices.collectives import array_bytes, bytes_sent
 from jrlhf.parallel.devices.topology import Topology
 from jrlhf.train.programs import Program, device_bytes
 
-ACHIEVED = 0.5
-"""Of the rates on a data sheet: FLOP/s, memory's and links' bytes/s."""
+ACHIEVED_FRACTION = 0.5
+"""Assumed fraction of the data sheet's FLOP/s and of its bytes/s of memory and links."""
 
-FOR_CPU = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Buffers are assigned before machine code is made: nobody runs it, so it need not be fast."""
+CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options for fast compilation: nobody runs the code, and XLA assigns buffers before it makes machine code."""
 
-AS_WRITTEN = {"xla_disable_hlo_passes": "float-normalization-bf16"}
-"""XLA for CPU holds and sends bfloat16 in 4 bytes wherever it cannot compute in it; accelerators can."""
+BFLOAT16_OPTIONS = {"xla_disable_hlo_passes": "float-normalization-bf16"}
+"""Compiler options that keep bfloat16 at 2 bytes, as on accelerators; XLA for CPU widens it to 4 bytes."""
 
 
 class Figures(NamedTuple):
-    """Of a program; bytes are a device's."""
+    """Memory, traffic, FLOPs and time of a program; bytes are per device."""
 
     name: str
     alive: float
     temporaries: float
-    """Besides results that take an argument's place: activations, gradients, the cache."""
+    """Activations, gradients, KV cache, and results that do not reuse the memory of an argument."""
     cache: float
     sent: dict[str, float]
-    """By mesh axes, ``fsdp`` or ``data+fsdp``."""
+    """Bytes by mesh axes, such as ``fsdp`` or ``data+fsdp``."""
     flops: float
     seconds: float | None
-    """None: nothing is known of the devices' rates, or it is not part of a step."""
+    """None if the rates of the devices are unknown or the program is not part of a step."""
 
     @property
     def peak(self) -> float:
+        """Peak memory while the program runs."""
         return self.alive + self.temporaries
 
 
-def compiled(program: Program, topology: Topology) -> Any:
-    """The program for devices like those of its arguments."""
+def compile_program(program: Program, topology: Topology) -> Any:
+    """Compile the program for the devices of its arguments."""
     lowered = program.jitted.lower(*program.args)
     if topology.real and topology.platform() != "cpu":
         return lowered.compile()
     if topology.platform() != "cpu":
         try:
-            return lowered.compile(compiler_options=FOR_CPU | AS_WRITTEN)
+            return lowered.compile(compiler_options=CPU_OPTIONS | BFLOAT16_OPTIONS)
         except jax.errors.JaxRuntimeError:
-            # No product of bfloat16: on JAX 0.10 none, later ones only of a single row. Figures come out too high.
+            # XLA for CPU lacks some bfloat16 products (JAX 0.10: all, later: of a single row); figures are too high.
             pass
-    return lowered.compile(compiler_options=FOR_CPU)
+    return lowered.compile(compiler_options=CPU_OPTIONS)
 
 
-def measured(program: Program, topology: Topology, mesh: Mesh, dtype: str) -> Figures:
-    """Compile a program and read its figures from what the compiler made of it."""
-    done = compiled(program, topology)
-    memory, hlo = done.memory_analysis(), done.as_text()
+def program_figures(program: Program, topology: Topology, mesh: Mesh, dtype: str) -> Figures:
+    """Compile a program and read its figures from the compiler's memory analysis and HLO."""
+    executable = compile_program(program, topology)
+    memory, hlo = executable.memory_analysis(), executable.as_text()
     sent = bytes_sent(hlo, mesh.shape, trips=program.trips)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Figures(
@@ -74,7 +75,7 @@ def measured(program: Program, topology: Topology, mesh: Mesh, dtype: str) -> Fi
 def seconds(
     program: Program, sent: Mapping[tuple[str, ...], float], topology: Topology, mesh: Mapping[str, int], dtype: str
 ) -> float | None:
-    """Arithmetic or memory, whichever takes longer, and then what is sent, all at ``ACHIEVED`` of their rates."""
+    """Estimate max(FLOPs, bytes read) + bytes sent, in seconds, at ``ACHIEVED_FRACTION`` of the peak rates."""
     peaks = topology.peaks(dtype)
     if peaks is None:
         return None
@@ -82,19 +83,21 @@ def seconds(
     for axes, size in sent.items():
         rate = topology.sent_per_second(mesh, axes)
         total += 0.0 if rate is None else size / rate
-    return total / ACHIEVED
+    return total / ACHIEVED_FRACTION
 
 
 def cache_bytes(hlo: str, shape: tuple[int, int] | None) -> float:
-    """Of the KV cache that a sampling loop carries: its arrays of four dimensions that end in ``shape``, and the scales
-    of those in int8."""
+    """Return the bytes of the KV cache that a sampling loop carries.
+
+    They are those of its 4-D arrays whose last dimensions are ``shape``, and of the scales of int8 arrays.
+    """
     if shape is None:
         return 0.0
     slots, width = shape
 
     def of_cache(carry: str) -> int:
         arrays = re.findall(rf"\w+\[\d+,\d+,{slots},{width}\]", carry)
-        # Weights of all layers may end in as many columns: rows and heads tell which arrays are scales.
+        # Stacked weights may have as many columns; the numbers of rows and heads tell which arrays are scales.
         heads = "|".join(set(re.findall(rf"s8\[(\d+,\d+),{slots},{width}\]", carry)))
         scales = re.findall(rf"f32\[(?:{heads}),{slots}\]", carry) if heads else []
         return sum(array_bytes(" ".join(arrays + scales)))

@@ -1,4 +1,4 @@
-"""``jrlhf plan``: the stages of a config, each compiled for the devices asked for, and what came of it."""
+"""``jrlhf plan`` compiles the stages of a config for the devices of a topology and prints their figures."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -9,39 +9,39 @@ from jrlhf.config import ConfigError, PlanConfig, required_value, stage_sections
 from jrlhf.parallel import make_mesh
 from jrlhf.parallel.devices.topology import parse_topology
 from jrlhf.plan.parts import StageFigures
-from jrlhf.plan.programs import Figures, measured
+from jrlhf.plan.programs import Figures, program_figures
 from jrlhf.plan.table import print_plan
 from jrlhf.runs.folder import write_json
 from jrlhf.stages.table import STAGES
 from jrlhf.system.terminal import show_all_characters
 from jrlhf.train.programs import Sized, StagePlan, Target, device_bytes
 
-KEPT_BACK = 0.1
-"""Of a device's memory: for the runtime, for programs, for what lies between arrays."""
+RESERVED_FRACTION = 0.1
+"""Fraction of a device's memory for the runtime, the programs and the gaps between arrays."""
 
-MOST = 64
-"""Times the config's rows that a fitting batch is looked for."""
+MAX_ROW_FACTOR = 64
+"""Upper limit of a fitting batch, as a multiple of the config's rows."""
 
 
 def run_plan(config: PlanConfig) -> list[StageFigures]:
-    """Plan the stages that have training data; print their figures, and write them where the config says."""
+    """Plan the stages that have training data, print their figures and write them to ``config.out``."""
     show_all_characters()
     target = planned_target(config)
     requested = [stage for stage in STAGES if required_value(config, stage.name)]
     if not requested:
         fields = [f"{name}.{section.required}" for name, section in stage_sections().items()]
         raise ConfigError(f"nothing to plan: set {', '.join(fields[:-1])} or {fields[-1]}")
-    found = [plan_stage(stage.plan(config, target), target) for stage in requested]
-    print_plan(found, target)
+    stages = [plan_stage(stage.plan(config, target), target) for stage in requested]
+    print_plan(stages, target)
     if config.out:
         mesh = dict(target.mesh.shape)
-        stages_found = [asdict(stage) | {"programs": [p._asdict() for p in stage.programs]} for stage in found]
-        write_json(Path(config.out), {"topology": target.topology.name, "mesh": mesh, "stages": stages_found})
-    return found
+        records = [asdict(stage) | {"programs": [p._asdict() for p in stage.programs]} for stage in stages]
+        write_json(Path(config.out), {"topology": target.topology.name, "mesh": mesh, "stages": records})
+    return stages
 
 
 def planned_target(config: PlanConfig) -> Target:
-    """The devices, and the config's mesh over them."""
+    """Return the devices of the config's topology, and its mesh over them."""
     try:
         topology = parse_topology(config.topology)
     except ValueError as error:
@@ -52,11 +52,11 @@ def planned_target(config: PlanConfig) -> Target:
 
 
 def plan_stage(sized: Sized, target: Target) -> StageFigures:
-    """Compile a stage at the config's size, and at another to see how it grows."""
+    """Compile a stage at the config's size, and at a second size to find the largest batch that fits."""
     memory = target.topology.memory()
-    usable = None if memory is None else memory * (1 - KEPT_BACK)
+    usable = None if memory is None else memory * (1 - RESERVED_FRACTION)
     stage = sized.build(sized.rows)
-    figures = compiled_figures(stage, sized, target)
+    figures = stage_figures(stage, sized, target)
     rows = None if usable is None else fitting_rows(sized, target, figures, usable)
     worst = max(figures, key=lambda program: program.peak)
     timed = [f for f, program in zip(figures, stage.programs, strict=True) if program.timed]
@@ -71,7 +71,7 @@ def plan_stage(sized: Sized, target: Target) -> StageFigures:
         peak=worst.peak,
         peak_in=worst.name,
         flops=sum(f.flops for f in timed),
-        sent=summed([f.sent for f in timed]),
+        sent=sum_by_key([f.sent for f in timed]),
         seconds=None if None in seconds else math.fsum(s for s in seconds if s is not None),
         memory=usable,
         fits=None if usable is None else worst.peak <= usable,
@@ -80,34 +80,33 @@ def plan_stage(sized: Sized, target: Target) -> StageFigures:
     )
 
 
-def compiled_figures(stage: StagePlan, sized: Sized, target: Target) -> list[Figures]:
-    """Of all programs of a stage, two at a time: most of the time is XLA's, which needs one core each."""
+def stage_figures(stage: StagePlan, sized: Sized, target: Target) -> list[Figures]:
+    """Compile all programs of a stage, two at a time: each compilation keeps one core busy."""
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda p: measured(p, target.topology, target.mesh, sized.dtype), stage.programs))
+        return list(pool.map(lambda p: program_figures(p, target.topology, target.mesh, sized.dtype), stage.programs))
 
 
-def summed(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Key by key."""
+def sum_by_key(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Add up dicts of numbers key by key."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: math.fsum(part.get(name, 0.0) for part in parts) for name in names}
 
 
 def fitting_rows(sized: Sized, target: Target, figures: list[Figures], usable: float) -> int:
-    """The most rows a device may read at a time, at most ``MOST`` times the config's.
+    """Return the largest number of rows that a device can read at a time, up to ``MAX_ROW_FACTOR`` times the config's.
 
-    A program's peak grows along a line, through its peak at two sizes. Were all of its temporaries in proportion to the
-    rows, it would fit the least that it can fit; so a program that fits more by that than another does is not compiled
-    again.
+    The estimate is linear in the rows, through a program's peaks at two sizes. A lower bound follows if all temporaries
+    are proportional to the rows; a program whose bound exceeds the limit of another is not compiled again.
     """
     least = [sized.rows * max(0.0, usable - f.alive) / max(f.temporaries, 1.0) for f in figures]
-    second = min(max(int(min(least)), 1), MOST * sized.rows)
+    second = min(max(int(min(least)), 1), MAX_ROW_FACTOR * sized.rows)
     second = second if second != sized.rows else sized.rows + 1
-    programs, limit = sized.build(second).programs, float(MOST * sized.rows)
+    programs, limit = sized.build(second).programs, float(MAX_ROW_FACTOR * sized.rows)
     for number in sorted(range(len(figures)), key=least.__getitem__):
         one = figures[number]
         if least[number] >= limit:
             break
-        other = measured(programs[number], target.topology, target.mesh, sized.dtype)
+        other = program_figures(programs[number], target.topology, target.mesh, sized.dtype)
         slope = (other.peak - one.peak) / (second - sized.rows)
         if slope > 0:
             limit = min(limit, sized.rows + (usable - one.peak) / slope)

@@ -1,4 +1,4 @@
-"""What ``jrlhf plan`` prints."""
+"""The tables that ``jrlhf plan`` prints."""
 
 import math
 
@@ -6,11 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jrlhf.plan.parts import StageFigures
-from jrlhf.plan.programs import ACHIEVED
+from jrlhf.plan.programs import ACHIEVED_FRACTION
 from jrlhf.train.programs import Target
 
 GB = 1e9
-HELD = {
+HELD_LABELS = {
     "trained": "parameters",
     "optimizer": "optimizer",
     "average": "policy's average",
@@ -19,7 +19,7 @@ HELD = {
 
 
 def print_plan(stages: list[StageFigures], target: Target) -> None:
-    """A column a stage, then a row a program, then what it all rests on."""
+    """Print a table with a column per stage, a table with a row per program, and the assumptions."""
     console = Console(highlight=False)
     mesh = ", ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items())
     console.print(f"{target.topology.name}: {target.topology.size} devices ({mesh})")
@@ -30,14 +30,15 @@ def print_plan(stages: list[StageFigures], target: Target) -> None:
 
 
 def stage_table(stages: list[StageFigures]) -> Table:
+    """Build the table with a column per stage."""
     table = Table("GB a device", *(stage.name for stage in stages))
 
     def row(name: str, *cells: str) -> None:
         if any(cells):
             table.add_row(name, *cells)
 
-    for name, shown in HELD.items():
-        row(shown, *(gigabytes(stage.held[name], empty="") for stage in stages))
+    for name, label in HELD_LABELS.items():
+        row(label, *(gigabytes(stage.held[name], empty="") for stage in stages))
     row("KV cache", *(gigabytes(stage.cache, empty="") for stage in stages))
     row("temporaries", *(gigabytes(stage.temporaries) for stage in stages))
     row("peak", *(f"{gigabytes(stage.peak)} ({stage.peak_in})" for stage in stages))
@@ -53,6 +54,7 @@ def stage_table(stages: list[StageFigures]) -> Table:
 
 
 def program_table(stages: list[StageFigures]) -> Table:
+    """Build the table with a row per program."""
     table = Table("program", "peak", "temporaries", "sent", "PFLOPs", "seconds")
     for stage in stages:
         for program in stage.programs:
@@ -68,30 +70,33 @@ def program_table(stages: list[StageFigures]) -> Table:
 
 
 def gigabytes(size: float | None, empty: str = "0") -> str:
+    """Format bytes as GB; ``empty`` stands for 0."""
     if size is None:
         return "unknown"
     return f"{size / GB:,.3g}" if size else empty
 
 
 def verdict(stage: StageFigures) -> str:
+    """Format whether a stage fits into memory."""
     if stage.fits is None:
         return "unknown"
     return "[green]yes[/]" if stage.fits else "[red]no[/]"
 
 
 def fitting(stage: StageFigures) -> str:
+    """Format the largest batch that fits into memory."""
     if stage.fitting_batch is None:
         return "unknown"
     return f"{stage.fitting_batch:,}" if stage.fitting_batch else "none"
 
 
 def assumptions(target: Target) -> tuple[str, str]:
-    """What the figures rest on."""
+    """Describe the assumptions behind the figures."""
     how = "here" if target.topology.real else "for simulated devices of the CPU"
     return (
         f"GB (1e9 bytes) a device: programs as XLA compiles them {how}, on rows of full length. Temporaries: "
-        "activations, gradients, cache, where the peak is highest. A tenth of the memory is kept back. Fitting batch: "
-        "in as many slices, by a line through two sizes.",
-        "PFLOPs: of all devices. Seconds: FLOPs or bytes that must be read, whichever takes longer, then what is sent, "
-        f"at {ACHIEVED:.0%} of the data sheet's rates; a CPU's are measured, and its traffic costs nothing.",
+        "activations, gradients and cache of the program with the highest peak. A tenth of the memory is reserved. "
+        "Fitting batch: the estimate is linear through two sizes, with the same number of slices.",
+        "PFLOPs: all devices together. Seconds: the longer of arithmetic and memory reads, plus traffic, "
+        f"at {ACHIEVED_FRACTION:.0%} of the data sheet's rates; a CPU's rates are measured, and its traffic is free.",
     )

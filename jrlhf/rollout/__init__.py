@@ -1,1 +1,1 @@
-"""Sample, score, read, evaluate and plan: what every stage that learns from its own answers shares."""
+"""Sampling, scoring, reading, evaluation and planning, for all stages that learn from their policy's own answers."""

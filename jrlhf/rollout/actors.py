@@ -1,4 +1,4 @@
-"""The models of a PPO run: policy, reward model, and what the value network starts from."""
+"""The models of a PPO run: the policy, the reward models and the initial value network."""
 
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -20,56 +20,60 @@ from jrlhf.types import Params, PPOParams, TrainState
 ValueFrom = Literal["auto", "reward", "policy", "shared"]
 
 
-class Judge(NamedTuple):
-    """A further reward model."""
+class EnsembleMember(NamedTuple):
+    """A reward model of the ensemble besides the first one."""
 
     model: RewardModel
     tokenizer: Tokenizer | None
-    """Its own, where it reads texts and not the policy's tokens: see ``own_tokenizer``."""
+    """Own tokenizer of a model that reads texts; None if it reads the policy's tokens. See ``own_tokenizer``."""
 
 
 class Actors(NamedTuple):
     """The models of a run, and their tokenizers."""
 
     policy: Pretrained
-    """Its parameters stay the reference's; the policy that learns is in the state."""
+    """The reference: its parameters are constant, and the state holds the trained policy."""
     reward: RewardModel | None
-    """None: scores come of rules alone."""
+    """The first reward model; None if only rules score the answers."""
     value: RewardModel | None
     """Initial value network: the reward model itself, or the policy with a head of zeros; None without a critic."""
     tokenizer: Tokenizer
     reward_tokenizer: Tokenizer | None
-    """The reward model's own, where it reads texts and not the policy's tokens: see ``own_tokenizer``."""
-    others: tuple[Judge, ...] = ()
+    """Own tokenizer of a reward model that reads texts; None if it reads the policy's tokens. See ``own_tokenizer``."""
+    ensemble: tuple[EnsembleMember, ...] = ()
+    """Reward models besides the first one."""
     shared: bool = False
-    """The value network is a head on the policy: ``value`` has no more parameters than that."""
+    """Whether the value network is a head on the policy; then ``value`` holds only the parameters of that head."""
 
     @property
     def reward_models(self) -> tuple[RewardModel, ...]:
-        """All that an answer is scored by."""
-        return () if self.reward is None else (self.reward, *(judge.model for judge in self.others))
+        """All reward models that score an answer."""
+        return () if self.reward is None else (self.reward, *(member.model for member in self.ensemble))
 
     @property
     def value_arch(self) -> ArchConfig | None:
-        """Architecture of the value network, if it is a network of its own."""
+        """Architecture of a separate value network; None without one."""
         return None if self.shared or self.value is None else self.value.arch
 
     @property
     def packable(self) -> bool:
-        """Whether all of them can read several sequences in a row."""
+        """Whether policy, value network and reward model all support several sequences in a row."""
         models = (self.policy, self.value, self.reward)
         return all(model.arch.packable for model in models if model is not None)
 
     def positions(self, section: RolloutConfig, stage: str) -> list[Positions]:
-        """Of all models that read the policy's tokens, the policy first; who reads texts has cuts of its own."""
+        """Return the positions of all models that read the policy's tokens, the policy first.
+
+        Models that read texts are left out, because they cut texts to their own lengths.
+        """
         readers = {f"{stage}.model": self.policy.arch}
         if self.value is not None:
             readers["the value network"] = self.value.arch
         if self.reward is not None and self.reward_tokenizer is None:
             readers[f"{stage}.reward"] = self.reward.arch
-        for path, judge in zip(section.rewards.models, self.others, strict=True):
-            if judge.tokenizer is None:
-                readers[f"{stage}.rewards.models: {path}"] = judge.model.arch
+        for path, member in zip(section.rewards.models, self.ensemble, strict=True):
+            if member.tokenizer is None:
+                readers[f"{stage}.rewards.models: {path}"] = member.model.arch
         key, answer_key = f"{stage}.prompts.max_length", f"{stage}.sampling"
         return [
             Positions(arch, key, model=model).answering(section.sampling, answer_key) for model, arch in readers.items()
@@ -79,7 +83,7 @@ class Actors(NamedTuple):
 def load_actors(section: RolloutConfig, stage: str, models: ModelReader, *, value_from: ValueFrom | None) -> Actors:
     """Load the models of a stage; ``value_from`` None means no critic.
 
-    ConfigError where the value network is to start from a reward model that reads other tokens.
+    Raise ConfigError if the value network would start from a reward model with another vocabulary.
     """
     source = models.source(section.model.path, key=f"{stage}.model.path", stage="sft")
     tokenizer = models.tokenizer(source)
@@ -97,46 +101,46 @@ def load_actors(section: RolloutConfig, stage: str, models: ModelReader, *, valu
     if value_from == "reward" and not same:
         raise ConfigError(
             f"{stage}.value_from: the value network reads the policy's tokens, but {reward_source} has another "
-            f"vocabulary than {source}; take policy"
+            f"vocabulary than {source}; set it to policy"
         )
     policy = models.language(source, section.model, key=f"{stage}.model")
     reward = models.reward(reward_source, section.reward, key=f"{stage}.reward")
     same = same and reward.arch.vocab_size >= policy.arch.vocab_size
     if value_from == "reward" and not same:
         raise ConfigError(
-            f"{stage}.value_from: the value network reads the policy's tokens, of which {source} has "
-            f"{policy.arch.vocab_size} and {reward_source} {reward.arch.vocab_size}; take policy"
+            f"{stage}.value_from: the value network reads the policy's tokens, but {source} has "
+            f"{policy.arch.vocab_size} tokens and {reward_source} only {reward.arch.vocab_size}; set it to policy"
         )
     from_reward = value_from == "reward" or (value_from == "auto" and same)
     value = reward if from_reward else blank(policy)
-    others = tuple(_judge(section, stage, path, models, policy, tokenizer) for path in section.rewards.models)
+    ensemble = tuple(_load_member(section, stage, path, models, policy, tokenizer) for path in section.rewards.models)
     own = own_tokenizer(reward, reward_tokenizer, policy, tokenizer)
-    return Actors(policy, reward, value, tokenizer, own, others, shared)
+    return Actors(policy, reward, value, tokenizer, own, ensemble, shared)
 
 
 def own_tokenizer(reward: RewardModel, own: Tokenizer, policy: Pretrained, tokenizer: Tokenizer) -> Tokenizer | None:
-    """``own`` where a reward model is to read texts, None where it reads the policy's very tokens.
+    """Return ``own`` if a reward model must read texts, None if it reads the policy's tokens.
 
-    It reads texts where its tokens are others, where the policy may sample one that it has no embedding for, and where
-    it is read by a recipe of its own: that is another's model, whose template goes over the whole chat.
+    It must read texts if its vocabulary differs, if it lacks an embedding of a token that the policy can sample, or if
+    it has its own way of reading: that is a foreign model, whose chat template covers the whole chat.
     """
     same = own.get_vocab() == tokenizer.get_vocab() and reward.arch.vocab_size >= policy.arch.vocab_size
     return None if same and reward.reading == STOP_TOKEN else own
 
 
-def _judge(
+def _load_member(
     section: RolloutConfig, stage: str, path: str, models: ModelReader, policy: Pretrained, tokenizer: Tokenizer
-) -> Judge:
-    """One of ``rewards.models``, with the compute options of the reward model."""
+) -> EnsembleMember:
+    """Load one of ``rewards.models`` with the compute options of the reward model."""
     key = f"{stage}.rewards.models"
     source = models.source(path, key=key, stage=None)
     own = models.tokenizer(source)
     model = models.reward(source, replace(section.reward, path=path), key=f"{stage}.reward", option=key)
-    return Judge(model, own_tokenizer(model, own, policy, tokenizer))
+    return EnsembleMember(model, own_tokenizer(model, own, policy, tokenizer))
 
 
 def blank_value(models: ModelReader, policy: Pretrained, *, shared: bool) -> RewardModel:
-    """The policy's decoder, and a head that calls every prefix worth 0; or, ``shared``, the head alone."""
+    """Return the policy's decoder with a value head of zeros; with ``shared`` only the head."""
     model = models.blank_value(policy)
     return replace(model, params={"head": model.params["head"]}) if shared else model
 
@@ -144,7 +148,7 @@ def blank_value(models: ModelReader, policy: Pretrained, *, shared: bool) -> Rew
 def trainable_actors(
     lora: LoRAConfig, seed: int, actors: Actors, mesh: Mesh, *, stage: str
 ) -> tuple[PPOParams, PPOParams | None]:
-    """What is trained, and with LoRA the frozen bases: the very arrays of the models they start from."""
+    """Return the trained parameters, and with LoRA the frozen ones, which are the models' own arrays."""
     keys = jax.random.split(stream_key(seed, stage, "lora"))
     critic, path = value_of(actors), f"{stage}.lora"
     policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path=path)
@@ -156,13 +160,13 @@ def trainable_actors(
 
 
 def value_of(actors: Actors) -> RewardModel:
-    """The initial value network. ValueError for a stage without a critic."""
+    """Return the initial value network. Raise ValueError for a stage without a critic."""
     if actors.value is None:
         raise ValueError("this stage has no value network")
     return actors.value
 
 
 def learnt_policy(train: TrainState) -> Params:
-    """The policy that is evaluated and exported: the average where one is kept."""
+    """Return the policy to evaluate and export, which is the moving average if the state has one."""
     policy = train.params.policy if train.ema is None else train.ema
     return combine(policy, None if train.frozen is None else train.frozen.policy)

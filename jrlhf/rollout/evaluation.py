@@ -1,4 +1,4 @@
-"""The policy's answers to held-out prompts during training: written down, scored, and held against the reference."""
+"""Evaluation during training: it samples answers to held-out prompts, scores them and measures their KL."""
 
 import math
 from collections.abc import Callable
@@ -31,8 +31,8 @@ from jrlhf.train.site import Site
 from jrlhf.train.state import RunState
 from jrlhf.types import Generation, Params
 
-TEXTS = ("prompt", "completion")
-PARTS = ("model", "rule/")
+TEXT_COLUMNS = ("prompt", "completion")
+PART_PREFIXES = ("model", "rule/")
 
 
 def make_evaluator(
@@ -43,7 +43,10 @@ def make_evaluator(
     heldout: PromptRows | None,
     models: ModelReader,
 ) -> Callable[[RunState, int], dict[str, float]]:
-    """The same draws every time, scored, and written to ``evals/<iteration>.jsonl``."""
+    """Return a function that samples answers to held-out prompts, scores them and returns their metrics.
+
+    It writes the answers to ``evals/<iteration>.jsonl``, and uses the same random draws in every evaluation.
+    """
     if heldout is None:
         return lambda state, number: {}
     mesh, folder, stage = site.mesh, site.folder, site.stage
@@ -53,9 +56,9 @@ def make_evaluator(
     slices = episode_slices(section, batch_size, mesh, key=f"{stage}.prompts.eval")
     score = make_rewards(section.rewards, actors, mesh, slices=slices, stage=stage)
     logprob_fn = reading_fn(actors, actors.policy.logprob_fn, slices=slices)
-    judge = None
-    if judged(section.canary):
-        judge = _judge_scorer(site, section, actors, prompts, models, slices=slices)
+    judge_score = None
+    if has_judge(section.canary):
+        judge_score = _judge_scorer(site, section, actors, prompts, models, slices=slices)
     key = stream_key(site.config.seed, stage, "eval")
     exported = exported_form(actors.policy, section.export_dtype)
 
@@ -80,8 +83,8 @@ def make_evaluator(
         for indices, real, generation in batches:
             _, scores, parts = score(generation, prompts, indices)
             figures = fetch({"score": scores} | parts | measure(policy, reference, generation))
-            if judge is not None:
-                figures["judge"] = fetch(judge(generation, prompts, indices))
+            if judge_score is not None:
+                figures["judge"] = fetch(judge_score(generation, prompts, indices))
             for place, (prompt, answer) in enumerate(texts_of(actors.tokenizer, generation)):
                 if real[place]:
                     numbers = {name: values[place].item() for name, values in figures.items()}
@@ -90,7 +93,7 @@ def make_evaluator(
                     rows[int(indices[place])] = {"prompt": prompt, "completion": answer} | numbers
         answers = [rows[index] for index in sorted(rows)]
         if all(row["score"] is None for row in answers):
-            raise RuntimeError(f"{stage}.prompts.eval: no answer to it could be scored")
+            raise RuntimeError(f"{stage}.prompts.eval: no answer to these prompts has a score")
         _write_rows(answers_file(folder, number), answers)
         first = from_first("read the first answers", lambda: read_rows(answers_file(folder, 0)))
         return evaluation_metrics(answers) | win_rates(answers, first)
@@ -99,17 +102,17 @@ def make_evaluator(
 
 
 def answers_file(folder: Path, number: int) -> Path:
-    """The held-out answers after so many iterations, in PPO's folder."""
+    """Return the path of the held-out answers after ``number`` iterations."""
     return folder / "evals" / f"{number:06d}.jsonl"
 
 
-def judged(canary: CanaryConfig) -> bool:
-    """Whether a second reward model reads the held-out answers."""
+def has_judge(canary: CanaryConfig) -> bool:
+    """Return whether a second reward model, the canary's judge, scores the held-out answers."""
     return bool(canary.judge.path) and canary.action != "off"
 
 
-def judging(section: RolloutConfig, stage: str, actors: Actors, models: ModelReader) -> Actors:
-    """The same actors with the canary's judge in place of the reward model."""
+def with_judge(section: RolloutConfig, stage: str, actors: Actors, models: ModelReader) -> Actors:
+    """Return the actors with the canary's judge in place of the reward model."""
     judge, key = section.canary.judge, f"{stage}.canary.judge"
     source = models.source(judge.path, key=f"{key}.path", stage="reward")
     tokenizer = models.tokenizer(source)
@@ -121,9 +124,9 @@ def judging(section: RolloutConfig, stage: str, actors: Actors, models: ModelRea
 def _judge_scorer(
     site: Site, section: RolloutConfig, actors: Actors, heldout: PromptRows, models: ModelReader, *, slices: int
 ) -> Scorer:
-    """The judge's scores; ConfigError where it has too few positions for the held-out prompts and their answers."""
+    """Return the judge's scorer. Raise ConfigError if held-out prompts and answers exceed its positions."""
     stage = site.stage
-    judge = judging(section, stage, actors, models)
+    judge = with_judge(section, stage, actors, models)
     if judge.reward_tokenizer is None:
         positions = Positions(reward_of(judge).arch, f"{stage}.prompts.max_length", model=f"{stage}.canary.judge")
         positions.answering(section.sampling, f"{stage}.sampling").check({f"{stage}.prompts.eval": heldout})
@@ -131,9 +134,9 @@ def _judge_scorer(
 
 
 def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:
-    """The share of prompts whose answer scores higher than the first one, of before PPO; a tie is half a win.
+    """Return the share of prompts whose answer scores higher than the first answer, before PPO; a tie is half a win.
 
-    By the whole score, by the judge, and by each part of the score where it has several.
+    The rates compare the total score, the judge's score, and each part of a score with several parts.
     """
 
     def rate(name: str) -> float:
@@ -142,13 +145,15 @@ def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dic
         return float(np.mean(0.5 * (1.0 + np.sign(difference)))) if difference.size else 0.5
 
     names = {"score": "eval/win_rate", "judge": "eval/judge_win_rate"}
-    names |= {part: f"eval/win_rate/{part}" for part in answers[0] if part.startswith(PARTS)}
+    names |= {part: f"eval/win_rate/{part}" for part in answers[0] if part.startswith(PART_PREFIXES)}
     return {figure: rate(name) for name, figure in names.items() if name in answers[0] and name in first[0]}
 
 
 def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over answers, of scores over those that have one; entropy is a token's, kl a sequence's, both in nats."""
-    column = {name: np.asarray([row[name] for row in answers], np.float64) for name in answers[0] if name not in TEXTS}
+    """Return means over answers, for scores over those with a score; entropy per token, KL per sequence, in nats."""
+    column = {
+        name: np.asarray([row[name] for row in answers], np.float64) for name in answers[0] if name not in TEXT_COLUMNS
+    }
     score = column["score"][np.isfinite(column["score"])]
     figures = {
         "eval/score_mean": float(score.mean()),
@@ -163,16 +168,17 @@ def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
     if "judge" in column:
         judge = column["judge"]
         figures |= {"eval/judge_mean": float(judge.mean()), "eval/judge_stderr": standard_error(judge)}
-    parts = {name: values for name, values in column.items() if name.startswith(PARTS)}
+    parts = {name: values for name, values in column.items() if name.startswith(PART_PREFIXES)}
     return figures | {f"eval/{name}": float(np.nanmean(values)) for name, values in parts.items()}
 
 
 def standard_error(values: Float[np.ndarray, "N"]) -> float:
-    """Of the mean; 0 where there is one value alone."""
+    """Return the standard error of the mean; 0 for a single value."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the held-out answers of an evaluation."""
     return read_json_lines(path)
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a stage that learns from answers which its own policy samples."""
+"""The inputs of an on-policy stage, which learns from answers of its own policy."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jrlhf.config import Config, RolloutConfig
 from jrlhf.data import PromptRows, load_prompts
-from jrlhf.rollout.evaluation import judged
+from jrlhf.rollout.evaluation import has_judge
 from jrlhf.rollout.rules import columns_read
 from jrlhf.rollout.safety import load_safety_prompts
 from jrlhf.rules import function_file
@@ -15,7 +15,7 @@ from jrlhf.runs.inputs import SAFETY, RowsInput, StageInputs, with_sources
 
 
 class RolloutInputs(StageInputs):
-    """Prompts, safety prompts, the policy, its reward models and the files of its rules."""
+    """The prompts, safety prompts, policy, reward models and rule files of an on-policy stage."""
 
     def __init__(self, config: Config, section: RolloutConfig, stage: str) -> None:
         super().__init__(config, stage)
@@ -50,7 +50,7 @@ class RolloutInputs(StageInputs):
             add(f"{stage}.reward", section.reward.path, f"{stage}.reward.path", "reward")
             for number, path in enumerate(section.rewards.models, 1):
                 add(f"{stage}.rewards.models[{number}]", path, f"{stage}.rewards.models", None)
-        if judged(section.canary) and section.prompts.eval:
+        if has_judge(section.canary) and section.prompts.eval:
             add(f"{stage}.canary.judge", section.canary.judge.path, f"{stage}.canary.judge.path", "reward")
         return sources
 

@@ -1,4 +1,4 @@
-"""One iteration of an on-policy stage: rollout, scoring, update."""
+"""One iteration of an on-policy stage: rollout, scoring and update."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +26,8 @@ from jrlhf.types import Generation, Metrics, PPOParams, Readings, Rollout, SFTBa
 Iteration = Callable[[RunState, int], tuple[RunState, dict[str, Any]]]
 BatchOf = Callable[[RunState, int], dict[str, np.ndarray]]
 
-SLICES = 8
-"""In so many the episodes are read where the config does not say; a slice that holds padding alone is left out."""
+DEFAULT_READING_SLICES = 8
+"""Default number of slices in which a device reads episodes; slices of padding alone are skipped."""
 
 
 MAXIMA = (
@@ -36,17 +36,17 @@ MAXIMA = (
     "policy/first_minibatch_max_abs_log_ratio",
     "sampler/max_abs_logprob_diff",
 )
-"""The metrics of an iteration that are maxima over its tokens: ``Sums.maximum`` of the step, and the rollout's."""
+"""The metrics of an iteration that are maxima over its tokens, from the step and from the rollout."""
 
 
 def episode_slices(section: RolloutConfig, rows: int, mesh: Mesh, *, key: str) -> int:
-    """In how many equal slices ``rows`` episodes are read; see ``gradient_slices``."""
+    """Return the number of equal slices in which a device reads ``rows`` episodes; see ``gradient_slices``."""
     share = device_share(rows, mesh, key=key)
-    return gradient_slices(share, microbatch=section.microbatch or max(1, share // SLICES))
+    return gradient_slices(share, microbatch=section.microbatch or max(1, share // DEFAULT_READING_SLICES))
 
 
-def jit_joined(mesh: Mesh) -> Callable[[Sequence[Generation]], Generation]:
-    """One rollout of its parts, in their order, laid out by rows."""
+def jit_concatenate(mesh: Mesh) -> Callable[[Sequence[Generation]], Generation]:
+    """Return a function that joins the parts of a rollout in order, sharded by rows."""
     join = jax.jit(
         lambda parts: jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts), out_shardings=batch_sharding(mesh)
     )
@@ -54,12 +54,12 @@ def jit_joined(mesh: Mesh) -> Callable[[Sequence[Generation]], Generation]:
 
 
 def reading_fn(actors: Actors, fn: Callable[..., Any], *, slices: int) -> Any:
-    """One of the actors' functions, for what no gradient is taken of."""
+    """Return ``fn`` without padding if the models support it, for readings that need no gradient."""
     return without_padding(fn, slices=slices) if actors.packable else fn
 
 
 def networks_of(actors: Actors, *, slices: int | None = None) -> Networks:
-    """Policy and value network; with ``slices`` in that many parts without padding, where no gradient is taken."""
+    """Return policy and value network; with ``slices`` they read that many slices without padding or gradients."""
 
     def reading(fn: Callable[..., Any]) -> Any:
         return fn if slices is None else reading_fn(actors, fn, slices=slices)
@@ -70,7 +70,7 @@ def networks_of(actors: Actors, *, slices: int | None = None) -> Networks:
 
 
 def jit_readings(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> Callable[..., Readings]:
-    """``make_readings`` with a config's settings, laid out by rows."""
+    """Jit ``make_readings`` with the settings of a config; its results are sharded by rows."""
     read = make_readings(
         networks_of(actors, slices=slices),
         temperature=ppo.sampling.temperature,
@@ -80,7 +80,7 @@ def jit_readings(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> 
 
 
 def jit_targets(ppo: PPOConfig, mesh: Mesh) -> Callable[..., Rollout]:
-    """``make_targets`` with a config's settings, laid out by rows."""
+    """Jit ``make_targets`` with the settings of a config; its results are sharded by rows."""
     targets = make_targets(
         gamma=ppo.gamma,
         lam=ppo.lam,
@@ -97,11 +97,11 @@ class RolloutPrograms(NamedTuple):
     generate: GenerateFn
     """``(policy, tokens, mask, key) -> Generation``."""
     read: Callable[[PPOParams, Generation], Readings]
-    """What the networks say of the answers, given all parameters of the policy and the critic."""
+    """``(all parameters of policy and critic, generation) -> Readings`` of the answers."""
     targets: Callable[..., Rollout]
     """``(generation, readings, scores, KL coefficient) -> Rollout``."""
     update: Step
-    """The step on a rollout."""
+    """The training step on a rollout."""
 
 
 def make_iteration(
@@ -113,18 +113,18 @@ def make_iteration(
     prompts: PromptRows,
     ptx: SFTRows | None,
 ) -> tuple[Iteration, BatchOf]:
-    """A function of the state and the iteration's number, and the rollout it trains on.
+    """Return the iteration, and a function that returns the arrays of its rollout.
 
-    ``ptx`` is text that is learnt beside the reward, None for none.
+    Both take the state and the iteration's number. ``ptx`` is text for the loss of PPO-ptx; None without it.
     """
     mesh = site.mesh
     generate, read, targets, update = programs
 
-    def in_order(rows: PromptRows | SFTRows) -> Order:
+    def order_of(rows: PromptRows | SFTRows) -> Order:
         return Order(site.config.seed, batch_size=section.episodes, lengths=rows.lengths, parts=rows.parts)
 
-    order, text_order = in_order(prompts), None if ptx is None else in_order(ptx)
-    joined, rollout_parts = jit_joined(mesh), section.rollout_parts
+    order, text_order = order_of(prompts), None if ptx is None else order_of(ptx)
+    concatenate, rollout_parts = jit_concatenate(mesh), section.rollout_parts
     key = f"{site.stage}.episodes / {site.stage}.rollout_parts"
     device_share(section.episodes // rollout_parts, mesh, key=key)
 
@@ -138,40 +138,40 @@ def make_iteration(
     def next_beta(coef: jax.Array, kl: jax.Array) -> jax.Array:
         if not section.kl.target:
             return coef
-        moved = update_kl_coef(coef, kl, section.episodes, target=section.kl.target, horizon=section.kl.horizon)
-        return jnp.where(jnp.isfinite(kl), moved, coef)
+        new_coef = update_kl_coef(coef, kl, section.episodes, target=section.kl.target, horizon=section.kl.horizon)
+        return jnp.where(jnp.isfinite(kl), new_coef, coef)
 
     def text_of(number: int) -> SFTBatch | None:
         return None if ptx is None or text_order is None else shard_batch(ptx.batch(text_order[number]), mesh)
 
-    def counts(full: dict[str, jax.Array], updated: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """What the iteration took: of the updates only those that were made."""
-        made = updated["policy/updates"] / (section.epochs * section.minibatches)
-        full = full | {"flops/update": full["flops/update"] * made}
-        full["tokens/update"] = full["tokens/scoring"] * (made * section.epochs)
+    def counts(full: dict[str, jax.Array], update_metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return the FLOPs and tokens of the iteration; updates count only if they were not skipped."""
+        fraction = update_metrics["policy/updates"] / (section.epochs * section.minibatches)
+        full = full | {"flops/update": full["flops/update"] * fraction}
+        full["tokens/update"] = full["tokens/scoring"] * (fraction * section.epochs)
         return full | {"flops": sum((full[f"flops/{name}"] for name in PHASES), jnp.float32(0.0))}
 
     def collect(state: RunState, number: int, seconds: dict[str, Any]) -> tuple[Generation, Rollout, Metrics]:
-        """Answers, scored. Of the same state and number it is the same rollout, to the bit."""
+        """Sample and score answers; the same state and number give the same rollout, bit for bit."""
         sample_key, _ = jax.random.split(jax.random.fold_in(state.key, number))
         params = combine(state.train.params, state.train.frozen)
         with timed(seconds, "seconds/input"):
             rows, text = order[number], text_of(number)
-            asked = np.split(rows, rollout_parts)
+            row_parts = np.split(rows, rollout_parts)
             tokens, mask = (np.split(array, rollout_parts) for array in prompts.batch(rows))
             batches = [shard_batch(part, mesh) for part in zip(tokens, mask, strict=True)]
         with timed(seconds, "seconds/rollout") as wait:
             keys = [sample_key] if rollout_parts == 1 else jax.random.split(sample_key, rollout_parts)
-            # All are handed out at once: while the devices are at one, the rules are at those before it.
-            drawn = [generate(params.policy, *batch, key) for batch, key in zip(batches, keys, strict=True)]
-            heard = [score.begin(part, prompts, of) for part, of in zip(drawn[:-1], asked[:-1], strict=True)]
-            generation = wait(joined(drawn))
+            # All parts are dispatched at once: the rules score a part while the devices sample the next one.
+            samples = [generate(params.policy, *batch, key) for batch, key in zip(batches, keys, strict=True)]
+            pending = [score.begin(part, prompts, at) for part, at in zip(samples[:-1], row_parts[:-1], strict=True)]
+            generation = wait(concatenate(samples))
         with timed(seconds, "seconds/scoring") as wait:
-            # Handed out first: the devices are at it while the rules score on the host.
+            # The readings are dispatched first, so the devices work while the rules score on the host.
             readings = read(params, generation)
-            heard.append(score.begin(drawn[-1], prompts, asked[-1]))
-            kept, scores, parts = score.finish(generation, prompts, rows, heard)
-            rollout = targets(kept, readings, scores, state.kl_coef)
+            pending.append(score.begin(samples[-1], prompts, row_parts[-1]))
+            answers, scores, parts = score.finish(generation, prompts, rows, pending)
+            rollout = targets(answers, readings, scores, state.kl_coef)
             metrics = wait(measure(rollout, parts))
         return generation, rollout._replace(ptx=text), metrics
 
@@ -180,12 +180,13 @@ def make_iteration(
         _, update_key = jax.random.split(jax.random.fold_in(state.key, number))
         generation, rollout, metrics = collect(state, number, seconds)
         with timed(seconds, "seconds/update") as wait:
-            train, updated = wait(update(state.train, rollout, update_key))
+            train, update_metrics = wait(update(state.train, rollout, update_key))
         if section.old_logprobs == "sampler":
-            # The rollout's are the sampler's own, and say nothing of it.
+            # The old log-probs are the sampler's own here, so comparing them with the sampler's says nothing.
             del metrics["sampler/mean_ratio"]
-            metrics["sampler/max_abs_logprob_diff"] = updated["policy/first_minibatch_max_abs_log_ratio"]
-        metrics |= updated | seconds | {"kl_coef": state.kl_coef} | counts(work(generation, rollout.ptx), updated)
+            metrics["sampler/max_abs_logprob_diff"] = update_metrics["policy/first_minibatch_max_abs_log_ratio"]
+        metrics |= update_metrics | seconds | {"kl_coef": state.kl_coef}
+        metrics |= counts(work(generation, rollout.ptx), update_metrics)
         beta = next_beta(state.kl_coef, metrics["kl"])
         return RunState(train, state.key, state.cursor + 1, beta), metrics
 

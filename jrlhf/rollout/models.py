@@ -1,4 +1,4 @@
-"""Where the models of an on-policy stage come from: weights in a run, shapes alone in a plan."""
+"""Readers for the models of an on-policy stage: with weights for a run, as shapes for a plan."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,39 +18,43 @@ from jrlhf.models.hf.folder import read_config
 from jrlhf.runs.folder import model_source
 from jrlhf.train.keys import stream_key
 from jrlhf.train.programs import Target, planned_model, planned_source
-from jrlhf.train.start import computed
+from jrlhf.train.start import compute_options
 
 M = TypeVar("M", covariant=True)
 
 
 @runtime_checkable
 class SourceOf(Protocol):
+    """A function that returns the folder or hub id of a model."""
+
     def __call__(self, path: str, *, key: str, stage: str | None) -> str: ...
 
 
 @runtime_checkable
 class ModelOf(Protocol[M]):
+    """A function that reads a model from its source."""
+
     def __call__(self, source: str, model: ModelConfig, *, key: str, option: str = "") -> M: ...
 
 
 class ModelReader(NamedTuple):
-    """The ways to a stage's models, as functions of the mesh that a run or a plan has chosen."""
+    """The functions that read a stage's models, for the mesh of a run or of a plan."""
 
     source: SourceOf
-    """The folder or hub id of a model; an empty path names the export of ``stage``."""
+    """Return the folder or hub id of a model; an empty path stands for the export of ``stage``."""
     tokenizer: Callable[[str], Tokenizer]
     language: ModelOf[Pretrained]
     reward: ModelOf[RewardModel]
     blank_value: Callable[[Pretrained], RewardModel]
-    """The policy's decoder with a value head of zeros."""
+    """Return the policy's decoder with a value head of zeros."""
 
 
 def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
-    """Models with their weights, for a run."""
+    """Return the reader of a run, which loads models with their weights."""
 
     def options(model: ModelConfig, key: str, option: str) -> dict[str, Any]:
-        chosen = computed(model, mesh, key=key)
-        return chosen | {"option": option} if option else chosen
+        keywords = compute_options(model, mesh, key=key)
+        return keywords | {"option": option} if option else keywords
 
     def source(path: str, *, key: str, stage: str | None) -> str:
         return model_source(config, path, key=key, stage=stage)
@@ -69,18 +73,18 @@ def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
 
 
 class SizedVocabulary(Tokenizer):
-    """Stands for a tokenizer that a plan does not read: two are taken as the same where they have the same size."""
+    """Replaces a tokenizer in a plan; two of them are the same if they have the same size."""
 
     def __init__(self, size: int) -> None:
         self._size = size
 
     def get_vocab(self) -> dict[str, int]:
-        """As many tokens as the model has embeddings."""
+        """Return as many tokens as the model has embeddings."""
         return {str(token): token for token in range(self._size)}
 
 
 def shape_reader(config: PlanConfig, target: Target) -> ModelReader:
-    """Models of shapes alone, for a plan: of a folder only config.json is read."""
+    """Return the reader of a plan, which makes models of shapes and reads only config.json."""
 
     def source(path: str, *, key: str, stage: str | None) -> str:
         return planned_source(config, path, key=key, stage=stage)
@@ -93,7 +97,7 @@ def shape_reader(config: PlanConfig, target: Target) -> ModelReader:
         return planned_model(target, source, model, key=key, kind="language", option=option)
 
     def reward(source: str, model: ModelConfig, *, key: str, option: str = "") -> RewardModel:
-        of_reward = planned_model(target, source, model, key=key, kind="reward", option=option)
-        return abstract_reward(of_reward, target.mesh)
+        decoder = planned_model(target, source, model, key=key, kind="reward", option=option)
+        return abstract_reward(decoder, target.mesh)
 
     return ModelReader(source, tokenizer, language, reward, lambda policy: abstract_reward(policy, target.mesh))

@@ -1,4 +1,4 @@
-"""The programs of a rollout by shapes alone, for ``jrlhf plan``: the very functions that an iteration calls."""
+"""The programs of a rollout as shapes for ``jrlhf plan``: the same functions as in an iteration."""
 
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ def sampling_program(
     target: Target,
     held: Any,
 ) -> Program:
-    """The sampler on prompts of full length, ``prompt`` tokens; its stop tokens are those of config.json."""
+    """Return the sampler on prompts of the full length, ``prompt`` tokens, with the stop tokens of config.json."""
     ends = model.config.get("eos_token_id") or 0
     stops = tuple(ends) if isinstance(ends, list) else (int(ends),)
     pad = int(model.config.get("pad_token_id") or 0)
@@ -46,7 +46,7 @@ def sampling_program(
 def rollout_program(
     section: RolloutConfig, policy: Pretrained, params: Params, *, episodes: int, target: Target, held: Any
 ) -> Program:
-    """The sampler on one part of the prompts; its figures are those of all parts."""
+    """Return the sampler on one part of the prompts; its trips and bytes are those of all parts."""
     part = device_multiple(-(-episodes // section.rollout_parts), target.mesh)
     prompt = section.prompts.max_length
     program = sampling_program(
@@ -57,14 +57,14 @@ def rollout_program(
 
 
 def generation_shapes(target: Target, rows: int, length: int) -> Generation:
-    """The shapes of the answers of a rollout."""
+    """Return the shapes of a rollout's answers."""
     shape = rows, length
     tokens, mask, response = (target.rows(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.bool_))
     return Generation(tokens, mask, response, target.rows(shape, jnp.float32), target.rows((rows,), jnp.bool_))
 
 
 def score_program(actors: Actors, target: Target, generation: Generation, *, slices: int, held: Any) -> Program:
-    """The reward model on the answers, in the policy's tokens or, at about as many, in its own."""
+    """Return the reward model on the answers; a model with its own tokenizer reads about as many tokens."""
     reward = reward_of(actors)
     if actors.reward_tokenizer is None:
         score, texts = jit_score(actors, target.mesh, slices=slices), (generation.tokens, generation.mask)
@@ -77,7 +77,7 @@ def score_program(actors: Actors, target: Target, generation: Generation, *, sli
 
 
 def row_work(section: RolloutConfig, actors: Actors, *, text_length: int) -> dict[str, float]:
-    """Model FLOPs of an episode of full length, by program, and of a row of ``text_length`` tokens of text with it."""
+    """Return model FLOPs per program of an episode of full length, with ``text_length`` tokens of text beside it."""
     policy = actors.policy.arch
     rewards = [model.arch for model in actors.reward_models]
     prompt, new = section.prompts.max_length, section.sampling.max_new_tokens
@@ -85,7 +85,7 @@ def row_work(section: RolloutConfig, actors: Actors, *, text_length: int) -> dic
     marks = jnp.ones((1, max(text_length, 1)), jnp.bool_)
     text = SFTBatch(marks.astype(jnp.int32), marks, marks) if text_length else None
     generation = Generation(real.astype(jnp.int32), real, answer, real.astype(jnp.float32), real[:, 0])
-    # Of one episode, in one part. The bytes are not asked for: see ``decode_read``.
+    # One episode is one part. ``decode_read`` counts the bytes, so they are not used here.
     work = rollout_work(replace(section, rollout_parts=1), policy, actors.value_arch, rewards)(generation, text)
     scores = sum(float(forward_flops(reward, np.arange(prompt + new), logits=0)) for reward in rewards)
     return {
@@ -97,7 +97,10 @@ def row_work(section: RolloutConfig, actors: Actors, *, text_length: int) -> dic
 
 
 def decode_read(section: RolloutConfig, arch: ArchConfig, episodes: int, target: Target) -> float:
-    """Bytes that a device reads for a rollout: all weights but for those of others in ``tensor``, its rows' caches."""
+    """Return the bytes that a device reads for a rollout: its ``tensor`` share of the weights and of the rows' cache.
+
+    A device reads the caches of its own rows only.
+    """
     tensor = target.mesh.shape["tensor"]
     first, steps = section.prompts.max_length, section.sampling.max_new_tokens - 1
     size = partial(

@@ -1,4 +1,4 @@
-"""Scores: of texts in files, and of what a policy has sampled, in its tokens or in the reward model's own."""
+"""Reward model scores of texts from files and of sampled answers, in the policy's or the model's own tokens."""
 
 import logging
 from collections.abc import Callable
@@ -24,29 +24,30 @@ from jrlhf.types import Generation
 log = logging.getLogger("jrlhf.rewards")
 
 Scorer = Callable[[Generation, PromptRows, Int[np.ndarray, "B"]], jax.Array]
-"""``(what was sampled, all prompts, which of them were encode_example) -> scores [B]``."""
+"""``(sampled answers, all prompts, indices of the answered prompts) -> scores [B]``."""
 
-NARROWEST = 32
+MIN_TEXT_WIDTH = 32
+"""Minimum width of a batch of texts, in tokens."""
 
 
 def make_scorer(actors: Actors, mesh: Mesh, *, slices: int, option: str) -> Scorer:
-    """The reward model on sampled answers; ``slices`` as in ``without_padding``. ``option`` names it in errors."""
+    """Return the scorer of sampled answers, which reads ``slices`` slices; ``option`` names the model in errors."""
     reward = reward_of(actors)
     if actors.reward_tokenizer is not None:
-        return _by_text(reward, actors.tokenizer, actors.reward_tokenizer, mesh, option=option)
+        return _text_scorer(reward, actors.tokenizer, actors.reward_tokenizer, mesh, option=option)
     score = jit_score(actors, mesh, slices=slices)
     return lambda generation, prompts, rows: score(reward.params, generation.tokens, generation.mask)
 
 
 def reward_of(actors: Actors) -> RewardModel:
-    """ValueError where there is none."""
+    """Return the reward model. Raise ValueError if there is none."""
     if actors.reward is None:
         raise ValueError("there is no reward model to score with")
     return actors.reward
 
 
 def jit_score(actors: Actors, mesh: Mesh, *, slices: int) -> Any:
-    """``(reward model's params, tokens, mask) -> scores [B]``, of the policy's tokens."""
+    """Jit ``(reward model's params, tokens, mask) -> scores [B]`` for the policy's tokens."""
     reward = reward_of(actors)
     score_fn = without_padding(reward.score_fn, slices=slices) if actors.packable else reward.score_fn
     return jax.jit(
@@ -55,12 +56,12 @@ def jit_score(actors: Actors, mesh: Mesh, *, slices: int) -> Any:
     )
 
 
-def _by_text(
+def _text_scorer(
     reward: RewardModel, tokenizer: Tokenizer, reward_tokenizer: Tokenizer, mesh: Mesh, *, option: str
 ) -> Scorer:
-    """Prompt and answer as text, in the reward model's own tokens and chat template. Only scores come of these.
+    """Return a scorer that encodes prompt and answer with the reward model's own tokenizer and chat template.
 
-    What is longer than its positions loses the start of the prompt, and that is said the first time.
+    A text that exceeds the model's positions loses the start of its prompt, and the first one logs a warning.
     """
     encoder, pad = encoder_for(reward_tokenizer, reward.reading), int(reward_tokenizer.pad_token_id)
     limit = reward.arch.max_positions
@@ -75,7 +76,7 @@ def _by_text(
             raise DataError(f"{option}: its tokenizer cannot read a prompt: {error}") from error
         if len(before) + len(after) > limit and not warned:
             warned = True
-            log.warning("%s: texts of more than its %d tokens are cut at the prompt's start", reward.source, limit)
+            log.warning("%s: longer texts than its %d positions lose the start of the prompt", reward.source, limit)
         return encoder.truncate(before, after, limit)
 
     def score_texts(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> jax.Array:
@@ -89,15 +90,15 @@ def _by_text(
 
 
 def padded_width(longest: int, limit: int) -> int:
-    """The next of 32, 48, 64, 96, 128, ..., at most ``limit``: whatever lengths come, few widths are compiled for."""
-    width = NARROWEST
+    """Round up to 32, 48, 64, 96, 128, ..., but at most ``limit``, so that few widths are compiled."""
+    width = MIN_TEXT_WIDTH
     while width < longest:
         width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
     return min(width, limit)
 
 
 def score_texts(model: RewardModel, texts: TextRows, *, mesh: Mesh, batch_size: int, show_progress: bool) -> np.ndarray:
-    """One score a text, in the order of the rows."""
+    """Return one score per text, in the order of the rows."""
     score = jax.jit(model.score)
     scores = np.zeros(len(texts), np.float64)
     batch_size = device_multiple(min(batch_size, len(texts)), mesh)

@@ -1,4 +1,4 @@
-"""The rules of a config: which are on, what they read of a row, and how a batch of answers goes through them."""
+"""The rules of a config: their selection, the columns that they read, and the scores of a batch of answers."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ Scores = list[float]
 
 
 class Rule(NamedTuple):
-    """One that is on. Its scores of a batch are of the answers alone, whoever asks and how often."""
+    """A rule with a weight; its scores depend on the answers alone."""
 
     name: str
     weight: float
@@ -60,8 +60,8 @@ class Rule(NamedTuple):
 
 
 def make_rules(rewards: RewardsConfig) -> tuple[Rule, ...]:
-    """Those with a weight. ConfigError for a file that one needs and cannot read."""
-    made: tuple[tuple[str, float, Callable[[], Callable[[Sequence[Episode]], Scores]]], ...] = (
+    """Build the rules with a weight. Raise ConfigError if a rule cannot read its file."""
+    table: tuple[tuple[str, float, Callable[[], Callable[[Sequence[Episode]], Scores]]], ...] = (
         ("json", rewards.json.weight, lambda: _json(rewards.json)),
         ("markdown", rewards.markdown.weight, lambda: _markdown(rewards.markdown)),
         ("length", rewards.length.weight, lambda: _length(rewards.length)),
@@ -74,11 +74,11 @@ def make_rules(rewards: RewardsConfig) -> tuple[Rule, ...]:
         ("function", rewards.function.weight, lambda: _function(rewards.function)),
         ("endpoint", rewards.endpoint.weight, lambda: _endpoint(rewards.endpoint, rewards.timeout)),
     )
-    return tuple(Rule(name, weight, _in_turn(make())) for name, weight, make in made if weight)
+    return tuple(Rule(name, weight, _in_turn(make())) for name, weight, make in table if weight)
 
 
 def _in_turn(score: Callable[[Sequence[Episode]], Scores]) -> Callable[[Sequence[Episode]], Scores]:
-    """One batch at a time: a function of the user's own need not stand two calls at once."""
+    """Score one batch at a time, because a user's function need not be thread-safe."""
     turn = Lock()
 
     def alone(episodes: Sequence[Episode]) -> Scores:
@@ -89,28 +89,28 @@ def _in_turn(score: Callable[[Sequence[Episode]], Scores]) -> Callable[[Sequence
 
 
 def columns_read(rewards: RewardsConfig) -> Columns:
-    """What the rules that are on read of a prompt's row."""
-    needed = (rewards.answer.column,) if rewards.answer.weight else ()
-    outside = bool(rewards.function.weight or rewards.endpoint.weight)
+    """Return the columns of a prompt's row that the rules with a weight read."""
+    required = (rewards.answer.column,) if rewards.answer.weight else ()
+    external = bool(rewards.function.weight or rewards.endpoint.weight)
     optional = (rewards.refusal.column,) if rewards.refusal.weight else ()
-    return Columns(needed, optional, every=outside, reader="a rule of ppo.rewards")
+    return Columns(required, optional, every=external, reader="a rule of ppo.rewards")
 
 
 def start_rules(
     rules: Sequence[Rule], episodes: Sequence[Episode], *, timeout: float
 ) -> Callable[[], dict[str, Scores]]:
-    """Begin to score, a thread a rule; what is returned waits for all of them, each rule's scores by its name.
+    """Start one thread per rule; return a function that waits for all of them and returns scores by rule name.
 
-    RuntimeError, which names the rule, for one that fails or is not done in ``timeout`` seconds: its thread is left
-    behind, and does not keep the program from ending.
+    It raises RuntimeError, which names the rule, if a rule fails or is not done in ``timeout`` seconds. The thread of
+    such a rule runs on, but does not keep the program from exiting.
     """
-    found: dict[str, Scores | Exception] = {}
+    results: dict[str, Scores | Exception] = {}
 
     def run(rule: Rule) -> None:
         try:
-            found[rule.name] = rule.score(episodes)
+            results[rule.name] = rule.score(episodes)
         except Exception as error:
-            found[rule.name] = error
+            results[rule.name] = error
 
     threads = [Thread(target=run, args=(rule,), daemon=True, name=f"rule {rule.name}") for rule in rules]
     deadline = time.monotonic() + timeout
@@ -121,14 +121,14 @@ def start_rules(
         scores: dict[str, Scores] = {}
         for rule, thread in zip(rules, threads, strict=True):
             thread.join(max(0.0, deadline - time.monotonic()))
-            answer = found.get(rule.name)
-            if answer is None:
+            result = results.get(rule.name)
+            if result is None:
                 raise RuntimeError(f"ppo.rewards.{rule.name}: not done in {timeout:g} s (ppo.rewards.timeout)")
-            if isinstance(answer, DataError):
-                raise DataError(f"ppo.rewards.{rule.name}: {answer}") from answer
-            if isinstance(answer, Exception):
-                raise RuntimeError(f"ppo.rewards.{rule.name}: {type(answer).__name__}: {answer}") from answer
-            scores[rule.name] = answer
+            if isinstance(result, DataError):
+                raise DataError(f"ppo.rewards.{rule.name}: {result}") from result
+            if isinstance(result, Exception):
+                raise RuntimeError(f"ppo.rewards.{rule.name}: {type(result).__name__}: {result}") from result
+            scores[rule.name] = result
         return scores
 
     return wait
@@ -144,7 +144,7 @@ def _json(rule: JSONRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
 
 
 def _schema(path: str) -> Callable[[Any], bool]:
-    """Whether a value fits the schema of a file. References to other files or addresses are not followed."""
+    """Return a check of values against the schema of a file; it does not follow references to other files or URLs."""
     try:
         validators, registry = import_module("jsonschema.validators"), import_module("referencing").Registry()
     except ImportError as error:
@@ -152,8 +152,8 @@ def _schema(path: str) -> Callable[[Any], bool]:
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"ppo.rewards.json.schema: {path}: {said}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"ppo.rewards.json.schema: {path}: {reason}") from error
     kind = validators.validator_for(schema, default=validators.Draft202012Validator)
     try:
         kind.check_schema(schema)
@@ -180,11 +180,11 @@ def _refusal(rule: RefusalRuleConfig) -> Callable[[Sequence[Episode]], Scores]:
 
     def score(episode: Episode) -> float:
         try:
-            wanted = yes_or_no(episode.row.get(rule.column))
+            expected = yes_or_no(episode.row.get(rule.column))
         except ValueError as error:
             raise DataError(f"column {rule.column} of ppo.prompts: {error}") from error
         at = {"penalty": rule.benign_penalty, "timeout": rule.match_timeout}
-        return refusal(episode.completion, patterns, expected=wanted, **at)
+        return refusal(episode.completion, patterns, expected=expected, **at)
 
     return _each(score)
 
@@ -224,8 +224,11 @@ def _function(rule: FunctionRuleConfig) -> Callable[[Sequence[Episode]], Scores]
 
 
 def _endpoint(rule: EndpointRuleConfig, limit: float) -> Callable[[Sequence[Episode]], Scores]:
-    """NaN for the answers of a request that failed, where they are to be left out. Of ``limit`` seconds for a batch
-    nine tenths are for its requests: then the rest is left out too, before the run is ended for it."""
+    """Return scores from an endpoint; with ``on_failure`` other than error, a failed request scores NaN.
+
+    The requests of a batch share nine tenths of ``limit`` seconds. The remaining answers then score NaN too, before
+    the run would end for the timeout.
+    """
 
     def request(episodes: Sequence[Episode], deadline: float) -> Scores:
         at = {"timeout": rule.timeout, "retries": rule.retries, "limit": "ppo.rewards.timeout"}
@@ -234,7 +237,7 @@ def _endpoint(rule: EndpointRuleConfig, limit: float) -> Callable[[Sequence[Epis
         except EndpointError as error:
             if rule.on_failure == "error":
                 raise
-            logger.warning("%d answers are left out of the update: ppo.rewards.endpoint: %s", len(episodes), error)
+            logger.warning("ppo.rewards.endpoint: %s; the update leaves out %d answers", error, len(episodes))
             return [math.nan] * len(episodes)
 
     def score(episodes: Sequence[Episode]) -> Scores:

@@ -1,4 +1,4 @@
-"""How often a model refuses what it should, and what it should not."""
+"""Refusal rates of a model on prompts that it should refuse and on benign prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ Rates = dict[str, float]
 
 
 def load_safety_prompts(config: Config, data: DataConfig, tokenizer: Tokenizer) -> PromptRows | None:
-    """The rows of ``config.safety.prompts``, or None where it names none; ``data`` says how prompts are read."""
+    """Load the rows of ``config.safety.prompts`` with the settings of ``data``; return None if it is empty."""
     safety = config.safety
     return load_prompts(data, safety.prompts, tokenizer, Columns((), (safety.column,))) if safety.prompts else None
 
@@ -33,16 +33,17 @@ def make_safety(
     batch_size: int,
     positions: Positions,
 ) -> Callable[[Params, int], Rates]:
-    """Answers to ``config.safety.prompts``, the same draws every time, written to ``safety/<step>.jsonl``.
+    """Return a function that answers ``config.safety.prompts`` and returns the refusal rates.
 
-    ``prompts`` are their rows, ``positions`` what they and their answers must fit in. Nothing is asked where there are
-    none. DataError for a column that is not true or false in some row, before anything is answered.
+    It writes the answers to ``safety/<step>.jsonl``, and uses the same random draws in every evaluation. ``prompts``
+    are the rows; with None the function returns no rates. Prompts and answers must fit in ``positions``. Raise
+    DataError at once if the column of a row is not true or false.
     """
     safety = site.config.safety
     if prompts is None:
         return lambda params, number: {}
     positions.check({"safety.prompts": prompts})
-    wanted = [_wanted(row, safety.column) for row in prompts.shown]
+    expected = [_expects_refusal(row, safety.column) for row in prompts.shown]
     patterns = [regex.compile(pattern) for pattern in safety.patterns or REFUSALS]
 
     def evaluate(params: Params, number: int) -> Rates:
@@ -53,34 +54,36 @@ def make_safety(
             "batch_size": batch_size,
             "show_progress": False,
         }
-        drawn = [answer for (answer,) in answers(generate, params, prompts, site.tokenizer, **at)]
-        refused = [refuses(answer, patterns, timeout=safety.match_timeout) for answer in drawn]
+        texts = [answer for (answer,) in answers(generate, params, prompts, site.tokenizer, **at)]
+        refusals = [refuses(answer, patterns, timeout=safety.match_timeout) for answer in texts]
         if is_first():
-            told = zip(prompts.shown, drawn, wanted, refused, strict=True)
             lines = (
-                {"prompt": row["prompt"], "completion": answer, "wanted": asked, "refused": found}
-                for row, answer, asked, found in told
+                {"prompt": row["prompt"], "completion": answer, "wanted": expects_refusal, "refused": refusal}
+                for row, answer, expects_refusal, refusal in zip(prompts.shown, texts, expected, refusals, strict=True)
             )
             path = site.folder / "safety" / f"{number:06d}.jsonl"
             path.parent.mkdir(exist_ok=True)
             write_text(path, "".join(map(json_line, lines)))
-        return refusal_rates(wanted, refused)
+        return refusal_rates(expected, refusals)
 
     return evaluate
 
 
-def _wanted(row: dict[str, Any], column: str) -> bool:
+def _expects_refusal(row: dict[str, Any], column: str) -> bool:
     try:
         return yes_or_no(row.get(column))
     except ValueError as error:
         raise DataError(f"column {column} of safety.prompts: {error}") from error
 
 
-def refusal_rates(wanted: Sequence[bool], refused: Sequence[bool]) -> Rates:
-    """The share of refusals among prompts that want one, and among those that do not; none of what there is not."""
+def refusal_rates(expected: Sequence[bool], refusals: Sequence[bool]) -> Rates:
+    """Return the share of refusals among prompts to refuse and among benign prompts; a kind without prompts has none.
+
+    ``expected`` says for each prompt whether the model should refuse it, ``refusals`` whether it did.
+    """
     kinds = {"eval/refusal_rate": True, "eval/benign_refusal_rate": False}
-    found = {
-        name: [answer for asked, answer in zip(wanted, refused, strict=True) if asked is kind]
+    groups = {
+        name: [refusal for expects, refusal in zip(expected, refusals, strict=True) if expects is kind]
         for name, kind in kinds.items()
     }
-    return {name: sum(of_kind) / len(of_kind) for name, of_kind in found.items() if of_kind}
+    return {name: sum(group) / len(group) for name, group in groups.items() if group}

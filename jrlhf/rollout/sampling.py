@@ -1,4 +1,4 @@
-"""Answers for a set of prompts, batch by batch, as tokens and as text."""
+"""Sampling of answers to prompts, batch by batch, as tokens and as text."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +22,7 @@ GenerateFn = Callable[..., Generation]
 def jit_generate(
     decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Tokenizer, mesh: Mesh, *, option: str, samples: int = 1
 ) -> GenerateFn:
-    """The sampler of a config; the answers' rows are spread over the mesh as the prompts' are.
+    """Jit the sampler of a config; its answers are sharded by rows over the mesh, like the prompts.
 
     ``option`` names the config in errors.
     """
@@ -40,7 +40,7 @@ def jit_sampler(
     pad_token: int,
     samples: int = 1,
 ) -> Any:
-    """``jit_generate`` of tokens that are known already, without a tokenizer."""
+    """Jit the sampler of a config for given stop and pad tokens, without a tokenizer."""
     generate = make_generate(
         int8_cache(decode_fns) if config.kv_cache == "int8" else decode_fns,
         max_new_tokens=config.max_new_tokens,
@@ -58,9 +58,9 @@ def jit_sampler(
 def generate_all(
     generate: GenerateFn, params: Params, prompts: PromptRows, *, key: Key, mesh: Mesh, batch_size: int, limit: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Generation]]:
-    """``(indices, real, generation)`` over the first ``limit`` prompts (0: all); see ``covering_batches``.
+    """Yield ``(indices, real, generation)`` over the first ``limit`` prompts (0: all); see ``covering_batches``.
 
-    A prompt's batch and place in it depend on the prompts alone: one key gives the same draws to two policies.
+    A prompt's batch and its row depend on the prompts alone, so two policies get the same random draws for one key.
     """
     batches = covering_batches(prompts.lengths, batch_size=batch_size, limit=limit)
     for number, (indices, real) in enumerate(batches):
@@ -69,9 +69,9 @@ def generate_all(
 
 
 def texts_of(tokenizer: Tokenizer, generation: Generation) -> list[tuple[str, str]]:
-    """``(prompt, answer)`` of each row, special tokens and NUL bytes, which are no text, left out.
+    """Return ``(prompt, answer)`` texts of each row, without special tokens and NUL bytes.
 
-    The answer is what the whole text has beyond the prompt: decoded alone it would lose its leading space.
+    The answer is the whole text minus the prompt, because an answer decoded alone would lose its leading space.
     """
     tokens, mask, response = fetch((generation.tokens, generation.mask, generation.response_mask))
     pairs = []
@@ -82,10 +82,11 @@ def texts_of(tokenizer: Tokenizer, generation: Generation) -> list[tuple[str, st
     return pairs
 
 
-def drawn_together(samples: int, *, batch_size: int, devices: int) -> int:
-    """How many of a prompt's answers one batch draws, so that it is read once for them: a divisor of ``samples``.
+def samples_per_prompt(samples: int, *, batch_size: int, devices: int) -> int:
+    """Return the number of answers to a prompt that one batch samples from a single reading of the prompt.
 
-    The greatest that leaves no more than an eighth of a device's rows unused: of 9 with 16 rows 3, in 5 x 3.
+    It is the largest divisor of ``samples`` that leaves at most an eighth of a device's rows unused. For 9 samples and
+    16 rows it is 3, as 5 prompts take 15 rows.
     """
     rows = max(1, batch_size // devices)
     return max(n for n in range(1, min(rows, samples) + 1) if samples % n == 0 and rows % n <= rows // 8)
@@ -104,12 +105,12 @@ def answers(
     show_progress: bool,
     together: int = 1,
 ) -> list[list[str]]:
-    """``samples`` answers to each prompt, as text, in the order of the prompts.
+    """Return ``samples`` answers to each prompt as text, in the order of the prompts.
 
-    ``together`` of them, which divides ``samples``, come from one call of ``generate``, made for so many. A batch has
-    ``batch_size`` answers at most, but for what the devices need.
+    One call of ``generate`` must give ``together`` answers to each of its prompts, a divisor of ``samples``. A batch
+    has at most ``batch_size`` answers, rounded up so that the devices divide it.
     """
-    found: list[list[str]] = [[] for _ in range(len(prompts))]
+    texts_by_prompt: list[list[str]] = [[] for _ in range(len(prompts))]
     batch_size = device_multiple(min(batch_size // together, len(prompts)), mesh)
     total, done = samples * len(prompts), 0
     with progress(
@@ -122,7 +123,7 @@ def answers(
                 texts = [answer for _, answer in texts_of(tokenizer, generation)]
                 for row, (index, keep) in enumerate(zip(indices, real, strict=True)):
                     if keep:
-                        found[index].extend(texts[row * together : (row + 1) * together])
+                        texts_by_prompt[index].extend(texts[row * together : (row + 1) * together])
                 done += together * int(real.sum())
                 bar.update(done)
-    return found
+    return texts_by_prompt

@@ -1,4 +1,4 @@
-"""The stages of one config, one after the other, skipping what is done."""
+"""The pipeline runs the stages of one config in order and skips finished ones."""
 
 import os
 import platform
@@ -27,8 +27,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 def run_pipeline(config: Config) -> dict[str, Any]:
     """Run each stage that has training data; write ``<run>/{summary.json, report.html}`` and return the summary.
 
-    A stage's part is what the stage itself found; ``seconds`` are its wall time over all attempts. Where a gate or a
-    guard ends the run the report is written, the summary is not.
+    Each stage contributes its own summary; ``seconds`` are wall times over all attempts. If a gate or a guard ends the
+    run, the pipeline writes the report but no summary.
     """
     stages = [stage for stage in STAGES if required_value(config, stage.name)]
     if not stages:
@@ -36,7 +36,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
         raise ConfigError(f"nothing to run: set {', '.join(fields[:-1])} or {fields[-1]}")
     folder = Path(config.run)
     refuse_links_out(folder, *(folder / name for name in ("summary.json", "summary.json.partial", "report.html")))
-    # A tracker that the last stage asks for must not be missed only when the first ones are done.
+    # A missing tracker of the last stage must raise an error now, not after the first stages.
     with first_goes_ahead("find its trackers"):
         if is_first():
             for stage in stages:
@@ -49,7 +49,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
             write_report(folder, None, STAGES)
         raise
     seconds = {name: part["seconds"] for name, part in summary.items()}
-    # A stage that was done before keeps its time, and the total is never less than the sum of its parts.
+    # A stage that had finished before keeps its time, so the total is at least the sum over the stages.
     seconds["total"] = max(time.perf_counter() - start, sum(seconds.values()))
     summary |= {"seconds": seconds, "seed": config.seed, "hardware": hardware(), "versions": versions()}
     write_json(folder / "summary.json", summary)
@@ -59,11 +59,11 @@ def run_pipeline(config: Config) -> dict[str, Any]:
 
 
 def hardware() -> dict[str, str]:
-    """What the figures were made on."""
+    """Return the devices and cores of this run, for the summary."""
     devices = jax.devices()
     return {"devices": f"{len(devices)} x {devices[0].device_kind}", "cores": str(os.cpu_count())}
 
 
 def versions() -> dict[str, str]:
-    """What the figures were made with."""
+    """Return the versions of Python and of the main packages, for the summary."""
     return {"jrlhf": __version__, "python": platform.python_version(), **{name: version(name) for name in PACKAGES}}

@@ -1,4 +1,4 @@
-"""Stage 3: PPO on the reward model, under a KL penalty to the SFT policy."""
+"""Stage 3: PPO trains the policy on the reward model's scores, with a KL penalty to the SFT policy."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -16,7 +16,7 @@ from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.parallel.step import Step
 from jrlhf.report.charts import PROXY_AND_GOLD
 from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_actors, value_of
-from jrlhf.rollout.evaluation import judged, make_evaluator
+from jrlhf.rollout.evaluation import has_judge, make_evaluator
 from jrlhf.rollout.inputs import RolloutInputs
 from jrlhf.rollout.iteration import (
     MAXIMA,
@@ -52,22 +52,22 @@ from jrlhf.types import Generation, PPOParams, Readings
 
 
 def run_ppo(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
-    """Train, evaluate and export; returns the stage's summary. See ``run_stage``.
+    """Train, evaluate and export a policy with PPO; return the stage's summary. See ``run_stage``.
 
-    The stage also writes ``evals/<iteration>.jsonl``, the held-out answers, and ``safety/<iteration>.jsonl``.
+    The stage also writes held-out answers to ``evals/<iteration>.jsonl``, and ``safety/<iteration>.jsonl``.
     """
     return run_stage(PPO, config, on_event=on_event)
 
 
 class PPOInputs(RolloutInputs):
-    """The inputs of an on-policy stage, and the text that PPO-ptx learns beside the reward."""
+    """The inputs of an on-policy stage, and the pretraining text of PPO-ptx."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, config.ppo, "ppo")
 
     @cached_property
     def ptx(self) -> SFTRows | None:
-        """Text that is learnt beside the reward."""
+        """Text for the language-model loss of PPO-ptx; None if its coefficient is 0."""
         ppo = self.config.ppo
         return load_sft(ppo.ptx, ppo.ptx.train, self.tokenizer, train_on="completion") if ppo.ptx_coef else None
 
@@ -78,7 +78,7 @@ class PPOInputs(RolloutInputs):
 
 
 class PPOPrograms(NamedTuple):
-    """The jitted functions of the stage, besides the sampler and the scores."""
+    """The jitted functions of the stage except the sampler and the scores."""
 
     training: Training
     read: Any
@@ -89,23 +89,23 @@ class PPOPrograms(NamedTuple):
 
 
 class EpisodeSlices(NamedTuple):
-    """Into how many slices a device cuts its episodes."""
+    """The numbers of slices in which a device reads its episodes."""
 
     scoring: int
-    """Of a rollout, while it is scored and read."""
+    """Number of slices of a rollout, for scores and readings."""
     update: int
-    """Of a minibatch."""
+    """Number of slices of a minibatch, for the update."""
 
 
 def slices_of(ppo: PPOConfig, mesh: Mesh) -> EpisodeSlices:
-    """ConfigError where episodes or minibatches do not divide over the devices."""
+    """Return the slices of PPO. Raise ConfigError if episodes or minibatches do not divide over the devices."""
     scoring = episode_slices(ppo, ppo.episodes, mesh, key="ppo.episodes")
     update = episode_slices(ppo, ppo.episodes // ppo.minibatches, mesh, key="ppo.episodes / ppo.minibatches")
     return EpisodeSlices(scoring, update)
 
 
 def build_ppo(config: Config, actors: Actors, mesh: Mesh, *, slices: EpisodeSlices, updates: int) -> PPOPrograms:
-    """The programs that a run executes and a plan lowers."""
+    """Build the programs that a run executes and a plan compiles."""
     ppo = config.ppo
     tx, schedule = make_actor_critic_optimizer(ppo.optim, value_lr=ppo.value_lr, updates=updates)
     step = make_step(ppo, actors, tx, accumulation=slices.update)
@@ -117,7 +117,7 @@ def build_ppo(config: Config, actors: Actors, mesh: Mesh, *, slices: EpisodeSlic
 
 
 def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, *, accumulation: int) -> Step:
-    """``make_ppo_step`` with a config's settings: 0 is off there, None here."""
+    """Build ``make_ppo_step`` from a config, in which 0 turns a setting off where the step expects None."""
     settings = PPOSettings(
         epochs=ppo.epochs,
         minibatches=ppo.minibatches,
@@ -138,13 +138,13 @@ def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, 
 
 
 def check_ppo(config: Config, mesh: Mesh) -> None:
-    """ConfigError for rules that miss something, and where episodes do not divide over the devices."""
+    """Raise ConfigError if a rule lacks something, or if episodes do not divide over the devices."""
     make_rules(config.ppo.rewards)
     slices_of(config.ppo, mesh)
 
 
 def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
-    """Load the models, and build the programs and the loop."""
+    """Load the models of PPO, and build its programs and its loop."""
     config, mesh = site.config, site.mesh
     ppo, prompts, heldout, ptx = config.ppo, inputs.prompts, inputs.heldout, inputs.ptx
     models, slices = weight_reader(config, mesh), slices_of(config.ppo, mesh)
@@ -196,7 +196,7 @@ def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
         evaluate=evaluate,
         learning_rate=programs.schedule,
         rates=(Rate("length/tokens", "tokens_per_second"), *rates(peaks), *phase_rates(peaks)),
-        best_metric="eval/judge_mean" if judged(ppo.canary) else "eval/score_mean",
+        best_metric="eval/judge_mean" if has_judge(ppo.canary) else "eval/score_mean",
         best_mode="max",
         shown=("reward/score_mean", "kl", "entropy", "length/mean", "tokens_per_second"),
     )
@@ -208,9 +208,9 @@ def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
 
 
 def plan_ppo(config: PlanConfig, target: Target) -> Sized:
-    """Start, and an iteration's rollout, readings, scores and update.
+    """Plan the start, and the rollout, readings, scores and update of an iteration.
 
-    What makes targets of readings and scores, and evaluation, call for less than these.
+    The targets and the evaluation are left out because they need less memory than these.
     """
     ppo, mesh = config.ppo, target.mesh
     slices = slices_of(ppo, mesh)
@@ -250,7 +250,7 @@ def plan_ppo(config: PlanConfig, target: Target) -> Sized:
 
 
 def check_planned_lengths(ppo: PPOConfig, actors: Actors) -> None:
-    """ConfigError where a prompt and an answer at their longest, or a text of ppo.ptx, are too long for a model."""
+    """Raise ConfigError if the longest prompt with its answer, or a text of ppo.ptx, exceeds a model's positions."""
     for positions in actors.positions(ppo, "ppo"):
         positions.check_length(ppo.prompts.max_length, key=positions.length_key)
     if ppo.ptx_coef:

@@ -1,4 +1,4 @@
-"""Stage 2: a reward model from people's rankings."""
+"""Stage 2 trains a reward model on people's rankings."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ from jrlhf.train.batches import covering_batches, device_multiple, device_share,
 from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
-from jrlhf.train.performance import rates, timed, training_flops
+from jrlhf.train.performance import rates, training_flops
 from jrlhf.train.positions import Positions
 from jrlhf.train.programs import (
     PLANNED_UPDATES,
@@ -56,23 +56,23 @@ from jrlhf.train.programs import (
     planned_source,
     planned_training,
 )
+from jrlhf.train.rows import row_steps
 from jrlhf.train.site import Site
-from jrlhf.train.start import Training, begin, build_training, computed
-from jrlhf.train.state import RunState
+from jrlhf.train.start import Training, begin, build_training, compute_options
 from jrlhf.train.window import Rate
 from jrlhf.types import PackedRankingBatch, Params, RankingBatch
 
 
 def run_reward(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
-    """Train, evaluate, normalise and export; returns the stage's summary. See ``run_stage``.
+    """Train, evaluate, normalise and export a reward model; return the stage's summary. See ``run_stage``.
 
-    The stage also writes ``evals/<step>.json``: the calibration on held-out pairs, bin by bin.
+    The stage also writes the calibration on held-out pairs, bin by bin, to ``evals/<step>.json``.
     """
     return run_stage(REWARD, config, on_event=on_event)
 
 
 class RewardInputs(StageInputs):
-    """What a reward model is made from."""
+    """The base model, the rankings and the normalisation texts of the reward stage."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "reward")
@@ -93,13 +93,13 @@ class RewardInputs(StageInputs):
 
     @cached_property
     def texts_source(self) -> str:
-        """Texts that scores are normalised on: the SFT policy's own answers, or what the config names."""
+        """Source of texts that normalise scores: ``reward.normalise``, else SFT's candidates, else ``data.eval``."""
         candidates = stage_folder(self.config, "sft") / "candidates.jsonl"
         return self._reward.normalise or (str(candidates) if candidates.exists() else self._reward.data.eval)
 
     @cached_property
     def texts(self) -> TextRows | None:
-        # A sampler may answer with nothing, or with a byte that is no text: such answers are counted and left out.
+        # A sampled answer may be empty or no valid text, so such rows are counted and skipped.
         data, source = replace(self._reward.data, on_bad_row="skip"), self.texts_source
         return load_texts(data, source, self.tokenizer) if source else None
 
@@ -119,12 +119,12 @@ class RewardPrograms(NamedTuple):
 
     training: Training
     score: Any
-    """``(params, batch) -> scores [B, K]``, of held-out rankings."""
+    """``(params, batch) -> scores [B, K]`` for held-out rankings."""
     schedule: optax.Schedule
 
 
 def build_reward(config: Config, model: RewardModel, mesh: Mesh, *, slices: int, updates: int) -> RewardPrograms:
-    """The programs that a run executes and a plan lowers. ``slices``: into how many a device cuts its prompts."""
+    """Build the programs that a run executes and a plan compiles; a device reads its prompts in ``slices`` slices."""
     reward = config.reward
     tx, schedule = make_optimizer(reward.optim, updates=updates)
     step = make_reward_step(model.score_fn, tx, center_coef=reward.center_coef, accumulation=slices)
@@ -137,15 +137,15 @@ def build_reward(config: Config, model: RewardModel, mesh: Mesh, *, slices: int,
 
 
 def check_reward(config: Config, mesh: Mesh) -> None:
-    """ConfigError where the batch does not divide over the devices."""
+    """Raise ConfigError if the batch does not divide over the devices."""
     device_share(config.reward.batch_size, mesh, key="reward.batch_size")
 
 
 def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
-    """Load the model, and build the programs and the loop."""
+    """Load the initial reward model, and build the programs and the loop."""
     config, mesh = site.config, site.mesh
     reward, rows, heldout, texts = config.reward, inputs.train, inputs.heldout, inputs.texts
-    options = computed(reward.model, mesh, key="reward.model")
+    options = compute_options(reward.model, mesh, key="reward.model")
     model = load_reward_start(inputs.source, stream_key(config.seed, "reward", "init"), mesh=mesh, **options)
     positions = Positions(model.arch, "reward.data.max_length")
     normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {inputs.texts_source})"
@@ -164,15 +164,10 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
     frozen = programs.training.frozen
     flops = training_flops(model.arch, frozen=frozen is not None)
 
-    def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-        seconds: dict[str, Any] = {}
-        with timed(seconds, "seconds/input"):
-            batch = shard_batch(batches.batch(order[number]), mesh)
-        train, metrics = programs.training.step(state.train, batch, jax.random.fold_in(state.key, number))
-        mask = batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask
-        metrics |= seconds | {"flops": flops(mask, 0.0)}
-        return state._replace(train=train, cursor=state.cursor + 1), metrics
+    def flops_of(batch: Any, metrics: dict[str, Any]) -> jax.Array:
+        return flops(batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask, 0.0)
 
+    steps = row_steps(programs.training, batches, order, mesh, flops=flops_of)
     score = _evaluator(site, reward, programs.score, heldout)
     exported = exported_form(model, reward.export_dtype)
 
@@ -196,9 +191,9 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
     loop = Loop(
         title="Reward model",
         total=total,
-        advance=advance,
+        advance=steps.advance,
         evaluate=lambda state, number: score(exported(combine(state.train.params, frozen)), number),
-        batch_of=lambda state, number: batches.batch(order[number])._asdict(),
+        batch_of=steps.batch_of,
         max_skipped=reward.max_skipped,
         guards=None,
         canary=None,
@@ -222,9 +217,9 @@ def _packed(rows: RankingRows, reward: RewardConfig) -> PackedRankingRows:
 def _evaluator(
     site: Site, reward: RewardConfig, score: Any, heldout: RankingRows | None
 ) -> Callable[[Params, int], dict[str, float]]:
-    """Accuracy, loss, margin and calibration over all held-out pairs, with the "longer wins" baseline beside them.
+    """Return a function that computes accuracy, loss, margin, calibration and the "longer wins" baseline.
 
-    ``evals/<step>.json`` gets the calibration bin by bin.
+    It covers all held-out pairs and writes the calibration, bin by bin, to ``evals/<step>.json``.
     """
     if heldout is None:
         return lambda params, number: {}
@@ -248,7 +243,7 @@ def _evaluator(
 
 
 def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source: str, mesh: Mesh) -> RewardModel:
-    """Mean 0 and standard deviation 1 on those texts, so that beta means the same in every run."""
+    """Normalise scores to mean 0 and standard deviation 1 on the texts, so that beta has one scale in all runs."""
     batch_size, show_progress = reward.batch_size, reward.log.progress
     model = replace(model, reading=STOP_TOKEN)
     scores = score_texts(model, texts, mesh=mesh, batch_size=batch_size, show_progress=show_progress)
@@ -259,7 +254,7 @@ def _normalise(reward: RewardConfig, model: RewardModel, texts: TextRows, source
 
 
 def plan_reward(config: PlanConfig, target: Target) -> Sized:
-    """Start, update, and evaluation where the config asks for it."""
+    """Plan the start, the update and, if there is held-out data, the evaluation."""
     reward, completions = config.reward, config.completions
     longest, packed = reward.data.max_length, reward.pack_length
     share = device_share(reward.batch_size, target.mesh, key="reward.batch_size")
@@ -278,7 +273,7 @@ def plan_reward(config: PlanConfig, target: Target) -> Sized:
     def build(rows: int) -> StagePlan:
         batch = rows * slices * target.groups
         plain = rankings(target, (batch, completions), longest)
-        # As many prompts a row as there is room for at their longest.
+        # A row holds as many prompts as fit at their maximum length.
         in_row = max(1, packed // (completions * longest))
         batch_shapes = packed_rankings(target, (batch, in_row, completions), packed) if packed else plain
         parts = [run.start, run.update(batch_shapes, flops=float(row_flops) * batch, read=traffic)]
@@ -291,21 +286,21 @@ def plan_reward(config: PlanConfig, target: Target) -> Sized:
 
 
 def rankings(target: Target, lead: tuple[int, int], length: int) -> RankingBatch:
-    """``[B, K]`` completions of ``length`` tokens."""
+    """Return the shapes of ``[B, K]`` completions of ``length`` tokens."""
     tokens, marks = target.rows((*lead, length), jnp.int32), target.rows((*lead, length), jnp.bool_)
     ranks, valid = target.rows(lead, jnp.int32), target.rows(lead, jnp.bool_)
     return RankingBatch(tokens, marks, ranks, valid, target.rows(lead[:1], jnp.float32))
 
 
 def packed_rankings(target: Target, lead: tuple[int, int, int], length: int) -> PackedRankingBatch:
-    """``[B, G, K]`` completions in ``B`` rows of ``length`` tokens."""
+    """Return the shapes of ``[B, G, K]`` completions in ``B`` rows of ``length`` tokens."""
     tokens, segments = (target.rows((lead[0], length), jnp.int32) for _ in range(2))
     ends, ranks, valid = (target.rows(lead, dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_))
     return PackedRankingBatch(tokens, segments, ends, ranks, valid, target.rows(lead[:2], jnp.float32))
 
 
 def load_start(source: str, *, mesh: Mesh, option: str) -> RewardModel:
-    """The initial model in float32; a checkpoint replaces its head and its weights."""
+    """Load the initial model in float32; a checkpoint replaces its head and its weights."""
     return load_reward_start(source, stream_key(0, "reward", "init"), dtype="float32", mesh=mesh, option=option)
 
 

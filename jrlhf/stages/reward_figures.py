@@ -1,4 +1,4 @@
-"""Figures of a reward model, in plain NumPy: accuracy on people's rankings, calibration, baselines."""
+"""Figures of a reward model in plain NumPy: accuracy on people's rankings, calibration and baselines."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -17,12 +17,12 @@ Ranking = tuple[Sequence[str], Sequence[int]]
 
 
 def pair_accuracy(margins: Float[np.ndarray, "N"]) -> float:
-    """Share of pairs with r_better - r_worse > 0; an equal score is wrong."""
+    """Return the share of pairs with r_better - r_worse > 0; equal scores count as wrong."""
     return float(np.mean(margins > 0.0))
 
 
 class ReliabilityCurve(NamedTuple):
-    """Per bin of confidence: mean confidence, share of right answers, pairs. Empty bins are left out."""
+    """Mean confidence, accuracy and number of pairs for each non-empty bin of confidence."""
 
     confidence: Float[np.ndarray, "M"]
     accuracy: Float[np.ndarray, "M"]
@@ -30,9 +30,9 @@ class ReliabilityCurve(NamedTuple):
 
 
 def reliability_curve(margins: Float[np.ndarray, "N"], *, bins: int) -> ReliabilityCurve:
-    """How often a pair is ordered right, against how sure the model was of it.
+    """Return the accuracy of pairs as a function of the model's confidence.
 
-    Confidence is σ(|margin|), the model's probability of the order it believes in; ``bins`` divide [0.5, 1] evenly.
+    Confidence is σ(|margin|), the model's probability of its predicted order; ``bins`` divide [0.5, 1] evenly.
     """
     confidence = expit(np.abs(margins.astype(np.float64)))
     bin_of = np.minimum(((confidence - 0.5) * 2.0 * bins).astype(np.int64), bins - 1)
@@ -45,13 +45,13 @@ def reliability_curve(margins: Float[np.ndarray, "N"], *, bins: int) -> Reliabil
 
 
 def expected_calibration_error(margins: Float[np.ndarray, "N"], *, bins: int) -> float:
-    """Σ_b n_b / N · |accuracy_b - confidence_b| over the bins of ``reliability_curve``. Guo et al. 2017, eq. 3."""
+    """Return Σ_b n_b / N · |accuracy_b - confidence_b| over ``reliability_curve`` (Guo et al. 2017, eq. 3)."""
     curve = reliability_curve(margins, bins=bins)
     return float(np.sum(curve.pairs * np.abs(curve.accuracy - curve.confidence)) / np.sum(curve.pairs))
 
 
 class LengthBin(NamedTuple):
-    """Pairs whose better completion is longer than the worse one by ``low`` up to, not including, ``high``."""
+    """Accuracy on pairs with ``low`` <= len(better) - len(worse) < ``high``."""
 
     low: float
     high: float
@@ -62,28 +62,28 @@ class LengthBin(NamedTuple):
 def accuracy_by_length_difference(
     margins: Float[np.ndarray, "N"], length_differences: Int[np.ndarray, "N"], *, edges: Sequence[int]
 ) -> list[LengthBin]:
-    """Accuracy where the better completion is shorter, as long, longer: a model that has learnt length shows a slope.
+    """Return the accuracy per bin of length difference; a model that scores by length shows a slope.
 
-    ``length_differences``: len(better) - len(worse). ``edges`` rise; an open bin is added at both ends. Empty bins are
-    left out.
+    A length difference is len(better) - len(worse). ``edges`` are in ascending order, and an open bin is added at each
+    end. Empty bins are left out.
     """
     bounds = [-np.inf, *edges, np.inf]
     bin_of = np.digitize(length_differences, np.asarray(edges, np.float64))
-    found = []
+    length_bins = []
     for i, (low, high) in enumerate(pairwise(bounds)):
         inside = margins[bin_of == i]
         if inside.size:
-            found.append(LengthBin(float(low), float(high), pair_accuracy(inside), int(inside.size)))
-    return found
+            length_bins.append(LengthBin(float(low), float(high), pair_accuracy(inside), int(inside.size)))
+    return length_bins
 
 
 def longer_wins_accuracy(length_differences: Int[np.ndarray, "N"]) -> float:
-    """Accuracy of "the longer one is better", with len(better) - len(worse) given; equal lengths are a coin flip, ½."""
+    """Return the accuracy of "the longer one is better" from len(better) - len(worse); equal lengths count ½."""
     return float(np.mean(0.5 * (1.0 + np.sign(length_differences))))
 
 
 def ordered_text_pairs(rankings: Sequence[Ranking]) -> tuple[list[str], Int[np.ndarray, "N"], Int[np.ndarray, "N"]]:
-    """All completions in one list, and the indices (better, worse) of every strictly ordered pair."""
+    """Return all completions in one list, and the indices (better, worse) of every strictly ordered pair."""
     texts: list[str] = []
     better: list[int] = []
     worse: list[int] = []
@@ -104,10 +104,10 @@ def _bag(texts: Sequence[str], index: dict[str, int]) -> csr_array:
 
 
 def bag_of_words_accuracy(train: Sequence[Ranking], heldout: Sequence[Ranking], *, l2: float) -> float:
-    """Held-out pair accuracy of a logistic model on which words occur: what can be had without reading word order.
+    """Return the held-out pair accuracy of a logistic model on the set of words, a baseline without word order.
 
-    Minimises the mean over pairs of -log σ(w · (x_better - x_worse)), plus ½ · l2 · ‖w‖², with L-BFGS; x is binary over
-    the training words. A pair with equal scores is wrong.
+    The model minimises the mean over pairs of -log σ(w · (x_better - x_worse)), plus ½ · l2 · ‖w‖², with L-BFGS; x is
+    binary over the training words. Equal scores count as wrong.
     """
     texts, better, worse = ordered_text_pairs(train)
     index = {w: i for i, w in enumerate(sorted({w for text in texts for w in words(text)}))}
@@ -130,14 +130,14 @@ def bag_of_words_accuracy(train: Sequence[Ranking], heldout: Sequence[Ranking], 
 def ordered_differences(
     ranks: Int[np.ndarray, "B K"], valid: Bool[np.ndarray, "B K"], *columns: Shaped[np.ndarray, "B K"]
 ) -> tuple[np.ndarray, ...]:
-    """For each column its value at the better completion minus that at the worse, over all strictly ordered pairs."""
+    """Return each column's value at the better completion minus that at the worse, for all strictly ordered pairs."""
     better = (ranks[:, :, None] < ranks[:, None, :]) & valid[:, :, None] & valid[:, None, :]
     row, winner, loser = np.nonzero(better)
     return tuple(column[row, winner] - column[row, loser] for column in columns)
 
 
 def pair_metrics(margins: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """How well scores order pairs, given the differences in score and in length (better minus worse)."""
+    """Return the metrics of all pairs from their differences in score and in length (better minus worse)."""
     by_length = accuracy_by_length_difference(margins, lengths, edges=(0, 1))
     names = {-np.inf: "shorter", 0.0: "as_long", 1.0: "longer"}
     return {
@@ -151,7 +151,7 @@ def pair_metrics(margins: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
 
 
 def calibration_bins(margins: np.ndarray) -> list[dict[str, float]]:
-    """``reliability_curve`` as JSON, in the ten bins of the calibration error."""
+    """Return ``reliability_curve`` for JSON, in the ten bins of the calibration error."""
     curve = reliability_curve(margins, bins=10)
     return [
         {"confidence": float(confidence), "accuracy": float(accuracy), "pairs": int(pairs)}

@@ -1,4 +1,4 @@
-"""Runs a stage: prepare, train, finish."""
+"""Runs a stage: preparation, training and export."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ from jrlhf.train.start import mesh_of
 
 
 def run_stage(stage: Stage, config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
-    """Train, evaluate and export one stage; returns its summary. A call after an interruption resumes the run.
+    """Train, evaluate and export one stage; return its summary. A call after an interruption resumes the run.
 
-    Writes ``<run>/<stage>/{config.yaml, origin.json, metrics.jsonl, events.jsonl, checkpoints/, hf/, summary.json}``,
-    ``peft/`` if the stage trains adapters, ``gates.json`` if it has gates, and the stage's own files. ``on_event`` is
-    called with every event of the loop.
+    It writes ``<run>/<stage>/{config.yaml, origin.json, metrics.jsonl, events.jsonl, checkpoints/, hf/,
+    summary.json}``, ``peft/`` if the stage trains adapters, ``gates.json`` if it has gates, and the stage's own files.
+    The loop calls ``on_event`` with every event.
     """
     section = stage_section(config, stage.name)
     with open_stage(config, stage.name) as folder:
@@ -54,11 +54,11 @@ def finish(
     prepared: Prepared,
     outcome: Outcome,
 ) -> dict[str, Any]:
-    """Check the gates, export the model and write the summary, which says that the stage is done."""
+    """Check the gates, export the model and write the summary, which marks the stage as finished."""
     folder = site.folder
     pass_gates(site.stage, section.gates, outcome.last, folder)
     export = prepared.export(outcome)
-    # Not the model's own folder: where that is an adapter's, the frozen weights are its base with it merged in.
+    # The base is the input folder: if that holds an adapter, the frozen weights already include the adapter.
     write_adapter(export.model, export.adapter, section.lora, folder / "peft", base=inputs.source, beside=beside)
     write_export(export.model, export.params, folder / "hf", beside=beside, dtype=section.export_dtype)
     summary = {

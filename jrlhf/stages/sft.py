@@ -1,4 +1,4 @@
-"""Stage 1: teach a pretrained model how to answer."""
+"""Stage 1: supervised fine-tuning (SFT) teaches a pretrained model to answer."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ from jrlhf.train.batches import covering_batches, device_multiple, device_share,
 from jrlhf.train.keys import Stream, stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
-from jrlhf.train.performance import rates, timed, training_flops
+from jrlhf.train.performance import rates, training_flops
 from jrlhf.train.positions import Positions
 from jrlhf.train.programs import (
     PLANNED_UPDATES,
@@ -45,24 +45,25 @@ from jrlhf.train.programs import (
     planned_source,
     planned_training,
 )
+from jrlhf.train.rows import row_steps
 from jrlhf.train.site import Site
-from jrlhf.train.start import Training, begin, build_training, computed
+from jrlhf.train.start import Training, begin, build_training, compute_options
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
 from jrlhf.types import Params, SFTBatch
 
 
 def run_sft(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
-    """Train, evaluate and export; returns the stage's summary. See ``run_stage``.
+    """Train, evaluate and export a model with SFT; return the stage's summary. See ``run_stage``.
 
-    The stage also writes ``samples.jsonl``, and ``candidates.jsonl`` and ``safety/<step>.jsonl`` where the config asks
-    for candidates and for refusals.
+    The stage also writes ``samples.jsonl``. With ``sft.candidate_prompts`` it writes ``candidates.jsonl``, and with
+    ``safety.prompts`` it writes ``safety/<step>.jsonl``.
     """
     return run_stage(SFT, config, on_event=on_event)
 
 
 class SFTInputs(StageInputs):
-    """What SFT is made from."""
+    """The base model, the rows and the prompts of SFT."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "sft")
@@ -83,7 +84,7 @@ class SFTInputs(StageInputs):
 
     @cached_property
     def candidate_prompts(self) -> PromptRows | None:
-        """Prompts that ranking candidates are drawn for."""
+        """Prompts for which the model samples candidates to rank."""
         source = self._sft.candidate_prompts
         return load_prompts(self._sft.data, source, self.tokenizer) if source else None
 
@@ -108,12 +109,12 @@ class SFTPrograms(NamedTuple):
 
     training: Training
     losses: Any
-    """``(params, batch) -> (sum of negative log-likelihoods, tokens)``, of held-out rows."""
+    """``(params, batch) -> (sum of negative log-likelihoods, tokens)`` for held-out rows."""
     schedule: optax.Schedule
 
 
 def build_sft(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, updates: int) -> SFTPrograms:
-    """The programs that a run executes and a plan lowers. ``slices``: into how many a device cuts its rows."""
+    """Build the programs that a run executes and a plan compiles; a device reads its rows in ``slices`` slices."""
     sft = config.sft
     tx, schedule = make_optimizer(sft.optim, updates=updates)
     step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
@@ -123,16 +124,16 @@ def build_sft(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, upd
 
 
 def check_sft(config: Config, mesh: Mesh) -> None:
-    """ConfigError where the batch does not divide over the devices."""
+    """Raise ConfigError if the batch does not divide over the devices."""
     device_share(config.sft.batch_size, mesh, key="sft.batch_size")
 
 
 def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
-    """Load the model, and build the programs and the loop."""
+    """Load the base model, and build the programs and the loop."""
     config, mesh, tokenizer = site.config, site.mesh, site.tokenizer
     sft, rows, heldout, candidates = config.sft, inputs.train, inputs.heldout, inputs.candidate_prompts
     shown = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer) if heldout and sft.log.samples else None
-    model = load_pretrained(inputs.source, mesh=mesh, **computed(sft.model, mesh, key="sft.model"))
+    model = load_pretrained(inputs.source, mesh=mesh, **compute_options(sft.model, mesh, key="sft.model"))
     positions = Positions(model.arch, "sft.data.max_length")
     positions.check({"sft.data.train": rows, "sft.data.eval": heldout})
     answering = positions.answering(sft.sampling, "sft.sampling")
@@ -147,14 +148,9 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
     frozen = programs.training.frozen
     flops = training_flops(model.arch, frozen=frozen is not None)
 
-    def advance(state: RunState, number: int) -> tuple[RunState, dict[str, Any]]:
-        seconds: dict[str, Any] = {}
-        with timed(seconds, "seconds/input"):
-            batch = shard_batch(batches.batch(order[number]), mesh)
-        train, metrics = programs.training.step(state.train, batch, jax.random.fold_in(state.key, number))
-        metrics |= seconds | {"flops": flops(batch.mask, metrics["tokens"])}
-        return state._replace(train=train, cursor=state.cursor + 1), metrics
-
+    steps = row_steps(
+        programs.training, batches, order, mesh, flops=lambda batch, metrics: flops(batch.mask, metrics["tokens"])
+    )
     generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh, option="sft.sampling")
     samples = _sample_writer(site, generate, shown)
     score = _evaluator(sft, programs.losses, heldout, mesh)
@@ -184,9 +180,9 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
     loop = Loop(
         title="SFT",
         total=total,
-        advance=advance,
+        advance=steps.advance,
         evaluate=evaluate,
-        batch_of=lambda state, number: batches.batch(order[number])._asdict(),
+        batch_of=steps.batch_of,
         max_skipped=sft.max_skipped,
         guards=None,
         canary=None,
@@ -203,7 +199,7 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
 def _evaluator(
     sft: SFTConfig, losses: Any, heldout: SFTRows | None, mesh: Mesh
 ) -> Callable[[Params], dict[str, float]]:
-    """Held-out negative log-likelihood per token, in nats; nothing where there are no held-out rows."""
+    """Return a function that computes the held-out negative log-likelihood per token, in nats."""
     if heldout is None:
         return lambda params: {}
     rows, batch_size = heldout, device_multiple(sft.batch_size, mesh)
@@ -221,14 +217,16 @@ def _evaluator(
 
 
 def _sample_writer(site: Site, generate: GenerateFn, prompts: PromptRows | None) -> Callable[[Params, int], None]:
-    """Appends answers to the prompts of the first held-out rows (plain text has only a BOS) to samples.jsonl, once a
-    step however often a run is broken off."""
+    """Return a function that appends answers to the prompts of the first held-out rows to samples.jsonl.
+
+    A resumed run replaces the lines of a repeated step. The prompt of plain text is only a BOS token.
+    """
     if prompts is None:
         return lambda params, number: None
 
     def write(params: Params, number: int) -> None:
-        drawn = _answers(site, generate, params, prompts, stream="samples", samples=1, show_progress=False)
-        rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, drawn, strict=True)]
+        texts = _answers(site, generate, params, prompts, stream="samples", samples=1, show_progress=False)
+        rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, texts, strict=True)]
         if is_first():
             drop_after(site.folder / "samples.jsonl", number - 1)
             with (site.folder / "samples.jsonl").open("a", encoding="utf-8") as out:
@@ -238,9 +236,9 @@ def _sample_writer(site: Site, generate: GenerateFn, prompts: PromptRows | None)
 
 
 def _write_candidates(site: Site, generate: GenerateFn, params: Params, prompts: PromptRows) -> None:
-    """Several answers to each prompt, for people to rank: add ``"ranks"`` to a row and it is a row of reward data."""
+    """Write several answers to each prompt for people to rank; with ``"ranks"`` a row becomes a row of reward data."""
     sft = site.config.sft
-    drawn = _answers(
+    texts = _answers(
         site,
         generate,
         params,
@@ -249,7 +247,7 @@ def _write_candidates(site: Site, generate: GenerateFn, params: Params, prompts:
         samples=sft.candidates,
         show_progress=sft.log.progress,
     )
-    rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, drawn, strict=True))
+    rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, texts, strict=True))
     if is_first():
         write_text(site.folder / "candidates.jsonl", "".join(map(json_line, rows)))
 
@@ -264,7 +262,7 @@ def _answers(
     samples: int,
     show_progress: bool,
 ) -> list[list[str]]:
-    """``samples`` answers to each prompt, the same draws every time."""
+    """Sample ``samples`` answers to each prompt, with the same random draws in every call."""
     return answers(
         generate,
         params,
@@ -279,7 +277,7 @@ def _answers(
 
 
 def plan_sft(config: PlanConfig, target: Target) -> Sized:
-    """Start, update, and where the config asks for them evaluation and sample answers."""
+    """Plan the start, the update and, if the config has their data, the evaluation and the sampling of answers."""
     sft = config.sft
     length = sft.pack_length or sft.data.max_length
     share = device_share(sft.batch_size, target.mesh, key="sft.batch_size")

@@ -1,4 +1,4 @@
-"""The record of a stage: all that commands, the pipeline, exports, reports and plans need to know of it."""
+"""The record of a stage, which commands, the pipeline, exports, reports and plans read."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ from jrlhf.types import Params
 
 
 class Export(NamedTuple):
-    """The model that a finished stage passes on, and its figures."""
+    """The model that a stage exports, and its figures."""
 
     model: Pretrained | RewardModel
     params: Params
-    """Weights of the export ``hf/``; adapters are merged when they are written."""
+    """Weights of the export ``hf/``; the writer merges adapters into them."""
     adapter: Params
-    """Weights of ``peft/``, which is written where the stage trains adapters."""
+    """Weights of the export ``peft/``, which exists only if the stage trains adapters."""
     figures: dict[str, Any]
     """The stage's own part of its summary."""
 
@@ -35,23 +35,23 @@ class Prepared(NamedTuple):
     state: RunState
     """State before the first step."""
     export: Callable[[Outcome], Export]
-    """The model to pass on, from the outcome of the loop."""
+    """Return the model to export, from the outcome of the loop."""
 
 
 class Stage(NamedTuple):
-    """One stage. Its section of ``Config``, its command and its folder in the run all have its name."""
+    """A stage; its section of ``Config``, its command and its folder in the run have its name."""
 
     name: str
     label: str
-    """Name in reports."""
+    """Name of the stage in reports."""
     kind: ModelKind
     """Kind of the exported model: a language model answers prompts, a reward model scores texts."""
     charts: Mapping[str, tuple[str, ...]]
     """Charts of the report: a title, and the metrics that share its axes."""
     inputs: Callable[[Config], StageInputs]
-    """The models, rows and files that the stage is made from."""
+    """Return the models, rows and files that the stage reads."""
     check: Callable[[Config, Mesh], None]
-    """Quick checks, before any row or weight is read; ConfigError for a config that cannot run on this mesh."""
+    """Raise ConfigError for a config that cannot run on this mesh, before any row or weight is read."""
     prepare: Callable[[Site, Any], Prepared]
     """Load the models and build the programs; the second argument is the stage's ``inputs``."""
     start: Callable[..., Pretrained | RewardModel]
@@ -61,9 +61,9 @@ class Stage(NamedTuple):
     stop: Callable[[Config], tuple[str, ...] | None]
     """Stop tokens of the exported model besides the tokenizer's own; None for a reward model, which does not answer."""
     plan: Callable[[PlanConfig, Target], Sized]
-    """The programs of the stage by shapes alone, for ``jrlhf plan``."""
+    """Return the programs of the stage as shapes, for ``jrlhf plan``."""
 
 
 def load_language(source: str, *, mesh: Mesh, option: str) -> Pretrained:
-    """The initial model of a stage that trains a language model. ``option``: the config's name of it, for errors."""
+    """Load the initial language model of a stage in float32; ``option`` names it in errors."""
     return load_pretrained(source, dtype="float32", mesh=mesh, option=option)

@@ -1,4 +1,4 @@
-"""The table of stages, in the order of a pipeline. A new stage is a line here and a section of ``Config``."""
+"""The table of stages in the order of the pipeline; a new stage adds a line here and a section of ``Config``."""
 
 from jrlhf.config import stage_sections
 from jrlhf.stages.ppo import PPO
@@ -16,10 +16,10 @@ assert [stage.name for stage in STAGES] == [*stage_sections()], "the table of st
 
 
 def stage_named(name: str) -> Stage:
-    """The stage of that name."""
+    """Return the stage with that name."""
     return next(stage for stage in STAGES if stage.name == name)
 
 
 def stages_of_kind(kind: str) -> tuple[str, ...]:
-    """Names of the stages that export a model of this kind, the last one first."""
+    """Return the names of the stages that export a model of this kind, in reverse order of the pipeline."""
     return tuple(stage.name for stage in reversed(STAGES) if stage.kind == kind)

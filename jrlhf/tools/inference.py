@@ -11,7 +11,7 @@ from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import MIN_ANSWERS, TaskFile, distinct, task_line
 from jrlhf.rollout.reward_models import score_texts
-from jrlhf.rollout.sampling import answers, drawn_together, jit_generate
+from jrlhf.rollout.sampling import answers, jit_generate, samples_per_prompt
 from jrlhf.runs.folder import exported_folder
 from jrlhf.stages.table import stages_of_kind
 from jrlhf.system.lines import json_line, write_output
@@ -56,7 +56,7 @@ def _sample(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     model = load_pretrained(source, dtype=args.dtype, mesh=mesh, option="model")
     Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
-    together = drawn_together(args.samples, batch_size=args.batch_size, devices=mesh.size)
+    together = samples_per_prompt(args.samples, batch_size=args.batch_size, devices=mesh.size)
     generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, option="sampling", samples=together)
     drawn = answers(
         generate,

@@ -1,1 +1,1 @@
-"""What every stage shares: the loop, what starts it, random keys, and programs by shapes. It knows no algorithm."""
+"""The training loop that all stages share, and the setup before it; it contains no algorithm."""

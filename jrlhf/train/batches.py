@@ -1,4 +1,4 @@
-"""Passing over rows once, in batches of one shape a bucket."""
+"""Batches that visit each row once, and the number of rows that a device reads at a time."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,32 +10,31 @@ from jaxtyping import Bool, Int
 from jrlhf.config import ConfigError
 
 CPU_TOKENS = 1024
-"""What so many tokens leave for the backward pass stays in a CPU's caches; more at a time are slower, by up to 1.4."""
+"""Tokens that a CPU reads at a time. Their activations fit in its caches; larger slices are up to 1.4 times slower."""
 
 
 def covering_batches(
     lengths: Int[np.ndarray, "N"], *, batch_size: int, limit: int
 ) -> Iterator[tuple[Int[np.ndarray, "B"], Bool[np.ndarray, "B"]]]:
-    """``(indices, real)`` batches that visit each of the first ``limit`` rows (0: all) once, like lengths together.
+    """Yield ``(indices, real)`` batches that visit each of the first ``limit`` rows (0: all) once, sorted by length.
 
-    The last batch is filled up with repeats that ``real`` marks False: every batch has ``batch_size`` rows.
+    Every batch has ``batch_size`` rows: repeated rows, which ``real`` marks False, fill up the last one.
     """
     rows = len(lengths) if limit == 0 else min(limit, len(lengths))
     order = np.argsort(lengths[:rows], kind="stable")
     for start in range(0, rows, batch_size):
-        chosen = order[start : start + batch_size]
-        filled = np.resize(chosen, batch_size)
-        yield filled, np.arange(batch_size) < len(chosen)
+        rows_here = order[start : start + batch_size]
+        yield np.resize(rows_here, batch_size), np.arange(batch_size) < len(rows_here)
 
 
 def device_multiple(batch_size: int, mesh: jax.sharding.Mesh) -> int:
-    """``batch_size`` rounded up so that the mesh's data axes divide it."""
+    """Round ``batch_size`` up to a multiple of the mesh's data axes."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-batch_size // parts) * parts
 
 
 def device_share(rows: int, mesh: jax.sharding.Mesh, *, key: str) -> int:
-    """How many of ``rows`` a device takes. ConfigError, which names ``key``, where they do not divide."""
+    """Return the number of ``rows`` per device. Raise ConfigError, which names ``key``, if they do not divide."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     share, rest = divmod(rows, devices)
     if rest:
@@ -44,24 +43,24 @@ def device_share(rows: int, mesh: jax.sharding.Mesh, *, key: str) -> int:
 
 
 def gradient_slices(share: int, *, microbatch: int) -> int:
-    """In how many equal slices a device reads the rows of its share, so that it takes ``microbatch`` at most at a time.
+    """Return the smallest number of equal slices of a device's share with at most ``microbatch`` rows each.
 
-    8 rows with ``microbatch`` 3: 4 slices of 2.
+    8 rows with ``microbatch`` 3 make 4 slices of 2 rows.
     """
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= microbatch)
 
 
 def usual_microbatch(share: int, *, tokens: float, platform: str) -> int:
-    """Rows of ``tokens`` tokens on average that a device takes at a time, where the config does not say how many."""
+    """Return the default number of rows that a device reads at a time, for rows of ``tokens`` tokens on average."""
     return share if platform != "cpu" else max(1, min(share, int(CPU_TOKENS // tokens)))
 
 
 def reading_slices(share: int, *, microbatch: int, tokens: float, platform: str) -> int:
-    """In how many slices a device reads its share, where the config says ``microbatch`` or (0) nothing."""
+    """Return the number of slices of a device's share; ``microbatch`` 0 stands for the default of the platform."""
     usual = usual_microbatch(share, tokens=tokens, platform=platform)
     return gradient_slices(share, microbatch=microbatch or usual)
 
 
 def tree_copy(tree: Any) -> Any:
-    """Buffers of its own: a donated state must not take the reference model with it."""
+    """Copy all arrays of a tree, so that a step that donates the copy leaves the original intact."""
     return jax.tree.map(lambda x: x.copy(), tree)

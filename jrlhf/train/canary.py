@@ -1,4 +1,4 @@
-"""Held-out evaluations compared with the best one so far, as a deployment is with the one it replaces."""
+"""The canary compares each held-out evaluation with the best one so far."""
 
 import math
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from jrlhf.config import CanaryConfig
 
 
 class Regression(NamedTuple):
-    """An evaluation that is worse than the best one by more than chance."""
+    """An evaluation that is worse than the best one by more than chance explains."""
 
     metric: str
     value: float
     best: float
     best_step: int
     margin: float
-    """What the fall exceeds: so many standard errors of the difference."""
+    """Greatest fall that chance explains: ``canary.errors`` standard errors of the difference."""
 
     def __str__(self) -> str:
         return (
@@ -27,32 +27,34 @@ class Regression(NamedTuple):
 class Canary:
     """Remembers the best evaluation by ``metric``, a mean whose standard error is ``..._stderr``.
 
-    ``kept``: what ``keep`` gave, for a run that goes on.
-    The two samples are taken as independent, though they answer the same prompts: the margin errs on the wide side.
+    A resumed run passes the result of ``keep`` as ``snapshot``. The canary treats the two samples as independent,
+    although they answer the same prompts, so the margin is rather too wide.
     """
 
-    def __init__(self, config: CanaryConfig, metric: str, kept: Mapping[str, Any] | None) -> None:
+    def __init__(self, config: CanaryConfig, metric: str, snapshot: Mapping[str, Any] | None) -> None:
         self._errors, self.action = config.errors, config.action
         self._metric = metric
-        self._best: dict[str, Any] | None = dict(kept) if kept else None
+        self._best: dict[str, Any] | None = dict(snapshot) if snapshot else None
 
     def keep(self) -> dict[str, Any] | None:
-        """As JSON."""
+        """Return a snapshot of the best evaluation for JSON; None before the first one."""
         return self._best
 
-    def judge(self, step: int, figures: Mapping[str, float], *, passes: bool) -> Regression | None:
-        """A regression, or None. ``passes``: whether the gates let the model through; only such a one may be the best,
-        unless there has been none."""
+    def compare(self, step: int, figures: Mapping[str, float], *, passes: bool) -> Regression | None:
+        """Compare an evaluation with the best one; return a regression or None.
+
+        ``passes`` says whether the model passes the gates. A failing model is the best only while no model has passed.
+        """
         value = float(figures[self._metric])
         error = float(figures[self._metric.removesuffix("_mean") + "_stderr"])
         best = self._best
-        worse = None
+        regression = None
         if best is not None:
             margin = self._errors * math.hypot(error, best["error"])
-            # Not "fall > margin": a figure that is not a number is no good sign either.
+            # The condition is not "fall > margin", so that NaN counts as a regression too.
             if not best["value"] - value <= margin:
-                worse = Regression(self._metric, value, best["value"], best["step"], margin)
+                regression = Regression(self._metric, value, best["value"], best["step"], margin)
         better = best is None or (passes and (value > best["value"] or not best["passes"]))
         if better and math.isfinite(value):
             self._best = {"step": step, "value": value, "error": error, "passes": passes}
-        return worse
+        return regression

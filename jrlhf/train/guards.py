@@ -1,4 +1,4 @@
-"""Bounds on what a rollout says of itself, and what is done where one is crossed."""
+"""Guards are bounds on the metrics of a rollout; crossing one warns, rolls the run back or stops it."""
 
 import math
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from jrlhf.train.optim import scale_rate
 from jrlhf.train.state import RunState
 
 BASELINES = ("length/mean", "repetition")
-"""What drift is measured from: the first rollout's."""
+"""Metrics whose drift is measured from their value in the first rollout."""
 OTHER_SAMPLER = (
-    "answers are not drawn from the policy that is trained: look for top_k, top_p, another temperature, a token that "
+    "the sampler and the trained policy disagree: look for top_k, top_p, another temperature, a token that "
     "the sampler masks, or old weights"
 )
 CAUSES = {
@@ -38,25 +38,28 @@ class Alarm(NamedTuple):
 
 
 class GuardStop(RuntimeError):
-    """A guard has ended the run. The newest checkpoint is of before."""
+    """A guard has stopped the run; the newest checkpoint is from before that step."""
 
 
 class Watch:
-    """Looks at each rollout's metrics. ``kept``: what ``keep`` gave, for a run that goes on."""
+    """Checks the metrics of each rollout. A resumed run passes the result of ``keep`` as ``snapshot``."""
 
-    def __init__(self, config: GuardsConfig, kept: Mapping[str, Any] | None) -> None:
+    def __init__(self, config: GuardsConfig, snapshot: Mapping[str, Any] | None) -> None:
         self._config = config
         self._guards: dict[str, GuardConfig] = {name: vars(config)[name] for name in CAUSES}
-        kept = kept or {"baseline": {}, "in_row": {}, "rollbacks": 0}
-        self._baseline, self._in_row = dict(kept["baseline"]), dict(kept["in_row"])
-        self.rollbacks: int = kept["rollbacks"]
+        snapshot = snapshot or {"baseline": {}, "in_row": {}, "rollbacks": 0}
+        self._baseline, self._in_row = dict(snapshot["baseline"]), dict(snapshot["in_row"])
+        self.rollbacks: int = snapshot["rollbacks"]
 
     def keep(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return a snapshot of the baseline and the counts for JSON."""
         return {"baseline": self._baseline, "in_row": self._in_row, "rollbacks": self.rollbacks}
 
-    def judge(self, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """The guards that fire now: at the last of ``patience`` crossings in a row, and not again before one is not."""
+    def check(self, metrics: Mapping[str, Any]) -> list[Alarm]:
+        """Return the alarms of this rollout.
+
+        A guard fires at its ``patience``-th crossing in a row, and again only after a rollout within its bound.
+        """
         if not self._baseline:
             self._baseline = {name: float(metrics[name]) for name in BASELINES}
         alarms = []
@@ -86,23 +89,24 @@ class Watch:
 
     @property
     def can_roll_back(self) -> bool:
+        """Whether the action of some guard is a rollback."""
         return any(guard.action == "rollback" for guard in self._guards.values())
 
     @property
     def crossings(self) -> int:
-        """Rollouts in a row, this one included, in which some guard that would act has crossed its bound."""
+        """Number of consecutive rollouts, up to this one, that crossed the bound of a stop or rollback guard."""
         acting = ("stop", "rollback")
         return max((count for name, count in self._in_row.items() if self._guards[name].action in acting), default=0)
 
     @property
-    def may_go_back(self) -> bool:
-        """Whether a rollback is left."""
+    def has_rollback(self) -> bool:
+        """Whether ``guards.rollbacks`` allows another rollback."""
         return self.rollbacks < self._config.rollbacks
 
-    def gone_back(self, now: RunState, good: RunState) -> RunState:
-        """``good`` with a lower learning rate and a higher beta, at ``now``'s place in the data."""
-        if not self.may_go_back:
-            raise GuardStop(f"rolled back {self.rollbacks} times, which is all that guards.rollbacks allows")
+    def rollback_state(self, now: RunState, good: RunState) -> RunState:
+        """Return ``good`` with a lower learning rate and a higher beta, at the place of ``now`` in the data."""
+        if not self.has_rollback:
+            raise GuardStop(f"rolled back {self.rollbacks} times, the maximum of guards.rollbacks")
         self.rollbacks += 1
         self._in_row = {}
         train = good.train._replace(opt_state=scale_rate(good.train.opt_state, self._config.rollback_lr))

@@ -1,7 +1,7 @@
-"""The random keys of a run: named streams of its seed, of which no two consumers share one.
+"""The random keys of a run: each consumer has its own named stream of the seed.
 
-``split(k)[i]`` and ``fold_in(k, i)`` are the same key, so consumers that number their draws from one root meet. Here
-each of them has a root of its own, and numbers its draws below that.
+``split(k)[i]`` and ``fold_in(k, i)`` are the same key, so two consumers that count from one root would share keys.
+Here each consumer counts from its own root.
 """
 
 import zlib
@@ -12,13 +12,13 @@ import jax
 from jrlhf.types import Key
 
 Stream = Literal["init", "lora", "train", "eval", "samples", "candidates", "safety"]
-"""Fresh weights, fresh adapters, training steps, held-out answers, answers to show, answers to rank, safety answers."""
+"""Streams for new weights, new adapters, training steps, held-out answers, samples, candidates and safety answers."""
 
 
 def stream_key(seed: int, stage: str, stream: Stream) -> Key:
-    """The root key of one stream of a stage (or command), a pure function of its arguments.
+    """Return the root key of one stream of a stage or a command, a pure function of the arguments.
 
-    A stream belongs to one consumer, which derives all its keys from this one.
+    A stream belongs to one consumer, which derives all its keys from this root.
     """
-    # A hash of the name, not its place in a list: a new stream changes no other, and no step number comes near it.
+    # The hash depends on the name alone, so a new stream changes no other; small step numbers cannot collide with it.
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(f"{stage}/{stream}".encode()))

@@ -1,4 +1,4 @@
-"""LoRA in a stage: which part of a model is trained, and the model that comes of it."""
+"""LoRA in a stage: it adds adapters to a model and splits the parameters into a trained and a frozen part."""
 
 import jax
 from jax.sharding import Mesh
@@ -14,22 +14,22 @@ from jrlhf.types import Key, Params
 def trainable(
     model: Pretrained | RewardModel, lora: LoRAConfig, key: Key, *, mesh: Mesh, path: str
 ) -> tuple[Params, Params | None]:
-    """``(trained, frozen)`` of a model, in arrays or shapes: all of it and None, or fresh adapters (and a head) and the
-    rest.
+    """Split a model's parameters, arrays or shapes, into ``(trained, frozen)``.
 
-    The frozen part is the model's own arrays, not copies. ``path``: the config's name of ``lora``, for errors.
+    Without LoRA all are trained and ``frozen`` is None; with LoRA only new adapters and a head are trained. The frozen
+    part is the model's own arrays, not copies. ``path`` names ``lora`` in errors.
     """
     if lora.rank == 0:
         return model.params, None
     if isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct):
         return partition(_abstract_adapters(model, lora, mesh, path), is_trained)
     params = with_adapters(model.params, model.arch, lora, key, path=path)
-    # The new leaves go where the rules say; the old ones are there already, and stay as they are.
+    # The new leaves go where the sharding rules say; the old leaves are there already.
     return partition(jax.device_put(params, tree_shardings(params, mesh, model.rules)), is_trained)
 
 
 def _abstract_adapters(model: Pretrained | RewardModel, lora: LoRAConfig, mesh: Mesh, path: str) -> Params:
-    """``with_adapters`` of shapes. The old leaves stay the very same objects, so that a plan counts each once."""
+    """Add adapters as shapes. The old leaves stay the same objects, so that a plan counts each of them once."""
     shapes = jax.eval_shape(lambda p: with_adapters(p, model.arch, lora, jax.random.key(0), path=path), model.params)
     new = placed(shapes, tree_shardings(shapes, mesh, model.rules))
     old = {jax.tree_util.keystr(where): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
@@ -37,7 +37,7 @@ def _abstract_adapters(model: Pretrained | RewardModel, lora: LoRAConfig, mesh: 
 
 
 def with_adapters(params: Params, arch: ArchConfig, lora: LoRAConfig, key: Key, *, path: str) -> Params:
-    """The parameters with fresh adapters; ConfigError, which names ``path``, where ``lora.targets`` finds nothing."""
+    """Add new adapters to the parameters. Raise ConfigError, which names ``path``, if ``lora.targets`` matches none."""
     try:
         return add_adapters(params, arch, key, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     except ValueError as error:

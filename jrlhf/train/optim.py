@@ -1,4 +1,4 @@
-"""The optimizer that a config asks for."""
+"""The optimizer and the learning rate schedule of a config."""
 
 from collections.abc import Hashable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from jrlhf.types import Params, PPOParams
 
 
 def make_schedule(config: OptimConfig, *, peak: float, updates: int) -> optax.Schedule:
-    """Linear warm-up to ``peak``, then constant, or linear or cosine decay to 0 at the last of ``updates``."""
+    """Return a linear warm-up to ``peak``, then a constant rate, or linear or cosine decay to 0 at the last update."""
     warmup = round(config.warmup * updates)
     remaining = max(updates - warmup, 1)
     match config.schedule:
@@ -26,7 +26,7 @@ def make_schedule(config: OptimConfig, *, peak: float, updates: int) -> optax.Sc
             after = optax.cosine_decay_schedule(peak, remaining)
     if warmup == 0:
         return after
-    # The first update already moves: the ramp ends, not starts, at a whole step.
+    # The rate of the first update is not 0: the ramp ends, not starts, at a whole step.
     ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
 
@@ -34,7 +34,7 @@ def make_schedule(config: OptimConfig, *, peak: float, updates: int) -> optax.Sc
 def make_optimizer(
     config: OptimConfig, *, updates: int, peak: float | None = None
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with clipping by global norm, and its schedule; ``peak`` stands in for ``config.lr``."""
+    """Return AdamW with clipping by global norm, and its schedule; ``peak`` replaces ``config.lr``."""
     schedule = make_schedule(config, peak=config.lr if peak is None else peak, updates=updates)
     adam = optax.adamw(
         schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=is_matrix
@@ -47,9 +47,9 @@ def make_optimizer(
 def make_actor_critic_optimizer(
     config: OptimConfig, *, value_lr: float, updates: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """One optimizer over ``PPOParams``, each half with its own learning rate and its own clipping.
+    """Return one optimizer over ``PPOParams``; policy and value have separate learning rates and clipping.
 
-    They share no weights, so a critic's large gradient must not shrink the actor's.
+    The two share no weights, so clipping a large gradient of the critic must not shrink the actor's gradient.
     """
     policy, schedule = make_optimizer(config, updates=updates)
     value, _ = make_optimizer(config, updates=updates, peak=value_lr or config.lr)
@@ -59,13 +59,13 @@ def make_actor_critic_optimizer(
 
 
 class RateState(NamedTuple):
-    """What every update is multiplied by, besides the schedule."""
+    """The factor of the learning rate besides the schedule."""
 
     rate_factor: Float[Array, ""]
 
 
 def _scalable() -> optax.GradientTransformation:
-    """A factor of the learning rate that is state: a run that goes back takes a lower one with it."""
+    """Multiply updates by a factor that is part of the state, so that a rollback can lower it."""
 
     def update(updates: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
         del params
@@ -76,10 +76,10 @@ def _scalable() -> optax.GradientTransformation:
 
 
 def scale_rate(opt_state: Any, factor: float) -> Any:
-    """``make_actor_critic_optimizer``'s state with its learning rates multiplied."""
+    """Return a state of ``make_actor_critic_optimizer`` with its learning rates multiplied by ``factor``."""
     return optax.tree.set(opt_state, rate_factor=rate_factor(opt_state) * factor)
 
 
 def rate_factor(opt_state: Any) -> jax.Array:
-    """What the learning rates of ``make_actor_critic_optimizer`` are multiplied by."""
+    """Return the factor of the learning rates in a state of ``make_actor_critic_optimizer``."""
     return optax.tree.get(opt_state, "rate_factor")

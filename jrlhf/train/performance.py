@@ -1,4 +1,4 @@
-"""How well a stage uses its devices: what its log says besides what it learns."""
+"""Performance metrics of a stage: FLOP/s, bandwidth, tokens per second and time per phase."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +20,14 @@ from jrlhf.train.window import Rate
 from jrlhf.types import Generation, SFTBatch
 
 AnyMask = Bool[Array, "*rows T"] | Int[Array, "*rows T"]
-"""As ``TokenMask``; a batch of rankings has one more axis."""
+"""A ``TokenMask``; that of a batch of rankings has one more axis."""
 PHASES = ("rollout", "scoring", "update")
 
 
 def training_flops(arch: ArchConfig, *, frozen: bool) -> Callable[[AnyMask, Any], jax.Array]:
-    """Model FLOPs of a training step on a batch, by its mask and how many of its tokens get logits.
+    """Return a function ``(mask, number of tokens with logits) -> model FLOPs`` of a training step.
 
-    ``frozen``: the weights are, and only adapters learn.
+    ``frozen`` says that only adapters are trained.
     """
 
     def flops(mask: AnyMask, logits: Float[Array, ""]) -> Float[Array, ""]:
@@ -37,7 +37,7 @@ def training_flops(arch: ArchConfig, *, frozen: bool) -> Callable[[AnyMask, Any]
 
 
 def training_passes(frozen: bool) -> float:
-    """What a training step takes, in forward passes: the gradients of frozen weights are not needed."""
+    """Return the cost of a training step in forward passes; frozen weights need no gradients."""
     return 2.0 if frozen else 3.0
 
 
@@ -48,12 +48,12 @@ def _forward(arch: ArchConfig, mask: AnyMask, logits: Float[Array, ""]) -> Float
 def rollout_work(
     section: RolloutConfig, policy: ArchConfig, value: ArchConfig | None, rewards: Sequence[ArchConfig]
 ) -> Callable[[Generation, SFTBatch | None], dict[str, jax.Array]]:
-    """Model FLOPs of each phase of a PPO iteration, the bytes that decoding reads, and the tokens of both.
+    """Return a function that counts model FLOPs and tokens of each phase of a PPO iteration, and bytes of decoding.
 
-    Logits are counted at response tokens (of text: trained ones) alone, and reward models as if they read the policy's
-    tokens. ``value``: None where it is a head on the policy.
+    It counts logits only at response tokens, or at the trained tokens of text, and takes the tokens of reward models to
+    be the policy's. ``value`` is None if the value network is a head on the policy.
     """
-    # Log-probs of the reference, and of the policy if the sampler's own are not taken.
+    # The reference reads the answers, and so does the policy unless the sampler's log-probs serve.
     readings = 1.0 if section.old_logprobs == "sampler" else 2.0
     updates = section.epochs * training_passes(section.lora.rank > 0)
     cached = {"itemsize": jnp.dtype(section.model.dtype).itemsize, "kv_cache": section.sampling.kv_cache}
@@ -67,9 +67,9 @@ def rollout_work(
         of_text = jnp.float32(0.0)
         if text is not None:
             of_text = _forward(policy, text.mask, jnp.sum(trained_tokens(text), dtype=jnp.float32))
-        # The first answer token comes of the prompt; each later one of feeding the one before it.
+        # The prompt yields the first answer token; each later one needs a decoding step on the token before it.
         fed = jnp.where(response & jnp.roll(response, -1, axis=1), positions, -1)
-        # Each part of a rollout reads the weights anew.
+        # Each part of a rollout reads the weights again.
         steps = jnp.sum(jnp.max(jnp.sum(response, axis=-1).reshape(section.rollout_parts, -1), axis=-1) - 1)
         return {
             "flops/rollout": of_policy,
@@ -84,27 +84,27 @@ def rollout_work(
 
 
 def rates(peaks: Peaks | None) -> tuple[Rate, ...]:
-    """Of every stage: FLOP/s, and as a share of the peak where that is known."""
+    """Return the rates of every stage: FLOP/s and, if the peak is known, their share of it."""
     achieved = Rate("flops", "perf/model_flops_per_second")
     return (achieved,) if peaks is None else (achieved, Rate("flops", "perf/mfu", unit=peaks.flops))
 
 
 def phase_rates(peaks: Peaks | None) -> tuple[Rate, ...]:
-    """Of PPO: tokens a second of each phase, and shares of the peaks where they are known."""
+    """Return the rates of PPO's phases: tokens per second and, if the peaks are known, the shares of them."""
 
     def of(name: str, count: str, shown: str, unit: float = 1.0) -> Rate:
         return Rate(f"{count}/{name}", f"perf/{name}_{shown}", unit=unit, during=f"seconds/{name}")
 
-    found = [of(name, "tokens", "tokens_per_second") for name in PHASES]
+    phases = [of(name, "tokens", "tokens_per_second") for name in PHASES]
     if peaks is not None:
-        found += [of(name, "flops", "mfu", peaks.flops) for name in PHASES]
-        found += [of("rollout", "bytes", "bandwidth_share", peaks.bytes)]
-    return tuple(found)
+        phases += [of(name, "flops", "mfu", peaks.flops) for name in PHASES]
+        phases += [of("rollout", "bytes", "bandwidth_share", peaks.bytes)]
+    return tuple(phases)
 
 
 @contextmanager
 def timed(seconds: dict[str, Any], name: str) -> Iterator[Callable[[Any], Any]]:
-    """Wall time of a phase; what is passed to ``wait`` is awaited, so that no phase pays for another."""
+    """Measure the wall time of a phase. ``wait``, the yielded function, waits for arrays that belong to the phase."""
     start = time.perf_counter()
     yield jax.block_until_ready
     seconds[name] = np.float32(time.perf_counter() - start)

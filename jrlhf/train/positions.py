@@ -1,7 +1,6 @@
-"""The positions of a model, which all rows that it reads, and the answers it gives to them, must fit in.
+"""A check that all rows, with the answers to them, fit into the positions of the models that read them.
 
-Positions beyond those that a model was trained for give figures of garbage without an error. So there is one before the
-first step, for every file of rows and every model that reads them.
+A model computes garbage beyond its maximum position without an error, so the check runs before the first step.
 """
 
 from collections.abc import Mapping
@@ -16,29 +15,29 @@ Rows = SFTRows | RankingRows | PromptRows | TextRows
 
 @dataclass(frozen=True)
 class Positions:
-    """A model's positions, and the settings that decide how many of them rows and answers take."""
+    """A model's positions, and the settings that limit the lengths of rows and answers."""
 
     arch: ArchConfig
     length_key: str
-    """The setting that rows are cut by, such as sft.data.max_length."""
+    """Setting of the maximum length of a row, such as sft.data.max_length."""
     new_tokens: int = 0
-    """Tokens of the longest answer, 0 where nothing is sampled."""
+    """Maximum number of tokens of an answer; 0 if the model does not answer."""
     answer_key: str = ""
-    """The setting that answers are cut by, such as sft.sampling.max_new_tokens."""
+    """Setting of the maximum length of an answer, such as sft.sampling.max_new_tokens."""
     model: str = "the model"
 
     def answering(self, sampling: SamplingConfig, key: str) -> "Positions":
-        """The same for prompts, which answers follow; ``key`` names ``sampling`` in the config."""
+        """Return the check for prompts that answers follow; ``key`` names ``sampling`` in the config."""
         return replace(self, new_tokens=sampling.max_new_tokens, answer_key=f"{key}.max_new_tokens")
 
     def check(self, rows: Mapping[str, Rows | None]) -> None:
-        """ConfigError for rows that do not fit, by the setting that names them; None stands for rows that are not."""
-        for key, some in rows.items():
-            if some is not None:
-                self.check_length(int(some.lengths.max()), key=key)
+        """Raise ConfigError for rows that do not fit. Keys are the settings that name the rows; None is skipped."""
+        for key, some_rows in rows.items():
+            if some_rows is not None:
+                self.check_length(int(some_rows.lengths.max()), key=key)
 
     def check_length(self, tokens: int, *, key: str) -> None:
-        """ConfigError, which names ``key``, where the longest of its rows has too many ``tokens``."""
+        """Raise ConfigError, which names ``key``, if ``tokens``, the length of its longest row, are too many."""
         limit = self.arch.max_positions
         if tokens + self.new_tokens <= limit:
             return

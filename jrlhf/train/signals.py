@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first one asks a run to stop, the second one ends the process."""
+"""SIGINT and SIGTERM: the first signal asks a run to stop, the second one ends the process."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ __all__ = ["STOPPING", "Interrupted", "StopRequest", "stop_request"]
 
 
 class StopRequest:
-    """Whether to stop; ``number`` is the signal that asked for it, 0 where none did."""
+    """A flag that is true after a signal; ``number`` is the number of the first signal, or 0."""
 
     number = 0
 
@@ -24,10 +24,10 @@ class StopRequest:
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Notes the first signal for the loop to see when its step is whole.
+    """Record the first signal, so that the loop can stop after its current step.
 
-    At the second one the process ends, with 128 + its number, whatever it is doing: XLA may compile for minutes, in
-    which no handler of Python's runs, so a thread of its own listens. A save that is cut short costs no older step.
+    The second signal ends the process at once with status 128 + its number. XLA may compile for minutes, during which
+    no Python signal handler runs, so a separate thread listens. An interrupted save damages no older checkpoint.
     """
     request = StopRequest()
 
@@ -36,7 +36,7 @@ def stop_request() -> Iterator[StopRequest]:
 
     try:
         before = {number: signal.signal(number, note) for number in STOPPING}
-    except ValueError:  # not the main thread: signals are somebody else's business
+    except ValueError:  # Only the main thread can handle signals.
         yield request
         return
     reading, writing = os.pipe()
@@ -53,16 +53,16 @@ def stop_request() -> Iterator[StopRequest]:
 
 
 def _listen(reading: int) -> None:
-    """Python writes the number of each signal to the pipe, whichever thread is busy."""
-    asked = False
+    """Read signal numbers from the pipe, where Python writes them even while the main thread is busy."""
+    stop_pending = False
     while number := os.read(reading, 1):
         if number[0] not in STOPPING:
             continue
-        if asked:
+        if stop_pending:
             if sys.stdout.isatty():
                 os.write(sys.stdout.fileno(), SHOW_CURSOR)
-            os.write(2, b"jrlhf: ended at once; the same command goes on from the newest checkpoint\n")
+            os.write(2, b"jrlhf: ended at once; the same command resumes from the newest checkpoint\n")
             os._exit(128 + number[0])
-        asked = True
-        os.write(2, b"jrlhf: stopping when this step is done and saved; once more ends it at once\n")
+        stop_pending = True
+        os.write(2, b"jrlhf: stopping when this step is done and saved; a second signal ends it at once\n")
     os.close(reading)

@@ -1,4 +1,4 @@
-"""The place of a running stage: what its parts share and pass on together."""
+"""The site of a running stage: its config, folder, devices and tokenizer."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from jrlhf.data import Tokenizer
 
 
 class Site(NamedTuple):
-    """A stage's config, folder, devices and tokenizer."""
+    """The config, folder, devices and tokenizer that all parts of a stage share."""
 
     config: Config
     stage: str
@@ -18,4 +18,4 @@ class Site(NamedTuple):
     folder: Path
     mesh: Mesh
     tokenizer: Tokenizer
-    """Tokenizer of the model that is trained."""
+    """Tokenizer of the trained model."""

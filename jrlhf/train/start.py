@@ -1,4 +1,4 @@
-"""What every stage does before its loop: mesh, state, jitted step."""
+"""Setup of every stage before its loop: the mesh, the state and the jitted step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,15 +17,15 @@ from jrlhf.types import Key, Metrics, Params, TrainState
 
 
 def mesh_of(config: Config) -> Mesh:
-    """The mesh a config asks for, over all devices."""
+    """Return the mesh of a config over all devices."""
     axes = config.mesh
     return make_mesh(data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
 
 
-def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
-    """How a model is computed with, and what names it: keywords of ``load_pretrained`` and ``load_reward_model``.
+def compute_options(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
+    """Return the keywords of ``load_pretrained`` and ``load_reward_model``: dtype, remat, attention, option.
 
-    ConfigError, which names ``key``, where this machine cannot.
+    Raise ConfigError, which names ``key``, if the devices do not support the attention.
     """
     device = mesh.devices.flat[0]
     platform, kind = device.platform, device.device_kind
@@ -38,13 +38,13 @@ def computed(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
 
 
 class Training(NamedTuple):
-    """What a stage trains, as arrays or as shapes, and the two programs that make its state and move it."""
+    """The parameters of a stage, as arrays or shapes, and its two programs, the start and the update."""
 
     trained: Params
     frozen: Params | None
-    """The parameters that complete the trained ones and never change; None where all are trained."""
+    """Constant parameters that complete the trained ones; None if all are trained."""
     ema: Params | None
-    """Parameters that an average over updates starts from; None where there is no average."""
+    """Initial parameters of the moving average; None without an average."""
     shardings: Any
     """Sharding of every leaf of the state."""
     start: Any
@@ -53,7 +53,7 @@ class Training(NamedTuple):
     """Jitted ``(state without its frozen part, frozen, batch, key) -> (state, metrics)``, which donates the state."""
 
     def step(self, state: TrainState, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
-        """Apply ``update`` to a state with its frozen part."""
+        """Apply ``update`` to a state that includes its frozen part."""
         new, metrics = self.update(state._replace(frozen=None), state.frozen, batch, key)
         return new._replace(frozen=state.frozen), metrics
 
@@ -68,9 +68,9 @@ def build_training(
     rules: ShardingRules,
     ema: Params | None = None,
 ) -> Training:
-    """Jit the start and the step over the mesh; the state has the shardings of its parameters.
+    """Jit the start and the step over the mesh; the state takes the shardings of its parameters.
 
-    ``trained`` and ``frozen`` are the two parts of ``lora.trainable``, arrays in a run and shapes in a plan.
+    ``trained`` and ``frozen`` are the two parts of ``lora.trainable``: arrays in a run, shapes in a plan.
     """
     init = first_state(tx)
     shardings = tree_shardings(jax.eval_shape(init, trained, ema), mesh, rules)
@@ -79,18 +79,18 @@ def build_training(
 
 
 def begin(training: Training, *, mesh: Mesh, key: Key, kl_coef: float = 0.0) -> RunState:
-    """Return the state before the first step. ``key`` is that of the stage's steps."""
-    # Copies: the step donates its state, and the caller keeps the model it loaded. A fresh head is on one device yet.
+    """Return the state before the first step; ``key`` is the root key of the stage's steps."""
+    # The step donates its state, so the state gets copies and the caller keeps its model. Fresh heads are on one device.
     copies = tree_copy((training.trained, training.ema))
     train = training.start(*jax.device_put(copies, (training.shardings.params, training.shardings.ema)))
-    # On every device from the start: restored from a checkpoint, these would be bound to the first one alone.
+    # The scalars are replicated now, because a checkpoint would otherwise restore them to the first device only.
     scalars = jax.jit(lambda: (key, jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh))
     run_key, cursor, coef = scalars()
     return RunState(train._replace(frozen=training.frozen), run_key, cursor, coef)
 
 
 def first_state(tx: optax.GradientTransformation) -> Callable[[Params, Params | None], TrainState]:
-    """The state before the first step, of the parameters that are trained and those that an average starts from."""
+    """Return ``(trained parameters, initial parameters of the average) -> state before the first step``."""
 
     def init(params: Params, ema: Params | None) -> TrainState:
         return TrainState(params, tx.init(params), jnp.int32(0), ema)

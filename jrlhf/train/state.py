@@ -1,4 +1,4 @@
-"""All that a run is between two steps."""
+"""The complete state of a run between two steps."""
 
 from typing import Any, NamedTuple
 
@@ -9,22 +9,22 @@ from jrlhf.types import Key, TrainState
 
 
 class RunState(NamedTuple):
-    """All state of a run. What is not in here is not in the checkpoint, and does not exist."""
+    """The complete state of a run; a checkpoint holds exactly these arrays, without the frozen weights."""
 
     train: TrainState
     key: Key
-    """The key of the stage's steps: step i uses ``fold_in(key, i)``."""
+    """Root key of the stage's steps; step i uses ``fold_in(key, i)``."""
     cursor: Int[Array, ""]
-    """Steps (PPO: iterations) done; with the seed it decides the next batch."""
+    """Number of finished steps, in PPO iterations; cursor and seed determine the next batch."""
     kl_coef: Float[Array, ""]
-    """PPO's beta; 0 in the other stages."""
+    """KL coefficient β of PPO; 0 in the other stages."""
 
 
 def saved_part(state: RunState) -> RunState:
-    """Without the frozen weights: they are those of the model that the config names, and never change."""
+    """Drop the frozen weights from a state; they are constant, and the config names the model that has them."""
     return state._replace(train=state.train._replace(frozen=None))
 
 
 def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree, to restore into."""
+    """Return the shapes, dtypes and shardings of a tree, as the target of a restore."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -29,8 +29,8 @@ from jrlhf.parallel.devices.topology import Topology, parse_topology
 from jrlhf.plan import run as plan_run
 from jrlhf.plan import run_plan
 from jrlhf.plan.parts import StageFigures
-from jrlhf.plan.programs import Figures, cache_bytes, compiled, measured
-from jrlhf.plan.run import KEPT_BACK, fitting_rows, plan_stage, planned_target
+from jrlhf.plan.programs import Figures, cache_bytes, compile_program, program_figures
+from jrlhf.plan.run import RESERVED_FRACTION, fitting_rows, plan_stage, planned_target
 from jrlhf.stages.ppo import plan_ppo
 from jrlhf.stages.reward import plan_reward
 from jrlhf.stages.sft import plan_sft
@@ -168,7 +168,7 @@ def test_a_cache_in_int8_is_planned_with_its_scales(dtype: Literal["float32", "b
         site = planned_target(config)
         sized = plan_ppo(config, site)
         program = next(p for p in sized.build(sized.rows).programs if p.name == "rollout")
-        return measured(program, site.topology, site.mesh, dtype).cache, program.read
+        return program_figures(program, site.topology, site.mesh, dtype).cache, program.read
 
     vectors, seen = 2 * 5 * 2 * 4 * 24, 2 * 5 * 2 * 4 * sum(range(17, 24))
     (plain, read), (small, less) = rollout("compute"), rollout("int8")
@@ -187,7 +187,7 @@ def update_of(config: PlanConfig) -> tuple[Sized, Target]:
 
 
 def update_figures(sized: Sized, site: Target, rows: int) -> Figures:
-    return measured(sized.build(rows).programs[1], site.topology, site.mesh, "float32")
+    return program_figures(sized.build(rows).programs[1], site.topology, site.mesh, "float32")
 
 
 def on(devices: int, **sft) -> PlanConfig:
@@ -206,7 +206,7 @@ def test_rows_stay_with_their_device_where_weights_are_split() -> None:
     for devices in (2, 8):
         sized, site = update_of(on(devices, batch_size=8 * devices, microbatch=8))
         program = sized.build(8).programs[1]
-        memory = compiled(program, site.topology).memory_analysis()
+        memory = compile_program(program, site.topology).memory_analysis()
         temporaries.append(memory.temp_size_in_bytes)
         # The compiler's own count of what is given agrees, but for the key, which is not used.
         given = device_bytes(program.args)
@@ -218,7 +218,7 @@ def test_a_batch_that_does_not_fit_and_the_one_that_does(monkeypatch: pytest.Mon
     sized, site = update_of(replace(CONFIG, sft=replace(CONFIG.sft, microbatch=2)))
     peaks = [update_figures(sized, site, rows).peak for rows in (12, 13)]
     # 12 rows a device fit, 13 do not.
-    monkeypatch.setattr(Topology, "memory", lambda self: sum(peaks) / 2 / (1 - KEPT_BACK))
+    monkeypatch.setattr(Topology, "memory", lambda self: sum(peaks) / 2 / (1 - RESERVED_FRACTION))
     fine = plan_stage(sized, site)
     assert (fine.batch, fine.fits, fine.fitting_batch) == (16, True, 12 * 8)
     big, site = update_of(replace(CONFIG, sft=replace(CONFIG.sft, batch_size=320, microbatch=40)))

@@ -17,7 +17,7 @@ from jrlhf.models import load_pretrained
 from jrlhf.models.cache import CacheKind
 from jrlhf.parallel import make_mesh, shard_batch
 from jrlhf.rollout import sampling
-from jrlhf.rollout.sampling import drawn_together, jit_sampler
+from jrlhf.rollout.sampling import jit_sampler, samples_per_prompt
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.tools.inference import run_generate
@@ -37,7 +37,7 @@ PROMPTS = ["Once", "Lily and Tom went to the", "One day, a little girl", "The do
 def test_as_many_answers_are_drawn_together_as_nearly_fill_a_device_s_rows(
     samples: int, batch_size: int, devices: int, expected: int
 ) -> None:
-    assert drawn_together(samples, batch_size=batch_size, devices=devices) == expected
+    assert samples_per_prompt(samples, batch_size=batch_size, devices=devices) == expected
 
 
 def drawn(

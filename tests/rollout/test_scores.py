@@ -36,7 +36,7 @@ from jrlhf.rollout import rules
 from jrlhf.rollout import scores as rewards
 from jrlhf.rollout.rules import Rule, columns_read, make_rules, start_rules
 from jrlhf.rollout.sampling import texts_of
-from jrlhf.rollout.scores import agreed, weigh
+from jrlhf.rollout.scores import ensemble_score, weigh
 from jrlhf.rules import EndpointError, Episode
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo
@@ -457,8 +457,8 @@ def test_a_function_s_mistake_names_it(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_disagreement_costs() -> None:
     scores = jnp.asarray([[1.0, 2.0], [3.0, 2.0]])
-    assert agreed(scores, coef=0.0).tolist() == [2.0, 2.0]
-    assert agreed(scores, coef=0.5).tolist() == [1.5, 2.0]
+    assert ensemble_score(scores, coef=0.0).tolist() == [2.0, 2.0]
+    assert ensemble_score(scores, coef=0.5).tolist() == [1.5, 2.0]
 
 
 def test_reward_models_and_rules_add_up(tmp_path: Path) -> None:

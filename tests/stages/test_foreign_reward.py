@@ -17,7 +17,7 @@ from jrlhf.data import Encoder, load_prompts
 from jrlhf.data.formats import Example
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.rollout.actors import load_actors
-from jrlhf.rollout.evaluation import judging
+from jrlhf.rollout.evaluation import with_judge
 from jrlhf.rollout.models import weight_reader
 from jrlhf.rollout.reward_models import make_scorer
 from jrlhf.rollout.sampling import jit_generate, texts_of
@@ -167,7 +167,7 @@ def test_ppo_its_ensemble_and_the_canary_read_it_alike(foreign: Foreign, chat: b
     scores = make_scorer(actors, mesh, slices=1, option="ppo.reward")(generation, prompts, rows)
     np.testing.assert_allclose(scores, recipe(foreign), atol=SCORED)
     judge = make_scorer(
-        judging(config.ppo, "ppo", actors, weight_reader(config, mesh)), mesh, slices=1, option="ppo.reward"
+        with_judge(config.ppo, "ppo", actors, weight_reader(config, mesh)), mesh, slices=1, option="ppo.reward"
     )(generation, prompts, rows)
     np.testing.assert_allclose(judge, recipe(foreign), atol=SCORED)
     together = learned_scorer(config.ppo.rewards, actors, mesh, slices=1, stage="ppo")(generation, prompts, rows)
@@ -217,5 +217,5 @@ def test_sampled_tokens_are_read_only_where_each_has_an_embedding(tmp_path: Path
     actors = load_actors(wider.ppo, "ppo", weight_reader(wider, mesh), value_from=wider.ppo.value_from)
     assert actors.reward_tokenizer is not None
     assert actors.value.arch.vocab_size == len(tokenizer) + 4
-    with pytest.raises(ValueError, match=r"ppo\.value_from: the value network reads the policy's tokens, of which"):
+    with pytest.raises(ValueError, match=r"ppo\.value_from: the value network reads the policy's tokens, but"):
         load_actors(wider.ppo, "ppo", weight_reader(wider, mesh), value_from="reward")

@@ -29,7 +29,7 @@ from jrlhf.train.programs import (
     planned_training,
 )
 from jrlhf.train.site import Site
-from jrlhf.train.start import Training, begin, build_training, computed
+from jrlhf.train.start import Training, begin, build_training, compute_options
 
 
 class ToyInputs(StageInputs):
@@ -57,7 +57,7 @@ def build_toy(config, model, mesh, *, updates) -> Training:
 
 def prepare_toy(site: Site, inputs: ToyInputs) -> Prepared:
     config, mesh, toy, rows = site.config, site.mesh, site.config.toy, inputs.train
-    model = load_pretrained(inputs.source, mesh=mesh, **computed(toy.model, mesh, key="toy.model"))
+    model = load_pretrained(inputs.source, mesh=mesh, **compute_options(toy.model, mesh, key="toy.model"))
     order = Order(config.seed, batch_size=toy.batch_size, lengths=rows.lengths, parts=rows.parts)
     training = build_toy(config, model, mesh, updates=2)
 

@@ -31,7 +31,7 @@ from jrlhf.data.tokenizer_files import tokenizer_files
 from jrlhf.models import load_pretrained, reward_from_pretrained, save_reward_model
 from jrlhf.models.hf.folder_files import write_files
 from jrlhf.rollout import evaluation as ppo_eval
-from jrlhf.rollout.scores import Rewards, Scored
+from jrlhf.rollout.scores import Rewards, ScoredAnswers
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages import ppo
 from jrlhf.stages.ppo import run_ppo
@@ -83,8 +83,8 @@ def told(config: Config, kind: str) -> list[dict[str, Any]]:
 def rewarded(monkeypatch: pytest.MonkeyPatch, reward: Callable[[Generation], jax.Array]) -> None:
     score = jax.jit(reward)
 
-    def scored(generation: Generation, *_: Any) -> Scored:
-        return Scored(generation, score(generation), {})
+    def scored(generation: Generation, *_: Any) -> ScoredAnswers:
+        return ScoredAnswers(generation, score(generation), {})
 
     rewards = Rewards(lambda *_: dict, scored)
     monkeypatch.setattr(ppo, "make_rewards", lambda *_, **__: rewards)
@@ -213,7 +213,7 @@ def test_a_sampler_that_is_not_the_policy_is_named_as_the_cause(
     config = small(tmp_path, reward_folder, lr=3e-3, iterations=step, stop=(".",))
     run_ppo(config)
     assert (guard, step) in {(event["guard"], event["step"]) for event in told(config, "guard")}
-    assert "answers are not drawn from the policy that is trained" in caplog.text
+    assert "the sampler and the trained policy disagree" in caplog.text
 
 
 def test_a_sound_sampler_is_not_suspected(tmp_path: Path, reward_folder: Path) -> None:

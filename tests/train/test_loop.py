@@ -300,7 +300,7 @@ def test_a_guard_fires_at_the_last_of_its_patience_and_once(
     config = GuardsConfig(**(off | {guard: GuardConfig(bound=bound, patience=2, action="stop")}))
 
     def fired(watch: Watch, rollouts: list[dict[str, float]]) -> list[list[str]]:
-        return [[alarm.guard for alarm in watch.judge(healthy(**changes))] for changes in rollouts]
+        return [[alarm.guard for alarm in watch.check(healthy(**changes))] for changes in rollouts]
 
     watch = Watch(config, None)
     assert fired(watch, [{}, bad, good, bad]) == [[], [], [], []]
@@ -374,7 +374,7 @@ CALM = {"kl": GuardConfig(action="off"), **OFF}
 CANARY = CanaryConfig(action="rollback", errors=2.0)
 
 
-def judged(state: RunState, number: int) -> dict[str, float]:
+def rising_then_falling(state: RunState, number: int) -> dict[str, float]:
     """Rises with the steps that the parameters have seen up to four of them, and falls after that."""
     seen = int(state.train.step)
     return {"eval/w_mean": float(seen if seen <= 4 else 4 - 3 * (seen - 4)), "eval/w_stderr": 0.5}
@@ -382,7 +382,12 @@ def judged(state: RunState, number: int) -> dict[str, float]:
 
 def watched_run(folder: Path, **changes: Any) -> Outcome:
     """Evaluations and checkpoints every 2 of 10 steps."""
-    parts = {"guards": GuardsConfig(**CALM), "canary": CANARY, "evaluate": judged, "best_metric": "eval/w_mean"}
+    parts = {
+        "guards": GuardsConfig(**CALM),
+        "canary": CANARY,
+        "evaluate": rising_then_falling,
+        "best_metric": "eval/w_mean",
+    }
     return run_loop(
         fake_loop(**(parts | {"advance": straying} | changes)),
         new_state(),

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jrlhf.config import ConfigError, ModelConfig
 from jrlhf.parallel import make_mesh
-from jrlhf.train.start import computed
+from jrlhf.train.start import compute_options
 
 
 def mesh_of(platform, kind):
@@ -27,10 +27,10 @@ def mesh_of(platform, kind):
 )
 def test_an_attention_that_cannot_be_had_is_named(attention, mesh, error):
     with pytest.raises(ConfigError, match=rf"^sft\.model\.attention: {error}$"):
-        computed(ModelConfig(dtype="bfloat16", attention=attention), mesh, key="sft.model")
+        compute_options(ModelConfig(dtype="bfloat16", attention=attention), mesh, key="sft.model")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tpu_takes_splash(dtype):
     model = ModelConfig(dtype=dtype, attention="splash")
-    assert computed(model, mesh_of("tpu", "TPU v5 lite"), key="")["attention"] == "splash"
+    assert compute_options(model, mesh_of("tpu", "TPU v5 lite"), key="")["attention"] == "splash"
