@@ -80,7 +80,7 @@ def build_training(
 
 def begin(training: Training, *, mesh: Mesh, key: Key, kl_coef: float = 0.0) -> RunState:
     """Return the state before the first step; ``key`` is the root key of the stage's steps."""
-    # The step donates its state, so the state gets copies and the caller keeps its model. Fresh heads are on one device.
+    # The step donates its state, so the state gets copies and the caller keeps its model. A new head is on one device.
     copies = tree_copy((training.trained, training.ema))
     train = training.start(*jax.device_put(copies, (training.shardings.params, training.shardings.ema)))
     # The scalars are replicated now, because a checkpoint would otherwise restore them to the first device only.
