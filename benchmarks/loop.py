@@ -40,13 +40,14 @@ class Calls:
 
 def main() -> None:
     args = arguments(__doc__, batch=8, length=256, steps=60, every=20)
-    calls, start_training = Calls(), sft_stage.start_training
+    calls = Calls()
+    build = sft_stage.build_training
 
-    def start_timed(*inputs: Any, **settings: Any) -> Any:
-        state, update = start_training(*inputs, **settings)
-        return state, calls.timed(update)
+    def build_timed(*inputs: Any, **settings: Any) -> Any:
+        training = build(*inputs, **settings)
+        return training._replace(update=calls.timed(training.update))
 
-    with TemporaryDirectory() as name, patch.object(sft_stage, "start_training", start_timed):
+    with TemporaryDirectory() as name, patch.object(sft_stage, "build_training", build_timed):
         folder, arch = Path(name), arch_of(args)
         save_random_model(folder / "model", arch)
         save_tokenizer(folder / "model", arch.vocab_size)

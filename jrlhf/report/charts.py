@@ -10,16 +10,13 @@ from bokeh.plotting import figure
 
 from jrlhf.report.overoptimisation import overoptimisation_fit
 from jrlhf.report.record import Points, Record, StageView
+from jrlhf.runs.metrics import PROXY_AND_GOLD
 
 COLOURS = ("#3b82c4", "#d0702f", "#4f9d69", "#a06bb8", "#b3a125")
 """Colours that stand out on white and on black."""
 SOFT = "#808894"
 MAX_POINTS = 400
 BINS = 20
-
-PROXY_AND_GOLD = ("eval/score_mean", "eval/judge_mean", "eval/gold")
-"""Scores of held-out answers: by the reward model that PPO optimises, by a second one, and by the quick start's word
-lists."""
 
 
 def stage_charts(stage: StageView, runs: Sequence[Record]) -> tuple[list[Any], list[Any]]:

@@ -16,6 +16,10 @@ from jrlhf.system.lines import complete_lines, json_line, read_complete_json_lin
 
 LINES_WITHOUT_TERMINAL = 20
 
+PROXY_AND_GOLD = ("eval/score_mean", "eval/judge_mean", "eval/gold")
+"""Scores of held-out answers: by the reward model that PPO optimises, by a second one, and by the quick start's word
+lists."""
+
 
 class RowLog:
     """An append-only file with one JSON object per line.

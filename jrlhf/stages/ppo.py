@@ -14,7 +14,6 @@ from jrlhf.core import combine
 from jrlhf.data import SFTRows, load_sft
 from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.parallel.step import Step
-from jrlhf.report.charts import PROXY_AND_GOLD
 from jrlhf.rollout.actors import Actors, learnt_policy, load_actors, trainable_actors, value_of
 from jrlhf.rollout.evaluation import has_judge, make_evaluator
 from jrlhf.rollout.inputs import RolloutInputs
@@ -35,6 +34,7 @@ from jrlhf.rollout.sampling import jit_generate
 from jrlhf.rollout.scores import make_rewards
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.inputs import RowsInput, with_sources
+from jrlhf.runs.metrics import PROXY_AND_GOLD
 from jrlhf.stages.run import run_stage
 from jrlhf.stages.stage import Export, Prepared, Stage, load_language
 from jrlhf.steps import PPOSettings, make_ppo_step

@@ -98,7 +98,7 @@ def test_the_page_has_ratios_within_rounds_and_names_who_is_not_there(
     assert "Peaks: float32: matmul 8 (8 to 8) GFLOP/s, copy 1 (1 to 1) GB/s." in text
     assert "- TRL / Hugging Face (1): plain; `OMP_NUM_THREADS=2`. SFT step, XS, float32." in text
     assert "`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`" in text
-    assert f"| TRL / Hugging Face | none: {ANSWERED - 1} tokens in place of {ANSWERED} |" in text
+    assert f"| TRL / Hugging Face | none: {ANSWERED - 1} tokens instead of {ANSWERED} |" in text
     assert "| PPO iteration, XS, float32 | jrlhf | 1.0 s |" in text
     assert capsys.readouterr().out.count("| jrlhf |") == 3
     [(name, results)] = drawn

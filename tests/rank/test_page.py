@@ -220,7 +220,7 @@ def test_it_fits_a_phone_and_is_named_for_screen_readers(opened, tmp_path, schem
     light = [sum(map(int, value.removeprefix("rgb(").rstrip(")").split(","))) / 3 for value in (ground, text)]
     assert (light[0] > 200 and light[1] < 80) if scheme == "light" else (light[0] < 60 and light[1] > 200)
     assert page.locator(".answer.placed").get_attribute("aria-label").startswith("Answer 1, place 1: Answer 0.")
-    assert page.get_by_role("progressbar", name="Tasks decided").count() == 1
+    assert page.get_by_role("progressbar", name="Tasks done").count() == 1
     assert page.get_by_role("button", name="Submit").count() == 1
     assert page.get_by_role("list").count() == 1
     unnamed = "[...document.querySelectorAll('button,input,textarea')].filter(e => e.checkVisibility()"

@@ -284,8 +284,8 @@ def test_the_reference_comes_with_the_prompt_s_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rewards", "row", "said"),
     [
-        (RewardsConfig(refusal=RefusalRuleConfig(weight=1.0)), {"refusal": "maybe"}, "column refusal .*found 'maybe'"),
-        (RewardsConfig(answer=AnswerRuleConfig(weight=1.0)), {"answer": "abc"}, "column answer .*no number in"),
+        (RewardsConfig(refusal=RefusalRuleConfig(weight=1.0)), {"refusal": "maybe"}, "column refusal .*got 'maybe'"),
+        (RewardsConfig(answer=AnswerRuleConfig(weight=1.0)), {"answer": "abc"}, "column answer .*has no number"),
     ],
 )
 def test_a_cell_that_cannot_be_read_is_named(rewards: RewardsConfig, row: dict[str, Any], said: str) -> None:
@@ -399,7 +399,7 @@ def test_answers_without_a_score_are_left_out_and_counted(tmp_path: Path, monkey
     """A server that fails on every third request: no zero rewards, other answers learn, and the figures say so."""
     asked: list[int] = []
 
-    def endpoint(url: str, episodes: Any, *, timeout: float, retries: int, deadline: float) -> list[float]:
+    def endpoint(url: str, episodes: Any, *, timeout: float, retries: int, deadline: float, limit: str) -> list[float]:
         asked.append(len(episodes))
         if len(asked) % 3 == 0:
             raise EndpointError("down")

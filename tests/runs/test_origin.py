@@ -170,7 +170,7 @@ def inputs_of(config: Config) -> dict[str, tuple[str, Path, Callable[[Path], Non
             "ppo",
             folder / "own_rule.py",
             another_line,
-            r"ppo\.rewards\.function\.path: .*own_rule\.py has another content",
+            r"ppo\.rewards\.function\.path: .*own_rule\.py has changed since the run",
         ),
     }  # fmt: skip
 
@@ -253,7 +253,7 @@ def test_a_version_that_makes_other_rows_of_the_same_file_is_named(made: Config,
     origin = json.loads(path.read_text())
     next(of for of in origin["inputs"] if of["key"] == "reward.data.train")["digest"] = "of another version"
     path.write_text(json.dumps(origin))
-    with pytest.raises(ConfigError, match=r"reward\.data\.train: .* makes other rows .* another version of jrlhf"):
+    with pytest.raises(ConfigError, match=r"reward\.data\.train: .* gives other rows .* another version of jrlhf"):
         run_reward(config)
     # One that is done is done: nothing is made again.
     summary = end(config, "reward")
@@ -402,7 +402,7 @@ def test_a_pattern_that_fits_more_files_makes_other_rows(tmp_path: Path) -> None
     (parts / "c.jsonl").unlink()
 
     # A checkpoint's adapters are exported with the weights that they were trained on, and no others.
-    with changed(tmp_path / "base", other_weights), pytest.raises(ConfigError, match="the weights of then"):
+    with changed(tmp_path / "base", other_weights), pytest.raises(ConfigError, match="need the old weights"):
         run_export(ExportConfig(config.run, str(tmp_path / "out"), stage="sft", step=1))
     run_export(ExportConfig(config.run, str(tmp_path / "out"), stage="sft", step=1))
 

@@ -146,7 +146,7 @@ def test_an_interrupted_run_ends_as_the_unbroken_one(name: str, finished: Finish
     run: Callable[..., Any] = {"sft": run_sft, "ppo": run_ppo}[name]
 
     def interrupt(event: Event) -> None:
-        if (event.kind, event.step) == ("step", 4 if name == "sft" else 1):
+        if (event.kind, event.step) == ("step", 2 if name == "sft" else 1):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(Interrupted, match="stopped at step"):
@@ -233,7 +233,7 @@ def test_answers_are_sampled_as_tasks_to_rank(finished: Finished, tmp_path: Path
     assert all(2 <= len(set(task["completions"])) == len(task["completions"]) <= 3 for task in tasks)
     assert all((task["model"], task["seed"], task["temperature"]) == (config.run, 5, 0.7) for task in tasks)
     assert len({task["id"] for task in tasks}) == len(tasks)
-    assert "answers left out: blank, or the same as another one of their prompt" in said
+    assert "answers left out: blank, or the same as another answer to their prompt" in said
     drawn = tmp_path / "answers.jsonl"
     run_generate(GenerateConfig(config.run, prompts, out=str(drawn), samples=9, seed=5, sampling=sampling))
     expected = {row["prompt"]: distinct(row["completions"]) for row in read_jsonl(drawn)}

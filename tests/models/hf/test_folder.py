@@ -100,7 +100,7 @@ def test_normalisation_and_bias_survive_the_folder(folder, tmp_path):
 @pytest.mark.parametrize(("gain", "bias"), [(0.0, 0.0), (-1.0, 0.0), (float("nan"), 0.0), (1.0, float("inf"))])
 def test_a_normalisation_that_would_destroy_the_order_is_refused(folder, gain, bias):
     model = reward_from_pretrained(load_pretrained(folder, dtype="float32"), jax.random.key(1))
-    with pytest.raises(ValueError, match="gain must be positive"):
+    with pytest.raises(ValueError, match="gain and bias must be finite and gain positive"):
         normalise_reward(model, gain=gain, bias=bias)
 
 
@@ -201,7 +201,7 @@ def test_the_two_kinds_of_folder_are_not_mistaken_for_each_other(folder, tmp_pat
         load_reward_model(folder, dtype="float32")
     model = reward_from_pretrained(load_pretrained(folder, dtype="float32"), jax.random.key(1))
     save_reward_model(model, tmp_path / "reward")
-    with pytest.raises(ValueError, match=r": a reward model \(LlamaForSequenceClassification\); a language model"):
+    with pytest.raises(ValueError, match=r": is a reward model \(LlamaForSequenceClassification\); a language model"):
         load_pretrained(tmp_path / "reward", dtype="float32")
     config = json.loads((tmp_path / "reward" / "config.json").read_text())
     (tmp_path / "reward" / "config.json").write_text(json.dumps(config | {"id2label": {"0": "a", "1": "b"}}))
@@ -223,7 +223,7 @@ def test_the_two_kinds_of_folder_are_not_mistaken_for_each_other(folder, tmp_pat
         ("./model/llama", r"no such folder; did you mean models\?$"),
         ("~/models/llamma", r"no such folder; did you mean .*/models/llama\?$"),
         ("someone/model", r"no such folder; and no such model on the hub: it is not in the local cache, and"),
-        ("models/readme.txt", r"a file; name the Hugging Face folder that holds it$"),
+        ("models/readme.txt", r"is a file; name the Hugging Face folder that contains it$"),
     ],
 )
 def test_every_door_says_what_is_wrong_with_a_path(tmp_path, monkeypatch, name, message):
@@ -241,7 +241,7 @@ def test_every_door_says_what_is_wrong_with_a_path(tmp_path, monkeypatch, name, 
 
 
 def test_a_folder_of_models_names_them(folder):
-    with pytest.raises(FileNotFoundError, match=r"config\.json: missing: .*; there is one in source$"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: missing, so .*; there is one in source$"):
         load_pretrained(folder.parent, dtype="float32")
 
 
@@ -266,7 +266,7 @@ def test_tensors_that_people_are_known_to_have_come_with_what_to_do(folder, chan
 
 def test_a_missing_head_may_be_the_embedding(folder):
     edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(ValueError, match=r"missing tensors: lm_head\.weight; a model whose .* has tie_word"):
+    with pytest.raises(ValueError, match=r"missing tensors: lm_head\.weight; if .* set tie_word_embeddings to true"):
         load_pretrained(folder, dtype="float32")
 
 
@@ -305,9 +305,9 @@ def test_a_reward_start_is_a_reward_model_or_a_fresh_head(folder, tmp_path):
     save_reward_model(fresh, tmp_path / "reward")
     again = load_reward_start(tmp_path / "reward", jax.random.key(2), dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, again.params, fresh.params)
-    with pytest.raises(ValueError, match=r"reward: a reward model \(LlamaForSeq.*\); sft\.model\.path needs a"):
+    with pytest.raises(ValueError, match=r"reward: is a reward model \(LlamaForSeq.*\); sft\.model\.path needs a"):
         load_pretrained(tmp_path / "reward", dtype="float32", option="sft.model.path")
-    with pytest.raises(ValueError, match=r"source: a language model \(LlamaForCausalLM\); model needs a reward model"):
+    with pytest.raises(ValueError, match=r"source: is a language model \(LlamaForCausalLM\); model needs a reward model"):
         load_reward_model(folder, dtype="float32", option="model")
 
 

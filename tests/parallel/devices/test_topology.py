@@ -59,7 +59,7 @@ def test_without_a_name_it_is_this_machine() -> None:
 
 @pytest.mark.parametrize("name", ["v5p", "x100x8", "h100-8", "v5px8", "cpu8", "cpu:0", "h100x0", "8", "-"])
 def test_an_unknown_name_lists_those_there_are(name: str) -> None:
-    with pytest.raises(ValueError, match=r"not known; there are .*h100x8.*v5p-8.*cpu:8"):
+    with pytest.raises(ValueError, match=r"not known; known are .*h100x8.*v5p-8.*cpu:8"):
         parse_topology(name)
 
 
