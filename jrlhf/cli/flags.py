@@ -112,7 +112,9 @@ def print_help(command: str, cls: type, about: str) -> None:
 
     if issubclass(cls, Config):
         parts = sections(command)
-        config_help = tyro.conf.arg(help="YAML file of the run; it may hold the other stages too.", metavar="FILE.yaml")
+        config_help = tyro.conf.arg(
+            help="YAML file of the run; the command of one stage ignores the others.", metavar="FILE.yaml"
+        )
         shown: list[Any] = [("config", Annotated[str, config_help], field(default=""))]
         for f in fields(Config):
             if f.name not in parts:

@@ -48,13 +48,13 @@ class ModelConfig(WithPaths):
     """Source of the weights and the tokenizer, and how the model computes."""
 
     path: PathText = ""
-    """Hugging Face folder, hub id, run or stage folder, or asset:NAME, which ships with jrlhf. Empty: the previous
-    stage's model, unless the section says otherwise."""
+    """Hugging Face folder, hub id, run or stage folder, or asset:NAME, which ships with jrlhf. Empty: the model that
+    the stage before exported; the first stage needs one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Master weights and optimizer state are always float32."""
     remat: bool = False
-    """Recompute whole layers in the backward pass: less memory, about a third more time. If false, products with a
-    weight are stored, and only the rest is recomputed."""
+    """Recompute whole layers in the backward pass: less memory, about a third more time. If false, the outputs of
+    weight matrices are stored, and only the rest is recomputed."""
     attention: Literal["xla", "cudnn", "splash"] = "xla"
     """Implementation of attention in training and scoring. cudnn: NVIDIA's fused kernels, for GPUs in bfloat16 only.
     splash: JAX's Pallas kernel, for TPU v4 or newer only."""
@@ -91,8 +91,8 @@ class LoRAConfig:
     alpha: float = 16.0
     """Scale of the adapters: their product is multiplied by alpha / rank."""
     targets: str = "."
-    """Regular expression for the Hugging Face names of the linear maps that get adapters (q_proj|v_proj). It may match
-    any part of a name; the default matches all."""
+    """Regular expression for the Hugging Face names of the linear maps that get adapters, such as q_proj|v_proj. It may
+    match any part of a name; the default matches all."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,17 @@ class DataConfig(WithPaths):
 
     train: Sources = ""
     """Training rows: a .jsonl, .ndjson, .json, .csv, .tsv, .parquet or .arrow file, several files by a pattern
-    (data/*.jsonl), a folder of save_to_disk or a hub id (either may end in :split), or asset:NAME. Several sources have
-    weights: with {a.jsonl: 3, b.jsonl: 1} three of four rows come from the first, whatever its length; an epoch has as
-    many draws as the sources have rows together."""
+    (data/*.jsonl), a folder of datasets' save_to_disk or a hub id (either may end in :split), or asset:NAME. Several
+    sources have weights: with {a.jsonl: 3, b.jsonl: 1} three of four rows come from the first, whatever its length; an
+    epoch has as many draws as the sources have rows together."""
     eval: PathText = ""
     """Held-out rows from a single source. Empty: no evaluation."""
     max_length: int = 1024
-    """Maximum length of a sequence in tokens. Longer ones are cut at the end (rankings: at the start of the prompt);
-    the log and the stage's summary say how many."""
+    """Maximum length of a sequence in tokens. Longer ones are cut at the end (prompts, and the prompts of rankings, at
+    the start); the log and the stage's summary say how many."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Response to a row that cannot be used for training. error: end the run. skip: leave the row out and count it. SFT
-    always leaves out answers whose label is false."""
+    always leaves out rows with label: false."""
     buckets: int = 4
     """Number of padded lengths to compile for, evenly spaced up to max_length."""
     cache: PathText = "auto"

@@ -34,8 +34,8 @@ class StageConfig(WithPaths):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     microbatch: int = 0
-    """Number of rows that a device processes at once; 0: its whole share of the batch, on a CPU about 1,024 tokens. The
-    update is the same."""
+    """Number of rows that a device processes at once; 0: its whole share of the batch, or about 1,024 tokens on a CPU.
+    The update is the same."""
     max_skipped: int = 3
     """Number of consecutive skipped steps (loss or gradient not finite) that ends the run."""
     gates: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class SFTConfig(StageConfig):
     no packing."""
     train_on: Literal["completion", "assistant", "all"] = "completion"
     """Tokens in the loss. completion: the answer. assistant: also assistant turns inside a chat prompt. all: also the
-    prompt. Plain text is always in the loss, an assistant's turn of weight 0 never."""
+    prompt. Plain text is always in the loss; an assistant turn with weight: 0 never is."""
     candidate_prompts: PathText = ""
     """Prompts whose answers people rank, in the forms of data.train; the answers are sampled after training. Empty:
     none."""
@@ -90,13 +90,13 @@ class RewardConfig(StageConfig):
     """Length in tokens of packed rows, each of several short rows; batch_size and microbatch then count packed rows. 0:
     no packing."""
     microbatch: int = 0
-    """Number of prompts that a device processes at once; 0: its whole share of the batch, on a CPU about 1,024 tokens.
-    The update is the same."""
+    """Number of prompts that a device processes at once; 0: its whole share of the batch, or about 1,024 tokens on a
+    CPU. The update is the same."""
     center_coef: float = 0.0
     """Weight of (r_better + r_worse)² in the loss, which keeps scores near 0."""
     normalise: PathText = ""
-    """Texts, in the forms of data.train, on which the scores get mean 0 and standard deviation 1. Empty: the SFT
-    stage's candidates, else data.eval."""
+    """Texts, in the forms of data.train, on which scores are normalised to mean 0 and standard deviation 1. Empty: the
+    SFT stage's candidates, else data.eval."""
 
 
 @dataclass(frozen=True)
@@ -155,18 +155,18 @@ class RolloutConfig(StageConfig):
     """Number of prompts, and so of answers, in a rollout, over all devices."""
     rollout_parts: int = 1
     """Number of parts in which a rollout is sampled, one after the other; must divide episodes. Rules score one part
-    while the same policy samples the next, and the cache is that much smaller."""
+    while the same policy samples the next, and the KV cache shrinks by this factor."""
     epochs: int = 4
     """Number of passes over each rollout."""
     minibatches: int = 1
     """Number of updates in a pass; must divide episodes."""
     old_logprobs: Literal["policy", "sampler"] = "policy"
     """Old log-probs in the policy ratio. policy: computed by a forward pass, as in the update. sampler: those from
-    sampling, one forward pass less; entropy is then estimated as -log p of the sampled tokens. In float32 alone the two
-    agree up to rounding, which guards.sampler checks in the first minibatch."""
+    sampling, which saves a forward pass; entropy is then estimated as -log p of the sampled tokens. The two agree up to
+    rounding in float32 only, which guards.sampler checks in the first minibatch."""
     microbatch: int = 0
-    """Number of episodes that a device processes at once; 0: an eighth of its share. The update is the same, with less
-    memory and padding: several episodes share a row, and empty rows are not computed."""
+    """Number of episodes that a device processes at once; 0: an eighth of its share. The update is the same; fewer at
+    once need less memory."""
     missing_eos_penalty: float = 0.0
     """Penalty on the score of an answer that reached the length limit."""
     max_skipped: int = 3
@@ -183,8 +183,8 @@ class PPOConfig(RolloutConfig):
 
     value_from: Literal["auto", "reward", "policy", "shared"] = "auto"
     """Initial value network. reward: the reward model (Ouyang et al. 2022). policy: the policy with a head of zeros.
-    auto: the reward model if it has the policy's tokens, else the policy. shared: a head of zeros on the policy's own
-    network, half the work of an update; value_coef then weighs how far the value loss moves the policy."""
+    auto: the reward model if it has the policy's vocabulary, else the policy. shared: a head of zeros on the policy's
+    own network, half the work of an update; value_coef then sets how far the value loss moves the policy."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Low-rank adapters of the policy and the value network. The reference is then the policy's own base, so no base is
     in memory twice."""
@@ -211,7 +211,7 @@ class PPOConfig(RolloutConfig):
     critic_warmup: int = 0
     """Number of first iterations that train the value network alone."""
     ema_decay: float = 0.0
-    """Decay of the average of the policy over updates, which is exported in its place; 0 is off."""
+    """Decay of an exponential moving average of the policy over updates; the average is exported. 0 is off."""
     ptx_coef: float = 0.0
     """Weight of the SFT loss mixed into the update (PPO-ptx); 0 is off."""
     ptx: DataConfig = field(default_factory=DataConfig)
@@ -246,7 +246,7 @@ class PlanConfig(Config):
     """Devices: v5p-128 (cores, as Google counts), v5e-16, h100x64, h200x8, a100x16, cpu:8. Empty: those of this
     machine."""
     completions: int = 2
-    """Number of completions of each prompt in the reward stage, whose rows are not read."""
+    """Number of completions of each prompt to assume in the reward stage; a plan reads no rows."""
     out: PathText = ""
     """JSON file for all figures. Empty: the figures are only printed."""
 

@@ -14,7 +14,8 @@ class GenerateConfig(WithPaths):
     model: PathText
     """Model: a Hugging Face folder, a hub id, or a run or stage folder."""
     prompts: PathText
-    """Prompts: a file, folder or hub id in the forms of data.train, asset:NAME, or - (stdin, one prompt a line)."""
+    """Prompts: a file, folder or hub id in the forms of sft.data.train (docs/data.md), asset:NAME, or - (stdin, one
+    prompt a line)."""
     out: PathText = "-"
     """JSONL file to write; - is stdout."""
     samples: int = 1
@@ -59,7 +60,8 @@ class RankConfig(WithPaths):
     format: Literal["ranking", "argilla", "label-studio"] = "ranking"
     """Format of the exported or imported file. ranking: JSONL that reward.data.train reads."""
     host: str = "127.0.0.1"
-    """Address to serve the page at. Any address but this machine's own also admits others who know the printed one."""
+    """Address to serve the page at. Any address but 127.0.0.1 lets in everyone on the network who has the printed
+    URL."""
     port: int = 0
     """Port to serve the page at; 0 takes a free one."""
 
@@ -70,11 +72,11 @@ class ScoreConfig(WithPaths):
 
     model: PathText
     """Reward model: a Hugging Face folder, a hub id, or a run or stage folder. One that jrlhf trained scores a text at
-    the token that ends the answer. Any other scores as transformers does: the chat template over the whole chat, or
-    plain text as it is tokenised, at the last token that is not its pad_token_id."""
+    the token that ends the answer. Any other scores as transformers does: at the last token that is not its
+    pad_token_id, of the chat template over the whole chat, or of plain text."""
     data: PathText
-    """Rows in the forms of data.train, with prompt (optional) and completion, completions, or chosen and rejected; or
-    with text."""
+    """Rows in the forms of sft.data.train (docs/data.md), with prompt (optional) and completion, completions, or chosen
+    and rejected; or with text."""
     out: PathText = "-"
     """JSONL file to write; - is stdout."""
     batch_size: int = 32
@@ -92,7 +94,7 @@ class ShowConfig(WithPaths):
     model: PathText
     """Source of the tokenizer: a Hugging Face folder, a hub id, asset:NAME, or a run or stage folder."""
     data: PathText
-    """Rows from one source, in the forms of data.train."""
+    """Rows from one source, in the forms of sft.data.train (docs/data.md)."""
     kind: Literal["auto", "sft", "reward", "prompts"] = "auto"
     """Purpose of the rows. auto: decided by the columns of the first row."""
     rows: int = 3
@@ -131,10 +133,10 @@ class VerifyConfig(WithPaths):
     model: PathText
     """Model: a Hugging Face folder, a hub id, or a run or stage folder."""
     prompts: PathText = ""
-    """Prompts: a file, folder or hub id in the forms of data.train, asset:NAME, or - (stdin, one prompt a line). Empty:
-    a few that ship with jrlhf."""
+    """Prompts: a file, folder or hub id in the forms of sft.data.train (docs/data.md), asset:NAME, or - (stdin, one
+    prompt a line). Empty: a few that ship with jrlhf."""
     temperature: float = 0.7
-    """Temperature of the sampler and of every log-prob. It differs from 1, so that a missing division shows."""
+    """Temperature of the sampler and of every log-prob. Not 1 by default, so that a forgotten division by it shows."""
     max_new_tokens: int = 32
     """Maximum length of an answer in tokens."""
     batch_size: int = 8

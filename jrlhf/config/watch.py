@@ -26,22 +26,22 @@ class GuardsConfig:
     kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=100.0, action="rollback"))
     """KL per sequence to the SFT model, in nats, above bound."""
     negative_kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=2))
-    """KL per sequence to the SFT model, in nats, below bound: answers do not come from the policy in training."""
+    """Estimated KL per sequence to the SFT model, in nats, below bound: a sign that answers do not come from the policy
+    in training."""
     sampler: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.5))
-    """Largest difference of a token's log-prob between sampler and update, in nats, above bound: answers do not come
-    from the policy in training. About 1e-5 is normal in float32."""
+    """Largest difference of a token's log-prob between sampler and update, in nats, above bound: a sign that answers do
+    not come from the policy in training. About 1e-5 is normal in float32."""
     entropy: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.01, patience=3))
     """Entropy per token, in nats, below bound."""
     length: GuardConfig = field(default_factory=lambda: GuardConfig(bound=4.0, patience=3))
     """Mean answer length above bound times the first rollout's, or below the first rollout's divided by bound."""
     repetition: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.3, patience=3))
-    """Fraction of answer tokens that end a run of three repeated within the answer, more than bound above the first
-    rollout's."""
+    """Fraction of answer tokens that end a repeated 3-gram, more than bound above the first rollout's."""
     explained_variance: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=20))
     """Explained variance of the returns by the value network, below bound."""
     rollbacks: int = 2
-    """Maximum number of rollbacks; the next one stops the run. Parameters, optimizer, averages and β come from the
-    checkpoint; the data goes on."""
+    """Maximum number of rollbacks; the next one stops the run. Parameters, optimizer, their average and β come from the
+    checkpoint; prompts are not rewound."""
     rollback_lr: float = 0.5
     """Factor on the learning rates at each rollback."""
     rollback_beta: float = 2.0

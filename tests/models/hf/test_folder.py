@@ -307,7 +307,7 @@ def test_a_reward_start_is_a_reward_model_or_a_fresh_head(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, fresh.params)
     with pytest.raises(ValueError, match=r"reward: is a reward model \(LlamaForSeq.*\); sft\.model\.path needs a"):
         load_pretrained(tmp_path / "reward", dtype="float32", option="sft.model.path")
-    with pytest.raises(ValueError, match=r"source: is a language model \(LlamaForCausalLM\); model needs a reward model"):
+    with pytest.raises(ValueError, match=r"source: is a language model \(LlamaForCausalLM\); model needs a reward"):
         load_reward_model(folder, dtype="float32", option="model")
 
 
