@@ -155,7 +155,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the model samples answers."""
+    """Sampling of answers by a model."""
 
     max_new_tokens: int = 128
     """Maximum length of an answer in tokens."""

@@ -55,7 +55,7 @@ class SFTConfig(StageConfig):
 
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How sample texts and candidates for ranking are sampled."""
+    """Sampling of sample texts and of candidates for ranking."""
     epochs: float = 1.0
     """Number of passes over the training rows."""
     batch_size: int = 32
@@ -147,7 +147,7 @@ class RolloutConfig(StageConfig):
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=50))
     log: LogConfig = field(default_factory=lambda: LogConfig(every=1, eval_every=50))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the policy samples answers. top_k and top_p must be off: the update uses the sampler's distribution."""
+    """Sampling of the answers. top_k and top_p must be off: the update uses the sampler's distribution."""
     kl: KLConfig = field(default_factory=KLConfig)
     iterations: int = 100
     """Number of rollouts."""

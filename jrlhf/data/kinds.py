@@ -95,7 +95,7 @@ class Columns(NamedTuple):
     every: bool = False
     """Include all columns of the row."""
     reader: str = ""
-    """What reads the needed ones, for errors."""
+    """Name of the reader of the needed columns, for errors."""
 
 
 def prompts_kind(config: DataConfig, tokenizer: Tokenizer, columns: Columns) -> Kind:

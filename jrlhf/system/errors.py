@@ -1,4 +1,4 @@
-"""What a user can put right, apart from what the program does wrong."""
+"""Errors that a user can put right, apart from failures of the program."""
 
 
 class UsageError(ValueError):
