@@ -28,6 +28,7 @@ from jrlhf.config.stages import (
     required_value,
     stage_section,
     stage_sections,
+    stages_of_kind,
 )
 
 __all__ = [
@@ -56,5 +57,6 @@ __all__ = [
     "required_value",
     "stage_section",
     "stage_sections",
+    "stages_of_kind",
     "to_yaml",
 ]

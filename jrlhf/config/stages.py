@@ -25,6 +25,8 @@ class StageConfig(WithPaths):
 
     about: ClassVar[str]
     """Line of the stage in ``jrlhf --help``."""
+    kind: ClassVar[Literal["language", "reward"]] = "language"
+    """Kind of the exported model: a language model answers prompts, a reward model scores texts."""
     required: ClassVar[str] = "data.train"
     """Field that must be set, without which the stage does not run."""
 
@@ -78,6 +80,7 @@ class RewardConfig(StageConfig):
     """Training of the reward model on rankings."""
 
     about: ClassVar[str] = "Train a reward model on human rankings."
+    kind: ClassVar[Literal["language", "reward"]] = "reward"
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Initial model: a language model, which gets a new head, or a reward model."""
@@ -254,6 +257,11 @@ class PlanConfig(Config):
 def stage_sections() -> dict[str, type[StageConfig]]:
     """The stages of a run in the order of a pipeline: the name of each section, and its class."""
     return {f.name: f.type for f in fields(Config) if isinstance(f.type, type) and issubclass(f.type, StageConfig)}
+
+
+def stages_of_kind(kind: Literal["language", "reward"]) -> tuple[str, ...]:
+    """The names of the stages that export a model of this kind, in reverse order of the pipeline."""
+    return tuple(name for name, section in reversed(stage_sections().items()) if section.kind == kind)
 
 
 def stage_section(config: Config, stage: str) -> StageConfig:

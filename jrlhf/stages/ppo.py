@@ -261,7 +261,6 @@ def check_planned_lengths(ppo: PPOConfig, actors: Actors) -> None:
 PPO = Stage(
     name="ppo",
     label="PPO",
-    kind="language",
     charts={
         "Reward: trained on, and held out": ("reward/score_mean", *PROXY_AND_GOLD),
         "Win rate over the first answers": ("eval/win_rate", "eval/judge_win_rate"),

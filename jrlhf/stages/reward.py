@@ -307,7 +307,6 @@ def load_start(source: str, *, mesh: Mesh, option: str) -> RewardModel:
 REWARD = Stage(
     name="reward",
     label="Reward model",
-    kind="reward",
     charts={
         "Ranking loss": ("loss", "eval/loss"),
         "Pair accuracy": ("accuracy", "eval/accuracy"),

@@ -313,7 +313,6 @@ def plan_sft(config: PlanConfig, target: Target) -> Sized:
 SFT = Stage(
     name="sft",
     label="SFT",
-    kind="language",
     charts={
         "Loss, nats per token": ("loss", "eval/nll"),
         "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),

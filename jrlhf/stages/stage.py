@@ -7,7 +7,6 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, PlanConfig
 from jrlhf.models import Pretrained, RewardModel, load_pretrained
-from jrlhf.models.hf.adapter_folder import ModelKind
 from jrlhf.runs.inputs import StageInputs
 from jrlhf.train.attempt import Loop, Outcome
 from jrlhf.train.programs import Sized, Target
@@ -44,8 +43,6 @@ class Stage(NamedTuple):
     name: str
     label: str
     """Name of the stage in reports."""
-    kind: ModelKind
-    """Kind of the exported model: a language model answers prompts, a reward model scores texts."""
     charts: Mapping[str, tuple[str, ...]]
     """Charts of the report: a title, and the metrics that share its axes."""
     inputs: Callable[[Config], StageInputs]

@@ -18,8 +18,3 @@ assert [stage.name for stage in STAGES] == [*stage_sections()], "the table of st
 def stage_named(name: str) -> Stage:
     """Return the stage with that name."""
     return next(stage for stage in STAGES if stage.name == name)
-
-
-def stages_of_kind(kind: str) -> tuple[str, ...]:
-    """Return the names of the stages that export a model of this kind, in reverse order of the pipeline."""
-    return tuple(stage.name for stage in reversed(STAGES) if stage.kind == kind)

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from jrlhf import assets
-from jrlhf.config import DataConfig
+from jrlhf.config import DataConfig, stages_of_kind
 from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
@@ -13,7 +13,6 @@ from jrlhf.rank.tasks import MIN_ANSWERS, TaskFile, distinct, task_line
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.rollout.sampling import answers, jit_generate, samples_per_prompt
 from jrlhf.runs.folder import exported_folder
-from jrlhf.stages.table import stages_of_kind
 from jrlhf.system.lines import json_line, write_output
 from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jrlhf import assets
-from jrlhf.config import DataConfig
+from jrlhf.config import DataConfig, stages_of_kind
 from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
@@ -17,7 +17,6 @@ from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.sources import open_source
 from jrlhf.data.tally import InspectedRow, InspectedSequence, Tally
 from jrlhf.runs.folder import exported_folder
-from jrlhf.stages.table import stages_of_kind
 from jrlhf.system.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jrlhf import assets
-from jrlhf.config import DataConfig, PPOConfig
+from jrlhf.config import DataConfig, PPOConfig, stages_of_kind
 from jrlhf.config.tools import VerifyConfig
 from jrlhf.core import gae, kwise_ranking_loss, masked_whiten, positions_from_mask, ranking_loss
 from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
@@ -20,7 +20,6 @@ from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_p
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.parallel.step import Step
 from jrlhf.runs.folder import exported_folder
-from jrlhf.stages.table import stages_of_kind
 from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, rollout_metrics, separate
 from jrlhf.system.terminal import show_all_characters
 from jrlhf.train.keys import stream_key

@@ -105,7 +105,6 @@ def plan_toy(config: PlanConfig, target: Target) -> Sized:
 TOY = Stage(
     name="toy",
     label="A toy",
-    kind="language",
     charts={"Loss of a toy": ("loss",)},
     inputs=ToyInputs,
     check=lambda config, mesh: None,
