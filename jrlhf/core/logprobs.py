@@ -1,7 +1,7 @@
 """Per-token log-probs, and the one shift of the library: position t - 1 predicts token t."""
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jrlhf.core.masks import real_tokens
@@ -25,18 +25,49 @@ def predictable(mask: TokenMask) -> Bool[Array, "B T"]:
 
 
 def next_token_logprobs(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], *, temperature: float
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"], *, temperature: float
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32, not shifted."""
-    scaled = logits.astype(jnp.float32) / temperature
-    # With the largest logit at 0, both terms of H = log Z - Σ p·x are ≥ 0: large logits cannot cancel below 0.
-    scaled = scaled - jax.lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
-    log_z = jnp.log(jnp.sum(jnp.exp(scaled), axis=-1))
+    scaled, log_z = _scaled(logits, temperature)
     chosen = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
     # A logit of -inf has p = 0, and 0 · -inf would be NaN: it is left out before the product.
     finite = jnp.where(jnp.isneginf(scaled), 0.0, scaled)
     entropy = log_z - jnp.sum(jnp.exp(scaled - log_z[..., None]) * finite, axis=-1)
     return chosen - log_z, entropy
+
+
+def next_token_gradient(
+    logits: Float[Array, "*B V"],
+    targets: Int[Array, "*B"],
+    d_logprobs: Float[Array, "*B"],
+    entropy: Float[Array, "*B"] | None,
+    d_entropy: Float[Array, "*B"] | None,
+    *,
+    temperature: float,
+) -> Float[Array, "*B V"]:
+    """Return the gradient of the logits of ``next_token_logprobs``; without ``d_entropy`` no entropy is read.
+
+    With x = logits / temperature, p = softmax(x) and the entropy H it is (∂logprob · (1[target] - p) - ∂H · p · (log p +
+    H)) / temperature: one pass over the logits, where derivation by rules would scatter into zeros and sum again.
+    """
+    scaled, log_z = _scaled(logits, temperature)
+    logp = scaled - log_z[..., None]
+    p = jnp.exp(logp)
+    chosen = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
+    gradient = d_logprobs[..., None] * (chosen.astype(jnp.float32) - p)
+    if entropy is not None and d_entropy is not None:
+        # A logit of -inf has p = 0 and no part in the entropy.
+        surprise = jnp.where(jnp.isneginf(logp), 0.0, logp) + entropy[..., None]
+        gradient = gradient - d_entropy[..., None] * p * surprise
+    return gradient / temperature
+
+
+def _scaled(logits: Float[Array, "*B V"], temperature: float) -> tuple[Float[Array, "*B V"], Float[Array, "*B"]]:
+    """Return logits / temperature, moved so that the largest is 0, and log Σ exp of them."""
+    scaled = logits.astype(jnp.float32) / temperature
+    # With the largest logit at 0, both terms of H = log Z - Σ p·x are ≥ 0: large logits cannot cancel below 0.
+    scaled = scaled - lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
+    return scaled, jnp.log(jnp.sum(jnp.exp(scaled), axis=-1))
 
 
 def logprobs_and_entropy(

@@ -14,6 +14,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jrlhf.parallel.platforms import barrier_on_cpu
+
 MIN_BLOCK_QUERIES, MAX_BLOCKS = 128, 8
 """Minimum number of queries per block and maximum number of blocks.
 
@@ -159,8 +161,8 @@ def _forward(q: Array, k: Array, v: Array, mask: Array, cap: float | None) -> tu
 
 def _backward(cap: float | None, saved: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, mask, mixed, logs = saved
-    # The barrier makes XLA compute these once, not again inside every product that reads them.
-    q, k, v, gradient = lax.optimization_barrier((q, k, v, gradient.astype(q.dtype)))
+    # XLA for CPU would compute these again inside every product that reads them.
+    q, k, v, gradient = barrier_on_cpu((q, k, v, gradient.astype(q.dtype)))
     # Softmax's gradient subtracts Σ_s weight · ∂weight of each query.
     correction = jnp.sum(gradient.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
     d_q, (d_k, d_v) = [], (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
@@ -185,7 +187,7 @@ def _block_gradient(
     d_scores = weights * (d_weights - correction[:, :, None])
     if cap is not None:
         d_scores = d_scores * (1.0 - jnp.square(scores / cap))
-    weights, d_scores = lax.optimization_barrier((weights.astype(q.dtype), d_scores.astype(q.dtype)))
+    weights, d_scores = barrier_on_cpu((weights.astype(q.dtype), d_scores.astype(q.dtype)))
     return (
         jnp.einsum("BKSGT,BKSH->BKGTH", d_scores, k, preferred_element_type=q.dtype),
         jnp.einsum("BKSGT,BKGTH->BKSH", d_scores, q, preferred_element_type=jnp.float32),

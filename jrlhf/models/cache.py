@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jrlhf.models.attention import MASKED_SCORE, attend, soft_cap
+from jrlhf.parallel.platforms import barrier_on_cpu
 
 CacheKind = Literal["compute", "int8"]
 """Type of cached keys and values: the compute dtype or int8."""
@@ -64,8 +65,8 @@ def attend_cached(
     For int8 the scales are factored out of both products, q · (s k) = s (q · k) and Σ w (s v) = Σ (w s) v, so they
     multiply one number per slot instead of every key and value.
     """
-    # Without the barrier XLA on a CPU merges conversion and update, and copies the whole cache.
-    keys, values = lax.optimization_barrier((keys, values))
+    # XLA for CPU would merge conversion and update, and copy the whole cache.
+    keys, values = barrier_on_cpu((keys, values))
     if isinstance(keys, Array) and isinstance(values, Array):
         return attend(q_BKGTH, keys, values, mask, cap=cap)
     dtype = q_BKGTH.dtype

@@ -16,11 +16,13 @@ from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import CHECKPOINT_NAME, AttentionKernel, attention_mask, soft_cap
 from jrlhf.models.cache import CachedArray, Quantised
+from jrlhf.models.decoding import layer_weights
 from jrlhf.models.layers import AttentionInputs, Block, LayerCache, Norm
 from jrlhf.models.linear import NORMAL, Linear, matmul_transposed
 from jrlhf.models.rope import rotary_angles
 from jrlhf.models.splash import Segments
 from jrlhf.parallel.mesh import spread_rows
+from jrlhf.parallel.platforms import barrier_on_cpu
 from jrlhf.system.errors import UsageError
 from jrlhf.types import DecodeFns, TokenMask
 
@@ -151,9 +153,8 @@ class Decoder(nn.Module):
         """Return the logits of hidden states, in float32."""
         tied = self.arch.tie_embeddings
         logits = matmul_transposed(hidden, self.embed, jnp.float32) if tied else self.lm_head(hidden)
-        # XLA on a CPU would fuse the product with the softmax that follows, which takes twice as long.
-        logits = lax.optimization_barrier(logits)
-        return soft_cap(logits, self.arch.final_softcap)
+        # XLA for CPU would fuse the product with the softmax that follows, which takes twice as long.
+        return soft_cap(barrier_on_cpu(logits), self.arch.final_softcap)
 
     def decode(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache
@@ -168,14 +169,12 @@ class Decoder(nn.Module):
         stored = lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), cache.used))
         kinds = attention_inputs(self.arch, positions, stored, segments=None)
         block = Block(self.arch, self.dtype, "xla", self.mesh, parent=None)
-        stacked = self.variables["params"]["layers"]
+        layers = self.variables["params"]["layers"]
         x_BTD, keys, values = self.lookup(tokens, positions), [], []
         for layer, kind in enumerate(self.arch.layer_kinds):
-            # XLA hoists these slices out of a sampling loop only if the barrier depends on them; without it every step
-            # copies all weights.
-            weights = lax.optimization_barrier(jax.tree.map(lambda leaf, i=layer: leaf[i], stacked))
             layer_cache = LayerCache(cache.keys[layer], cache.values[layer], cache.used)
-            x_BTD, layer_cache = block.apply({"params": weights}, x_BTD, jnp.int32(0), (kinds[kind],), layer_cache)
+            variables = {"params": layer_weights(layers, layer)}
+            x_BTD, layer_cache = block.apply(variables, x_BTD, jnp.int32(0), (kinds[kind],), layer_cache)
             keys.append(layer_cache.keys)
             values.append(layer_cache.values)
         logits = self.unembed(self.final_norm(x_BTD[:, -1:]))[:, 0]

@@ -4,13 +4,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
-from jrlhf.models.unembedding import hidden_logprobs
+from jrlhf.models.decoding import decoding_weights
+from jrlhf.models.hf.names import SHARDING_RULES
+from jrlhf.models.unembedding import LMHead, hidden_logprobs
+from jrlhf.parallel.platforms import platform_settings
+from jrlhf.parallel.sharding import leaf_spec
 from jrlhf.system.errors import UsageError
 from jrlhf.types import (
     ActorCriticFn,
@@ -23,12 +27,6 @@ from jrlhf.types import (
     ScoreFn,
     TokenMask,
 )
-
-DEFAULT_LOGITS_AT_ONCE = 2**26
-"""Default number of logits that ``logprob_fn`` holds at a time on a device (256 MB)."""
-
-CAST_LEAVES = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
-"""Names of the leaves that are cast to the compute dtype; norms compute in float32."""
 
 
 class DecoderFns(NamedTuple):
@@ -49,13 +47,13 @@ def decoder_fns(
     remat: bool,
     attention: AttentionKernel = "xla",
     mesh: Mesh | None = None,
-    logits_at_once: int = DEFAULT_LOGITS_AT_ONCE,
+    logits_at_once: int = 0,
 ) -> DecoderFns:
     """Return the decoder's functions, which hold no weights. ``dtype`` is the compute dtype ("float32", "bfloat16").
 
     The backward pass recomputes everything except products with weights and attention; with ``remat`` it recomputes
-    whole layers. ``logits_at_once`` bounds the number of logits, B · T · V, that ``logprob_fn`` holds on a device. Both
-    change memory, not results.
+    whole layers. ``logits_at_once`` bounds the number of logits, tokens · V, that ``logprob_fn`` holds on a device (0:
+    as many as suit the platform). Both change memory, not results.
 
     ``attention``: "cudnn" needs a GPU and bfloat16, and is a UsageError for an architecture with a soft cap on
     attention. "splash" needs a TPU; elsewhere it runs interpreted, fast enough only for tests. Its window counts slots,
@@ -65,7 +63,9 @@ def decoder_fns(
     if attention == "cudnn" and arch.attention_softcap is not None:
         raise UsageError(f"attention: {attention!r} has no soft cap, which the model needs; use 'xla'")
     module = Decoder(arch, dtype, remat, attention, mesh)
-    devices = 1 if mesh is None else mesh.size
+    head_path = "embed" if arch.tie_embeddings else "lm_head/kernel"
+    head_shape = (arch.vocab_size, arch.hidden_size) if arch.tie_embeddings else (arch.hidden_size, arch.vocab_size)
+    head_spec = PartitionSpec() if mesh is None else leaf_spec(head_path, head_shape, mesh, SHARDING_RULES)
 
     def run(params: Params, *args: Any, method: str) -> Any:
         return module.apply({"params": params}, *args, method=method)
@@ -88,10 +88,7 @@ def decoder_fns(
         return run(params, tokens, positions, cache, method="decode")
 
     def prepare(params: Params) -> Params:
-        def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-            return leaf.astype(dtype) if path[-1].key in CAST_LEAVES else leaf
-
-        return jax.tree_util.tree_map_with_path(cast, params)
+        return decoding_weights(params, layers=arch.num_layers, dtype=dtype, mesh=mesh)
 
     def logprob_fn(
         params: Params,
@@ -108,14 +105,16 @@ def decoder_fns(
     def logprobs_of_hidden(
         params: Params, hidden: Float[Array, "B T D"], tokens: Int[Array, "B T"], *, temperature: float, where: Any
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-        return hidden_logprobs(
-            lambda hidden: run(params, hidden, method="unembed"),
-            hidden,
-            tokens,
+        head = LMHead(
+            tied=arch.tie_embeddings,
+            softcap=arch.final_softcap,
+            logits_at_once=logits_at_once or platform_settings(mesh).logits_at_once,
+            mesh=mesh,
+            spec=head_spec,
             temperature=temperature,
-            columns=max(1, logits_at_once * devices // (len(tokens) * arch.vocab_size)),
-            where=where,
         )
+        kernel = params["embed"] if arch.tie_embeddings else params["lm_head"]["kernel"]
+        return hidden_logprobs(head, kernel, hidden, tokens, where=where)
 
     def actor_critic_fn(
         params: PPOParams,

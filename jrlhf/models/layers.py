@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
@@ -20,6 +21,7 @@ from jrlhf.models.linear import dense
 from jrlhf.models.rope import Angles
 from jrlhf.models.splash import Segments, needs_interpreter, splash_attention
 from jrlhf.parallel.mesh import spread_rows
+from jrlhf.parallel.platforms import platform_settings
 
 
 class LayerCache(NamedTuple):
@@ -38,13 +40,25 @@ class AttentionInputs(NamedTuple):
     """Square mask, or ``Segments`` for the splash kernel."""
 
 
-def rotate(x: Float[Array, "B T heads H"], angles: Angles) -> Float[Array, "B T heads H"]:
-    """Rotate each pair (i, i + R/2) of the first R dimensions by its angle, in Hugging Face's half-split form."""
+def rotate(x: Float[Array, "B T heads H"], angles: Angles, *, by_product: bool) -> Float[Array, "B T heads H"]:
+    """Rotate each pair (i, i + R/2) of the first R dimensions by its angle, in Hugging Face's half-split form.
+
+    ``by_product`` exchanges the halves by a product with a matrix of 0, 1 and -1, which is exact in bfloat16.
+    """
     cos, sin = angles
-    rotated = 2 * cos.shape[-1]
-    first, second = jnp.split(x[..., :rotated].astype(jnp.float32), 2, axis=-1)
+    half, width = cos.shape[-1], x.shape[-1]
+    if by_product and x.dtype == jnp.bfloat16:
+        exchange = np.zeros((width, width), np.float32)
+        exchange[np.arange(half) + half, np.arange(half)] = -1.0
+        exchange[np.arange(half), np.arange(half) + half] = 1.0
+        rest = ((0, 0),) * (cos.ndim - 1) + ((0, width - 2 * half),)
+        whole_cos = jnp.pad(jnp.concatenate((cos, cos), axis=-1), rest, constant_values=1.0)
+        whole_sin = jnp.pad(jnp.concatenate((sin, sin), axis=-1), rest)
+        exchanged = jnp.einsum("BTNH,HI->BTNI", x, jnp.asarray(exchange, x.dtype), preferred_element_type=jnp.float32)
+        return (x.astype(jnp.float32) * whole_cos + exchanged * whole_sin).astype(x.dtype)
+    first, second = jnp.split(x[..., : 2 * half].astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
-    return turned if rotated == x.shape[-1] else jnp.concatenate((turned, x[..., rotated:]), axis=-1)
+    return turned if 2 * half == width else jnp.concatenate((turned, x[..., 2 * half :]), axis=-1)
 
 
 def activate(x: Float[Array, "*S"], activation: Activation) -> Float[Array, "*S"]:
@@ -106,7 +120,11 @@ class Attention(nn.Module):
             return flat.reshape(rows, length, heads, arch.head_dim)
 
         def turn(x: Array) -> Array:
-            return x if inputs.angles is None else rotate(x, inputs.angles)
+            return (
+                x
+                if inputs.angles is None
+                else rotate(x, inputs.angles, by_product=platform_settings(self.mesh).rotary_products)
+            )
 
         q_BTNH, k_BTKH = project("q", arch.num_heads), project("k", arch.num_kv_heads)
         if arch.qk_norm:

@@ -10,6 +10,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from jrlhf.parallel.platforms import barrier_on_cpu
+
 NORMAL = nn.initializers.normal(0.02)
 
 
@@ -36,35 +38,47 @@ def matmul_transposed(x: Float[Array, "*B I"], kernel: Float[Array, "O I"], out:
     return _matmul(x, kernel, out, 1)
 
 
-def _product(x: Array, kernel: Array, out: Any, axis: int) -> Array:
-    """Multiply and sum over ``axis`` of the kernel."""
+def product(x: Array, kernel: Array, out: Any, *, axis: int) -> Array:
+    """Multiply in the dtype of ``x`` and sum over ``axis`` of the kernel; the result has the dtype ``out``."""
     return _contract(x, kernel.astype(x.dtype), (x.ndim - 1,), (axis,), out)
 
 
+def input_gradient(gradient: Array, kernel: Array, *, axis: int) -> Array:
+    """Return the gradient of the input of ``product``, in the dtype of the gradient of its result."""
+    return _contract(gradient, kernel.astype(gradient.dtype), (gradient.ndim - 1,), (1 - axis,), gradient.dtype)
+
+
+def kernel_gradient(x: Array, gradient: Array, out: Any, *, axis: int) -> Array:
+    """Return the gradient of the kernel of ``product``, summed over all rows in the dtype ``out``."""
+    factors = (gradient, x) if axis else (x, gradient)
+    general, on_cpu = (partial(function, out=out) for function in (_row_product, _row_product_on_cpu))
+    if not NEW_XLA and jax.device_count() > 1:
+        return general(*factors)
+    return lax.platform_dependent(*factors, cpu=on_cpu, default=general)
+
+
+def _primal(x: Array, kernel: Array, out: Any, axis: int) -> Array:
+    return product(x, kernel, out, axis=axis)
+
+
 def _matmul_forward(x: Array, kernel: Array, out: Any, axis: int) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, out, axis), (x, kernel)
+    return product(x, kernel, out, axis=axis), (x, kernel)
 
 
 def _matmul_backward(out: Any, axis: int, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     del out
-    x, kernel = lax.optimization_barrier(saved)
+    x, kernel = barrier_on_cpu(saved)
     gradient = gradient.astype(x.dtype)
-    x_gradient = _contract(gradient, kernel.astype(x.dtype), (x.ndim - 1,), (1 - axis,), x.dtype)
-
-    factors = (gradient, x) if axis else (x, gradient)
-    general, on_cpu = (partial(product, out=kernel.dtype) for product in (_kernel_gradient, _kernel_gradient_on_cpu))
-    if not NEW_XLA and jax.device_count() > 1:
-        return x_gradient, general(*factors)
-    return x_gradient, lax.platform_dependent(*factors, cpu=on_cpu, default=general)
+    return input_gradient(gradient, kernel, axis=axis), kernel_gradient(x, gradient, kernel.dtype, axis=axis)
 
 
-def _kernel_gradient(a: Array, b: Array, *, out: Any) -> Array:
+def _row_product(a: Array, b: Array, *, out: Any) -> Array:
     """Return aᵀ · b summed over all rows."""
     rows = tuple(range(a.ndim - 1))
     return _contract(a, b, rows, rows, out)
 
 
-def _kernel_gradient_on_cpu(a: Array, b: Array, *, out: Any) -> Array:
+def _row_product_on_cpu(a: Array, b: Array, *, out: Any) -> Array:
     """Return aᵀ · b with aᵀ row-major in memory; XLA alone would read a by columns, in bfloat16 at half the speed."""
     if not NEW_XLA and b.shape[-1] < a.shape[-1]:
         # Lay out the narrower factor: (bᵀ · a)ᵀ. The wider may be an MLP's activations, which would be recomputed.
@@ -82,7 +96,7 @@ def _contract(a: Array, b: Array, of_a: tuple[int, ...], of_b: tuple[int, ...], 
     return lax.dot_general(a, b, ((of_a, of_b), ((), ())), preferred_element_type=out)
 
 
-_matmul: Any = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
+_matmul: Any = jax.custom_vjp(_primal, nondiff_argnums=(2, 3))
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 

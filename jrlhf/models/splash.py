@@ -17,10 +17,13 @@ from jrlhf.models.attention import CHECKPOINT_NAME
 from jrlhf.parallel.mesh import BATCH_AXES
 from jrlhf.system.errors import UsageError
 
-BLOCK_MULTIPLE, MAX_BLOCK = 128, 512
-"""Multiple and maximum of a block's length.
+UNIT, KEYS_AT_ONCE = 128, 512
+"""Multiple of a block's length, and the number of keys whose scores are computed at once."""
 
-Keys are read less often in larger blocks, but a 512 x 512 square of float32 scores takes 1 MB of a kernel's 16 MB.
+MAX_QUERIES, MAX_KEYS = 1024, 2048
+"""Maximum length of a block of queries and of keys, for heads of up to 128 numbers; wider ones take shorter blocks.
+
+Keys are read less often in larger blocks, but more than this does not fit a kernel's 16 MB on every TPU from v4 on.
 """
 
 
@@ -36,6 +39,14 @@ class Segments(NamedTuple):
 def needs_interpreter(mesh: Mesh | None) -> bool:
     """Tell whether there is no TPU; the kernel then runs interpreted, correctly but fast enough only for tests."""
     return (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) != "tpu"
+
+
+def key_block(length: int, head_dim: int) -> int:
+    """Return the length of the equal blocks of keys in which a row of ``length`` tokens is read; the row is padded."""
+    most = MAX_KEYS if head_dim <= 128 else MAX_KEYS // 2
+    unit = UNIT if length <= KEYS_AT_ONCE else KEYS_AT_ONCE
+    count = -(-length // most)
+    return unit * -(-length // (unit * count))
 
 
 def splash_attention(
@@ -62,9 +73,8 @@ def splash_attention(
             f"attention: splash takes bfloat16 at the default matmul precision alone, not at {precision!r}"
         )
     rows, length, _, _ = q.shape
-    count = -(-length // MAX_BLOCK)
-    block = BLOCK_MULTIPLE * -(-length // (BLOCK_MULTIPLE * count))
-    padding = count * block - length
+    block = key_block(length, q.shape[-1])
+    padding = -length % block
 
     def heads_first(x: Array) -> Array:
         return jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, padding), (0, 0)))
@@ -92,18 +102,26 @@ def _on_device(
     q_BNTH: Array, k_BKTH: Array, v_BKTH: Array, ids: Array, *, block: int, window: int, cap: float | None,
     interpret: bool,
 ) -> Array:  # fmt: skip
-    """Attend over the rows and heads of one device, ``block`` queries by ``block`` keys at a time."""
+    """Attend over the rows and heads of one device, with the keys in blocks of ``block``."""
     # Imported here because importing Pallas is slow.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _, heads, length, _ = q_BNTH.shape
+    queries, at_once = block if block <= MAX_QUERIES else block // 2, min(block, KEYS_AT_ONCE)
     square = length, length
     mask = splash.LocalMask(square, (window - 1, 0), offset=0) if window else splash.CausalMask(square)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
-        # A separate kernel computes the queries' gradients: the fused one rounds and stores them once per block.
+        # One kernel computes all gradients, from one product of queries and keys. It rounds and stores the queries'
+        # gradients once per block of keys, of which a row has few.
         block_sizes=splash.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+            block_q=queries,
+            block_kv=block,
+            block_kv_compute=at_once,
+            block_q_dkv=queries,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=at_once,
+            use_fused_bwd_kernel=True,
         ),
         head_shards=1,
         q_seq_shards=1,

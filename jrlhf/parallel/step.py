@@ -1,16 +1,24 @@
 """Compilation of pure training steps for a mesh."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jrlhf.parallel.mesh import batch_sharding, replicated
+from jrlhf.parallel.platforms import compiler_options
 from jrlhf.types import Key, Metrics, Params, TrainState
 
 Step = Callable[[TrainState, Any, Key], tuple[TrainState, Metrics]]
+
+
+def jit_for(mesh: Mesh, function: Callable[..., Any], **options: Any) -> Any:
+    """Jit a function that runs a model on the mesh, with the compiler options of the mesh's platform.
+
+    ``options`` are those of ``jax.jit``.
+    """
+    return jax.jit(function, compiler_options=compiler_options(mesh), **options)
 
 
 def jit_step(step: Step, *, mesh: Mesh, state_shardings: Any) -> Step:
@@ -36,14 +44,14 @@ def jit_moving(step: Step, *, mesh: Mesh, state_shardings: Any) -> Any:
     """
     everywhere = replicated(mesh)
 
-    @partial(
-        jax.jit,
+    def moving_step(moving: TrainState, frozen: Params | None, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        new, metrics = step(moving._replace(frozen=frozen), batch, key)
+        return new._replace(frozen=None), metrics
+
+    return jit_for(
+        mesh,
+        moving_step,
         in_shardings=(state_shardings, None, batch_sharding(mesh), everywhere),
         out_shardings=(state_shardings, everywhere),
         donate_argnums=0,
     )
-    def jitted(moving: TrainState, frozen: Params | None, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
-        new, metrics = step(moving._replace(frozen=frozen), batch, key)
-        return new._replace(frozen=None), metrics
-
-    return jitted

@@ -12,7 +12,7 @@ from jrlhf.config import PPOConfig, RolloutConfig
 from jrlhf.core import combine, update_kl_coef
 from jrlhf.data import Order, PromptRows, SFTRows
 from jrlhf.parallel import batch_sharding, fetch, shard_batch
-from jrlhf.parallel.step import Step
+from jrlhf.parallel.step import Step, jit_for
 from jrlhf.rollout.actors import Actors, value_of
 from jrlhf.rollout.sampling import GenerateFn
 from jrlhf.rollout.scores import Rewards, part_metrics
@@ -76,7 +76,7 @@ def jit_readings(ppo: PPOConfig, actors: Actors, mesh: Mesh, *, slices: int) -> 
         temperature=ppo.sampling.temperature,
         from_sampler=ppo.old_logprobs == "sampler",
     )
-    return jax.jit(read, out_shardings=batch_sharding(mesh))
+    return jit_for(mesh, read, out_shardings=batch_sharding(mesh))
 
 
 def jit_targets(ppo: PPOConfig, mesh: Mesh) -> Callable[..., Rollout]:

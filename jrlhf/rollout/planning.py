@@ -12,6 +12,7 @@ from jrlhf.config import RolloutConfig, SamplingConfig
 from jrlhf.models import ArchConfig, Pretrained
 from jrlhf.models.flops import decode_bytes, forward_flops
 from jrlhf.parallel import batch_sharding
+from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.reward_models import jit_score, padded_width, reward_of
 from jrlhf.rollout.sampling import jit_sampler
@@ -69,7 +70,7 @@ def score_program(actors: Actors, target: Target, generation: Generation, *, sli
     if actors.reward_tokenizer is None:
         score, texts = jit_score(actors, target.mesh, slices=slices), (generation.tokens, generation.mask)
     else:
-        score = jax.jit(reward.score, out_shardings=batch_sharding(target.mesh))
+        score = jit_for(target.mesh, reward.score, out_shardings=batch_sharding(target.mesh))
         rows, length = generation.tokens.shape
         shape = rows, padded_width(length, reward.arch.max_positions)
         texts = target.rows(shape, jnp.int32), target.rows(shape, jnp.bool_)

@@ -14,6 +14,7 @@ from jrlhf.data import BadRow, DataError, PromptRows, TextRows, Tokenizer, encod
 from jrlhf.data.ragged import Ragged
 from jrlhf.models import RewardModel
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
+from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.sampling import texts_of
 from jrlhf.runs.metrics import progress
@@ -50,7 +51,8 @@ def jit_score(actors: Actors, mesh: Mesh, *, slices: int) -> Any:
     """Jit ``(reward model's params, tokens, mask) -> scores [B]`` for the policy's tokens."""
     reward = reward_of(actors)
     score_fn = without_padding(reward.score_fn, slices=slices) if actors.packable else reward.score_fn
-    return jax.jit(
+    return jit_for(
+        mesh,
         lambda params, tokens, mask: at_last_token(score_fn(params, tokens, mask), reward.reading.last(tokens, mask)),
         out_shardings=batch_sharding(mesh),
     )
@@ -65,7 +67,7 @@ def _text_scorer(
     """
     encoder, pad = encoder_for(reward_tokenizer, reward.reading), int(reward_tokenizer.pad_token_id)
     limit = reward.arch.max_positions
-    score = jax.jit(reward.score, out_shardings=batch_sharding(mesh))
+    score = jit_for(mesh, reward.score, out_shardings=batch_sharding(mesh))
     warned = False
 
     def ids(row: dict[str, Any], answer: str, stopped: bool) -> np.ndarray:
@@ -99,7 +101,7 @@ def padded_width(longest: int, limit: int) -> int:
 
 def score_texts(model: RewardModel, texts: TextRows, *, mesh: Mesh, batch_size: int, show_progress: bool) -> np.ndarray:
     """Return one score per text, in the order of the rows."""
-    score = jax.jit(model.score)
+    score = jit_for(mesh, model.score)
     scores = np.zeros(len(texts), np.float64)
     batch_size = device_multiple(min(batch_size, len(texts)), mesh)
     total, done = len(texts), 0

@@ -11,6 +11,7 @@ from jrlhf.config import SamplingConfig
 from jrlhf.data import PromptRows, Tokenizer, stop_token_ids
 from jrlhf.models import int8_cache
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
+from jrlhf.parallel.step import jit_for
 from jrlhf.runs.metrics import progress
 from jrlhf.steps import make_generate
 from jrlhf.train.batches import covering_batches, device_multiple
@@ -52,7 +53,7 @@ def jit_sampler(
         samples=samples,
         drop_stopped=mesh.size == 1 and bool(stop_tokens),
     )
-    return jax.jit(generate, out_shardings=batch_sharding(mesh))
+    return jit_for(mesh, generate, out_shardings=batch_sharding(mesh))
 
 
 def generate_all(

@@ -29,6 +29,7 @@ from jrlhf.models.reading import STOP_TOKEN
 from jrlhf.models.reward import load_reward_start, normalise_reward
 from jrlhf.parallel import fetch, is_first, shard_batch
 from jrlhf.parallel.devices.peaks import device_peaks
+from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source, stage_folder, write_json
@@ -132,7 +133,7 @@ def build_reward(config: Config, model: RewardModel, mesh: Mesh, *, slices: int,
         model, reward.lora, stream_key(config.seed, "reward", "lora"), mesh=mesh, path="reward.lora"
     )
     training = build_training(step, tx, trained, frozen, mesh=mesh, rules=model.rules)
-    score = jax.jit(lambda params, batch: score_completions(model.score_fn, params, batch))
+    score = jit_for(mesh, lambda params, batch: score_completions(model.score_fn, params, batch))
     return RewardPrograms(training, score, schedule)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -16,6 +15,7 @@ from jrlhf.data import Order, PromptRows, SFTRows, load_prompts, load_sft, pack_
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import fetch, is_first, shard_batch
 from jrlhf.parallel.devices.peaks import device_peaks
+from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.planning import sampling_program
 from jrlhf.rollout.safety import load_safety_prompts, make_safety
 from jrlhf.rollout.sampling import GenerateFn, answers, jit_generate
@@ -120,7 +120,7 @@ def build_sft(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, upd
     step = make_sft_step(model.logprob_fn, tx, accumulation=slices)
     trained, frozen = trainable(model, sft.lora, stream_key(config.seed, "sft", "lora"), mesh=mesh, path="sft.lora")
     training = build_training(step, tx, trained, frozen, mesh=mesh, rules=model.rules)
-    return SFTPrograms(training, jax.jit(make_sft_eval(model.logprob_fn)), schedule)
+    return SFTPrograms(training, jit_for(mesh, make_sft_eval(model.logprob_fn)), schedule)
 
 
 def check_sft(config: Config, mesh: Mesh) -> None:

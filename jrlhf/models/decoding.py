@@ -1,0 +1,48 @@
+"""Weights in the form that decoding reads at every token."""
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from jrlhf.models.hf.names import SHARDING_RULES
+from jrlhf.parallel.sharding import leaf_spec
+from jrlhf.types import Params
+
+CAST_LEAVES = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
+"""Names of the leaves that are cast to the compute dtype; norms compute in float32."""
+
+
+def decoding_weights(params: Params, *, layers: int, dtype: Any, mesh: Mesh | None) -> Params:
+    """Return a decoder's weights in the compute dtype, with a tree per layer, split over ``tensor`` alone.
+
+    Done once before the first token, this is no part of the loop over tokens. XLA for TPUs and GPUs would gather
+    weights that are split over ``fsdp`` at every token, and XLA for GPUs would copy each layer out of the stack.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Array, layer: int | None) -> Array:
+        spec = _tensor_spec(path, leaf.shape, mesh) if mesh is not None else PartitionSpec()
+        if layer is not None:
+            leaf, spec = leaf[layer], PartitionSpec(*spec[1:])
+        leaf = leaf.astype(dtype) if path[-1].key in CAST_LEAVES else leaf
+        return leaf if mesh is None or mesh.size == 1 else lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    def tree(part: Params, layer: int | None) -> Params:
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: place(path, leaf, layer), part)
+
+    stacked = {"layers": params["layers"]}
+    others = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return tree(others, None) | {"layers": tuple(tree(stacked, layer)["layers"] for layer in range(layers))}
+
+
+def layer_weights(layers: Any, layer: int) -> Params:
+    """Return the weights of one layer, from ``decoding_weights`` or from a stack."""
+    return layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda leaf: leaf[layer], layers)
+
+
+def _tensor_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Return the sharding rule's spec of a leaf without every axis but ``tensor``."""
+    spec = leaf_spec(jax.tree_util.keystr(path, simple=True, separator="/"), shape, mesh, SHARDING_RULES)
+    return PartitionSpec(*("tensor" if entry == "tensor" else None for entry in spec))
