@@ -45,7 +45,7 @@ class Figures(NamedTuple):
 def compile_program(program: Program, topology: Topology) -> Any:
     """Compile the program for the devices of its arguments."""
     lowered = program.jitted.lower(*program.args)
-    if topology.real and topology.platform() != "cpu":
+    if not topology.simulated and topology.platform() != "cpu":
         return lowered.compile()
     if topology.platform() != "cpu":
         try:

@@ -1,4 +1,4 @@
-"""Sums over all instructions that a program executes: loops count as often as they run, and one branch of each choice."""
+"""Sums over all that a program executes: loops count as often as they run, and of branches one."""
 
 import math
 import re
