@@ -1,5 +1,6 @@
 """The real compilers of TPUs and GPUs, which compile programs on a machine that has no such device."""
 
+import math
 import re
 from importlib.resources import files
 from importlib.util import find_spec
@@ -20,21 +21,27 @@ GPU_TARGETS = ("h100",)
 
 
 def described_topology(name: str) -> Topology:
-    """Return devices that compile but run nothing: ``v5p:2x2x1``, a TPU slice by its sides in chips, or ``h100x8``.
+    """Return devices that compile but run nothing, for a name that ``absent_topology`` knows.
 
     Unless JAX has started, it starts on the CPU, so that no device is searched for. Raises UsageError for an unknown
     name, and where the compiler is not installed.
     """
+    topology = absent_topology(name)
+    devices = _tpu_devices(name) if topology.shape else _gpu_devices(topology)
+    return topology._replace(size=len(devices), described=devices)
+
+
+def absent_topology(name: str) -> Topology:
+    """Return a TPU slice by its sides in chips, such as ``v5p:2x2x1``, or GPUs, such as ``h100x8``, without devices.
+
+    Raises UsageError for an unknown name.
+    """
     if match := TPU_NAME.fullmatch(name):
         shape = tuple(int(side) for side in match[2].split("x"))
-        return _described(name, _chip(name, match[1]), _tpu_devices(name), shape)
+        return Topology(name, math.prod(shape), _chip(name, match[1]), real=False, shape=shape)
     if (match := GPU_NAME.fullmatch(name)) and match[1] in GPU_TARGETS:
-        return _described(name, _chip(name, match[1]), _gpu_devices(match[1], int(match[2])), ())
+        return Topology(name, int(match[2]), _chip(name, match[1]), real=False)
     raise UsageError(f"{name!r} is no TPU slice, such as v5p:2x2x1 or v5e:4x4, and no {GPU_TARGETS[0]}x8")
-
-
-def _described(name: str, chip: Chip, devices: tuple[Any, ...], shape: tuple[int, ...]) -> Topology:
-    return Topology(name, len(devices), chip, real=False, described=devices, shape=shape)
 
 
 def _chip(name: str, chip: str) -> Chip:
@@ -57,10 +64,11 @@ def _tpu_devices(name: str) -> tuple[Any, ...]:
         raise UsageError(f"{name!r}: the TPU's compiler does not know this slice: {error}") from error
 
 
-def _gpu_devices(chip: str, count: int) -> tuple[Any, ...]:
+def _gpu_devices(gpus: Topology) -> tuple[Any, ...]:
     if find_spec("jax_cuda13_plugin") is None:
-        raise UsageError(f'{chip}x{count} needs XLA\'s CUDA compiler: pip install "jax[cuda13]"')
+        raise UsageError(f'{gpus.name!r} needs XLA\'s CUDA compiler: pip install "jax[cuda13]"')
     simulate_cpus(1)
+    chip = gpus.name.partition("x")[0]
     target = files("jrlhf.parallel.devices").joinpath("targets", f"{chip}.txtpb").read_text(encoding="utf-8")
-    topology = topologies.get_topology_desc(chip, "cuda", target_config=target, topology=f"1x1x{count}")
-    return tuple(topology.devices)
+    described = topologies.get_topology_desc(chip, "cuda", target_config=target, topology=f"1x1x{gpus.size}")
+    return tuple(described.devices)
