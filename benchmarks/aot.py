@@ -18,15 +18,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from fnmatch import fnmatch
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from aot_cases import CASES, Case, planned_stage
+from peers.aot_cases import PEER_CASES
+from peers.compiled import say
 
 from jrlhf.parallel.devices.compilers import absent_topology, described_topology
 from jrlhf.parallel.devices.estimate import Estimate, estimate
@@ -47,29 +49,23 @@ class Job(NamedTuple):
     """``HLO``, the file for the optimised program, follows as the last argument."""
 
 
-def main() -> None:
-    args = arguments()
+def main(flags: Sequence[str] | None = None) -> None:
+    args = arguments(flags)
     if args.compile:
-        compile_one(Case(**json.loads(args.compile)), args.program, Path(args.hlo))
+        compile_one(Case(**json.loads(args.compile)), args.program, args.hlo)
         return
-    jobs = peer_jobs(args) if args.peers else own_jobs()
+    jobs = peer_jobs(args.peers, args.python) if args.peers else own_jobs()
     wanted = [job for job in jobs if any(matches(job, pattern) for pattern in args.cases)]
     if not wanted:
         sys.exit(f"no case matches {' '.join(args.cases)}; --list shows them")
     if args.list:
         for job in wanted:
             print(f"{job.case}/{job.program}", job.topology)
-        return
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for done in as_completed([pool.submit(run, job, args) for job in wanted]):
-            line, found = done.result()
-            print(json.dumps(line), flush=True)
-            for place in found.places[: args.top] if found else ():
-                share = place.seconds / found.seconds
-                print(f"{1e3 * place.seconds:10.2f} ms {share:6.1%}  {place.kind:25} {place.place}", file=sys.stderr)
+    else:
+        show(wanted, args)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(flags: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="list the programs and compile none")
     parser.add_argument("--cases", nargs="+", default=["*"], metavar="GLOB", help="cases, or programs as CASE/PROGRAM")
@@ -80,7 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--python", default=sys.executable, metavar="PATH", help="interpreter that has the peer")
     for name in ("--compile", "--program", "--hlo"):
         parser.add_argument(name, default="", help=argparse.SUPPRESS)  # of a child process
-    return parser.parse_args()
+    return parser.parse_args(flags)
 
 
 def matches(job: Job, pattern: str) -> bool:
@@ -100,12 +96,29 @@ def child_flags(case: Case, program: str) -> list[str]:
     return ["--compile", json.dumps(asdict(case)), "--program", program, "--hlo"]
 
 
+def peer_jobs(peer: str, python: str) -> list[Job]:
+    """Return the programs of a peer's cases."""
+    command = [python, "-m", f"peers.{peer}_aot"]
+    return [
+        Job(case.name, case.program, case.topology, [*command, json.dumps(case.settings)]) for case in PEER_CASES[peer]
+    ]
+
+
+def show(jobs: list[Job], args: argparse.Namespace) -> None:
+    """Compile the programs and print their lines as they come, and the places that take the most time to stderr."""
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in as_completed([pool.submit(run, job, args) for job in jobs]):
+            line, found = done.result()
+            print(json.dumps(line), flush=True)
+            for seconds, kind, place in found.places[: args.top] if found else ():
+                print(f"{1e3 * seconds:10.2f} ms {seconds / found.seconds:6.1%}  {kind:25} {place}", file=sys.stderr)
+
+
 def run(job: Job, args: argparse.Namespace) -> tuple[dict[str, Any], Estimate | None]:
     """Compile a program in a child process; return its line, and its estimate if it compiled."""
     name = {"case": job.case, "program": job.program}
-    hidden = {"JAX_COMPILATION_CACHE_DIR"}  # a cached program takes no time
-    kept = {key: value for key, value in os.environ.items() if key not in hidden}
-    environment = kept | TPU_COMPILER | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    settings = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = os.environ | TPU_COMPILER | settings
     with TemporaryDirectory() as folder:
         hlo = Path(folder) / "program.hlo"
         child = subprocess.run(
@@ -146,32 +159,22 @@ def line_of(found: Estimate, figures: dict[str, Any], topology: str) -> dict[str
     }
 
 
-def compile_one(case: Case, program: str, hlo: Path) -> None:
+def compile_one(case: Case, program: str, hlo: str) -> None:
     """Compile one program, write its optimised HLO, and print its figures: the work of a child process."""
     topology = described_topology(case.topology)
     with TemporaryDirectory() as folder:
         [planned] = [p for p in planned_stage(case, topology, Path(folder)).programs if p.name == program]
     start = time.perf_counter()
     compiled = planned.jitted.lower(*planned.args).compile()
-    seconds = time.perf_counter() - start
-    hlo.write_text(compiled.as_text(), encoding="utf-8")
-    package = "libtpu" if topology.platform() == "tpu" else "jax-cuda13-plugin"
-    figures = {
-        "bytes": program_bytes(compiled),
-        "flops": planned.flops,
-        "trips": planned.trips,
-        "devices": topology.size,
-        "compile_s": round(seconds, 1),
-        "compiler": f"{package} {version(package)}, jax {version('jax')}",
-    }
-    print(json.dumps(figures))
-
-
-def program_bytes(compiled: Any) -> int:
-    """Return the bytes of a device that a program needs: its arguments, its temporaries and its new results."""
-    memory = compiled.memory_analysis()
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    say(
+        compiled,
+        hlo,
+        devices=topology.size,
+        seconds=time.perf_counter() - start,
+        package="libtpu" if topology.platform() == "tpu" else "jax-cuda13-plugin",
+        flops=planned.flops,
+        trips=planned.trips,
+    )
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Chip(NamedTuple):
         In a v5p slice of 2 x 2 x 1 chips a chip has two of its six links, and in one of 4 x 4 x 4 it has all.
         """
         if not shape or not self.axes:
-            return self.link
+            return float(self.link)
         links = sum(2 if side % self.ring == 0 else 1 for side in shape if side > 1)
         return self.link * links / (2 * self.axes)
 

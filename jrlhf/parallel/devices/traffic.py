@@ -38,6 +38,9 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
         ends = instruction.arrays[:2]
         return min((array.bytes for array in ends), default=0) * sum(array.in_main_memory for array in ends)
     operands = [computation[name] for name in instruction.operands if name in computation]
+    if instruction.opcode.endswith("-start") and len(instruction.arrays) > len(operands):
+        # The result of a start holds what it reads and what it writes.
+        return _in_main_memory(instruction.arrays)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * total_bytes(operands[1].arrays)
     written = _in_main_memory(instruction.arrays)
