@@ -15,6 +15,7 @@ import argparse
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -121,11 +122,13 @@ def run(job: Job, args: argparse.Namespace) -> tuple[dict[str, Any], Estimate | 
     environment = os.environ | TPU_COMPILER | settings
     with TemporaryDirectory() as folder:
         hlo = Path(folder) / "program.hlo"
-        child = subprocess.run(
-            [*job.command, str(hlo)], env=environment, cwd=FOLDER, capture_output=True, text=True, timeout=SECONDS
-        )
+        command: dict[str, Any] = {"args": [*job.command, str(hlo)], "env": environment, "cwd": FOLDER}
+        try:
+            child = subprocess.run(**command, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return name | {"error": f"given up after {SECONDS} s"}, None
         if child.returncode:
-            return name | {"error": last_line(child.stderr)}, None
+            return name | {"error": error_of(child.stderr)}, None
         figures = json.loads(child.stdout.splitlines()[-1])
         text = hlo.read_text(encoding="utf-8")
     if args.save_hlo:
@@ -136,10 +139,10 @@ def run(job: Job, args: argparse.Namespace) -> tuple[dict[str, Any], Estimate | 
     return name | line_of(found, figures, job.topology), found
 
 
-def last_line(text: str) -> str:
-    """Return the error at the end of a traceback."""
-    lines = [line for line in text.splitlines() if line and not line.startswith((" ", "-", "For simplicity"))]
-    return (lines or ["no message"])[-1][:1000]
+def error_of(text: str) -> str:
+    """Return the first line of the last error in what a child says, else its last line."""
+    errors = re.findall(r"^[\w.]+(?:Error|Exception|Exit)\b.*", text, re.MULTILINE)
+    return (errors or text.splitlines() or ["no message"])[-1][:1000]
 
 
 def line_of(found: Estimate, figures: dict[str, Any], topology: str) -> dict[str, Any]:

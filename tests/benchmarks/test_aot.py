@@ -110,7 +110,7 @@ def test_a_line_has_the_estimate_of_what_the_child_compiled(
 def test_a_child_that_fails_leaves_its_error(
     aot: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    [line] = pretended(aot, tmp_path, capsys, "raise MemoryError('20.00G of 15.75G hbm')")
+    [line] = pretended(aot, tmp_path, capsys, "raise MemoryError('20.00G of 15.75G hbm\\nof which: much')")
     assert json.loads(line) == {"case": "case", "program": "update", "error": "MemoryError: 20.00G of 15.75G hbm"}
 
 

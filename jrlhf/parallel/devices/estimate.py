@@ -113,11 +113,7 @@ def estimate(hlo: str, topology: Topology, *, trips: int) -> Estimate:
 
 def place_of(instruction: Instruction) -> str:
     """Return the end of the instruction's place in the source: scopes and operation, without transformations."""
-    name = re.sub(
-        r"jit\([^()]*\)/|eval_jaxpr/|checkpoint/|while/body/|cond/branch_\d+_fun/|\d+",
-        "",
-        instruction.quoted("op_name"),
-    )
+    name = TRANSFORMATIONS.sub("", instruction.quoted("op_name"))
     return name[-PLACE_LENGTH:] or instruction.opcode
 
 
