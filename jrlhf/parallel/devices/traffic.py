@@ -38,16 +38,20 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
         ends = instruction.arrays[:2]
         return min((array.bytes for array in ends), default=0) * sum(array.in_main_memory for array in ends)
     operands = [computation[name] for name in instruction.operands if name in computation]
-    if instruction.opcode.endswith("-start") and len(instruction.arrays) > len(operands):
-        # The result of a start holds what it reads and what it writes.
-        return _in_main_memory(instruction.arrays)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * total_bytes(operands[1].arrays)
-    written = _in_main_memory(instruction.arrays)
+    written = _in_main_memory(_results(instruction, operands))
     if instruction.opcode == "dynamic-slice":
         return written + sum(min(_in_main_memory(i.arrays), total_bytes(instruction.arrays)) for i in operands)
     inside = module.computations.get(instruction.called.get("calls", ""), {})
     return _written(inside, written) + _read(inside, operands)
+
+
+def _results(instruction: Instruction, operands: list[Instruction]) -> list[Array]:
+    """Return the arrays that an instruction writes; the result of an asynchronous start begins with what it reads."""
+    read = sum(len(operand.arrays) for operand in operands)
+    started = instruction.opcode.endswith("-start") and len(instruction.arrays) > read
+    return instruction.arrays[read:] if started else instruction.arrays
 
 
 def _in_main_memory(arrays: list[Array]) -> int:

@@ -105,6 +105,7 @@ ENTRY %main (p: f32[16,1024], n: s32[], v: f32[1,1024]) -> f32[] {
   %send = (f32[1,1024]{1,0}, f32[1,1024]{1,0:S(1)}, u32[]{:S(2)}) collective-permute-start(%v), source_target_pairs={}
   %sent = f32[1,1024]{1,0:S(1)} collective-permute-done(%send)
   %sum = f32[1,1024]{1,0} all-reduce-start(%v), replica_groups={}, to_apply=%part
+  %go = ((f32[16,1024]{1,0}, s32[], f32[1,1024]{1,0}), f32[16,1024]{1,0}, u32[]) fusion-start(%p, %n, %v), calls=%into
   ROOT %tuple = (f32[16,1024]{1,0}) tuple(%p)
 }
 """
@@ -125,6 +126,7 @@ ENTRY %main (p: f32[16,1024], n: s32[], v: f32[1,1024]) -> f32[] {
         ("done", 0),
         ("send", 4096),
         ("sent", 0),
+        ("go", 2 * 4096 + 2 * 4),
         ("sum", 2 * 4096),
         ("tuple", 0),
         ("p", 0),
