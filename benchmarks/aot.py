@@ -109,10 +109,10 @@ def show(jobs: list[Job], args: argparse.Namespace) -> None:
     """Compile the programs and print their lines as they come, and the places that take the most time to stderr."""
     with ThreadPoolExecutor(args.jobs) as pool:
         for done in as_completed([pool.submit(run, job, args) for job in jobs]):
-            line, found = done.result()
+            line, cost = done.result()
             print(json.dumps(line), flush=True)
-            for seconds, kind, place in found.places[: args.top] if found else ():
-                print(f"{1e3 * seconds:10.2f} ms {seconds / found.seconds:6.1%}  {kind:25} {place}", file=sys.stderr)
+            for seconds, kind, place in cost.places[: args.top] if cost else ():
+                print(f"{1e3 * seconds:10.2f} ms {seconds / cost.seconds:6.1%}  {kind:25} {place}", file=sys.stderr)
 
 
 def run(job: Job, args: argparse.Namespace) -> tuple[dict[str, Any], Estimate | None]:
@@ -135,8 +135,8 @@ def run(job: Job, args: argparse.Namespace) -> tuple[dict[str, Any], Estimate | 
         args.save_hlo.mkdir(parents=True, exist_ok=True)
         with gzip.open(args.save_hlo / f"{job.case}-{job.program}.hlo.gz", "wt", encoding="utf-8") as out:
             out.write(text)
-    found = estimate(text, absent_topology(job.topology), trips=figures["trips"])
-    return name | line_of(found, figures, job.topology), found
+    cost = estimate(text, absent_topology(job.topology), trips=figures["trips"])
+    return name | line_of(cost, figures, job.topology), cost
 
 
 def error_of(text: str) -> str:
@@ -145,18 +145,18 @@ def error_of(text: str) -> str:
     return (errors or text.splitlines() or ["no message"])[-1][:1000]
 
 
-def line_of(found: Estimate, figures: dict[str, Any], topology: str) -> dict[str, Any]:
+def line_of(cost: Estimate, figures: dict[str, Any], topology: str) -> dict[str, Any]:
     """Return the figures of a program's line; ``figures`` are those of its child process."""
     chip = absent_topology(topology).chip
     assert chip is not None
     ideal = figures["flops"] / figures["devices"] / (chip.tflops * 1e12)
     return {
-        "estimated_ms": round(1e3 * found.seconds, 2),
-        "work_ms": round(1e3 * found.work, 2),
-        "sync_ms": round(1e3 * found.exposed, 2),
+        "estimated_ms": round(1e3 * cost.seconds, 2),
+        "work_ms": round(1e3 * cost.work, 2),
+        "sync_ms": round(1e3 * cost.exposed, 2),
         "hbm_gb": round(figures["bytes"] / 1e9, 2),
-        "sent_gb": round(sum(found.sent.values()) / 1e9, 2),
-        "mfu": round(ideal / found.seconds, 3) if ideal else None,
+        "sent_gb": round(sum(cost.sent.values()) / 1e9, 2),
+        "mfu": round(ideal / cost.seconds, 3) if ideal else None,
         "compile_s": figures["compile_s"],
         "compiler": figures["compiler"],
     }

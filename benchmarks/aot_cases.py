@@ -118,7 +118,7 @@ def planned_stage(case: Case, topology: Topology, folder: Path) -> StagePlan:
 def config_of(case: Case, groups: int, folder: Path) -> PlanConfig:
     """Return the config of a case's stage; all else is at its default."""
     language, scorer = write_models(folder, case.model)
-    model = ModelConfig(language, "bfloat16", case.remat, case.attention)  # pyright: ignore[reportArgumentType]
+    model = ModelConfig(language, "bfloat16", case.remat, case.attention)
     rows, data = case.rows * groups, DataConfig(train="rows.jsonl", max_length=case.length, buckets=1)
     match case.stage:
         case "sft":

@@ -100,9 +100,9 @@ def update(graph: Any, state: Any, config: Any, rows: int, length: int, shapes: 
     trainer, graphs = bare_trainer(), []
 
     def optimizer_state(weights: Any) -> Any:
-        optimizer_graph, found = nnx.split(nnx.Optimizer(nnx.merge(graph, weights), tx, wrt=nnx.Param))
+        optimizer_graph, slots = nnx.split(nnx.Optimizer(nnx.merge(graph, weights), tx, wrt=nnx.Param))
         graphs.append(optimizer_graph)
-        return found
+        return slots
 
     shardings = {leaf.shape: leaf.sharding.spec for leaf in jax.tree.leaves(state)}
     optimizer = jax.tree.map(

@@ -125,11 +125,11 @@ ENTRY %main (p: f32[64], q: bf16[16]) -> f32[8] {
 
 def test_collectives_that_a_tpu_fuses_count_as_what_they_send() -> None:
     module = parse_hlo(FUSED)._replace(devices=8)
-    found = {name: collectives_of(module, i) for name, i in module.computations["main"].items()}
-    assert found["p"] is None
-    assert found["fusion.2"] == found["async-collective-done.1"] == []
-    assert found["async-collective-start.1"] == [Collective("all-gather", 64 / 2, [[0, 1]], True)]
-    assert found["mine"] == [Collective("reduce-scatter", 256 * 7 / 8, [[*range(8)]], False)]
+    collectives = {name: collectives_of(module, i) for name, i in module.computations["main"].items()}
+    assert collectives["p"] is None
+    assert collectives["fusion.2"] == collectives["async-collective-done.1"] == []
+    assert collectives["async-collective-start.1"] == [Collective("all-gather", 64 / 2, [[0, 1]], True)]
+    assert collectives["mine"] == [Collective("reduce-scatter", 256 * 7 / 8, [[*range(8)]], False)]
     assert bytes_sent(FUSED, MESH, trips=1) == {("tensor",): 32, ("data", "fsdp", "tensor"): 224}
 
 
