@@ -33,6 +33,7 @@ from peers.compiled import say
 
 from jrlhf.parallel.devices.compilers import absent_topology, described_topology
 from jrlhf.parallel.devices.estimate import Estimate, estimate
+from jrlhf.plan.programs import compile_program
 from jrlhf.system.environment import TPU_COMPILER
 
 FOLDER = Path(__file__).parent
@@ -168,7 +169,7 @@ def compile_one(case: Case, program: str, hlo: str) -> None:
     with TemporaryDirectory() as folder:
         [planned] = [p for p in planned_stage(case, topology, Path(folder)).programs if p.name == program]
     start = time.perf_counter()
-    compiled = planned.jitted.lower(*planned.args).compile()
+    compiled = compile_program(planned, topology)
     say(
         compiled,
         hlo,
