@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jrlhf.parallel.devices.collectives import array_bytes, bytes_sent
+from jrlhf.parallel.devices.collectives import bytes_sent
+from jrlhf.parallel.devices.hlo import arrays_of, total_bytes
 from jrlhf.parallel.devices.topology import Topology
 from jrlhf.train.programs import Program, device_bytes
 
@@ -44,7 +45,7 @@ class Figures(NamedTuple):
 def compile_program(program: Program, topology: Topology) -> Any:
     """Compile the program for the devices of its arguments."""
     lowered = program.jitted.lower(*program.args)
-    if topology.real and topology.platform() != "cpu":
+    if not topology.simulated and topology.platform() != "cpu":
         return lowered.compile()
     if topology.platform() != "cpu":
         try:
@@ -100,7 +101,7 @@ def cache_bytes(hlo: str, shape: tuple[int, int] | None) -> float:
         # Stacked weights may have as many columns; the numbers of rows and heads tell which arrays are scales.
         heads = "|".join(set(re.findall(rf"s8\[(\d+,\d+),{slots},{width}\]", carry)))
         scales = re.findall(rf"f32\[(?:{heads}),{slots}\]", carry) if heads else []
-        return sum(array_bytes(" ".join(arrays + scales)))
+        return total_bytes(arrays_of(" ".join(arrays + scales)))
 
     loops: Iterable[str] = re.findall(r"= \((.*)\) while\(", hlo)
     return float(max(map(of_cache, loops), default=0))

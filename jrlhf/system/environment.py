@@ -35,6 +35,18 @@ process. CPU: oneDNN's matrix products gained nothing in our measurements (bench
 """
 
 
+TPU_COMPILER = {
+    # A second process that loads libtpu would end at the first one's lock file.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Otherwise the metadata server of a cloud is asked about this machine, for minutes where there is none.
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+}
+"""What libtpu reads when it starts; the accelerator's type is any, since each compilation names its own."""
+
+
 def cache_home() -> "Path":
     """Return the folder for files that can be recomputed: $JRLHF_CACHE, else ~/.cache/jrlhf.
 
@@ -131,6 +143,12 @@ def set_compiler_flags() -> None:
     flags = [f"{name}={value}" for name, value in GPU_FLAGS.items() if name not in own]
     if flags and glob("/dev/nvidia[0-9]*"):
         os.environ["XLA_FLAGS"] = " ".join([own, *flags]).strip()
+
+
+def allow_tpu_compiler() -> None:
+    """Let libtpu compile in this process without a TPU: it asks no cloud for one, and shares the machine."""
+    for name, value in TPU_COMPILER.items():
+        os.environ.setdefault(name, value)
 
 
 def quiet_compiler() -> None:

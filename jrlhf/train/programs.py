@@ -115,10 +115,10 @@ def planned_model(
 ) -> Pretrained:
     """Return the model of a stage as shapes. ``kind`` is the required kind of a model with its own path; None: any.
 
-    On simulated devices, XLA's attention replaces kernels that need a real GPU or TPU.
+    On simulated devices, XLA's attention replaces kernels that need the compiler of a GPU or TPU.
     """
     options: dict[str, Any] = {"dtype": model.dtype, "remat": model.remat, "option": f"{key}.path"}
-    if target.topology.real:
+    if not target.topology.simulated:
         options = compute_options(model, target.mesh, key=key)
     options |= {"option": option} if option else {}
     return abstract_pretrained(source, mesh=target.mesh, kind=kind if model.path else None, **options)

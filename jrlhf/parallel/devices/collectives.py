@@ -1,4 +1,4 @@
-"""Bytes that a compiled program sends between devices, read from its HLO with loops multiplied by their trips."""
+"""Collectives of a compiled program: the bytes that they send between devices, counted as rings."""
 
 import math
 import re
@@ -7,121 +7,121 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jrlhf.parallel.devices.executions import sum_over_executions
+from jrlhf.parallel.devices.hlo import Computation, Instruction, Module, parse_hlo, total_bytes
+
 SentBytes = dict[tuple[str, ...], float]
 """Bytes that each device sends, by mesh axes."""
 
-COLLECTIVE_KINDS = (
-    "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+KINDS = frozenset(
+    {
+        "all-gather",
+        "all-reduce",
+        "reduce-scatter",
+        "all-to-all",
+        "ragged-all-to-all",
+        "collective-permute",
+        "collective-broadcast",
+    }
 )
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-COLLECTIVE = re.compile(rf"= (.*?) ({COLLECTIVE_KINDS})(-start)?\(")
-WHILE = re.compile(r"= .*? while\(")
-CONDITIONAL = re.compile(r"= .*? conditional\(")
-CALLED_NAME = re.compile(r"(calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c\d+)\[([\d,]*)\]")
+OPCODES = KINDS | {f"{kind}-start" for kind in KINDS}
+PRODUCTS = frozenset({"convolution", "dot"})
 
 
-class Instruction(NamedTuple):
-    text: str
+class Collective(NamedTuple):
+    """One collective of a program."""
 
-    def called_computations(self) -> dict[str, str]:
-        return dict(CALLED_NAME.findall(self.text))
+    kind: str
+    bytes: float
+    """Bytes that a device sends: S · (n - 1) / n to gather an array of S bytes on n devices, twice that to sum it."""
+    groups: list[list[int]]
+    """The first group of devices; of a permutation, the pairs that send to each other."""
+    overlapped: bool
+    """Whether the program goes on with other work until a later instruction needs the result."""
 
-    def branches(self) -> list[str]:
-        """Return the branches of a conditional, of which one runs."""
-        listed = BRANCHES.search(self.text)
-        if listed:
-            return [name.strip().removeprefix("%") for name in listed[1].split(",")]
-        return [name for place, name in self.called_computations().items() if place.endswith("_computation")]
+    def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
+        """Return the mesh axes along which the devices of a group differ."""
+        different = {axis for group in self.groups for axis in _axes(group, mesh)}
+        return tuple(axis for axis in mesh if axis in different)
 
 
 def bytes_sent(hlo: str, mesh: Mapping[str, int], *, trips: int) -> SentBytes:
     """Return the bytes that a program sends, from its HLO text; ``mesh`` has axis sizes in the order of the devices.
 
-    Collectives count as rings: for an array of S bytes on n devices an all-gather sends S · (n - 1) / n and a sum twice
-    that. ``trips`` is the number of trips of a loop whose end depends on data. Of a conditional the branch that sends
-    most counts. XLA for CPU sums 2-byte floats in 4 bytes, which count as 2.
+    ``trips`` is the number of trips of a loop whose end depends on data. Of a conditional the branch that sends most
+    counts.
     """
-    entry, computations = _computations(hlo)
-    totals: dict[str, SentBytes] = {}
+    module = parse_hlo(hlo)._replace(devices=math.prod(mesh.values()))
 
-    def bytes_of(name: str) -> SentBytes:
-        if name not in totals:
-            totals[name] = _sum(*(bytes_of_instruction(line) for line in computations.get(name, ())))
-        return totals[name]
+    def of_instruction(computation: Computation, instruction: Instruction) -> SentBytes | None:
+        collectives = collectives_of(module, instruction)
+        if collectives is None:
+            return None
+        sent: SentBytes = {}
+        for collective in collectives:
+            if axes := collective.axes(mesh):
+                sent[axes] = sent.get(axes, 0.0) + collective.bytes
+        return sent
 
-    def bytes_of_instruction(line: Instruction) -> SentBytes:
-        if collective := COLLECTIVE.search(line.text):
-            return _collective(line.text, collective, mesh)
-        if CONDITIONAL.search(line.text):
-            return max((bytes_of(name) for name in line.branches()), key=lambda sent: sum(sent.values()), default={})
-        inside = _sum(*(bytes_of(name) for name in line.called_computations().values()))
-        if WHILE.search(line.text):
-            count = TRIP_COUNT.search(line.text)
-            return {axes: size * (int(count[1]) if count else trips) for axes, size in inside.items()}
-        return inside
-
-    return bytes_of(entry)
+    return sum_over_executions(module, of_instruction, weight=lambda sent: sum(sent.values()), trips=trips)
 
 
-def _computations(hlo: str) -> tuple[str, dict[str, list[Instruction]]]:
-    """Return the entry's name and, for each computation, the instructions that send or call."""
-    entry, name, match = "", "", {}
-    for line in hlo.split("\n"):
-        if head := COMPUTATION.match(line):
-            name = head[2]
-            match[name] = []
-            entry = name if head[1] else entry
-        elif name and (CALLED_NAME.search(line) or BRANCHES.search(line) or COLLECTIVE.search(line)):
-            match[name].append(Instruction(line))
-    return entry, match
+def collectives_of(module: Module, instruction: Instruction) -> list[Collective] | None:
+    """Return the collectives of an instruction, one or those fused into it; None if it is about something else.
+
+    A TPU's compiler fuses a sum with the slice that a device needs, which makes it a reduce-scatter. It also fuses
+    products into the start, the middle and the end of one and the same collective, which then counts at its start.
+    """
+    if instruction.opcode in OPCODES:
+        return [_collective(instruction, module.devices)]
+    inside = module.computations.get(instruction.called.get("calls", ""), {})
+    collectives = [_collective(i, module.devices) for i in inside.values() if i.opcode in OPCODES]
+    if instruction.opcode == "async-start" and collectives:
+        return [collective._replace(overlapped=True) for collective in collectives]
+    if instruction.opcode != "fusion" or not collectives:
+        return None
+    opcodes = {i.opcode for i in inside.values()}
+    if instruction.name.startswith("async-collective") or opcodes & PRODUCTS:
+        first = instruction.name.startswith("async-collective-start")
+        return [collective._replace(overlapped=True) for collective in collectives] if first else []
+    sliced = "dynamic-slice" in opcodes
+    return [_scattered(c) if sliced and c.kind == "all-reduce" else c for c in collectives]
 
 
-def _sum(*parts: SentBytes) -> SentBytes:
-    total: SentBytes = {}
-    for part in parts:
-        for axes, size in part.items():
-            total[axes] = total.get(axes, 0.0) + size
-    return total
+def _scattered(collective: Collective) -> Collective:
+    return collective._replace(kind="reduce-scatter", bytes=collective.bytes / 2)
 
 
-def _collective(text: str, match: re.Match[str], mesh: Mapping[str, int]) -> SentBytes:
-    shape, kind, start = match.groups()
-    sizes = array_bytes(shape)
-    # The start of an asynchronous collective returns its operand too.
-    size = float(sizes[1] if start and kind in ("all-gather", "collective-permute") else sum(sizes))
-    if re.search(r"to_apply=\S*promoted", text):
+def _collective(instruction: Instruction, devices: int) -> Collective:
+    kind = instruction.opcode.removesuffix("-start")
+    overlapped, arrays = instruction.opcode != kind, instruction.arrays
+    operands = len(instruction.operands)
+    if overlapped and kind != "all-reduce" and len(arrays) > operands:
+        # The start of an asynchronous collective returns its operands first, then its results.
+        arrays = arrays[operands : 2 * operands]
+    size = float(total_bytes(arrays))
+    if re.search(r"to_apply=\S*promoted", instruction.attributes):
+        # XLA for CPU sums 2-byte floats in 4 bytes.
         size /= 2
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", text)
-        moves = [[int(x) for x in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", pairs[1])] if pairs else []
-        axes = {axis for pair in moves for axis in _axes(pair, mesh)}
-        return {tuple(axis for axis in mesh if axis in axes): size} if axes else {}
-    group = replica_group(text, math.prod(mesh.values()))
-    count, axes = len(group), _axes(group, mesh)
-    if count < 2:
-        return {}
+        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", instruction.attributes)
+        moves = [_ints(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])] if pairs else []
+        return Collective(kind, size, moves, overlapped)
+    group = replica_group(instruction.attributes, devices)
+    return Collective(kind, size * _ring_share(kind, len(group)), [group], overlapped)
+
+
+def _ring_share(kind: str, devices: int) -> float:
+    """Return the bytes that a device sends for each byte of the result."""
     match kind:
         case "reduce-scatter":
-            return {axes: size * (count - 1)}
+            return float(devices - 1)
         case "all-reduce":
-            return {axes: 2 * size * (count - 1) / count}
+            return 2 * (devices - 1) / devices
         case "collective-broadcast":
-            return {axes: size}
+            return float(devices > 1)
         case _:
-            return {axes: size * (count - 1) / count}
-
-
-def array_bytes(shape: str) -> list[int]:
-    """Return the number of bytes of each array in an HLO type."""
-
-    def one(dtype: str, dims: str) -> int:
-        bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-        return math.prod(int(dim) for dim in dims.split(",") if dim) * max(bits, 8) // 8
-
-    return [one(*match) for match in ARRAY.findall(shape)]
+            return (devices - 1) / devices
 
 
 MESH = re.compile(

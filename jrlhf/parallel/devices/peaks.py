@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -38,6 +38,22 @@ class Chip(NamedTuple):
     """Number of devices that are linked by NVLink or in a TPU pod."""
     network: float | None
     """GB/s to other devices over the network; None: there are no others."""
+    clock: float = 0.0
+    """Clock of a TPU in GHz; 0: unknown."""
+    axes: int = 0
+    """Dimensions of a TPU's torus; 0: there is none."""
+    ring: int = 1
+    """Sides of a slice that are multiples of this are rings, with two links to each chip instead of one."""
+
+    def link_rate(self, shape: Sequence[int]) -> float:
+        """Return the GB/s of the links that a chip has in a slice of this shape; all of its links if it is empty.
+
+        In a v5p slice of 2 x 2 x 1 chips a chip has two of its six links, and in one of 4 x 4 x 4 it has all.
+        """
+        if not shape or not self.axes:
+            return float(self.link)
+        links = sum(2 if side % self.ring == 0 else 1 for side in shape if side > 1)
+        return self.link * links / (2 * self.axes)
 
 
 CHIPS = (
@@ -56,15 +72,15 @@ CHIPS = (
     Chip("RTX 4090", "rtx4090", 1, 165, 1008, 24, 32, 1, 32),
     Chip("RTX 3090", "rtx3090", 1, 71, 936, 24, 56, 2, 32),
     # JAX's device is a core in v2 and v3, and half a chip in v7.
-    Chip("TPU7", "tpu7x", 1, 1153, 3690, 96, 300, 18432, None),
-    Chip("TPU v7", "v7", 1, 1153, 3690, 96, 300, 18432, None),
-    Chip("TPU v6", "v6e", 1, 918, 1640, 32, 400, 256, None),
-    Chip("TPU v5 lite", "v5litepod", 1, 197, 819, 16, 200, 256, None),
-    Chip("TPU v5e", "v5e", 1, 197, 819, 16, 200, 256, None),
-    Chip("TPU v5", "v5p", 2, 459, 2765, 95, 600, 8960, None),
-    Chip("TPU v4", "v4", 2, 275, 1228, 32, 300, 4096, None),
-    Chip("TPU v3", "v3", 1, 61, 450, 16, 164, 2048, None),
-    Chip("TPU v2", "v2", 1, 22, 350, 8, 124, 512, None),
+    Chip("TPU7", "tpu7x", 1, 1153, 3690, 96, 300, 18432, None, 2.2, 3, 4),
+    Chip("TPU v7", "v7", 1, 1153, 3690, 96, 300, 18432, None, 2.2, 3, 4),
+    Chip("TPU v6", "v6e", 1, 918, 1640, 32, 400, 256, None, 1.75, 2, 16),
+    Chip("TPU v5 lite", "v5litepod", 1, 197, 819, 16, 200, 256, None, 1.5, 2, 16),
+    Chip("TPU v5e", "v5e", 1, 197, 819, 16, 200, 256, None, 1.5, 2, 16),
+    Chip("TPU v5", "v5p", 2, 459, 2765, 95, 600, 8960, None, 1.75, 3, 4),
+    Chip("TPU v4", "v4", 2, 275, 1228, 32, 300, 4096, None, 1.05, 3, 4),
+    Chip("TPU v3", "v3", 1, 61, 450, 16, 164, 2048, None, 0.94, 2, 4),
+    Chip("TPU v2", "v2", 1, 22, 350, 8, 124, 512, None, 0.7, 2, 4),
 )
 
 

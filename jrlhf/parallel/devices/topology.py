@@ -22,11 +22,20 @@ class Topology(NamedTuple):
     chip: Chip | None
     """Data sheet; None for a CPU or an unknown accelerator."""
     real: bool
-    """True for this machine's own devices; False if simulated CPU devices represent others."""
+    """True for this machine's own devices; False if others are represented."""
+    described: tuple[Any, ...] = ()
+    """Devices that a real compiler describes, which compile but run nothing; empty: simulated CPU devices stand in."""
+    shape: tuple[int, ...] = ()
+    """Sides of a TPU slice in chips; empty: unknown, and a chip is assumed to have all of its links."""
 
     def devices(self) -> Sequence[Any]:
         """Return the devices to compile for; raise UsageError if JAX has already started with fewer."""
-        return jax.devices() if self.real else simulated_devices(self.size)
+        return self.described or (jax.devices() if self.real else simulated_devices(self.size))
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the CPU's compiler takes the place of that of the devices."""
+        return not self.real and not self.described
 
     def platform(self) -> str:
         """Return JAX's name of the platform that the program will run on."""
@@ -51,12 +60,16 @@ class Topology(NamedTuple):
 
     def sent_per_second(self, mesh: Mapping[str, int], axes: Sequence[str]) -> float | None:
         """Return the bytes per second that a device sends along ``axes``; None if there is no data sheet."""
+        places = np.arange(int(np.prod([*mesh.values()]))).reshape([*mesh.values()])
+        return self.sent_in_group(int(places[tuple(slice(None) if name in axes else 0 for name in mesh)].max()))
+
+    def sent_in_group(self, last: int) -> float | None:
+        """Return the bytes per second that a device sends to others up to device ``last``, starting from device 0."""
         if self.chip is None:
             return None
-        chip, places = self.chip, np.arange(int(np.prod([*mesh.values()]))).reshape([*mesh.values()])
-        group = places[tuple(slice(None) if name in axes else 0 for name in mesh)]
-        within = int(group.max()) < chip.linked_devices or chip.network is None
-        return 1e9 * (chip.link if within else chip.network or chip.link)
+        within = last < self.chip.linked_devices or self.chip.network is None
+        link = self.chip.link_rate(self.shape)
+        return 1e9 * (link if within else self.chip.network or link)
 
 
 def parse_topology(text: str) -> Topology:

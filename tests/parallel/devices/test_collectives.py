@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jrlhf.parallel import make_mesh
-from jrlhf.parallel.devices.collectives import array_bytes, bytes_sent, replica_group
+from jrlhf.parallel.devices.collectives import Collective, bytes_sent, collectives_of, replica_group
+from jrlhf.parallel.devices.hlo import parse_hlo
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -91,5 +92,66 @@ def test_the_start_of_a_gather_counts_its_result_alone() -> None:
     assert bytes_sent(hlo, MESH, trips=1) == {("tensor",): 16}
 
 
-def test_arrays_have_the_bytes_of_their_types() -> None:
-    assert array_bytes("(pred[3], bf16[2,4]{1,0}, f8e4m3fn[5], s64[], /*index=4*/u32[2])") == [3, 16, 5, 8, 8]
+FUSED = """\
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter (x: f32[64]) -> f32[8] {
+  %x = f32[64]{0} parameter(0)
+  %reduced = f32[64]{0} all-reduce(%x), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+  %zero = s32[] constant(0)
+  ROOT %part = f32[8]{0} dynamic-slice(%reduced, %zero), dynamic_slice_sizes={8}
+}
+
+%gather-and-multiply (w: bf16[16]) -> bf16[32] {
+  %w = bf16[16]{0} parameter(0)
+  %whole = bf16[32]{0} all-gather(%w), replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %product = bf16[32]{0} convolution(%whole, %whole), dim_labels=bf_io->bf
+}
+
+ENTRY %main (p: f32[64], q: bf16[16]) -> f32[8] {
+  %p = f32[64]{0} parameter(0)
+  %q = bf16[16]{0} parameter(1)
+  %async-collective-start.1 = bf16[32]{0} fusion(%q), kind=kCustom, calls=%gather-and-multiply
+  %fusion.2 = bf16[32]{0} fusion(%async-collective-start.1), kind=kCustom, calls=%gather-and-multiply
+  %async-collective-done.1 = bf16[32]{0} fusion(%fusion.2), kind=kCustom, calls=%gather-and-multiply
+  ROOT %mine = f32[8]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_collectives_that_a_tpu_fuses_count_as_what_they_send() -> None:
+    module = parse_hlo(FUSED)._replace(devices=8)
+    collectives = {name: collectives_of(module, i) for name, i in module.computations["main"].items()}
+    assert collectives["p"] is None
+    assert collectives["fusion.2"] == collectives["async-collective-done.1"] == []
+    assert collectives["async-collective-start.1"] == [Collective("all-gather", 64 / 2, [[0, 1]], True)]
+    assert collectives["mine"] == [Collective("reduce-scatter", 256 * 7 / 8, [[*range(8)]], False)]
+    assert bytes_sent(FUSED, MESH, trips=1) == {("tensor",): 32, ("data", "fsdp", "tensor"): 224}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "%s = ((f32[32]{0}), f32[4]{0}) reduce-scatter-start(%p), replica_groups=[1,8]<=[8], to_apply=%sum",
+        "%s = ((f32[32]{0}), f32[4]{0}) async-start(%p), calls=%inner",
+    ],
+)
+def test_a_start_in_either_form_leaves_time_for_work(line: str) -> None:
+    hlo = f"""\
+%inner (x: f32[32]) -> f32[4] {{
+  %x = f32[32] parameter(0)
+  ROOT %r = f32[4]{{0}} reduce-scatter(%x), replica_groups=[1,8]<=[8], to_apply=%sum
+}}
+
+ENTRY %main (p: f32[32]) -> f32[4] {{
+  %p = f32[32]{{0}} parameter(0)
+  {line}
+}}
+"""
+    module = parse_hlo(hlo)._replace(devices=8)
+    collectives = collectives_of(module, module.computations["main"]["s"])
+    assert collectives == [Collective("reduce-scatter", 16.0 * 7, [[*range(8)]], True)]
