@@ -47,8 +47,8 @@ def next_token_gradient(
 ) -> Float[Array, "*B V"]:
     """Return the gradient of the logits of ``next_token_logprobs``; without ``d_entropy`` no entropy is read.
 
-    With x = logits / temperature, p = softmax(x) and the entropy H it is (∂logprob · (1[target] - p) - ∂H · p · (log p +
-    H)) / temperature: one pass over the logits, where derivation by rules would scatter into zeros and sum again.
+    With x = logits / temperature, p = softmax(x) and the entropy H it is (∂logprob · (1[target] - p) - ∂H · p ·
+    (log p + H)) / temperature: one pass over the logits, where derivation by rules would scatter and sum again.
     """
     scaled, log_z = _scaled(logits, temperature)
     logp = scaled - log_z[..., None]

@@ -29,8 +29,8 @@ def abstract_pretrained(
     *,
     dtype: Any,
     mesh: Mesh,
-    remat: bool = False,
-    attention: AttentionKernel = "xla",
+    remat: bool | None = None,
+    attention: AttentionKernel = "auto",
     kind: ModelKind | None = None,
     option: str = "",
 ) -> Pretrained:

@@ -31,8 +31,10 @@ A caller that rematerialises can save them, so that the backward pass does not r
 MASKED_SCORE = jnp.finfo(jnp.float32).min
 """Score of masked keys. It is not -inf, so that a query that attends to nothing gets a finite mean of all values."""
 
-AttentionKernel = Literal["xla", "cudnn", "splash"]
+AttentionKernel = Literal["auto", "xla", "cudnn", "splash"]
 """Implementation of attention without a cache: plain XLA, cuDNN's fused kernel on a GPU, or splash on a TPU.
+
+"auto" is the fastest that the platform and the architecture support; see ``models.kernels``.
 
 ``models.splash`` describes the TPU kernel.
 """

@@ -12,10 +12,10 @@ from jrlhf.models.attention import AttentionKernel
 from jrlhf.models.decoder import Decoder, KVCache, init_cache
 from jrlhf.models.decoding import decoding_weights
 from jrlhf.models.hf.names import SHARDING_RULES
+from jrlhf.models.kernels import attention_kernel
 from jrlhf.models.unembedding import LMHead, hidden_logprobs
 from jrlhf.parallel.platforms import platform_settings
 from jrlhf.parallel.sharding import leaf_spec
-from jrlhf.system.errors import UsageError
 from jrlhf.types import (
     ActorCriticFn,
     ApplyFn,
@@ -44,25 +44,25 @@ def decoder_fns(
     arch: ArchConfig,
     *,
     dtype: Any,
-    remat: bool,
-    attention: AttentionKernel = "xla",
+    remat: bool | None = None,
+    attention: AttentionKernel = "auto",
     mesh: Mesh | None = None,
     logits_at_once: int = 0,
 ) -> DecoderFns:
     """Return the decoder's functions, which hold no weights. ``dtype`` is the compute dtype ("float32", "bfloat16").
 
     The backward pass recomputes everything except products with weights and attention; with ``remat`` it recomputes
-    whole layers. ``logits_at_once`` bounds the number of logits, tokens · V, that ``logprob_fn`` holds on a device (0:
-    as many as suit the platform). Both change memory, not results.
+    whole layers (None: as suits the platform). ``logits_at_once`` bounds the number of logits, tokens · V, that
+    ``logprob_fn`` holds on a device (0: as many as suit the platform). Both change memory, not results.
 
     ``attention``: "cudnn" needs a GPU and bfloat16, and is a UsageError for an architecture with a soft cap on
     attention. "splash" needs a TPU; elsewhere it runs interpreted, fast enough only for tests. Its window counts slots,
     so the tokens of a sequence must be contiguous. Rows stay spread over ``mesh``, whatever the parameters' shardings.
     """
     dtype = jnp.dtype(dtype)
-    if attention == "cudnn" and arch.attention_softcap is not None:
-        raise UsageError(f"attention: {attention!r} has no soft cap, which the model needs; use 'xla'")
-    module = Decoder(arch, dtype, remat, attention, mesh)
+    settings = platform_settings(mesh)
+    remat = settings.remat if remat is None else remat
+    module = Decoder(arch, dtype, remat, attention_kernel(attention, arch, dtype, mesh), mesh)
     head_path = "embed" if arch.tie_embeddings else "lm_head/kernel"
     head_shape = (arch.vocab_size, arch.hidden_size) if arch.tie_embeddings else (arch.hidden_size, arch.vocab_size)
     head_spec = PartitionSpec() if mesh is None else leaf_spec(head_path, head_shape, mesh, SHARDING_RULES)
@@ -108,7 +108,7 @@ def decoder_fns(
         head = LMHead(
             tied=arch.tie_embeddings,
             softcap=arch.final_softcap,
-            logits_at_once=logits_at_once or platform_settings(mesh).logits_at_once,
+            logits_at_once=logits_at_once or settings.logits_at_once,
             mesh=mesh,
             spec=head_spec,
             temperature=temperature,

@@ -51,14 +51,14 @@ def load_pretrained(
     *,
     dtype: Any,
     mesh: Mesh | None = None,
-    remat: bool = False,
-    attention: AttentionKernel = "xla",
+    remat: bool | None = None,
+    attention: AttentionKernel = "auto",
     option: str = "",
 ) -> Pretrained:
     """Load a language model from a folder or hub id; a PEFT folder gives its base model with the adapters merged in.
 
     With ``mesh`` the parameters are created sharded. ``dtype`` is the compute dtype ("float32", "bfloat16"); parameters
-    are always float32. ``remat`` recomputes whole layers in the backward pass; ``decoder_fns`` explains ``attention``.
+    are always float32. ``decoder_fns`` explains ``remat`` and ``attention``.
     ``option`` names the path's config field in errors. Raises UsageError if config or tensors do not fit or the model
     is a reward model, and FileNotFoundError if a file is missing.
     """

@@ -93,8 +93,8 @@ def load_reward_model(
     *,
     dtype: Any,
     mesh: Mesh | None = None,
-    remat: bool = False,
-    attention: AttentionKernel = "xla",
+    remat: bool | None = None,
+    attention: AttentionKernel = "auto",
     option: str = "",
 ) -> RewardModel:
     """Load a reward model from a sequence-classification folder or hub id with one label.
@@ -129,8 +129,8 @@ def load_reward_start(
     *,
     dtype: Any,
     mesh: Mesh | None = None,
-    remat: bool = False,
-    attention: AttentionKernel = "xla",
+    remat: bool | None = None,
+    attention: AttentionKernel = "auto",
     option: str = "",
 ) -> RewardModel:
     """Load the model that a reward stage starts from: a reward model, or a language model with a new head.
@@ -148,7 +148,7 @@ def load_reward_start(
 
 
 def _read_reward(
-    folder: Path, *, dtype: Any, mesh: Mesh | None, remat: bool, attention: AttentionKernel
+    folder: Path, *, dtype: Any, mesh: Mesh | None, remat: bool | None, attention: AttentionKernel
 ) -> RewardModel:
     config = read_config(folder)
     arch = arch_from_hf(config)

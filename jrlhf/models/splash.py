@@ -21,7 +21,7 @@ UNIT, KEYS_AT_ONCE = 128, 512
 """Multiple of a block's length, and the number of keys whose scores are computed at once."""
 
 MAX_QUERIES, MAX_KEYS = 1024, 2048
-"""Maximum length of a block of queries and of keys, for heads of up to 128 numbers; wider ones take shorter blocks.
+"""Maximum length of a block of queries and of keys, for heads of up to 256 bytes; wider ones take shorter blocks.
 
 Keys are read less often in larger blocks, but more than this does not fit a kernel's 16 MB on every TPU from v4 on.
 """
@@ -41,9 +41,9 @@ def needs_interpreter(mesh: Mesh | None) -> bool:
     return (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) != "tpu"
 
 
-def key_block(length: int, head_dim: int) -> int:
-    """Return the length of the equal blocks of keys in which a row of ``length`` tokens is read; the row is padded."""
-    most = MAX_KEYS if head_dim <= 128 else MAX_KEYS // 2
+def key_block(length: int, head_bytes: int) -> int:
+    """Return the length of a block of keys for rows of ``length`` tokens, which are padded to a multiple of it."""
+    most = max(KEYS_AT_ONCE, MAX_KEYS * 256 // max(256, head_bytes))
     unit = UNIT if length <= KEYS_AT_ONCE else KEYS_AT_ONCE
     count = -(-length // most)
     return unit * -(-length // (unit * count))
@@ -73,7 +73,7 @@ def splash_attention(
             f"attention: splash takes bfloat16 at the default matmul precision alone, not at {precision!r}"
         )
     rows, length, _, _ = q.shape
-    block = key_block(length, q.shape[-1])
+    block = key_block(length, q.shape[-1] * q.dtype.itemsize)
     padding = -length % block
 
     def heads_first(x: Array) -> Array:

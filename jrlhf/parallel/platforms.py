@@ -15,6 +15,8 @@ class PlatformSettings(NamedTuple):
 
     logits_at_once: int
     """Number of logits that log-probs hold on a device at a time, in float32."""
+    remat: bool
+    """Whether the backward pass recomputes whole layers by default."""
     rotary_products: bool
     """Whether rotary positions exchange the halves of a head by a product in bfloat16."""
     compiler_options: Mapping[str, str | bool | int]
@@ -25,12 +27,16 @@ CPU = PlatformSettings(
     # 256 MB. More falls out of the caches of a CPU and is no faster.
     logits_at_once=2**26,
     rotary_products=False,
+    # It takes about a third more time.
+    remat=False,
     compiler_options={},
 )
 GPU = PlatformSettings(
     # 1 GB. Small products leave a GPU's multiprocessors idle, and each slice reads and writes the LM head's gradient.
     logits_at_once=2**28,
     rotary_products=False,
+    # It takes about a third more time.
+    remat=False,
     compiler_options={},
 )
 TPU = PlatformSettings(
@@ -38,6 +44,8 @@ TPU = PlatformSettings(
     logits_at_once=2**28,
     # Halves of a head are 32 or 64 of a register's 128 lanes: to cut and join them takes the compiler three passes.
     rotary_products=True,
+    # What a layer would store takes as long to write and read as to compute again (benchmarks/results/aot.md).
+    remat=True,
     # XLA cuts a product with a gathered operand into a loop of small products and permutations ("collective matmul").
     # On the slices of v5e, v6e and v5p it estimates up to 2.8 times the time of one gather and one product
     # (benchmarks/results/aot.md). The threshold, in MiB, is above every weight.
@@ -52,8 +60,13 @@ def platform(mesh: Mesh | None) -> str:
 
 
 def platform_settings(mesh: Mesh | None) -> PlatformSettings:
-    """Return the settings of a mesh's platform; an unknown accelerator gets those of a GPU."""
-    return {"cpu": CPU, "tpu": TPU}.get(platform(mesh), GPU)
+    """Return the settings of a mesh's platform."""
+    return settings_of(platform(mesh))
+
+
+def settings_of(platform: str) -> PlatformSettings:
+    """Return the settings of a platform by its name; an unknown accelerator gets those of a GPU."""
+    return {"cpu": CPU, "tpu": TPU}.get(platform, GPU)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from jrlhf.models.abstract import abstract_pretrained, placed
 from jrlhf.models.hf.adapter_folder import ModelKind
 from jrlhf.parallel import batch_sharding, replicated
 from jrlhf.parallel.devices.topology import Topology
+from jrlhf.parallel.platforms import settings_of
 from jrlhf.runs.folder import model_source
 from jrlhf.train.start import Training, compute_options
 from jrlhf.types import SFTBatch, TrainState
@@ -117,7 +118,8 @@ def planned_model(
 
     On simulated devices, XLA's attention replaces kernels that need the compiler of a GPU or TPU.
     """
-    options: dict[str, Any] = {"dtype": model.dtype, "remat": model.remat, "option": f"{key}.path"}
+    remat = settings_of(target.topology.platform()).remat if model.remat is None else model.remat
+    options: dict[str, Any] = {"dtype": model.dtype, "remat": remat, "option": f"{key}.path"}
     if not target.topology.simulated:
         options = compute_options(model, target.mesh, key=key)
     options |= {"option": option} if option else {}

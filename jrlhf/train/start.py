@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, ConfigError, ModelConfig
+from jrlhf.models.kernels import has_splash
 from jrlhf.parallel import ShardingRules, make_mesh, replicated, tree_shardings
 from jrlhf.parallel.step import Step, jit_moving
 from jrlhf.train.batches import tree_copy
@@ -32,7 +33,7 @@ def compute_options(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, An
     match model.attention:
         case "cudnn" if platform != "gpu" or model.dtype != "bfloat16":
             raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {platform} and {model.dtype}")
-        case "splash" if platform != "tpu" or kind in ("TPU v2", "TPU v3"):
+        case "splash" if platform != "tpu" or not has_splash(mesh):
             raise ConfigError(f"{key}.attention: splash needs a TPU, v4 or newer, not {kind}")
     return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention, "option": f"{key}.path"}
 
