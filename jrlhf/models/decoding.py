@@ -3,11 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jrlhf.models.hf.names import SHARDING_RULES
+from jrlhf.parallel.devices.peaks import known_chip
 from jrlhf.parallel.sharding import leaf_spec
 from jrlhf.types import Params
 
@@ -15,15 +17,21 @@ CAST_LEAVES = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"
 """Names of the leaves that are cast to the compute dtype; norms compute in float32."""
 
 
+MAX_GATHERED_FRACTION = 0.4
+"""Maximum fraction of a device's memory for weights that are gathered over ``fsdp``; a run needs the rest."""
+
+
 def decoding_weights(params: Params, *, layers: int, dtype: Any, mesh: Mesh | None) -> Params:
     """Return a decoder's weights in the compute dtype, with a tree per layer, split over ``tensor`` alone.
 
     Done once before the first token, this is no part of the loop over tokens. XLA for TPUs and GPUs would gather
     weights that are split over ``fsdp`` at every token, and XLA for GPUs would copy each layer out of the stack.
+    Weights that are too large to be gathered, see ``gathers``, stay split, and decoding is slow.
     """
+    gathered = mesh is not None and gathers(params, dtype, mesh)
 
     def place(path: tuple[Any, ...], leaf: Array, layer: int | None) -> Array:
-        spec = _tensor_spec(path, leaf.shape, mesh) if mesh is not None else PartitionSpec()
+        spec = _spec(path, leaf.shape, mesh, gathered) if mesh is not None else PartitionSpec()
         if layer is not None:
             leaf, spec = leaf[layer], PartitionSpec(*spec[1:])
         leaf = leaf.astype(dtype) if path[-1].key in CAST_LEAVES else leaf
@@ -42,7 +50,14 @@ def layer_weights(layers: Any, layer: int) -> Params:
     return layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda leaf: leaf[layer], layers)
 
 
-def _tensor_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Return the sharding rule's spec of a leaf without every axis but ``tensor``."""
+def gathers(params: Params, dtype: Any, mesh: Mesh) -> bool:
+    """Tell whether a device has room for weights in the compute dtype that are split over ``tensor`` alone."""
+    chip = known_chip(mesh.devices.flat[0].device_kind)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params)) * jnp.dtype(dtype).itemsize / mesh.shape["tensor"]
+    return chip is None or size <= MAX_GATHERED_FRACTION * chip.memory * 1e9
+
+
+def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh, gathered: bool) -> PartitionSpec:
+    """Return the sharding rule's spec of a leaf; of ``gathered`` weights without every axis but ``tensor``."""
     spec = leaf_spec(jax.tree_util.keystr(path, simple=True, separator="/"), shape, mesh, SHARDING_RULES)
-    return PartitionSpec(*("tensor" if entry == "tensor" else None for entry in spec))
+    return PartitionSpec(*("tensor" if entry == "tensor" else None for entry in spec)) if gathered else spec

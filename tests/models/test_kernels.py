@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jrlhf.models.kernels import attention_kernel
 from jrlhf.models.layers import rotate
@@ -16,7 +18,7 @@ from jrlhf.system.errors import UsageError
 
 def mesh_of(platform, kind=""):
     devices = np.array([SimpleNamespace(platform=platform, device_kind=kind)], dtype=object)
-    return SimpleNamespace(devices=devices)
+    return Mock(spec=Mesh, devices=devices)
 
 
 @pytest.mark.parametrize(

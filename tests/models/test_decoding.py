@@ -1,0 +1,75 @@
+"""Weights as decoding reads them: a tree per layer, in the compute dtype, gathered over all axes but ``tensor``."""
+
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jrlhf.models import decoder_fns, init_params
+from jrlhf.models.decoding import decoding_weights, gathers
+from jrlhf.models.hf.names import SHARDING_RULES
+from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
+from jrlhf.steps import make_generate
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def split(arch, mesh):
+    params = init_params(arch, jax.random.key(0))
+    return jax.device_put(params, tree_shardings(params, mesh, SHARDING_RULES))
+
+
+def test_each_layer_is_a_tree_of_its_own_split_over_tensor_alone(arch, mesh, split):
+    found = jax.jit(lambda p: decoding_weights(p, layers=arch.num_layers, dtype="bfloat16", mesh=mesh))(split)
+    assert len(found["layers"]) == arch.num_layers
+    for number, layer in enumerate(found["layers"]):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(layer):
+            stacked = split["layers"]
+            for part in path:
+                stacked = stacked[part.key]
+            np.testing.assert_array_equal(leaf, stacked[number].astype(leaf.dtype))
+    for leaf in jax.tree.leaves(found):
+        assert {axis for axis in leaf.sharding.spec if axis} <= {"tensor"}
+    kernel = found["layers"][0]["mlp"]["up"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    assert kernel.sharding.spec[1] == "tensor"
+
+
+def test_no_weight_is_gathered_at_a_token(arch, mesh, split):
+    """All gathers of the sampler stand before its loop, and what it samples is what one device samples."""
+    settings = {"max_new_tokens": 6, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": (), "pad_token": 0}
+    prompts = np.random.default_rng(0).integers(0, arch.vocab_size, (8, 4), np.int32), np.ones((8, 4), np.bool_)
+
+    def sampler(mesh):
+        return make_generate(decoder_fns(arch, dtype="float32", remat=False, mesh=mesh).decode_fns, **settings)
+
+    key, rows = jax.random.key(1), shard_batch(prompts, mesh)
+    compiled = jax.jit(sampler(mesh)).lower(split, *rows, key).compile()
+    expected = jax.jit(sampler(None))(jax.device_get(split), *map(jnp.asarray, prompts), key)
+    np.testing.assert_array_equal(compiled(split, *rows, key).tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "dtype", "expected"),
+    [
+        ("TPU v5", 1, "bfloat16", True),
+        ("TPU v5 lite", 1, "bfloat16", False),
+        ("TPU v5 lite", 4, "bfloat16", True),
+        ("TPU v6 lite", 2, "float32", False),
+        ("cpu", 1, "float32", True),
+    ],
+)
+def test_weights_of_more_than_two_fifths_of_a_device_stay_split(kind, tensor, dtype, expected):
+    """Eight billion parameters: 16 GB in bfloat16, 32 GB in float32."""
+    devices = np.array([SimpleNamespace(device_kind=kind)], dtype=object)
+    mesh = Mock(spec=Mesh, devices=devices, shape={"tensor": tensor})
+    params = {"kernel": jax.ShapeDtypeStruct((8, 1_000_000_000), jnp.float32)}
+    assert gathers(params, dtype, mesh) == expected
