@@ -28,8 +28,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+from tests.support.signatures import checked
+
 # From here on every jaxtyping signature of the package is checked at run time.
-install_import_hook("jrlhf", "beartype.beartype")
+install_import_hook("jrlhf", f"{checked.__module__}.{checked.__name__}")
 
 # Small runs that the tests of several folders read.
 pytest_plugins = ["tests.support.runs"]
