@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support import ROOT
+from tests.support import ROOT, WITHOUT_TORCH
 
 WORKER = [str(Path(__file__).with_name("worker.py"))]
 JRLHF = ["-m", "jrlhf"]
@@ -68,7 +68,7 @@ def environment(devices: int) -> dict[str, str]:
     flags = " ".join(flag for flag in kept.get("XLA_FLAGS", "").split() if "device_count" not in flag)
     return kept | {
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(WITHOUT_TORCH)]),
         "PYTHONUNBUFFERED": "1",
     }
 

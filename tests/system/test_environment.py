@@ -13,6 +13,7 @@ import pytest
 from jrlhf.data.cache import MIN_CACHED_BYTES, cache_folder
 from jrlhf.system import environment
 from jrlhf.system.environment import keep_compiled_programs, restart_with_huge_pages, set_compiler_flags
+from tests.support import WITHOUT_TORCH
 
 START = """
 from jrlhf.system.environment import keep_compiled_programs
@@ -134,7 +135,7 @@ def command(folder: Path, *arguments: str, user: int | None = None, **variables:
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
     source = str(Path(environment.__file__).parents[2])
     another = [] if user is None else ["setpriv", "--reuid", str(user), "--clear-groups"]
-    paths = os.pathsep.join(filter(None, (source, kept.pop("PYTHONPATH", ""))))
+    paths = os.pathsep.join(filter(None, (source, str(WITHOUT_TORCH), kept.pop("PYTHONPATH", ""))))
     return subprocess.run(
         [*another, sys.executable, "-m", "jrlhf", *arguments],
         cwd=folder,
