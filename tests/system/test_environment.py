@@ -14,6 +14,7 @@ from jrlhf.data.cache import MIN_CACHED_BYTES, cache_folder
 from jrlhf.system import environment
 from jrlhf.system.environment import keep_compiled_programs, restart_with_huge_pages, set_compiler_flags
 from tests.support import WITHOUT_TORCH
+from tests.support.processes import compiler_flags
 
 START = """
 from jrlhf.system.environment import keep_compiled_programs
@@ -130,6 +131,9 @@ pyarrow.parquet.write_table(pyarrow.table({"prompt": ["Once upon"]}), sys.argv[1
 """
 
 
+QUICK = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": compiler_flags()}
+
+
 def command(folder: Path, *arguments: str, user: int | None = None, **variables: str) -> subprocess.CompletedProcess:
     """A command in an environment of its own, as in a container."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
@@ -139,7 +143,7 @@ def command(folder: Path, *arguments: str, user: int | None = None, **variables:
     return subprocess.run(
         [*another, sys.executable, "-m", "jrlhf", *arguments],
         cwd=folder,
-        env=kept | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | variables,
+        env=kept | {"PYTHONPATH": paths} | QUICK | variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
