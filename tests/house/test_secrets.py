@@ -10,6 +10,7 @@ import pytest
 from jrlhf.cli import main
 from jrlhf.config import Config, ConfigError, check
 from tests.support import ROOT
+from tests.support.processes import compiler_flags
 
 SECRET = "hf_0123456789secret"
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
@@ -45,7 +46,7 @@ def start(folder: Path, *command: str) -> int:
     places = {name: str(folder / name) for name in ("HOME", "TMPDIR", "JRLHF_CACHE", "HF_HOME", "XDG_CACHE_HOME")}
     for place in places.values():
         Path(place).mkdir(exist_ok=True)
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    quick = {"XLA_FLAGS": compiler_flags()}
     secrets = {name: f"{SECRET}-{name}" for name in VARIABLES}
     environment = own | places | quick | secrets | {"PYTHONPATH": str(ROOT), "JRLHF_DEBUG": "1"}
     with (folder / "said.txt").open("ab") as said:

@@ -22,7 +22,7 @@ from jrlhf.stages.sft import run_sft
 from jrlhf.types import SFTBatch
 from tests.support.processes import JRLHF, ROOT, WORKER, by_slurm, by_variables, running
 from tests.support.runs import small_config
-from tests.support.worker import leaves, open_checkpoints, restored, sft_state
+from tests.support.saving import leaves, open_checkpoints, restored, sft_state
 
 TIMING = ("time", "per_second", "seconds", "share/", "perf/", "compile/", "bandwidth")
 

@@ -1,38 +1,33 @@
-"""What a test has several processes do: ``python worker.py TASK FOLDER [ARGUMENTS]``."""
+"""What a test has several processes do: ``python worker.py TASK FOLDER [ARGUMENTS]``.
+
+What one task alone needs is imported there: most start faster than the rest of the package is read.
+"""
 
 import json
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from jrlhf import assets
 from jrlhf.cli.entry import ended
-from jrlhf.config import DistributedConfig, OptimConfig
-from jrlhf.data import Order
-from jrlhf.data.order import Part
-from jrlhf.models import load_pretrained
+from jrlhf.config import DistributedConfig
 from jrlhf.parallel import fetch, is_first, make_mesh, process_group, shard_batch
 from jrlhf.parallel.hosts import AnyProcess, first_goes_ahead, from_first, same_everywhere
-from jrlhf.runs.checkpoints import Checkpoints
-from jrlhf.steps import make_sft_step
 from jrlhf.system.errors import USAGE_ERRORS, UsageError
 from jrlhf.system.interrupts import end_at_once
 from jrlhf.system.terminal import complain
-from jrlhf.train.keys import stream_key
-from jrlhf.train.optim import make_optimizer
-from jrlhf.train.start import begin, build_training
-from jrlhf.train.state import RunState, abstract
 
 STEPS, ROWS, BATCH = 7, 40, 8
 
 
 def read_rows(folder: Path, tensor: str) -> None:
     """Which rows of every step's batch are on this process's devices."""
+    from jrlhf.data import Order
+    from jrlhf.data.order import Part
+
     mesh = make_mesh(data=-1, fsdp=1, tensor=int(tensor))
     order = Order(5, batch_size=BATCH, lengths=np.arange(ROWS), parts=[Part(ROWS, 1.0)])
     here = []
@@ -86,34 +81,10 @@ def train(folder: Path, *fault: str) -> None:
         time.sleep(0.02)
 
 
-def sft_state(devices: Any) -> tuple[RunState, Any]:
-    """A small model and its optimizer on these devices, as the SFT stage starts with, and the step."""
-    mesh = make_mesh(data=-1, fsdp=2 if len(devices) > 1 else 1, tensor=1, devices=devices)
-    model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
-    tx, _ = make_optimizer(OptimConfig(lr=1e-3), updates=100)
-    step = make_sft_step(model.logprob_fn, tx, accumulation=1)
-    training = build_training(step, tx, model.params, None, mesh=mesh, rules=model.rules)
-    return begin(training, mesh=mesh, key=stream_key(0, "sft", "train")), training.step
-
-
-def open_checkpoints(folder: Path) -> Checkpoints:
-    return Checkpoints(folder, keep=3, keep_best=0, best_metric=None, best_mode="min")
-
-
-def restored(folder: Path, devices: Any) -> tuple[RunState, Any]:
-    """What is saved in a folder, on these devices, and the step."""
-    state, step = sft_state(devices)
-    with open_checkpoints(folder) as checkpoints:
-        return checkpoints.restore(checkpoints.latest_step(), abstract(state)), step
-
-
-def leaves(state: RunState) -> list[np.ndarray]:
-    """Every leaf, whole, keys as the integers they are made of."""
-    return fetch([x if x.dtype != state.key.dtype else jax.random.key_data(x) for x in jax.tree.leaves(state)])
-
-
 def reload(folder: Path) -> None:
     """Load what one process saved, say what it is, and save it again."""
+    from tests.support.saving import leaves, open_checkpoints, restored
+
     state, _ = restored(folder / "saved", jax.devices())
     found = leaves(state)
     if is_first():

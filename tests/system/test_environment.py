@@ -13,6 +13,8 @@ import pytest
 from jrlhf.data.cache import MIN_CACHED_BYTES, cache_folder
 from jrlhf.system import environment
 from jrlhf.system.environment import keep_compiled_programs, restart_with_huge_pages, set_compiler_flags
+from tests.support import WITHOUT_TORCH
+from tests.support.processes import compiler_flags
 
 START = """
 from jrlhf.system.environment import keep_compiled_programs
@@ -129,16 +131,19 @@ pyarrow.parquet.write_table(pyarrow.table({"prompt": ["Once upon"]}), sys.argv[1
 """
 
 
+QUICK = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": compiler_flags()}
+
+
 def command(folder: Path, *arguments: str, user: int | None = None, **variables: str) -> subprocess.CompletedProcess:
     """A command in an environment of its own, as in a container."""
     kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
     source = str(Path(environment.__file__).parents[2])
     another = [] if user is None else ["setpriv", "--reuid", str(user), "--clear-groups"]
-    paths = os.pathsep.join(filter(None, (source, kept.pop("PYTHONPATH", ""))))
+    paths = os.pathsep.join(filter(None, (source, str(WITHOUT_TORCH), kept.pop("PYTHONPATH", ""))))
     return subprocess.run(
         [*another, sys.executable, "-m", "jrlhf", *arguments],
         cwd=folder,
-        env=kept | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | variables,
+        env=kept | {"PYTHONPATH": paths} | QUICK | variables,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
