@@ -66,31 +66,24 @@ class Case:
     """Rows of a device: packed texts, prompts with two completions, or episodes."""
     length: int
     """Tokens of a row; an episode is half prompt, half answer."""
-    remat: bool = False
     programs: tuple[str, ...] = ("update",)
-
-    @property
-    def attention(self) -> str:
-        """The fused kernel of the platform."""
-        return "cudnn" if self.topology.startswith("h100") else "splash"
 
 
 CASES = (
     Case("sft-tiny-v5p", "sft", "tiny", "v5p:2x2x1", rows=2, length=256),
     Case("sft-1b-v5p", "sft", "1b", "v5p:2x2x1", rows=8, length=2048),
-    Case("sft-1b-remat-v5p", "sft", "1b", "v5p:2x2x1", rows=8, length=2048, remat=True),
-    Case("sft-1b-remat-v5e-16", "sft", "1b", "v5e:4x4", rows=8, length=2048, remat=True),
-    Case("sft-1b-remat-v6e-16", "sft", "1b", "v6e:4x4", rows=8, length=2048, remat=True),
+    Case("sft-1b-v5e-16", "sft", "1b", "v5e:4x4", rows=8, length=2048),
+    Case("sft-1b-v6e-16", "sft", "1b", "v6e:4x4", rows=8, length=2048),
     Case("sft-1b-h100x8", "sft", "1b", "h100x8", rows=8, length=2048),
-    Case("sft-1b-remat-h100x1", "sft", "1b", "h100x1", rows=8, length=2048, remat=True),
-    Case("sft-8b-remat-v5p-8", "sft", "8b", "v5p:2x2x2", rows=4, length=4096, remat=True),
-    Case("sft-8b-remat-v5p-64", "sft", "8b", "v5p:4x4x4", rows=4, length=4096, remat=True),
-    Case("sft-8b-remat-v6e-16", "sft", "8b", "v6e:4x4", rows=4, length=4096, remat=True),
+    Case("sft-1b-h100x1", "sft", "1b", "h100x1", rows=8, length=2048),
+    Case("sft-8b-v5p-8", "sft", "8b", "v5p:2x2x2", rows=4, length=4096),
+    Case("sft-8b-v5p-64", "sft", "8b", "v5p:4x4x4", rows=4, length=4096),
+    Case("sft-8b-v6e-16", "sft", "8b", "v6e:4x4", rows=4, length=4096),
     Case("reward-1b-v5p", "reward", "1b", "v5p:2x2x1", rows=8, length=1024),
     Case("ppo-1b-v5p", "ppo", "1b", "v5p:2x2x1", rows=64, length=1024, programs=PPO_PROGRAMS),
-    Case("ppo-1b-remat-v6e-16", "ppo", "1b", "v6e:4x4", rows=64, length=1024, remat=True, programs=PPO_PROGRAMS),
+    Case("ppo-1b-v6e-16", "ppo", "1b", "v6e:4x4", rows=64, length=1024, programs=PPO_PROGRAMS),
     Case("ppo-1b-h100x8", "ppo", "1b", "h100x8", rows=64, length=1024, programs=PPO_PROGRAMS),
-    Case("ppo-8b-remat-v5p-8", "ppo", "8b", "v5p:2x2x2", rows=64, length=1024, remat=True, programs=PPO_PROGRAMS),
+    Case("ppo-8b-v5p-8", "ppo", "8b", "v5p:2x2x2", rows=64, length=1024, programs=PPO_PROGRAMS),
 )
 
 
@@ -118,7 +111,7 @@ def planned_stage(case: Case, topology: Topology, folder: Path) -> StagePlan:
 def config_of(case: Case, groups: int, folder: Path) -> PlanConfig:
     """Return the config of a case's stage; all else is at its default."""
     language, scorer = write_models(folder, case.model)
-    model = ModelConfig(language, "bfloat16", case.remat, case.attention)
+    model = ModelConfig(language, "bfloat16")
     rows, data = case.rows * groups, DataConfig(train="rows.jsonl", max_length=case.length, buckets=1)
     match case.stage:
         case "sft":

@@ -42,7 +42,7 @@ def test_cached_decode_equals_the_full_forward(variant, model, padded):
     logits, cache = decode(model.params, tokens[:, :4], positions[:, :4], cache)
     for column in range(4, width + 1):
         real = mask[:, column - 1]
-        np.testing.assert_allclose(logits[real], full[:, column - 1][real], atol=1e-5)
+        np.testing.assert_allclose(logits[real], full[:, column - 1][real], atol=5e-5)
         if column < width:
             logits, cache = decode(model.params, tokens[:, column, None], positions[:, column, None], cache)
 

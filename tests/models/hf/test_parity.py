@@ -129,7 +129,7 @@ def test_golden_logits_are_those_of_transformers(variant, tmp_path, padded, gold
     """What stands in for torch where it is not installed. Written anew by ``python -m tests.models.write_golden``."""
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(write_named(tmp_path, variant), dtype=torch.float32)
-    np.testing.assert_allclose(golden[variant], torch_logits(model.eval(), *padded["none"])[0], atol=1e-5)
+    np.testing.assert_allclose(golden[variant], torch_logits(model.eval(), *padded["none"])[0], atol=5e-5)
 
 
 def test_reward_of_a_language_model_reads_the_hidden_state_of_the_last_real_token(write_checkpoint, padded):
