@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
-from jrlhf.config import Config, ConfigError, PlanConfig, Sources, check, load_config, stage_sections
+from jrlhf.config import Config, ConfigError, PlanConfig, Sources, Switch, check, load_config, stage_sections
 from jrlhf.config.files import apply_flags, flag_types
 from jrlhf.system.suggest import did_you_mean
 
@@ -97,8 +97,9 @@ def read_flags(
             flags[name] = []
             while rest and not rest[0].startswith("--"):
                 flags[name].append(rest.pop(0))
-        elif types[name] is bool:
-            flags[name] = [rest.pop(0)] if rest and rest[0].lower() in ("true", "false") else ["true"]
+        elif types[name] in (bool, Switch):
+            values = ("true", "false") if types[name] is bool else ("true", "false", "auto")
+            flags[name] = [rest.pop(0)] if rest and rest[0].lower() in values else ["true"]
         elif rest and not rest[0].startswith("--"):
             flags[name] = [rest.pop(0)]
         else:

@@ -14,6 +14,7 @@ from jrlhf.config.schema import (
     OptimConfig,
     SamplingConfig,
     Sources,
+    Switch,
 )
 from jrlhf.config.stages import (
     CanaryConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "SamplingConfig",
     "Sources",
     "StageConfig",
+    "Switch",
     "check",
     "load_config",
     "required_value",

@@ -15,7 +15,7 @@ import yaml
 
 from jrlhf.config.check import check, leaves
 from jrlhf.config.errors import ConfigError
-from jrlhf.config.schema import Sources
+from jrlhf.config.schema import Sources, Switch
 from jrlhf.config.stages import Config
 from jrlhf.config.yaml_merge import MergeError, merged_pairs
 from jrlhf.system.paths import expanded, expanded_value
@@ -27,7 +27,13 @@ T = TypeVar("T")
 TAG = "tag:yaml.org,2002:"
 SOURCES = get_args(Sources)[0]
 """Type of sources without the mark that their texts are paths."""
-EXPECTED: dict[Any, str] = {str: "a string", bool: "true or false", int: "a whole number", float: "a finite number"}
+EXPECTED: dict[Any, str] = {
+    str: "a string",
+    bool: "true or false",
+    Switch: "true, false or auto",
+    int: "a whole number",
+    float: "a finite number",
+}
 ANCHORS = (".", "x-")
 """Prefixes of top-level keys that only hold an anchor: ``.common: &common {lr: 1e-4}``."""
 MAX_QUOTED = 200
@@ -196,6 +202,8 @@ def _read_value(node: yaml.Node, hint: Any) -> Any:
             raise _WrongValueError(f"expected a list, got {_describe(node)}")
         return tuple(_read_value(item, get_args(hint)[0]) for item in node.value)
     options = get_args(hint) if get_origin(hint) is Literal else ()
+    if hint == Switch and isinstance(node, yaml.ScalarNode) and node.value == "auto":
+        return node.value
     if not isinstance(node, yaml.ScalarNode) or not node.tag.startswith(TAG):
         raise _WrongValueError(f"expected {either(options) if options else EXPECTED[hint]}, got {_describe(node)}")
     if options:
@@ -239,11 +247,11 @@ def _read_weights(node: yaml.MappingNode) -> dict[str, float]:
     return weights
 
 
-def _scalar(node: yaml.ScalarNode, hint: type) -> str | bool | int | float | None:
+def _scalar(node: yaml.ScalarNode, hint: Any) -> str | bool | int | float | None:
     """Return the value, or None if the text is not of the type. Quoted text is a string, never a number."""
     if hint is str:
         return node.value if node.tag == TAG + "str" else None
-    if hint is bool:
+    if hint in (bool, Switch):
         return yaml.SafeLoader.bool_values[node.value.lower()] if node.tag == TAG + "bool" else None
     if node.style is not None:
         return None

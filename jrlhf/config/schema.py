@@ -8,6 +8,9 @@ from jrlhf.system.paths import PATH, PathText, WithPaths
 Sources = Annotated[str | dict[str, float], PATH]
 """Rows from one source, or from several sources that are mixed by their weights."""
 
+Switch = bool | Literal["auto"]
+"""True, false, or what suits the platform."""
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -52,10 +55,10 @@ class ModelConfig(WithPaths):
     the stage before exported; the first stage needs one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Master weights and optimizer state are always float32."""
-    remat: bool | None = None
+    remat: Switch = "auto"
     """Whether the backward pass recomputes whole layers, for a third of the memory of activations. If false, the
-    outputs of weight matrices are stored, and only the rest is recomputed. By default true on TPUs, where it takes no
-    more time by their compiler's estimate, and false elsewhere, where it takes about a third more."""
+    outputs of weight matrices are stored, and only the rest is recomputed. auto: true on TPUs, where it takes no more
+    time by their compiler's estimate, and false elsewhere, where it takes about a third more."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Implementation of attention in training and scoring. auto: the fastest that the devices and the model support.
     cudnn: NVIDIA's fused kernels, for GPUs in bfloat16 only. splash: JAX's Pallas kernel, for TPU v4 or newer only."""

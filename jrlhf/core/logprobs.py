@@ -24,11 +24,22 @@ def predictable(mask: TokenMask) -> Bool[Array, "B T"]:
     return real_tokens(mask) & (mask == align_to_tokens(mask))
 
 
+def normaliser(logits: Float[Array, "*B V"], *, temperature: float) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """Return the largest of logits / temperature and log Σ exp(logits / temperature - largest), in float32.
+
+    With the largest logit at 0, both terms of the entropy log Z - Σ p·x are ≥ 0: large logits cannot cancel below 0.
+    """
+    scaled = logits.astype(jnp.float32) / temperature
+    largest = lax.stop_gradient(jnp.max(scaled, axis=-1))
+    return largest, jnp.log(jnp.sum(jnp.exp(scaled - largest[..., None]), axis=-1))
+
+
 def next_token_logprobs(
     logits: Float[Array, "*B V"], targets: Int[Array, "*B"], *, temperature: float
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """log softmax(logits / temperature)[target] and the entropy of that softmax, in float32, not shifted."""
-    scaled, log_z = _scaled(logits, temperature)
+    largest, log_z = normaliser(logits, temperature=temperature)
+    scaled = logits.astype(jnp.float32) / temperature - largest[..., None]
     chosen = jnp.take_along_axis(scaled, targets[..., None], axis=-1)[..., 0]
     # A logit of -inf has p = 0, and 0 · -inf would be NaN: it is left out before the product.
     finite = jnp.where(jnp.isneginf(scaled), 0.0, scaled)
@@ -39,19 +50,21 @@ def next_token_logprobs(
 def next_token_gradient(
     logits: Float[Array, "*B V"],
     targets: Int[Array, "*B"],
+    largest: Float[Array, "*B"],
+    log_z: Float[Array, "*B"],
     d_logprobs: Float[Array, "*B"],
     entropy: Float[Array, "*B"] | None,
     d_entropy: Float[Array, "*B"] | None,
     *,
     temperature: float,
 ) -> Float[Array, "*B V"]:
-    """Return the gradient of the logits of ``next_token_logprobs``; without ``d_entropy`` no entropy is read.
+    """Return the gradient of the logits of ``next_token_logprobs``; ``normaliser`` gives ``largest`` and ``log_z``.
 
     With x = logits / temperature, p = softmax(x) and the entropy H it is (∂logprob · (1[target] - p) - ∂H · p ·
-    (log p + H)) / temperature: one pass over the logits, where derivation by rules would scatter and sum again.
+    (log p + H)) / temperature: one pass over the logits, where derivation by rules would scatter and sum again. Without
+    ``d_entropy`` the entropy is not read.
     """
-    scaled, log_z = _scaled(logits, temperature)
-    logp = scaled - log_z[..., None]
+    logp = logits.astype(jnp.float32) / temperature - largest[..., None] - log_z[..., None]
     p = jnp.exp(logp)
     chosen = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     gradient = d_logprobs[..., None] * (chosen.astype(jnp.float32) - p)
@@ -60,14 +73,6 @@ def next_token_gradient(
         surprise = jnp.where(jnp.isneginf(logp), 0.0, logp) + entropy[..., None]
         gradient = gradient - d_entropy[..., None] * p * surprise
     return gradient / temperature
-
-
-def _scaled(logits: Float[Array, "*B V"], temperature: float) -> tuple[Float[Array, "*B V"], Float[Array, "*B"]]:
-    """Return logits / temperature, moved so that the largest is 0, and log Σ exp of them."""
-    scaled = logits.astype(jnp.float32) / temperature
-    # With the largest logit at 0, both terms of H = log Z - Σ p·x are ≥ 0: large logits cannot cancel below 0.
-    scaled = scaled - lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
-    return scaled, jnp.log(jnp.sum(jnp.exp(scaled), axis=-1))
 
 
 def logprobs_and_entropy(

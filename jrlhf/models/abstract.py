@@ -1,7 +1,7 @@
 """Abstract models: the shapes, dtypes and shardings of ``load_pretrained``'s results, for ahead-of-time compilation."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
@@ -29,7 +29,7 @@ def abstract_pretrained(
     *,
     dtype: Any,
     mesh: Mesh,
-    remat: bool | None = None,
+    remat: bool | Literal["auto"] = "auto",
     attention: AttentionKernel = "auto",
     kind: ModelKind | None = None,
     option: str = "",

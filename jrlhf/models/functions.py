@@ -1,6 +1,6 @@
 """The bundled decoder's pure functions, which implement the protocols of ``jrlhf.types``, and its parameter trees."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def decoder_fns(
     arch: ArchConfig,
     *,
     dtype: Any,
-    remat: bool | None = None,
+    remat: bool | Literal["auto"] = "auto",
     attention: AttentionKernel = "auto",
     mesh: Mesh | None = None,
     logits_at_once: int = 0,
@@ -52,7 +52,7 @@ def decoder_fns(
     """Return the decoder's functions, which hold no weights. ``dtype`` is the compute dtype ("float32", "bfloat16").
 
     The backward pass recomputes everything except products with weights and attention; with ``remat`` it recomputes
-    whole layers (None: as suits the platform). ``logits_at_once`` bounds the number of logits, tokens · V, that
+    whole layers ("auto": as suits the platform). ``logits_at_once`` bounds the number of logits, tokens · V, that
     ``logprob_fn`` holds on a device (0: as many as suit the platform). Both change memory, not results.
 
     ``attention``: "cudnn" needs a GPU and bfloat16, and is a UsageError for an architecture with a soft cap on
@@ -61,7 +61,7 @@ def decoder_fns(
     """
     dtype = jnp.dtype(dtype)
     settings = platform_settings(mesh)
-    remat = settings.remat if remat is None else remat
+    remat = settings.remat if remat == "auto" else remat
     module = Decoder(arch, dtype, remat, attention_kernel(attention, arch, dtype, mesh), mesh)
     head_path = "embed" if arch.tie_embeddings else "lm_head/kernel"
     head_shape = (arch.vocab_size, arch.hidden_size) if arch.tie_embeddings else (arch.hidden_size, arch.vocab_size)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -51,7 +51,7 @@ def load_pretrained(
     *,
     dtype: Any,
     mesh: Mesh | None = None,
-    remat: bool | None = None,
+    remat: bool | Literal["auto"] = "auto",
     attention: AttentionKernel = "auto",
     option: str = "",
 ) -> Pretrained:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -93,7 +93,7 @@ def load_reward_model(
     *,
     dtype: Any,
     mesh: Mesh | None = None,
-    remat: bool | None = None,
+    remat: bool | Literal["auto"] = "auto",
     attention: AttentionKernel = "auto",
     option: str = "",
 ) -> RewardModel:
@@ -129,7 +129,7 @@ def load_reward_start(
     *,
     dtype: Any,
     mesh: Mesh | None = None,
-    remat: bool | None = None,
+    remat: bool | Literal["auto"] = "auto",
     attention: AttentionKernel = "auto",
     option: str = "",
 ) -> RewardModel:
@@ -148,7 +148,7 @@ def load_reward_start(
 
 
 def _read_reward(
-    folder: Path, *, dtype: Any, mesh: Mesh | None, remat: bool | None, attention: AttentionKernel
+    folder: Path, *, dtype: Any, mesh: Mesh | None, remat: bool | Literal["auto"], attention: AttentionKernel
 ) -> RewardModel:
     config = read_config(folder)
     arch = arch_from_hf(config)

@@ -20,6 +20,9 @@ from jrlhf.system.errors import UsageError
 UNIT, KEYS_AT_ONCE = 128, 512
 """Multiple of a block's length, and the number of keys whose scores are computed at once."""
 
+BLOCKS = 4
+"""Number of blocks of keys in a row. A causal mask leaves out 6 of the 16 squares of four blocks, and none of one."""
+
 MAX_QUERIES, MAX_KEYS = 1024, 2048
 """Maximum length of a block of queries and of keys, for heads of up to 256 bytes; wider ones take shorter blocks.
 
@@ -44,9 +47,9 @@ def needs_interpreter(mesh: Mesh | None) -> bool:
 def key_block(length: int, head_bytes: int) -> int:
     """Return the length of a block of keys for rows of ``length`` tokens, which are padded to a multiple of it."""
     most = max(KEYS_AT_ONCE, MAX_KEYS * 256 // max(256, head_bytes))
-    unit = UNIT if length <= KEYS_AT_ONCE else KEYS_AT_ONCE
-    count = -(-length // most)
-    return unit * -(-length // (unit * count))
+    count = max(-(-length // most), min(BLOCKS, -(-length // KEYS_AT_ONCE)))
+    block = UNIT * -(-length // (UNIT * count))
+    return block if block <= KEYS_AT_ONCE else block // KEYS_AT_ONCE * KEYS_AT_ONCE
 
 
 def splash_attention(

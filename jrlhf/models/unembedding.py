@@ -17,20 +17,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.core import align_to_tokens, next_token_logprobs
-from jrlhf.core.logprobs import next_token_gradient
+from jrlhf.core.logprobs import next_token_gradient, normaliser
 from jrlhf.models.attention import soft_cap
 from jrlhf.models.linear import input_gradient, kernel_gradient, product
+from jrlhf.models.token_slices import token_slices
 from jrlhf.parallel.mesh import AXES
 from jrlhf.parallel.platforms import barrier_on_cpu
-
-MAX_SLICES = 8
-"""Maximum number of slices when only some tokens need logits. More slices waste less computation."""
-
-MIN_SLICE_TOKENS = 256
-"""Minimum number of tokens per slice, since each slice adds once to the gradient of the LM head."""
-
-TOKEN_MULTIPLE = 128
-"""Multiple of the tokens per slice where there are as many: TPUs and GPUs pad a product to it."""
 
 BY_TOKEN = PartitionSpec(AXES)
 
@@ -49,14 +41,6 @@ class LMHead(NamedTuple):
     spec: PartitionSpec
     """Sharding of the kernel over the mesh."""
     temperature: float
-
-
-class Work(NamedTuple):
-    """The tokens of a device in the order in which they are computed, and how many of them are requested."""
-
-    order: Int[Array, "n"] | None
-    """None: all tokens, in their own order."""
-    requested: Int[Array, ""]
 
 
 def hidden_logprobs(
@@ -87,37 +71,50 @@ def hidden_logprobs(
     return logprobs, entropy
 
 
+class Figures(NamedTuple):
+    """What the forward pass computes of each token."""
+
+    logprobs: Float[Array, "n"]
+    entropy: Float[Array, "n"]
+    largest: Float[Array, "n"]
+    log_z: Float[Array, "n"]
+    """See ``core.logprobs.normaliser``; not 0 where a token is not requested."""
+
+
 class Gradients(NamedTuple):
     """What the backward pass reads of each token; without a gradient of the entropy both of its fields are None."""
 
-    logprobs: Float[Array, "n"]
+    largest: Float[Array, "n"]
+    log_z: Float[Array, "n"]
+    d_logprobs: Float[Array, "n"]
     entropy: Float[Array, "n"] | None
-    of_entropy: Float[Array, "n"] | None
+    d_entropy: Float[Array, "n"] | None
 
 
 def _primal(head: LMHead, *args: Any) -> Any:
-    return _outputs(head, *args)[0]
+    return _outputs(head, *args)[0][:2]
 
 
 def _outputs(head: LMHead, kernel: Array, hidden: Array, targets: Array, requested: Array | None) -> Any:
-    out_specs = (BY_TOKEN, BY_TOKEN), PartitionSpec(None, AXES)
+    out_specs = BY_TOKEN, PartitionSpec(None, AXES)
     return _on_devices(head, _forward_on_device, out_specs)(kernel, hidden, targets, requested)
 
 
 def _forward(head: LMHead, *primals: Any) -> Any:
     args = jax.custom_derivatives.custom_vjp_primal_tree_values(primals)
-    outputs, logits = _outputs(head, *args)
-    return outputs, (args, logits, outputs[1])
+    figures, logits = _outputs(head, *args)
+    return figures[:2], (args, logits, figures)
 
 
 def _backward(head: LMHead, saved: Any, gradients: tuple[Any, Any]) -> Any:
-    args, logits, entropy = saved
-    zero = [isinstance(x, jax.custom_derivatives.SymbolicZero) for x in gradients]
-    of_logprobs = jnp.zeros_like(entropy) if zero[0] else gradients[0]
+    args, logits, figures = saved
+    d_logprobs, d_entropy = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in gradients)
+    d_logprobs = jnp.zeros_like(figures.logprobs) if d_logprobs is None else d_logprobs
     # Where nothing is learnt from the entropy, as in SFT, nobody reads it, and it is not computed in either direction.
-    wanted = Gradients(of_logprobs, *((None, None) if zero[1] else (entropy, gradients[1])))
+    entropy = None if d_entropy is None else figures.entropy
+    gradients_of_tokens = Gradients(figures.largest, figures.log_z, d_logprobs, entropy, d_entropy)
     on_devices = _on_devices(head, _backward_on_device, (head.spec, BY_TOKEN))
-    return *on_devices(*args, logits, wanted), None, None
+    return *on_devices(*args, logits, gradients_of_tokens), None, None
 
 
 _logprobs: Any = jax.custom_vjp(_primal, nondiff_argnums=(0,))
@@ -141,26 +138,28 @@ def _on_devices(head: LMHead, function: Callable[..., Any], out_specs: Any) -> C
 
 def _forward_on_device(
     head: LMHead, kernel: Array, hidden: Array, targets: Array, requested: Array | None
-) -> tuple[tuple[Array, Array], Array | None]:
-    """Return log-probs and entropy, and the logits if they are few enough to be kept for the backward pass."""
+) -> tuple[Figures, Array | None]:
+    """Return the figures of each token, and the logits if they are few enough to be kept for the backward pass."""
     kernel = _gathered(head, kernel, hidden.dtype)
-    size, slices, keep = _slices(head, len(targets), _vocabulary(head, kernel), requested)
-    work = _work(requested, len(targets))
+    most = _most_tokens(head, kernel)
+    slices, keep = token_slices(len(targets), requested, most=most), len(targets) <= most
 
     def compute(hidden: Array, targets: Array) -> Any:
         logits = _logits(head, kernel, hidden)
-        return *_figures(head, logits, targets), logits if keep else None
+        return _figures(head, logits, targets), logits if keep else None
 
     def skip(*piece: Array) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, *piece))
 
     def visit(start: Array, piece: tuple[Array, ...]) -> tuple[Array, Any]:
-        return start + size, _while_requested(work, start, compute, skip, *piece)
+        return start + slices.size, slices.apply(start, compute, skip, *piece)
 
-    pieces = tuple(_split(_first(work, x), size, slices) for x in (hidden, targets))
-    _, (logprobs, entropy, logits) = lax.scan(visit, jnp.int32(0), pieces)
-    logprobs, entropy = (_back(work, _joined(x, len(targets))) for x in (logprobs, entropy))
-    return (logprobs, entropy), logits
+    _, (figures, logits) = lax.scan(visit, jnp.int32(0), tuple(map(slices.split, (hidden, targets))))
+    figures = Figures(*map(slices.joined, figures))
+    if requested is not None:
+        logprobs, entropy = (jnp.where(requested, x, 0.0) for x in figures[:2])
+        figures = figures._replace(logprobs=logprobs, entropy=entropy)
+    return figures, logits
 
 
 def _backward_on_device(
@@ -170,8 +169,7 @@ def _backward_on_device(
     """Return the gradients of the kernel's part and of the hidden states."""
     dtype = kernel.dtype
     kernel = _gathered(head, kernel, hidden.dtype)
-    size, slices, _ = _slices(head, len(targets), _vocabulary(head, kernel), requested)
-    work = _work(requested, len(targets))
+    slices = token_slices(len(targets), requested, most=_most_tokens(head, kernel))
 
     def compute(d_kernel: Array, hidden: Array, targets: Array, logits: Array | None, gradients: Gradients) -> Any:
         logits = _logits(head, kernel, hidden) if logits is None else logits
@@ -184,29 +182,24 @@ def _backward_on_device(
 
     def visit(carry: tuple[Array, Array], piece: tuple[Any, ...]) -> tuple[tuple[Array, Array], Array]:
         start, d_kernel = carry
-        d_kernel, d_hidden = _while_requested(work, start, compute, skip, d_kernel, *piece)
-        return (start + size, d_kernel), d_hidden
+        d_kernel, d_hidden = slices.apply(start, compute, skip, d_kernel, *piece)
+        return (start + slices.size, d_kernel), d_hidden
 
     if requested is not None:
         # What is not requested is 0 whatever the weights are, also where it shares a slice.
-        gradients = jax.tree.map(lambda x: jnp.where(requested, x, 0.0), gradients)
-    pieces = jax.tree.map(lambda x: _split(_first(work, x), size, slices), (hidden, targets, gradients))
+        d_logprobs, d_entropy = jax.tree.map(
+            lambda x: jnp.where(requested, x, 0.0), (gradients.d_logprobs, gradients.d_entropy)
+        )
+        gradients = gradients._replace(d_logprobs=d_logprobs, d_entropy=d_entropy)
+    hidden, targets, gradients = jax.tree.map(slices.split, (hidden, targets, gradients))
     start = jnp.int32(0), jnp.zeros(kernel.shape, jnp.float32)
-    (_, d_kernel), d_hidden = lax.scan(visit, start, (*pieces[:2], logits, pieces[2]))
-    return _summed(head, d_kernel).astype(dtype), _back(work, _joined(d_hidden, len(targets)))
+    (_, d_kernel), d_hidden = lax.scan(visit, start, (hidden, targets, logits, gradients))
+    return _summed(head, d_kernel).astype(dtype), slices.joined(d_hidden)
 
 
-def _while_requested(
-    work: Work, start: Array, compute: Callable[..., Any], skip: Callable[..., Any], *args: Any
-) -> Any:
-    """Return ``compute(*args)``, or ``skip(*args)`` for a slice at ``start`` that holds no requested token."""
-    if work.order is None:
-        return compute(*args)
-    return lax.cond(start < work.requested, compute, skip, *args)
-
-
-def _vocabulary(head: LMHead, kernel: Array) -> int:
-    return kernel.shape[0 if head.tied else 1]
+def _most_tokens(head: LMHead, kernel: Array) -> int:
+    """Return the number of tokens whose logits may be in memory."""
+    return max(1, head.logits_at_once // kernel.shape[0 if head.tied else 1])
 
 
 def _logits(head: LMHead, kernel: Array, hidden: Array) -> Array:
@@ -214,9 +207,11 @@ def _logits(head: LMHead, kernel: Array, hidden: Array) -> Array:
     return barrier_on_cpu(product(hidden, kernel, jnp.float32, axis=int(head.tied)))
 
 
-def _figures(head: LMHead, logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Return log-probs and entropy of the products with the LM head."""
-    return next_token_logprobs(soft_cap(logits, head.softcap), targets, temperature=head.temperature)
+def _figures(head: LMHead, logits: Array, targets: Array) -> Figures:
+    """Return the figures of tokens from the products with the LM head."""
+    capped = soft_cap(logits, head.softcap)
+    outputs = next_token_logprobs(capped, targets, temperature=head.temperature)
+    return Figures(*outputs, *normaliser(capped, temperature=head.temperature))
 
 
 def _logits_gradient(head: LMHead, logits: Array, targets: Array, gradients: Gradients) -> Array:
@@ -224,46 +219,6 @@ def _logits_gradient(head: LMHead, logits: Array, targets: Array, gradients: Gra
     capped = soft_cap(logits, head.softcap)
     gradient = next_token_gradient(capped, targets, *gradients, temperature=head.temperature)
     return gradient if head.softcap is None else gradient * (1.0 - jnp.square(capped / head.softcap))
-
-
-def _slices(head: LMHead, tokens: int, vocabulary: int, requested: Array | None) -> tuple[int, int, bool]:
-    """Return the tokens per slice, the number of slices, and whether all logits are kept for the backward pass."""
-    most = max(1, head.logits_at_once // vocabulary)
-    keep = tokens <= most
-    if requested is not None:
-        most = min(most, max(-(-tokens // MAX_SLICES), MIN_SLICE_TOKENS))
-    size = -(-tokens // -(-tokens // most))
-    if size < tokens and most >= TOKEN_MULTIPLE:
-        size = min(-(-size // TOKEN_MULTIPLE), most // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-    return size, -(-tokens // size), keep
-
-
-def _work(requested: Array | None, tokens: int) -> Work:
-    if requested is None:
-        return Work(None, jnp.int32(tokens))
-    return Work(jnp.argsort(~requested, stable=True).astype(jnp.int32), jnp.sum(requested, dtype=jnp.int32))
-
-
-def _first(work: Work, x: Array) -> Array:
-    """Move the requested tokens of a device to the front."""
-    return x if work.order is None else x[work.order]
-
-
-def _back(work: Work, x: Array) -> Array:
-    """Undo ``_first``; what was not requested becomes 0."""
-    if work.order is None:
-        return x
-    x = jnp.where((jnp.arange(len(x)) < work.requested).reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-    return x[jnp.argsort(work.order)]
-
-
-def _split(x: Array, size: int, slices: int) -> Array:
-    padded = jnp.pad(x, ((0, size * slices - len(x)),) + ((0, 0),) * (x.ndim - 1))
-    return padded.reshape(slices, size, *x.shape[1:])
-
-
-def _joined(x: Array, tokens: int) -> Array:
-    return x.reshape(-1, *x.shape[2:])[:tokens]
 
 
 def _gathered(head: LMHead, kernel: Array, dtype: Any) -> Array:

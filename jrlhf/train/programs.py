@@ -118,7 +118,7 @@ def planned_model(
 
     On simulated devices, XLA's attention replaces kernels that need the compiler of a GPU or TPU.
     """
-    remat = settings_of(target.topology.platform()).remat if model.remat is None else model.remat
+    remat = settings_of(target.topology.platform()).remat if model.remat == "auto" else model.remat
     options: dict[str, Any] = {"dtype": model.dtype, "remat": remat, "option": f"{key}.path"}
     if not target.topology.simulated:
         options = compute_options(model, target.mesh, key=key)

@@ -217,6 +217,9 @@ def test_a_switch_needs_no_value(stage):
     main(["pipeline", "--ppo.whiten_rewards", "--sft.log.progress", "false", "--sft.model.remat=true", "--seed", "1"])
     [(config,)] = calls
     assert (config.ppo.whiten_rewards, config.sft.log.progress, config.sft.model.remat) == (True, False, True)
+    main(["pipeline", "--sft.model.remat", "auto", "--ppo.model.remat", "--ppo.reward.remat", "false"])
+    config = calls[1][0]
+    assert (config.sft.model.remat, config.ppo.model.remat, config.ppo.reward.remat) == ("auto", True, False)
 
 
 @pytest.mark.parametrize(

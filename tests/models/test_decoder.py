@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from jrlhf.core import from_logits, positions_from_mask, predictable
-from jrlhf.models import decoder, decoder_fns, init_params, reward_params, unembedding
+from jrlhf.models import decoder, decoder_fns, init_params, reward_params
 from jrlhf.models.arch import Rope
 from jrlhf.models.functions import abstract_params, abstract_reward_params
 from jrlhf.models.rope import inverse_frequencies
@@ -162,8 +162,8 @@ WANTED = {
 @pytest.mark.parametrize("columns", [3, 30])
 def test_what_is_wanted_and_its_gradient_are_what_they_are_among_all(arch, params, monkeypatch, which, columns):
     """Slices of nine tokens, and of as many as all logits would take: two then, by the sizes set here."""
-    monkeypatch.setattr(unembedding, "MAX_SLICES", 2)
-    monkeypatch.setattr(unembedding, "MIN_SLICE_TOKENS", 1)
+    monkeypatch.setattr(token_slices, "MAX_SLICES", 2)
+    monkeypatch.setattr(token_slices, "MIN_SLICE_TOKENS", 1)
     tokens, mask, _ = token_batch()
     wanted = WANTED[which](mask)
     fns = decoder_fns(arch, dtype="float32", remat=False, logits_at_once=3 * 61 * columns)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jrlhf.models import unembedding
+from jrlhf.models import token_slices, unembedding
 from jrlhf.models.unembedding import LMHead, hidden_logprobs
 from jrlhf.parallel import batch_sharding, make_mesh
 from jrlhf.parallel.sharding import leaf_spec
@@ -50,7 +50,7 @@ def plain(kernel, hidden, tokens, where, *, tied, softcap):
 
 @pytest.fixture(autouse=True)
 def many_slices(monkeypatch):
-    monkeypatch.setattr(unembedding, "MIN_SLICE_TOKENS", 1)
+    monkeypatch.setattr(token_slices, "MIN_SLICE_TOKENS", 1)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -113,7 +113,7 @@ def test_slices_without_a_requested_token_are_skipped(requested, slices):
     real = unembedding._figures
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unembedding, "_figures", figures)
-        patch.setattr(unembedding, "MAX_SLICES", 1)
+        patch.setattr(token_slices, "MAX_SLICES", 1)
         jax.block_until_ready(hidden_logprobs(head, kernel, hidden, tokens, where=where))
     jax.effects_barrier()
     assert len(calls) == slices
