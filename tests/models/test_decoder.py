@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from jrlhf.core import from_logits, positions_from_mask, predictable
-from jrlhf.models import decoder, decoder_fns, init_params, reward_params
+from jrlhf.models import decoder, decoder_fns, init_params, reward_params, token_slices
 from jrlhf.models.arch import Rope
 from jrlhf.models.functions import abstract_params, abstract_reward_params
 from jrlhf.models.rope import inverse_frequencies
