@@ -23,17 +23,17 @@ class Slices(NamedTuple):
     tokens: int
     size: int
     """Tokens per slice; the last slice is padded."""
-    count: int
+    number: int
     order: Int[Array, "n"] | None
     """Index of each token, the requested ones first; None: all are requested and stay in their own order."""
     requested: Int[Array, ""]
     """Number of requested tokens."""
 
     def split(self, x: Array) -> Array:
-        """Cut an array of tokens, ``[n, ...]``, into ``[count, size, ...]``."""
+        """Cut an array of tokens, ``[n, ...]``, into ``[number, size, ...]``."""
         x = x if self.order is None else x[self.order]
-        padded = jnp.pad(x, ((0, self.size * self.count - self.tokens),) + ((0, 0),) * (x.ndim - 1))
-        return padded.reshape(self.count, self.size, *x.shape[1:])
+        padded = jnp.pad(x, ((0, self.size * self.number - self.tokens),) + ((0, 0),) * (x.ndim - 1))
+        return padded.reshape(self.number, self.size, *x.shape[1:])
 
     def joined(self, x: Array) -> Array:
         """Undo ``split``."""
@@ -55,5 +55,5 @@ def token_slices(tokens: int, requested: Bool[Array, "n"] | None, *, most: int) 
     if size < tokens and most >= TOKEN_MULTIPLE:
         size = min(-(-size // TOKEN_MULTIPLE), most // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
     order = None if requested is None else jnp.argsort(~requested, stable=True).astype(jnp.int32)
-    count = jnp.int32(tokens) if requested is None else jnp.sum(requested, dtype=jnp.int32)
-    return Slices(tokens, size, -(-tokens // size), order, count)
+    total = jnp.int32(tokens) if requested is None else jnp.sum(requested, dtype=jnp.int32)
+    return Slices(tokens, size, -(-tokens // size), order, total)

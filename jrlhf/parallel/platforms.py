@@ -46,9 +46,9 @@ TPU = PlatformSettings(
     rotary_products=True,
     # What a layer would store takes as long to write and read as to compute again (benchmarks/results/aot.md).
     remat=True,
-    # XLA cuts a product with a gathered operand into a loop of small products and permutations ("collective matmul").
-    # On the slices of v5e, v6e and v5p it estimates up to 2.8 times the time of one gather and one product
-    # (benchmarks/results/aot.md). The threshold, in MiB, is above every weight.
+    # XLA cuts a product with a gathered operand into a loop of small products and permutations ("collective matmul"),
+    # which on v5e it estimates at 1.7 times the time of one gather and one product (benchmarks/results/aot.md). The
+    # threshold, in MiB, is above every weight.
     compiler_options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
 )
 
