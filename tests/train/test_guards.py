@@ -104,7 +104,7 @@ def lucky_token(generation: Generation) -> jax.Array:
 def test_a_learning_rate_a_thousand_times_too_high_is_rolled_back_before_any_nan(
     tmp_path: Path, reward_folder: Path
 ) -> None:
-    config = small(tmp_path, reward_folder, lr=2.0, iterations=8)
+    config = small(tmp_path, reward_folder, lr=4.0, iterations=8)
     with pytest.raises(GuardStop, match="rolled back 2 times"):
         run_ppo(config)
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
