@@ -37,10 +37,13 @@ from tests.support.signatures import checked
 # From here on every jaxtyping signature of the package is checked at run time.
 install_import_hook("jrlhf", f"{checked.__module__}.{checked.__name__}")
 
+LONGEST = ("test_guards.py", "test_loop.py")
+
 # Small runs that the tests of several folders read.
 pytest_plugins = ["tests.support.runs"]
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -51,6 +54,11 @@ settings.register_profile("jrlhf", deadline=None, max_examples=25, derandomize=T
 settings.load_profile("jrlhf")
 
 atexit.register(shutil.rmtree, os.environ["JRLHF_CACHE"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first: at the end of the run, one process alone would be busy with them."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:

@@ -44,13 +44,13 @@ def jit_moving(step: Step, *, mesh: Mesh, state_shardings: Any) -> Any:
     """
     everywhere = replicated(mesh)
 
-    def moving_step(moving: TrainState, frozen: Params | None, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+    def update(moving: TrainState, frozen: Params | None, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
         new, metrics = step(moving._replace(frozen=frozen), batch, key)
         return new._replace(frozen=None), metrics
 
     return jit_for(
         mesh,
-        moving_step,
+        update,
         in_shardings=(state_shardings, None, batch_sharding(mesh), everywhere),
         out_shardings=(state_shardings, everywhere),
         donate_argnums=0,

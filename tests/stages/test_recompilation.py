@@ -78,7 +78,7 @@ def test_sft(lengths: int, tmp_path: Path, compiled: Counter[str]) -> None:
     data = write(tmp_path / "texts.jsonl", [{"text": words(1 + n)} for n in range(lengths)])
     sft = SFTConfig(MODEL, data=data, batch_size=8, epochs=2.0, log=LOG, checkpoint=ONCE)
     run_sft(Config(run=str(tmp_path / "run"), sft=sft), on_event=count)
-    check(tmp_path / "run/sft", compiled, "jitted", "flops")
+    check(tmp_path / "run/sft", compiled, "update", "flops")
     # Memory is flat: the second epoch holds no more arrays than the first.
     assert len(live) == 2 * -(-lengths // 8)
     assert max(live[len(live) // 2 :]) <= max(live[: len(live) // 2])
@@ -99,7 +99,7 @@ def test_reward_model_and_ppo(lengths: int, tmp_path: Path, compiled: Counter[st
     )
     config = Config(run=str(tmp_path / "run"), reward=reward)
     run_reward(config)
-    check(tmp_path / "run/reward", compiled, "jitted", "flops")
+    check(tmp_path / "run/reward", compiled, "update", "flops")
 
     compiled.clear()
     ppo = PPOConfig(
@@ -113,4 +113,4 @@ def test_reward_model_and_ppo(lengths: int, tmp_path: Path, compiled: Counter[st
         checkpoint=ONCE,
     )
     run_ppo(Config(run=config.run, reward=reward, ppo=ppo))
-    check(tmp_path / "run/ppo", compiled, "generate", "read", "targets", "jitted", "work")
+    check(tmp_path / "run/ppo", compiled, "generate", "read", "targets", "update", "work")
