@@ -41,7 +41,10 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=None)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype")
     parser.add_argument(
-        "--attention", default="xla", choices=("xla", "cudnn", "splash"), help="implementation of attention in training"
+        "--attention",
+        default="auto",
+        choices=("auto", "xla", "cudnn", "splash"),
+        help="implementation of attention in training",
     )
     parser.add_argument("--remat", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--device", default=None, help="JAX platform: cpu, gpu or tpu; default: JAX's choice")

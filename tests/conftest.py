@@ -38,6 +38,7 @@ from tests.support.signatures import checked
 install_import_hook("jrlhf", f"{checked.__module__}.{checked.__name__}")
 
 LONGEST = ("test_guards.py", "test_loop.py")
+"""Files whose tests take half a minute each."""
 
 # Small runs that the tests of several folders read.
 pytest_plugins = ["tests.support.runs"]

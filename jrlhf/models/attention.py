@@ -75,10 +75,15 @@ def fused_attention(
 
     It raises if the implementation is missing or does not support the shapes or dtype; there is no silent fallback.
     """
+    # cuDNN has no gradient with a mask for rows of odd length: one slot of padding makes them even.
+    length, odd = q.shape[1], q.shape[1] % 2
+    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, odd), (0, odd)))
     # A query that attends to nothing would give NaN, also in gradients, so it attends to all keys up to itself.
     mask = (mask | ~jnp.any(mask, axis=-1, keepdims=True))[:, :, 0]
     # The mask is causal already; saying so lets the kernel skip half of the square.
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, is_causal=True, implementation=implementation)
+    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, is_causal=True, implementation=implementation)
+    return mixed[:, :length]
 
 
 def attend(

@@ -1,5 +1,6 @@
 """Weights in the form that decoding reads at every token."""
 
+import logging
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ from jrlhf.parallel.devices.peaks import known_chip
 from jrlhf.parallel.sharding import leaf_spec
 from jrlhf.types import Params
 
+log = logging.getLogger(__name__)
+
 CAST_LEAVES = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
 """Names of the leaves that are cast to the compute dtype; norms compute in float32."""
-
 
 MAX_GATHERED_FRACTION = 0.4
 """Maximum fraction of a device's memory for weights that are gathered over ``fsdp``; a run needs the rest."""
@@ -29,6 +31,8 @@ def decoding_weights(params: Params, *, layers: int, dtype: Any, mesh: Mesh | No
     Weights that are too large to be gathered, see ``gathers``, stay split, and decoding is slow.
     """
     gathered = mesh is not None and gathers(params, dtype, mesh)
+    if mesh is not None and mesh.shape["fsdp"] > 1 and not gathered:
+        log.warning("weights stay split over fsdp while answers are sampled, which is slow: split them over tensor too")
 
     def place(path: tuple[Any, ...], leaf: Array, layer: int | None) -> Array:
         spec = _spec(path, leaf.shape, mesh, gathered) if mesh is not None else PartitionSpec()

@@ -114,17 +114,14 @@ class Attention(nn.Module):
         rows, length, _ = x_BTD.shape
         groups = arch.num_heads // arch.num_kv_heads
         scale = (arch.query_scalar or arch.head_dim) ** -0.5
+        by_product = platform_settings(self.mesh).rotary_products
 
         def project(name: str, heads: int) -> Array:
             flat = dense(heads * arch.head_dim, arch.qkv_bias, self.dtype, name)(x_BTD)
             return flat.reshape(rows, length, heads, arch.head_dim)
 
         def turn(x: Array) -> Array:
-            return (
-                x
-                if inputs.angles is None
-                else rotate(x, inputs.angles, by_product=platform_settings(self.mesh).rotary_products)
-            )
+            return x if inputs.angles is None else rotate(x, inputs.angles, by_product=by_product)
 
         q_BTNH, k_BTKH = project("q", arch.num_heads), project("k", arch.num_kv_heads)
         if arch.qk_norm:

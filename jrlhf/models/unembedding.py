@@ -28,7 +28,7 @@ BY_TOKEN = PartitionSpec(AXES)
 
 
 class LMHead(NamedTuple):
-    """How hidden states become log-probs, apart from the weights."""
+    """The settings of an LM head, without its weights."""
 
     tied: bool
     """Whether the kernel is the embedding, ``[V, D]``, instead of ``[D, V]``."""
@@ -72,7 +72,7 @@ def hidden_logprobs(
 
 
 class Figures(NamedTuple):
-    """What the forward pass computes of each token."""
+    """The results of the forward pass, by token."""
 
     logprobs: Float[Array, "n"]
     entropy: Float[Array, "n"]
@@ -82,7 +82,7 @@ class Figures(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward pass reads of each token; without a gradient of the entropy both of its fields are None."""
+    """The inputs of the backward pass, by token; without a gradient of the entropy both of its fields are None."""
 
     largest: Float[Array, "n"]
     log_z: Float[Array, "n"]

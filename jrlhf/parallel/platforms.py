@@ -1,4 +1,4 @@
-"""What depends on the platform that a program is compiled for: one record a platform, with the reason of each entry."""
+"""Settings that depend on the platform of a program: one record per platform, with the reason of each entry."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar

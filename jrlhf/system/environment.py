@@ -44,7 +44,7 @@ TPU_COMPILER = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
-"""What libtpu reads when it starts; the accelerator's type is any, since each compilation names its own."""
+"""Variables that libtpu reads when it starts. Any type of accelerator will do: each compilation names its own."""
 
 
 def cache_home() -> "Path":

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, ConfigError, ModelConfig
 from jrlhf.models.kernels import has_splash
 from jrlhf.parallel import ShardingRules, make_mesh, replicated, tree_shardings
+from jrlhf.parallel.platforms import platform
 from jrlhf.parallel.step import Step, jit_moving
 from jrlhf.train.batches import tree_copy
 from jrlhf.train.state import RunState
@@ -29,11 +30,11 @@ def compute_options(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, An
     Raise ConfigError, which names ``key``, if the devices do not support the attention.
     """
     device = mesh.devices.flat[0]
-    platform, kind = device.platform, device.device_kind
+    name, kind = platform(mesh), device.device_kind
     match model.attention:
-        case "cudnn" if platform != "gpu" or model.dtype != "bfloat16":
-            raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {platform} and {model.dtype}")
-        case "splash" if platform != "tpu" or not has_splash(mesh):
+        case "cudnn" if name != "gpu" or model.dtype != "bfloat16":
+            raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {name} and {model.dtype}")
+        case "splash" if name != "tpu" or not has_splash(mesh):
             raise ConfigError(f"{key}.attention: splash needs a TPU, v4 or newer, not {kind}")
     return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention, "option": f"{key}.path"}
 

@@ -1,5 +1,9 @@
 """Weights as decoding reads them: a tree per layer, in the compute dtype, gathered over all axes but ``tensor``."""
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -14,6 +18,8 @@ from jrlhf.models.decoding import decoding_weights, gathers
 from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
 from jrlhf.steps import make_generate
+from jrlhf.system.environment import TPU_COMPILER
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +49,7 @@ def test_each_layer_is_a_tree_of_its_own_split_over_tensor_alone(arch, mesh, spl
     assert kernel.sharding.spec[1] == "tensor"
 
 
-def test_no_weight_is_gathered_at_a_token(arch, mesh, split):
-    """All gathers of the sampler stand before its loop, and what it samples is what one device samples."""
+def test_a_mesh_samples_what_one_device_samples(arch, mesh, split):
     settings = {"max_new_tokens": 6, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": (), "pad_token": 0}
     prompts = np.random.default_rng(0).integers(0, arch.vocab_size, (8, 4), np.int32), np.ones((8, 4), np.bool_)
 
@@ -52,9 +57,47 @@ def test_no_weight_is_gathered_at_a_token(arch, mesh, split):
         return make_generate(decoder_fns(arch, dtype="float32", remat=False, mesh=mesh).decode_fns, **settings)
 
     key, rows = jax.random.key(1), shard_batch(prompts, mesh)
-    compiled = jax.jit(sampler(mesh)).lower(split, *rows, key).compile()
+    found = jax.jit(sampler(mesh))(split, *rows, key)
     expected = jax.jit(sampler(None))(jax.device_get(split), *map(jnp.asarray, prompts), key)
-    np.testing.assert_array_equal(compiled(split, *rows, key).tokens, expected.tokens)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+SENT_BY_A_SAMPLER = """
+import jax, jax.numpy as jnp
+from jrlhf.models import decoder_fns, init_params
+from jrlhf.models.hf.names import SHARDING_RULES
+from jrlhf.parallel import batch_sharding, make_mesh, replicated, tree_shardings
+from jrlhf.parallel.devices.collectives import bytes_sent
+from jrlhf.parallel.devices.compilers import described_topology
+from jrlhf.steps import make_generate
+from tests.support.archs import small_arch
+
+arch = small_arch(num_layers=3)
+mesh = make_mesh(data=1, fsdp=4, tensor=1, devices=described_topology("v5p:2x2x1").devices())
+shapes = jax.eval_shape(lambda: init_params(arch, jax.random.key(0)))
+def placed(x, where): return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+params = jax.tree.map(placed, shapes, tree_shardings(shapes, mesh, SHARDING_RULES))
+rows = [jax.ShapeDtypeStruct((8, 4), dtype, sharding=batch_sharding(mesh)) for dtype in (jnp.int32, jnp.bool_)]
+key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
+fns = decoder_fns(arch, dtype="bfloat16", mesh=mesh).decode_fns
+settings = dict(max_new_tokens=6, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(3,), pad_token=0)
+lowered = jax.jit(make_generate(fns, **settings)).trace(params, *rows, key).lower(lowering_platforms=("tpu",))
+hlo = lowered.compile().as_text()
+print(*(sum(bytes_sent(hlo, mesh.shape, trips=trips).values()) for trips in (1, 2)))
+"""
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason='needs the TPU\'s compiler: pip install -e ".[tpu-compiler]"')
+def test_no_weight_is_gathered_at_a_token():
+    """By the TPU's compiler: a CPU's would lift the gathers out of the loop, wherever they stand."""
+    environment = os.environ | TPU_COMPILER | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", SENT_BY_A_SAMPLER], capture_output=True, text=True, timeout=600, env=environment
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    once, twice = map(float, run.stdout.split())
+    assert once > 10_000, "weights are gathered before the loop"
+    assert twice - once < 1_000, "a token sends whether a row goes on, and no weight"
 
 
 @pytest.mark.parametrize(

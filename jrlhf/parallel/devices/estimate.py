@@ -20,7 +20,7 @@ MEMORY_SHARE = 0.85
 """Share of a TPU's memory bandwidth that a loop reaches."""
 
 TRANSFORMATIONS = re.compile(r"jit\([^()]*\)/|eval_jaxpr/|checkpoint/|while/body/|cond/branch_\d+_fun/|\d+")
-"""What says nothing about a place; without numbers, layers are one place."""
+"""Parts of an operation's name that are left out of its place; without numbers, all layers are one place."""
 
 PLACE_LENGTH = 88
 """Characters of a place, from its end."""

@@ -129,7 +129,9 @@ def test_golden_logits_are_those_of_transformers(variant, tmp_path, padded, gold
     """What stands in for torch where it is not installed. Written anew by ``python -m tests.models.write_golden``."""
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(write_named(tmp_path, variant), dtype=torch.float32)
-    np.testing.assert_allclose(golden[variant], torch_logits(model.eval(), *padded["none"])[0], atol=5e-5)
+    expected = torch_logits(model.eval(), *padded["none"])[0]
+    # The golden logits are another CPU's, which sums in another order: a few units in the last place of the largest.
+    np.testing.assert_allclose(golden[variant], expected, atol=1e-5 * max(1.0, float(np.max(np.abs(expected)))))
 
 
 def test_reward_of_a_language_model_reads_the_hidden_state_of_the_last_real_token(write_checkpoint, padded):
