@@ -72,6 +72,15 @@ def activate(x: Float[Array, "*S"], activation: Activation) -> Float[Array, "*S"
             return jax.nn.gelu(x, approximate=True)
 
 
+def split_heads(flat: Float[Array, "B T O"], heads: int, mesh: Mesh | None) -> Float[Array, "B T O"]:
+    """Constrain the vectors of all heads to be split over ``tensor`` by heads, if these divide.
+
+    Left to itself, XLA for TPUs reads the rows of all devices with a part of the weights.
+    """
+    whole = mesh is None or heads % mesh.shape["tensor"]
+    return spread_rows(flat, mesh, last=None if whole else "tensor")
+
+
 class Norm(nn.Module):
     """RMSNorm, x · rsqrt(mean(x²) + ε) · scale (Zhang and Sennrich 2019, eq. 4), or LayerNorm; computed in float32."""
 
@@ -118,7 +127,7 @@ class Attention(nn.Module):
 
         def project(name: str, heads: int) -> Array:
             flat = dense(heads * arch.head_dim, arch.qkv_bias, self.dtype, name)(x_BTD)
-            return flat.reshape(rows, length, heads, arch.head_dim)
+            return split_heads(flat, heads, self.mesh).reshape(rows, length, heads, arch.head_dim)
 
         def turn(x: Array) -> Array:
             return x if inputs.angles is None else rotate(x, inputs.angles, by_product=by_product)
@@ -128,7 +137,12 @@ class Attention(nn.Module):
             q_BTNH = Norm(arch.norm, arch.norm_eps, self.dtype, name="q_norm")(q_BTNH)
             k_BTKH = Norm(arch.norm, arch.norm_eps, self.dtype, name="k_norm")(k_BTKH)
         q_BTNH, k_BTKH, v_BTKH = turn(q_BTNH * scale), turn(k_BTKH), project("v", arch.num_kv_heads)
-        out = dense(arch.hidden_size, arch.attention_out_bias, self.dtype, "o")
+        into_model = dense(arch.hidden_size, arch.attention_out_bias, self.dtype, "o")
+
+        def out(mixed: Array) -> Array:
+            flat = mixed.reshape(rows, length, arch.num_heads * arch.head_dim)
+            return into_model(split_heads(flat, arch.num_heads, self.mesh))
+
         if isinstance(inputs.mask, Segments):
             mixed = splash_attention(
                 q_BTNH,
@@ -140,10 +154,10 @@ class Attention(nn.Module):
                 mesh=self.mesh,
                 interpret=needs_interpreter(self.mesh),
             )
-            return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), None
+            return out(mixed), None
         if self.kernel == "cudnn" and cache is None:
             mixed = fused_attention(q_BTNH, k_BTKH, v_BTKH, inputs.mask, implementation=self.kernel)
-            return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), None
+            return out(mixed), None
         q_BKGTH = q_BTNH.reshape(rows, length, arch.num_kv_heads, groups, arch.head_dim).transpose(0, 2, 3, 1, 4)
         k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
         if cache is not None:
@@ -153,7 +167,7 @@ class Attention(nn.Module):
             mixed = attend_cached(q_BKGTH, keys, values, inputs.mask, cap=arch.attention_softcap)
         else:
             mixed = causal_attend(q_BKGTH, k_BKSH, v_BKSH, inputs.mask, cap=arch.attention_softcap)
-        return out(mixed.reshape(rows, length, arch.num_heads * arch.head_dim)), cache
+        return out(mixed), cache
 
 
 class MLP(nn.Module):
@@ -161,6 +175,7 @@ class MLP(nn.Module):
 
     arch: ArchConfig
     dtype: Any
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -171,7 +186,7 @@ class MLP(nn.Module):
 
         gate = activate(project("gate" if arch.gated_mlp else "up"), arch.activation)
         wide = gate * project("up") if arch.gated_mlp else gate
-        return dense(arch.hidden_size, arch.mlp_bias, self.dtype, "down")(wide)
+        return dense(arch.hidden_size, arch.mlp_bias, self.dtype, "down")(spread_rows(wide, self.mesh, last="tensor"))
 
 
 class Block(nn.Module):
@@ -197,15 +212,15 @@ class Block(nn.Module):
         inputs = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda *options: lax.select_n(kind, *options), *kinds)
 
         def norm(name: str, x: Array) -> Array:
-            return Norm(arch.norm, arch.norm_eps, dtype, name=name)(x)
+            return spread_rows(Norm(arch.norm, arch.norm_eps, dtype, name=name)(x), self.mesh)
 
         mixed, cache = Attention(arch, dtype, self.kernel, self.mesh, name="attention")(
             norm("attention_norm", x_BTD), inputs, cache
         )
         if arch.parallel_residual:
-            x_BTD = x_BTD + mixed + MLP(arch, dtype, name="mlp")(norm("mlp_norm", x_BTD))
+            x_BTD = x_BTD + mixed + MLP(arch, dtype, self.mesh, name="mlp")(norm("mlp_norm", x_BTD))
             return spread_rows(x_BTD, self.mesh), cache
-        x_BTD = x_BTD + (norm("attention_post_norm", mixed) if arch.post_norms else mixed)
-        wide = MLP(arch, dtype, name="mlp")(norm("mlp_norm", x_BTD))
+        x_BTD = spread_rows(x_BTD + (norm("attention_post_norm", mixed) if arch.post_norms else mixed), self.mesh)
+        wide = MLP(arch, dtype, self.mesh, name="mlp")(norm("mlp_norm", x_BTD))
         x_BTD = x_BTD + (norm("mlp_post_norm", wide) if arch.post_norms else wide)
         return spread_rows(x_BTD, self.mesh), cache

@@ -39,14 +39,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def spread_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+def spread_rows(x: jax.Array, mesh: Mesh | None, *, last: str | None = None) -> jax.Array:
     """Constrain the rows of ``x`` in a jitted function to the batch sharding, if they divide over the mesh.
 
-    With parameters split over ``fsdp`` this makes XLA gather a layer's weights instead of the rows of all devices.
+    ``last`` names the mesh axis over which its last dimension is split too, if it divides; None: it is whole. With
+    parameters split over ``fsdp`` this makes XLA gather a layer's weights instead of the rows of all devices.
     """
     if mesh is None or mesh.size == 1 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
-    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+    if last is None or x.shape[-1] % mesh.shape[last]:
+        return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+    between = (None,) * (x.ndim - 2)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *between, last)))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
