@@ -19,7 +19,9 @@ from jrlhf.models import ArchConfig, init_params
 from jrlhf.models.flops import forward_flops
 from jrlhf.models.hf.names import language_model_table
 from jrlhf.models.hf.write import write_folder
-from jrlhf.parallel.devices.peaks import Peaks, known_peaks, measured_peaks
+from jrlhf.parallel.devices.estimate import estimate
+from jrlhf.parallel.devices.peaks import Peaks, known_chip, known_peaks, measured_peaks
+from jrlhf.parallel.devices.topology import Topology
 
 SHAPES = {
     # hidden, layers, heads, key-value heads, feed-forward, vocabulary, tied
@@ -125,6 +127,40 @@ def measure(call: Callable[[], Any], *, repeats: int) -> Timing:
     once()
     times = [once() for _ in range(repeats)]
     return Timing(first, statistics.median(times), min(times), max(times))
+
+
+class Program:
+    """A jitted function that is compiled in its first call, and whose compiled program can be read afterwards."""
+
+    def __init__(self, jitted: Any) -> None:
+        self.jitted, self.compiled = jitted, None
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is None:
+            self.compiled = self.jitted.lower(*args).compile()
+        return self.compiled(*args)
+
+    def hlo(self) -> str:
+        if self.compiled is None:
+            raise ValueError("the program has not been called")
+        return self.compiled.as_text()
+
+
+def beside_estimate(
+    seconds: float, *programs: Program, trips: int = 1, kind: str | None = None, name: str = ""
+) -> dict[str, float]:
+    """Return the estimated seconds of programs, and the measured ones as a multiple of them; nothing where the device
+    has no data sheet.
+
+    ``trips`` is that of loops whose end depends on data, ``kind`` JAX's name of a device other than this one, and
+    ``name`` precedes the names of the figures.
+    """
+    chip = known_chip(jax.devices()[0].device_kind if kind is None else kind)
+    if chip is None:
+        return {}
+    device = Topology(chip.name, 1, chip, real=kind is None)
+    estimated = sum(estimate(program.hlo(), device, trips=trips).seconds for program in programs)
+    return {f"{name}estimated_seconds": estimated, f"{name}measured_over_estimated": round(seconds / estimated, 3)}
 
 
 def peaks_of(dtype: str) -> Peaks:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import arch_of, arguments, batch_flops, measure, peaks_of, report
+from common import Program, arch_of, arguments, batch_flops, beside_estimate, measure, peaks_of, report
 
 from jrlhf.models import decoder_fns, init_params, int8_cache
 from jrlhf.models.flops import decode_bytes
@@ -19,14 +19,14 @@ def main() -> None:
     tokens = np.random.default_rng(0).integers(0, arch.vocab_size, (args.batch, args.prompt), np.int32)
     prompts, mask, key = jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.bool_), jax.random.key(1)
 
-    def sampler(new: int):
+    def sampler(new: int) -> Program:
         # No stop token: every row runs to the limit, so that the work is the same in every repeat.
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "stop_tokens": (), "pad_token": 0}
-        generate = jax.jit(make_generate(decode_fns, max_new_tokens=new, **options))
-        return lambda: generate(params, prompts, mask, key).tokens
+        return Program(jax.jit(make_generate(decode_fns, max_new_tokens=new, **options)))
 
-    timing = measure(sampler(args.new), repeats=args.repeats)
-    prefill = measure(sampler(1), repeats=args.repeats)
+    whole, first = sampler(args.new), sampler(1)
+    timing = measure(lambda: whole(params, prompts, mask, key).tokens, repeats=args.repeats)
+    prefill = measure(lambda: first(params, prompts, mask, key).tokens, repeats=args.repeats)
     peaks = peaks_of(args.dtype)
     decode_seconds = timing.median - prefill.median
     report(
@@ -39,6 +39,7 @@ def main() -> None:
         prefill_gflops=batch_flops(arch, args.batch, args.prompt, logits=args.batch) / prefill.median / 1e9,
         share_of_bandwidth_peak=round(read_bytes(arch, args) / decode_seconds / peaks.bytes, 4),
         bandwidth_peak_gb_s=round(peaks.bytes / 1e9, 1),
+        **beside_estimate(timing.median, whole, trips=args.new - 1),
     )
 
 

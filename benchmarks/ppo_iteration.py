@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import arch_of, arguments, batch_flops, measure, peaks_of, report, shares
+from common import Program, arch_of, arguments, batch_flops, beside_estimate, measure, peaks_of, report, shares
 
 from jrlhf.models import decoder_fns, init_params, reward_params
 from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, score_sequences, separate
@@ -18,28 +18,32 @@ def main() -> None:
     policy = init_params(arch, jax.random.key(0))
     reward = reward_params(policy, arch, jax.random.key(1))
     tx = optax.adamw(1e-5, eps=1e-5)
-    generate = jax.jit(
-        make_generate(
-            fns.decode_fns,
-            max_new_tokens=args.new,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            stop_tokens=(),
-            pad_token=0,
+    generate = Program(
+        jax.jit(
+            make_generate(
+                fns.decode_fns,
+                max_new_tokens=args.new,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                stop_tokens=(),
+                pad_token=0,
+            )
         )
     )
-    score = jax.jit(lambda params, tokens, mask: score_sequences(fns.score_fn, params, tokens, mask))
+    score = Program(jax.jit(lambda params, tokens, mask: score_sequences(fns.score_fn, params, tokens, mask)))
     networks = separate(fns.logprob_fn, fns.score_fn)
-    experience = jax.jit(
-        make_experience(
-            networks,
-            temperature=1.0,
-            gamma=1.0,
-            lam=0.95,
-            kl_estimator="k1",
-            missing_eos_penalty=0.0,
-            whiten_rewards=False,
+    experience = Program(
+        jax.jit(
+            make_experience(
+                networks,
+                temperature=1.0,
+                gamma=1.0,
+                lam=0.95,
+                kl_estimator="k1",
+                missing_eos_penalty=0.0,
+                whiten_rewards=False,
+            )
         )
     )
     settings = PPOSettings(
@@ -52,7 +56,7 @@ def main() -> None:
         accumulation=args.accumulation,
         drop_padding=args.accumulation > 1,
     )
-    step = jax.jit(make_ppo_step(networks, tx, settings), donate_argnums=0)
+    step = Program(jax.jit(make_ppo_step(networks, tx, settings), donate_argnums=0))
     prompts = np.random.default_rng(0).integers(0, arch.vocab_size, (args.episodes, args.prompt), np.int32)
     tokens, mask = jnp.asarray(prompts), jnp.ones(prompts.shape, jnp.bool_)
     # Copies: the step donates its state, and reference and reward model, which share arrays, are still needed.
@@ -80,8 +84,13 @@ def main() -> None:
         "scoring_seconds": measure(lambda: scoring(generation), repeats=args.repeats).median,
         "update_seconds": measure(lambda: update(batch), repeats=args.repeats).median,
     }
+    estimates = (
+        beside_estimate(phases["rollout_seconds"], generate, trips=args.new - 1, name="rollout_")
+        | beside_estimate(phases["scoring_seconds"], score, experience, name="scoring_")
+        | beside_estimate(phases["update_seconds"], step, trips=args.accumulation, name="update_")
+    )
     used = shares(iteration_flops(arch, args), timing.median, peaks_of(args.dtype))
-    report("ppo_iteration", timing.median, "s/iteration", timing, args, **phases, **used)
+    report("ppo_iteration", timing.median, "s/iteration", timing, args, **phases, **used, **estimates)
 
 
 def iteration_flops(arch, args, *, shared: bool = False) -> float:

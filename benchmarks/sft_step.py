@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import arch_of, arguments, batch_flops, measure, peaks_of, report, shares
+from common import Program, arch_of, arguments, batch_flops, beside_estimate, measure, peaks_of, report, shares
 
 from jrlhf.models import decoder_fns, init_params
 from jrlhf.steps import make_sft_step
@@ -17,7 +17,7 @@ def main() -> None:
     fns = decoder_fns(arch, dtype=args.dtype, remat=args.remat, attention=args.attention)
     params = init_params(arch, jax.random.key(0))
     tx = optax.adamw(1e-5)
-    step = jax.jit(make_sft_step(fns.logprob_fn, tx, accumulation=args.accumulation), donate_argnums=0)
+    step = Program(jax.jit(make_sft_step(fns.logprob_fn, tx, accumulation=args.accumulation), donate_argnums=0))
     tokens = np.random.default_rng(0).integers(0, arch.vocab_size, (args.batch, args.length), np.int32)
     mask = jnp.ones(tokens.shape, jnp.bool_)
     batch = SFTBatch(jnp.asarray(tokens), mask, mask)
@@ -30,7 +30,7 @@ def main() -> None:
 
     timing = measure(call, repeats=args.repeats)
     flops = 3 * batch_flops(arch, args.batch, args.length, logits=args.batch * args.length)
-    used = shares(flops, timing.median, peaks_of(args.dtype))
+    used = shares(flops, timing.median, peaks_of(args.dtype)) | beside_estimate(timing.median, step)
     report("sft_step", args.batch * args.length / timing.median, "tokens/s", timing, args, **used)
 
 

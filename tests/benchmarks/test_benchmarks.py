@@ -3,6 +3,7 @@
 Of the run on real weights, what needs none of them: the conversion, the split, the recipe.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -46,6 +49,21 @@ def test_it_prints_a_line_with_its_figure(
         # On a model this small time need not grow at all, and there is hardly any to hide a rule behind.
         assert line["value"] > 0.0 or {"growth", "hidden"} & {*line["figure"].split()}
         assert line.keys() >= {"figure", "unit", "seconds", "device", "cpu", "python", "jax", "date", "command"}
+
+
+def test_what_was_measured_stands_beside_the_estimate_of_a_known_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    common = importlib.import_module("common")
+    product = common.Program(jax.jit(lambda a: a @ a))
+    with pytest.raises(ValueError, match="not been called"):
+        product.hlo()
+    np.testing.assert_array_equal(product(jnp.eye(512)), np.eye(512))
+    assert common.beside_estimate(1.0, product) == {}, "nothing is known of this CPU"
+    got = common.beside_estimate(1e-3, product, product, kind="NVIDIA H100 80GB HBM3", name="step_")
+    # Twice: reading two arrays and writing one, at 80 % of 3,350 GB/s, takes longer than the FLOPs.
+    seconds = 2 * 3 * 512 * 512 * 4 / (0.8 * 3350e9)
+    assert got["step_estimated_seconds"] == pytest.approx(seconds, rel=0.5)
+    assert got["step_measured_over_estimated"] == pytest.approx(1e-3 / got["step_estimated_seconds"], rel=1e-3)
 
 
 @pytest.mark.slow
