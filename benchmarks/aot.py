@@ -31,8 +31,9 @@ from aot_cases import CASES, Case, planned_stage
 from peers.aot_cases import PEER_CASES
 from peers.compiled import say
 
-from jrlhf.parallel.devices.compilers import absent_topology, described_topology
+from jrlhf.parallel.devices.compilers import PACKAGES, described_topology
 from jrlhf.parallel.devices.estimate import Estimate, estimate
+from jrlhf.parallel.devices.topology import parse_topology
 from jrlhf.plan.programs import compile_program
 from jrlhf.system.environment import TPU_COMPILER
 
@@ -136,7 +137,7 @@ def run(job: Job, args: argparse.Namespace) -> tuple[dict[str, Any], Estimate | 
         args.save_hlo.mkdir(parents=True, exist_ok=True)
         with gzip.open(args.save_hlo / f"{job.case}-{job.program}.hlo.gz", "wt", encoding="utf-8") as out:
             out.write(text)
-    cost = estimate(text, absent_topology(job.topology), trips=figures["trips"])
+    cost = estimate(text, parse_topology(job.topology), trips=figures["trips"])
     return name | line_of(cost, figures, job.topology), cost
 
 
@@ -148,7 +149,7 @@ def error_of(text: str) -> str:
 
 def line_of(cost: Estimate, figures: dict[str, Any], topology: str) -> dict[str, Any]:
     """Return the figures of a program's line; ``figures`` are those of its child process."""
-    chip = absent_topology(topology).chip
+    chip = parse_topology(topology).chip
     assert chip is not None
     ideal = figures["flops"] / figures["devices"] / (chip.tflops * 1e12)
     return {
@@ -165,7 +166,7 @@ def line_of(cost: Estimate, figures: dict[str, Any], topology: str) -> dict[str,
 
 def compile_one(case: Case, program: str, hlo: str) -> None:
     """Compile one program, write its optimised HLO, and print its figures: the work of a child process."""
-    topology = described_topology(case.topology)
+    topology = described_topology(parse_topology(case.topology))
     with TemporaryDirectory() as folder:
         [planned] = [p for p in planned_stage(case, topology, Path(folder)).programs if p.name == program]
     start = time.perf_counter()
@@ -175,7 +176,7 @@ def compile_one(case: Case, program: str, hlo: str) -> None:
         hlo,
         devices=topology.size,
         seconds=time.perf_counter() - start,
-        package="libtpu" if topology.platform() == "tpu" else "jax-cuda13-plugin",
+        package=PACKAGES[topology.platform()],
         flops=planned.flops,
         trips=planned.trips,
     )

@@ -10,7 +10,7 @@ from jrlhf.system.suggest import did_you_mean
 
 T = TypeVar("T")
 
-PLAN_ONLY = ("topology", "completions", "out")
+PLAN_ONLY = ("topology", "compile", "completions", "out")
 """Fields of a plan that are not in the config of a pipeline."""
 
 

@@ -246,8 +246,13 @@ class PlanConfig(Config):
     """A run, and the devices to plan it for."""
 
     topology: str = ""
-    """Devices: v5p-128 (cores, as Google counts), v5e-16, h100x64, h200x8, a100x16, cpu:8. Empty: those of this
-    machine."""
+    """Devices: v5p-128 (cores, as Google counts), v5p:2x2x1 (a slice by its sides in chips), v5e-16, h100x64, h200x8,
+    a100x16, cpu:8. Empty: those of this machine."""
+    compile: Literal["auto", "device", "simulated"] = "auto"
+    """Compiler of the programs. device: that of the topology's devices, which needs no device: for a TPU, pip install
+    "jrlhf[tpu-compiler]"; for H100s, pip install "jax[cuda13]". simulated: the CPU's, for simulated devices; memory is
+    then too high by a sixth to a half, and seconds follow from FLOPs and bytes alone. auto: the devices' own where it
+    is installed."""
     completions: int = 2
     """Number of completions of each prompt to assume in the reward stage; a plan reads no rows."""
     out: PathText = ""

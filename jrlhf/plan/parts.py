@@ -23,6 +23,9 @@ class StageFigures:
     sent: dict[str, float]
     """Bytes that a device sends in a step, by mesh axes."""
     seconds: float | None
+    """Seconds of a step from FLOPs and bytes alone; None if a program's are unknown."""
+    estimate: float | None
+    """Seconds of a step from the compiled programs; None if a program's are unknown."""
     memory: float | None
     """Usable bytes; None if the memory of the devices is unknown."""
     fits: bool | None

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jrlhf.parallel.devices.collectives import bytes_sent
+from jrlhf.parallel.devices.estimate import estimate
 from jrlhf.parallel.devices.hlo import arrays_of, total_bytes
 from jrlhf.parallel.devices.topology import Topology
 from jrlhf.train.programs import Program, device_bytes
@@ -17,6 +18,13 @@ ACHIEVED_FRACTION = 0.5
 
 CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Compiler options for fast compilation: nobody runs the code, and XLA assigns buffers before it makes machine code."""
+
+OUT_OF_MEMORY = re.compile(
+    r"\(([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", flags=re.IGNORECASE
+)
+"""What the TPU's compiler says of a program that needs more memory than there is: the memory that it needs."""
+
+UNITS = {unit: 1024.0**power for power, unit in enumerate("KMGT", start=1)}
 
 BFLOAT16_OPTIONS = {"xla_disable_hlo_passes": "float-normalization-bf16"}
 """Compiler options that keep bfloat16 at 2 bytes, as on accelerators; XLA for CPU widens it to 4 bytes."""
@@ -34,7 +42,9 @@ class Figures(NamedTuple):
     """Bytes by mesh axes, such as ``fsdp`` or ``data+fsdp``."""
     flops: float
     seconds: float | None
-    """None if the rates of the devices are unknown or the program is not part of a step."""
+    """From FLOPs and bytes alone; None if the rates of the devices are unknown or the program is no part of a step."""
+    estimate: float | None = None
+    """Seconds from the compiled program, see ``parallel.devices.estimate``; None without the devices' own compiler."""
 
     @property
     def peak(self) -> float:
@@ -57,11 +67,22 @@ def compile_program(program: Program, topology: Topology) -> Any:
 
 
 def program_figures(program: Program, topology: Topology, mesh: Mesh, dtype: str) -> Figures:
-    """Compile a program and read its figures from the compiler's memory analysis and HLO."""
-    executable = compile_program(program, topology)
+    """Compile a program and read its figures from the compiler's memory analysis and HLO.
+
+    Of a program that its compiler refuses for want of memory, only the memory that it needs is known.
+    """
+    try:
+        executable = compile_program(program, topology)
+    except jax.errors.JaxRuntimeError as error:
+        needed = needed_bytes(str(error))
+        if needed is None:
+            raise
+        temporaries = needed - device_bytes(program.args)
+        return Figures(program.name, device_bytes(*program.alive), temporaries, 0.0, {}, program.flops, None)
     memory, hlo = executable.memory_analysis(), executable.as_text()
     sent = bytes_sent(hlo, mesh.shape, trips=program.trips)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    asked = program.timed and not topology.simulated and topology.chip is not None
     return Figures(
         name=program.name,
         alive=device_bytes(*program.alive),
@@ -70,7 +91,17 @@ def program_figures(program: Program, topology: Topology, mesh: Mesh, dtype: str
         sent={"+".join(axes): size for axes, size in sent.items()},
         flops=program.flops,
         seconds=seconds(program, sent, topology, mesh.shape, dtype) if program.timed else None,
+        estimate=estimate(hlo, topology, trips=program.trips).seconds if asked else None,
     )
+
+
+def needed_bytes(refusal: str) -> float | None:
+    """Return the memory of a device that a program needs, from its compiler's refusal; None of another refusal."""
+    match = OUT_OF_MEMORY.search(refusal)
+    if match is None:
+        return None
+    size, unit = (part for part in match.groups() if part)
+    return float(size) * UNITS[unit.upper()]
 
 
 def seconds(

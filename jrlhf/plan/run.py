@@ -7,17 +7,16 @@ from pathlib import Path
 
 from jrlhf.config import ConfigError, PlanConfig, required_value, stage_sections
 from jrlhf.parallel import make_mesh
-from jrlhf.parallel.devices.topology import parse_topology
+from jrlhf.parallel.devices.compilers import compiler_of, described_topology
+from jrlhf.parallel.devices.topology import Topology, parse_topology
 from jrlhf.plan.parts import StageFigures
 from jrlhf.plan.programs import Figures, program_figures
 from jrlhf.plan.table import print_plan
 from jrlhf.runs.folder import write_json
 from jrlhf.stages.table import STAGES
-from jrlhf.system.terminal import show_all_characters
+from jrlhf.system.errors import UsageError
+from jrlhf.system.terminal import complain, show_all_characters
 from jrlhf.train.programs import Sized, StagePlan, Target, device_bytes
-
-RESERVED_FRACTION = 0.1
-"""Fraction of a device's memory for the runtime, the programs and the gaps between arrays."""
 
 MAX_ROW_FACTOR = 64
 """Upper limit of a fitting batch, as a multiple of the config's rows."""
@@ -31,12 +30,15 @@ def run_plan(config: PlanConfig) -> list[StageFigures]:
     if not requested:
         fields = [f"{name}.{section.required}" for name, section in stage_sections().items()]
         raise ConfigError(f"nothing to plan: set {', '.join(fields[:-1])} or {fields[-1]}")
+    complain(f"{target.topology.name}: {compiler_of(target.topology)} compiles, which may take a minute a program")
     stages = [plan_stage(stage.plan(config, target), target) for stage in requested]
     print_plan(stages, target)
     if config.out:
         mesh = dict(target.mesh.shape)
         records = [asdict(stage) | {"programs": [p._asdict() for p in stage.programs]} for stage in stages]
-        write_json(Path(config.out), {"topology": target.topology.name, "mesh": mesh, "stages": records})
+        compiler = compiler_of(target.topology)
+        figures = {"topology": target.topology.name, "mesh": mesh, "compiler": compiler, "stages": records}
+        write_json(Path(config.out), figures)
     return stages
 
 
@@ -46,21 +48,32 @@ def planned_target(config: PlanConfig) -> Target:
         topology = parse_topology(config.topology)
     except ValueError as error:
         raise ConfigError(f"topology: {error}") from error
+    if topology.simulated and topology.chip is not None and config.compile != "simulated":
+        topology = with_compiler(topology, required=config.compile == "device")
     mesh = config.mesh
     devices = topology.devices()
     return Target(topology, make_mesh(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices))
 
 
+def with_compiler(topology: Topology, *, required: bool) -> Topology:
+    """Return the topology with its own compiler; unless it is ``required``, without one where there is none."""
+    try:
+        return described_topology(topology)
+    except UsageError as error:
+        if required:
+            raise ConfigError(f"compile: device: {error}") from error
+        complain(f"no compiler for these devices, so the CPU's compiles for simulated ones: {error}")
+        return topology
+
+
 def plan_stage(sized: Sized, target: Target) -> StageFigures:
     """Compile a stage at the config's size, and at a second size to find the largest batch that fits."""
-    memory = target.topology.memory()
-    usable = None if memory is None else memory * (1 - RESERVED_FRACTION)
+    usable = target.topology.usable_memory()
     stage = sized.build(sized.rows)
     figures = stage_figures(stage, sized, target)
     rows = None if usable is None else fitting_rows(sized, target, figures, usable)
     worst = max(figures, key=lambda program: program.peak)
     timed = [f for f, program in zip(figures, stage.programs, strict=True) if program.timed]
-    seconds = [f.seconds for f in timed]
     return StageFigures(
         name=stage.name,
         batch_key=stage.batch_key,
@@ -72,7 +85,8 @@ def plan_stage(sized: Sized, target: Target) -> StageFigures:
         peak_in=worst.name,
         flops=sum(f.flops for f in timed),
         sent=sum_by_key([f.sent for f in timed]),
-        seconds=None if None in seconds else math.fsum(s for s in seconds if s is not None),
+        seconds=sum_of_known([f.seconds for f in timed]),
+        estimate=sum_of_known([f.estimate for f in timed]),
         memory=usable,
         fits=None if usable is None else worst.peak <= usable,
         fitting_batch=None if rows is None else stage.batch // sized.rows * rows,
@@ -90,6 +104,11 @@ def sum_by_key(parts: list[dict[str, float]]) -> dict[str, float]:
     """Add up dicts of numbers key by key."""
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: math.fsum(part.get(name, 0.0) for part in parts) for name in names}
+
+
+def sum_of_known(parts: list[float | None]) -> float | None:
+    """Add up numbers; None if one of them is unknown."""
+    return None if None in parts else math.fsum(part for part in parts if part is not None)
 
 
 def fitting_rows(sized: Sized, target: Target, figures: list[Figures], usable: float) -> int:

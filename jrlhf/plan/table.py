@@ -5,6 +5,7 @@ import math
 from rich.console import Console
 from rich.table import Table
 
+from jrlhf.parallel.devices.compilers import compiler_of
 from jrlhf.plan.parts import StageFigures
 from jrlhf.plan.programs import ACHIEVED_FRACTION
 from jrlhf.train.programs import Target
@@ -49,23 +50,26 @@ def stage_table(stages: list[StageFigures]) -> Table:
     row("PFLOPs a step", *(f"{stage.flops / 1e15:,.3g}" for stage in stages))
     for axes in dict.fromkeys(axes for stage in stages for axes in stage.sent):
         row(f"sent: {axes}", *(gigabytes(stage.sent.get(axes, 0.0), empty="") for stage in stages))
-    row("seconds a step", *("unknown" if stage.seconds is None else f"{stage.seconds:,.3g}" for stage in stages))
+    row("seconds a step: estimate", *(duration(stage.estimate, empty="") for stage in stages))
+    row("seconds a step: roofline", *(duration(stage.seconds) for stage in stages))
     return table
 
 
 def program_table(stages: list[StageFigures]) -> Table:
     """Build the table with a row per program."""
-    table = Table("program", "peak", "temporaries", "sent", "PFLOPs", "seconds")
-    for stage in stages:
-        for program in stage.programs:
-            table.add_row(
-                f"{stage.name} {program.name}",
-                gigabytes(program.peak),
-                gigabytes(program.temporaries),
-                gigabytes(math.fsum(program.sent.values()), empty=""),
-                f"{program.flops / 1e15:,.3g}" if program.flops else "",
-                "" if program.seconds is None else f"{program.seconds:,.3g}",
-            )
+    programs = [(stage.name, program) for stage in stages for program in stage.programs]
+    estimated = any(program.estimate is not None for _, program in programs)
+    table = Table("program", "peak", "temporaries", "sent", "PFLOPs", *(["estimate"] if estimated else []), "roofline")
+    for stage, program in programs:
+        table.add_row(
+            f"{stage} {program.name}",
+            gigabytes(program.peak),
+            gigabytes(program.temporaries),
+            gigabytes(math.fsum(program.sent.values()), empty=""),
+            f"{program.flops / 1e15:,.3g}" if program.flops else "",
+            *([duration(program.estimate, empty="")] if estimated else []),
+            duration(program.seconds, empty=""),
+        )
     return table
 
 
@@ -76,11 +80,16 @@ def gigabytes(size: float | None, empty: str = "0") -> str:
     return f"{size / GB:,.3g}" if size else empty
 
 
+def duration(seconds: float | None, empty: str = "unknown") -> str:
+    """Format seconds; ``empty`` stands for unknown ones."""
+    return empty if seconds is None else f"{seconds:,.3g}"
+
+
 def verdict(stage: StageFigures) -> str:
     """Format whether a stage fits into memory."""
     if stage.fits is None:
         return "unknown"
-    return "[green]yes[/]" if stage.fits else "[red]no[/]"
+    return "[green]yes[/]" if stage.fits else f"[red]no: needs {gigabytes(stage.peak)} of {gigabytes(stage.memory)}[/]"
 
 
 def fitting(stage: StageFigures) -> str:
@@ -90,13 +99,20 @@ def fitting(stage: StageFigures) -> str:
     return f"{stage.fitting_batch:,}" if stage.fitting_batch else "none"
 
 
-def assumptions(target: Target) -> tuple[str, str]:
+def assumptions(target: Target) -> list[str]:
     """Describe the assumptions behind the figures."""
-    how = "here" if target.topology.real else "for simulated devices of the CPU"
-    return (
-        f"GB (1e9 bytes) a device: programs as XLA compiles them {how}, on rows of full length. Temporaries: "
-        "activations, gradients and cache of the program with the highest peak. A tenth of the memory is reserved. "
-        "Fitting batch: the estimate is linear through two sizes, with the same number of slices.",
-        "PFLOPs: all devices together. Seconds: the longer of arithmetic and memory reads, plus traffic, "
+    topology = target.topology
+    limit = "its compiler's limit" if topology.chip and topology.chip.usable else "nine tenths of it"
+    lines = [
+        f"GB (1e9 bytes) a device: programs as {compiler_of(topology)} compiles them, on rows of full length. "
+        "Temporaries: activations, gradients and cache of the program with the highest peak. Of a device's memory may "
+        f"be used: {limit}. Fitting batch: an estimate, linear through two sizes, with the same number of slices.",
+        "PFLOPs: all devices together. Roofline: the longer of arithmetic and memory reads, plus traffic, "
         f"at {ACHIEVED_FRACTION:.0%} of the data sheet's rates; a CPU's rates are measured, and its traffic is free.",
-    )
+    ]
+    if topology.described:
+        lines.append(
+            "Estimate: seconds of the compiled program by its compiler's own figures, not a measurement; without "
+            "seconds between programs."
+        )
+    return lines

@@ -69,11 +69,12 @@ from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.parallel import batch_sharding, make_mesh, replicated, tree_shardings
 from jrlhf.parallel.devices.collectives import bytes_sent
 from jrlhf.parallel.devices.compilers import described_topology
+from jrlhf.parallel.devices.topology import parse_topology
 from jrlhf.steps import make_generate
 from tests.support.archs import small_arch
 
 arch = small_arch(num_layers=3)
-mesh = make_mesh(data=1, fsdp=4, tensor=1, devices=described_topology("v5p:2x2x1").devices())
+mesh = make_mesh(data=1, fsdp=4, tensor=1, devices=described_topology(parse_topology("v5p:2x2x1")).devices())
 shapes = jax.eval_shape(lambda: init_params(arch, jax.random.key(0)))
 def placed(x, where): return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 params = jax.tree.map(placed, shapes, tree_shardings(shapes, mesh, SHARDING_RULES))

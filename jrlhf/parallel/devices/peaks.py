@@ -44,6 +44,10 @@ class Chip(NamedTuple):
     """Dimensions of a TPU's torus; 0: there is none."""
     ring: int = 1
     """Sides of a slice that are multiples of this are rings, with two links to each chip instead of one."""
+    usable: float = 0.0
+    """GiB of a TPU's memory that its compiler gives to programs; 0: unknown."""
+    per_chip: int = 1
+    """Devices per chip of a TPU's slice."""
 
     def link_rate(self, shape: Sequence[int]) -> float:
         """Return the GB/s of the links that a chip has in a slice of this shape; all of its links if it is empty.
@@ -71,16 +75,16 @@ CHIPS = (
     Chip("A10G", "a10g", 1, 70, 600, 24, 32, 1, 32),
     Chip("RTX 4090", "rtx4090", 1, 165, 1008, 24, 32, 1, 32),
     Chip("RTX 3090", "rtx3090", 1, 71, 936, 24, 56, 2, 32),
-    # JAX's device is a core in v2 and v3, and half a chip in v7.
-    Chip("TPU7", "tpu7x", 1, 1153, 3690, 96, 300, 18432, None, 2.2, 3, 4),
-    Chip("TPU v7", "v7", 1, 1153, 3690, 96, 300, 18432, None, 2.2, 3, 4),
-    Chip("TPU v6", "v6e", 1, 918, 1640, 32, 400, 256, None, 1.75, 2, 16),
-    Chip("TPU v5 lite", "v5litepod", 1, 197, 819, 16, 200, 256, None, 1.5, 2, 16),
-    Chip("TPU v5e", "v5e", 1, 197, 819, 16, 200, 256, None, 1.5, 2, 16),
-    Chip("TPU v5", "v5p", 2, 459, 2765, 95, 600, 8960, None, 1.75, 3, 4),
-    Chip("TPU v4", "v4", 2, 275, 1228, 32, 300, 4096, None, 1.05, 3, 4),
-    Chip("TPU v3", "v3", 1, 61, 450, 16, 164, 2048, None, 0.94, 2, 4),
-    Chip("TPU v2", "v2", 1, 22, 350, 8, 124, 512, None, 0.7, 2, 4),
+    # JAX's device is a core in v2 and v3, and half a chip in v7. The usable memory is what libtpu 0.0.52 says.
+    Chip("TPU7", "tpu7x", 1, 1153, 3690, 96, 300, 18432, None, 2.2, 3, 4, 94.74, 2),
+    Chip("TPU v7", "v7", 1, 1153, 3690, 96, 300, 18432, None, 2.2, 3, 4, 94.74, 2),
+    Chip("TPU v6", "v6e", 1, 918, 1640, 32, 400, 256, None, 1.75, 2, 16, 31.24),
+    Chip("TPU v5 lite", "v5litepod", 1, 197, 819, 16, 200, 256, None, 1.5, 2, 16, 15.75),
+    Chip("TPU v5e", "v5e", 1, 197, 819, 16, 200, 256, None, 1.5, 2, 16, 15.75),
+    Chip("TPU v5", "v5p", 2, 459, 2765, 95, 600, 8960, None, 1.75, 3, 4, 95.73),
+    Chip("TPU v4", "v4", 2, 275, 1228, 32, 300, 4096, None, 1.05, 3, 4, 30.75),
+    Chip("TPU v3", "v3", 1, 61, 450, 16, 164, 2048, None, 0.94, 2, 4, 15.48, 2),
+    Chip("TPU v2", "v2", 1, 22, 350, 8, 124, 512, None, 0.7, 2, 4, 0.0, 2),
 )
 
 

@@ -1,5 +1,6 @@
-"""Topologies by name, available or not: ``v5p-128``, ``h100x64``, ``cpu:8``, or this machine's devices."""
+"""Topologies by name, available or not: ``v5p-128``, ``v5p:2x2x1``, ``h100x64``, ``cpu:8``; or this machine."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,18 @@ import jax
 import numpy as np
 
 from jrlhf.parallel.devices.peaks import CHIPS, Chip, Peaks, device_peaks, known_chip
+from jrlhf.parallel.devices.shapes import slice_shape
 from jrlhf.parallel.settings import simulate_cpus
 from jrlhf.system.errors import UsageError
+
+SLICE = re.compile(r"(\w+):(\d+(?:x\d+){1,2})")
+"""A TPU slice by its sides in chips."""
+
+COUNT = re.compile(r"(.+?)([-x:])(\d+)")
+"""A chip's name and a number of devices or cores."""
+
+UNRESERVED_FRACTION = 0.9
+"""Fraction of a device's memory for arrays and programs where no compiler says it; the runtime takes the rest."""
 
 
 class Topology(NamedTuple):
@@ -43,6 +54,13 @@ class Topology(NamedTuple):
             return jax.devices()[0].platform
         return "cpu" if self.chip is None else "tpu" if self.chip.kind.startswith("TPU") else "gpu"
 
+    def usable_memory(self) -> float | None:
+        """Return the bytes of a device's memory that arrays and programs may take; None if they are unknown."""
+        if self.chip is not None and self.chip.usable:
+            return self.chip.usable * 2**30
+        memory = self.memory()
+        return None if memory is None else UNRESERVED_FRACTION * memory
+
     def memory(self) -> float | None:
         """Return the memory of a device in bytes; simulated devices share the machine's memory."""
         if self.chip is not None:
@@ -73,26 +91,49 @@ class Topology(NamedTuple):
 
 
 def parse_topology(text: str) -> Topology:
-    """Parse ``v5p-128`` (128 cores, as Google counts them, are 64 chips), ``h100x64``, ``cpu:8``; empty: this machine.
+    """Parse ``v5p-128`` (128 cores, as Google counts them, are 64 chips), ``v5p:2x2x1`` (sides of a slice in chips),
+    ``h100x64``, ``cpu:8``; empty: this machine.
 
-    Raises ValueError with the known names for any other text.
+    A number of chips stands for the slice of the shape that a cloud gives by default. Raises UsageError with the known
+    names for any other text.
     """
     if not text:
         count, device = jax.device_count(), jax.devices()[0]
         return Topology(f"{count} x {device.device_kind}", count, known_chip(device.device_kind), real=True)
-    match = re.fullmatch(r"(.+?)([-x:])(\d+)", text.lower())
+    if match := SLICE.fullmatch(text.lower()):
+        return _slice(text, match[1], tuple(int(side) for side in match[2].split("x")))
+    match = COUNT.fullmatch(text.lower())
     name, mark, number = match.groups() if match else ("", "", "0")
     if name == "cpu" and mark == ":" and int(number):
         return Topology(text, int(number), None, real=False)
     chip = next((chip for chip in CHIPS if chip.name == name and mark == _mark(chip)), None)
     if chip is None or not int(number):
-        raise UsageError(f"{text!r} is not known; known are {', '.join(_example(chip) for chip in CHIPS)}, cpu:8")
+        raise _unknown(text)
     count, rest = divmod(int(number), chip.units)
     if rest:
         raise UsageError(f"{text!r}: the number counts cores and must be a multiple of {chip.units}")
     if chip.network is None and count > chip.linked_devices:
         raise UsageError(f"{text!r}: a pod has at most {chip.linked_devices * chip.units}")
-    return Topology(text, count, chip, real=False)
+    chips, part = divmod(count, chip.per_chip)
+    return Topology(text, count, chip, real=False, shape=() if part else slice_shape(chips, chip.axes))
+
+
+def _slice(text: str, name: str, shape: tuple[int, ...]) -> Topology:
+    chip = next((chip for chip in CHIPS if chip.name == name and chip.axes), None)
+    if chip is None or not math.prod(shape):
+        raise _unknown(text)
+    if len(shape) != chip.axes:
+        raise UsageError(f"{text!r}: a slice of {name} has {chip.axes} sides, such as {_slice_example(chip)}")
+    return Topology(text, math.prod(shape) * chip.per_chip, chip, real=False, shape=shape)
+
+
+def _unknown(text: str) -> UsageError:
+    slices = next(_slice_example(chip) for chip in CHIPS if chip.axes == 3)
+    return UsageError(f"{text!r} is not known; known are {', '.join(map(_example, CHIPS))}, {slices}, cpu:8")
+
+
+def _slice_example(chip: Chip) -> str:
+    return f"{chip.name}:{'x'.join(map(str, slice_shape(4, chip.axes)))}"
 
 
 def _mark(chip: Chip) -> str:

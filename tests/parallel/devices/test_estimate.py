@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from jrlhf.parallel.devices.compilers import absent_topology
 from jrlhf.parallel.devices.estimate import estimate
 from jrlhf.parallel.devices.topology import parse_topology
 
@@ -86,7 +85,7 @@ def test_a_tpu_program_takes_its_cycles_its_loops_and_its_links() -> None:
     branch, turned = max(175, 7000) * CYCLE, 875 * CYCLE
     beside = 2 * MATRIX * 1 / 2 / LINK
     work = matmul + branch + turned
-    got = estimate(TPU.replace("LIMIT", "5"), absent_topology("v5p:2x2x1"), trips=99)
+    got = estimate(TPU.replace("LIMIT", "5"), parse_topology("v5p:2x2x1"), trips=99)
     assert math.isclose(got.work, work, rel_tol=1e-12)
     # The sum on its way finds enough work beside it.
     assert math.isclose(got.exposed, waits, rel_tol=1e-12)
@@ -113,16 +112,16 @@ def test_a_tpu_program_takes_its_cycles_its_loops_and_its_links() -> None:
 
 def test_a_loop_that_data_ends_takes_the_given_trips() -> None:
     text = TPU.replace("ROOT %lt = pred[] compare(%i.1, %n.1), direction=LT", "ROOT %lt = pred[] copy(%more)")
-    got = estimate(text, absent_topology("v5p:2x2x1"), trips=11)
+    got = estimate(text, parse_topology("v5p:2x2x1"), trips=11)
     assert math.isclose(got.kinds["matmul"], 11 * 3500 * CYCLE, rel_tol=1e-12)
 
 
 def test_more_links_and_another_clock_take_less_time() -> None:
     text = TPU.replace("LIMIT", "5")
-    small, large = (estimate(text, absent_topology(name), trips=1) for name in ("v5p:2x2x1", "v5p:4x4x4"))
+    small, large = (estimate(text, parse_topology(name), trips=1) for name in ("v5p:2x2x1", "v5p:4x4x4"))
     assert math.isclose(small.exposed, 3 * large.exposed, rel_tol=1e-12)
     assert small.work == large.work
-    v5e = estimate(text, absent_topology("v5e:4x4"), trips=1)
+    v5e = estimate(text, parse_topology("v5e:4x4"), trips=1)
     assert math.isclose(v5e.kinds["matmul"], 5 * 3500 / 1.5e9, rel_tol=1e-12)
     assert math.isclose(v5e.exposed, 5 * MATRIX * 3 / (0.9 * 100e9), rel_tol=1e-12)
 
@@ -131,7 +130,7 @@ def test_communication_beside_too_little_work_is_exposed_in_part() -> None:
     text = (
         TPU.replace("LIMIT", "1").replace("all-gather(", "all-gather-start(").replace("bf16[256,64]", "bf16[999936,64]")
     )
-    got = estimate(text, absent_topology("v5p:2x2x1"), trips=1)
+    got = estimate(text, parse_topology("v5p:2x2x1"), trips=1)
     beside = (999936 * 64 * 2 * 3 / 4 + MATRIX) / LINK
     assert math.isclose(got.exposed, beside - got.work, rel_tol=1e-12)
     assert math.isclose(got.seconds, beside, rel_tol=1e-12)
@@ -141,7 +140,7 @@ def test_a_loop_takes_at_least_as_long_as_its_bytes() -> None:
     """A product of 2 us on matrices of 32 MB: an iteration waits for memory, unless they lie in VMEM."""
     text = TPU.replace("LIMIT", "5").replace("64,64", "4096,4096")
     text = text.replace("%w = bf16[256,64]{1,0} all-gather(%x)", "%w = bf16[0]{0} all-gather(%i)")
-    got = estimate(text, absent_topology("v5p:2x2x1"), trips=1)
+    got = estimate(text, parse_topology("v5p:2x2x1"), trips=1)
     size = 4096 * 4096 * 2
     # The product reads x twice and writes y. The counter and the empty gather read and write 4 bytes each time.
     moved = 3 * size + (4 + 4 + 4) + 4 + (4 + 4 + 1)
@@ -149,7 +148,7 @@ def test_a_loop_takes_at_least_as_long_as_its_bytes() -> None:
     assert math.isclose(got.kinds["memory wait"], 5 * wait, rel_tol=1e-9)
     assert ("memory wait", "loop while") in [(kind, place) for _, kind, place in got.places]
     vmem = text.replace("bf16[4096,4096]{1,0}", "bf16[4096,4096]{1,0:T(8,128)S(1)}")
-    assert "memory wait" not in estimate(vmem, absent_topology("v5p:2x2x1"), trips=1).kinds
+    assert "memory wait" not in estimate(vmem, parse_topology("v5p:2x2x1"), trips=1).kinds
 
 
 GPU = """\
@@ -210,14 +209,14 @@ def test_a_gpu_program_takes_the_longer_of_flops_and_bytes() -> None:
         turned += 2 * 4 * 8192 / memory
     one = (4 * 8192 + 4 + 4 * 8192) / memory
     waits = 2 * (2 * 4096 * 1024) * 7 / 8 / (0.8 * 450e9)
-    got = estimate(GPU, absent_topology("h100x8"), trips=99)
+    got = estimate(GPU, parse_topology("h100x8"), trips=99)
     assert got.kinds == pytest.approx(
         {"matmul": product + library, "copy": turned, "slice, update": one, "communication": waits}
     )
     assert got.seconds == pytest.approx(product + library + turned + one + waits)
     # Over more nodes than one, a sum goes over the network.
     far = GPU.replace("{{0,1,2,3,4,5,6,7}}", "{{0,8}}")
-    assert estimate(far, absent_topology("h100x16"), trips=99).exposed == pytest.approx(2 * 4096 * 1024 / (0.8 * 50e9))
+    assert estimate(far, parse_topology("h100x16"), trips=99).exposed == pytest.approx(2 * 4096 * 1024 / (0.8 * 50e9))
 
 
 def test_without_a_data_sheet_there_is_no_estimate() -> None:

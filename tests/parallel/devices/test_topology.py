@@ -34,6 +34,72 @@ def test_a_topology_has_its_devices(name: str, devices: int, platform: str, giga
     assert peaks.flops == devices * topology.chip.tflops * 1e12
 
 
+@pytest.mark.parametrize(
+    ("name", "devices", "gigabytes"),
+    [
+        # Links of a chip in the slice, times the GB/s of one.
+        ("v5p:2x2x1", 4, 2 * 100),
+        ("v5p:2x2x2", 8, 3 * 100),
+        ("v5p:2x2x4", 16, 4 * 100),
+        ("v5p:4x4x4", 64, 6 * 100),
+        ("v5e:2x2", 4, 2 * 50),
+        ("v5e:4x4", 16, 2 * 50),
+        ("v5e:16x16", 256, 4 * 50),
+        ("v6e:8x16", 128, 3 * 100),
+        ("v4:2x2x1", 4, 2 * 50),
+        ("tpu7x:2x2x1", 8, 2 * 50),
+        ("v5p-8", 4, 2 * 100),
+        ("v5p-128", 64, 6 * 100),
+        ("v5e-16", 16, 2 * 50),
+        ("tpu7x-8", 8, 2 * 50),
+        ("h100x8", 8, 450),
+    ],
+)
+def test_a_name_says_how_many_devices_and_links(name: str, devices: int, gigabytes: float) -> None:
+    topology = parse_topology(name)
+    assert (topology.size, topology.real) == (devices, False)
+    assert topology.sent_in_group(0) == pytest.approx(gigabytes * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("v5e-1", (1, 1)),
+        ("v5litepod-8", (2, 4)),
+        ("v6e-32", (4, 8)),
+        ("v6e-256", (16, 16)),
+        ("v5p-8", (2, 2, 1)),
+        ("v5p-64", (2, 4, 4)),
+        ("v4-128", (4, 4, 4)),
+        # As Google Cloud lists them for v5p.
+        ("v5p-256", (4, 4, 8)),
+        ("v5p-384", (4, 4, 12)),
+        ("v5p-1024", (8, 8, 8)),
+        ("v5p-1536", (8, 8, 12)),
+        ("v5p-6144", (12, 16, 16)),
+        ("v5e-12", ()),
+        ("v5p-24", ()),
+        ("h100x8", ()),
+    ],
+)
+def test_a_number_of_chips_stands_for_a_slice(name: str, shape: tuple[int, ...]) -> None:
+    assert parse_topology(name).shape == shape
+
+
+def test_a_slice_of_a_wrong_number_of_sides_is_answered_with_an_example() -> None:
+    with pytest.raises(ValueError, match=r"'v5e:2x2x1': a slice of v5e has 2 sides, such as v5e:2x2"):
+        parse_topology("v5e:2x2x1")
+    with pytest.raises(ValueError, match=r"'v5p:0x2x1' is not known"):
+        parse_topology("v5p:0x2x1")
+
+
+@pytest.mark.parametrize(
+    ("name", "usable"), [("v5e-16", 15.75 * 2**30), ("v5p-8", 95.73 * 2**30), ("h100x8", 0.9 * 80e9)]
+)
+def test_memory_that_programs_may_take_is_the_compilers_limit_or_nine_tenths(name: str, usable: float) -> None:
+    assert parse_topology(name).usable_memory() == usable
+
+
 def test_every_row_of_the_table_can_be_asked_for() -> None:
     assert len({chip.name for chip in CHIPS}) == len(CHIPS)
     for chip in CHIPS:
@@ -57,9 +123,11 @@ def test_without_a_name_it_is_this_machine() -> None:
     assert list(topology.devices()) == jax.devices()
 
 
-@pytest.mark.parametrize("name", ["v5p", "x100x8", "h100-8", "v5px8", "cpu8", "cpu:0", "h100x0", "8", "-"])
+@pytest.mark.parametrize(
+    "name", ["v5p", "x100x8", "h100-8", "v5px8", "cpu8", "cpu:0", "h100x0", "8", "-", "v9:2x2", "h100:2x2"]
+)
 def test_an_unknown_name_lists_those_there_are(name: str) -> None:
-    with pytest.raises(ValueError, match=r"not known; known are .*h100x8.*v5p-8.*cpu:8"):
+    with pytest.raises(ValueError, match=r"not known; known are .*h100x8.*v5p-8.*:2x2x1.*cpu:8"):
         parse_topology(name)
 
 
