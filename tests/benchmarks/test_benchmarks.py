@@ -20,6 +20,7 @@ import pytest
 from jrlhf.config import load_config
 from jrlhf.models.hf.families import arch_from_hf
 from jrlhf.models.hf.names import language_model_table
+from jrlhf.parallel.devices.peaks import Peaks, measured_peaks
 from tests.support import ROOT
 
 FOLDER = ROOT / "benchmarks"
@@ -36,11 +37,17 @@ SIZES = {
 }
 
 
+def small_peaks(dtype: str, **_: int) -> Peaks:
+    """The peaks of a matrix and an array that are as small as the models here."""
+    return measured_peaks(dtype, size=64, megabytes=1, repeats=1)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_it_prints_a_line_with_its_figure(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(importlib.import_module("common"), "measured_peaks", small_peaks)
     monkeypatch.setattr(sys, "argv", [f"benchmarks/{name}.py", *TINY, *SIZES[name]])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

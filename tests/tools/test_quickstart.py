@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +23,30 @@ KEYS = {
 }  # fmt: skip
 
 
-def run(out: Path, *flags: str) -> dict:
-    assert main(["quickstart", "--out", str(out), *flags]) == 0
-    return json.loads((out / "summary.json").read_text(encoding="utf-8"))
+def quick_start(out: Path, *flags: str) -> None:
+    """As a user starts it: the tests' eight devices and weak optimisation make it several times as slow."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "jrlhf", "quickstart", "--out", str(out), *flags]
+    subprocess.run(command, env=environment, cwd=out, check=True, timeout=3000)
+
+
+def smoke_run(out: Path) -> None:
+    """A finished run of the smoke preset with seed 5: a copy of the one that SMOKE_RUN names, or one made here."""
+    if "SMOKE_RUN" in os.environ:
+        shutil.copytree(os.environ["SMOKE_RUN"], out, dirs_exist_ok=True)
+        (out / "summary.json").unlink()
+        (out / "report.html").unlink()
+    else:
+        quick_start(out, "--preset", "smoke", "--seed", "5")
 
 
 def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = run(tmp_path, "--preset", "smoke", "--seed", "5")
+    """The stages are done by then: what is made of them is made here, where the types of everything are checked."""
+    smoke_run(tmp_path)
+    trained = (tmp_path / "ppo" / "metrics.jsonl").read_bytes()
+    assert main(["quickstart", "--out", str(tmp_path), "--preset", "smoke", "--seed", "5"]) == 0
+    assert (tmp_path / "ppo" / "metrics.jsonl").read_bytes() == trained, "a stage that is done is not run again"
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     for part, names in KEYS.items():
         assert names <= summary[part].keys()
         assert all(math.isfinite(value) for value in summary[part].values())
@@ -51,10 +69,7 @@ def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_full_reaches_its_targets(tmp_path: Path, seed: int) -> None:
     """The figures that the README promises, for three seeds in a row."""
-    # As a user starts it: the tests' eight devices and weak optimisation make it several times as slow.
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "jrlhf", "quickstart", "--out", str(tmp_path), "--seed", str(seed)]
-    subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=3000)
+    quick_start(tmp_path, "--seed", str(seed))
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     sft, reward, ppo = summary["sft"], summary["reward"], summary["ppo"]
     assert sft["heldout_nll"] <= 0.6 * sft["base_nll"]
