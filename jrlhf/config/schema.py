@@ -54,7 +54,7 @@ class ModelConfig(WithPaths):
     """Hugging Face folder, hub id, run or stage folder, or asset:NAME, which ships with jrlhf. Empty: the model that
     the stage before exported; the first stage needs one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype. Master weights and optimizer state are always float32."""
+    """Compute dtype. Trained weights and optimizer state are always float32."""
     remat: Switch = "auto"
     """Whether the backward pass recomputes whole layers, for a third of the memory of activations. If false, the
     outputs of weight matrices are stored, and only the rest is recomputed. auto: true on TPUs, where it takes no more
@@ -62,6 +62,11 @@ class ModelConfig(WithPaths):
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Implementation of attention in training and scoring. auto: the fastest that the devices and the model support.
     cudnn: NVIDIA's fused kernels, for GPUs in bfloat16 only. splash: JAX's Pallas kernel, for TPU v4 or newer only."""
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of weights that no optimizer moves: PPO's reference, reward models, judges, bases of LoRA. auto: the
+    compute dtype; in bfloat16 that takes half the memory and changes no result, since computation rounds them anyway.
+    bfloat16 with dtype float32 rounds them to save memory. Trained weights are always float32, and exports lose
+    nothing."""
 
 
 @dataclass(frozen=True)

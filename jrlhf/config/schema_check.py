@@ -14,6 +14,7 @@ from jrlhf.config.schema import (
     LogConfig,
     LoRAConfig,
     MeshConfig,
+    ModelConfig,
     OptimConfig,
     SamplingConfig,
 )
@@ -101,6 +102,12 @@ def lora_checks(path: str, lora: LoRAConfig) -> Iterator[Check]:
     yield lora.rank >= 0, f"{path}.rank", lora.rank, "0 (off) or more"
     yield lora.alpha > 0, f"{path}.alpha", lora.alpha, "above 0"
     yield _is_regex(lora.targets), f"{path}.targets", lora.targets, "a regular expression"
+
+
+def trained_model_check(path: str, model: ModelConfig, lora: LoRAConfig) -> Check:
+    """Refuse a dtype for the frozen weights of a model that has none."""
+    must = f"auto or float32, because without {path}.lora all weights are trained"
+    return lora.rank > 0 or model.weights != "bfloat16", f"{path}.model.weights", model.weights, must
 
 
 def _is_regex(pattern: str) -> bool:

@@ -15,6 +15,7 @@ from jrlhf.config.schema_check import (
     optim_checks,
     packing_checks,
     sampling_checks,
+    trained_model_check,
 )
 from jrlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
 from jrlhf.config.watch_check import canary_checks, guards_checks
@@ -23,6 +24,7 @@ from jrlhf.config.watch_check import canary_checks, guards_checks
 def sft_checks(path: str, sft: SFTConfig) -> Iterator[Check]:
     yield from data_checks(f"{path}.data", sft.data)
     yield from lora_checks(f"{path}.lora", sft.lora)
+    yield trained_model_check(path, sft.model, sft.lora)
     yield from optim_checks(f"{path}.optim", sft.optim)
     yield from checkpoint_checks(f"{path}.checkpoint", sft.checkpoint)
     yield from log_checks(f"{path}.log", sft.log)
@@ -38,6 +40,7 @@ def sft_checks(path: str, sft: SFTConfig) -> Iterator[Check]:
 def reward_checks(path: str, reward: RewardConfig) -> Iterator[Check]:
     yield from data_checks(f"{path}.data", reward.data)
     yield from lora_checks(f"{path}.lora", reward.lora)
+    yield trained_model_check(path, reward.model, reward.lora)
     yield from optim_checks(f"{path}.optim", reward.optim)
     yield from checkpoint_checks(f"{path}.checkpoint", reward.checkpoint)
     yield from log_checks(f"{path}.log", reward.log)

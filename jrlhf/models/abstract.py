@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jrlhf.models.attention import AttentionKernel
+from jrlhf.models.frozen import FrozenDtype, stored_shapes
 from jrlhf.models.functions import abstract_head, abstract_params, decoder_fns
 from jrlhf.models.hf.adapter_folder import ModelKind, model_folder, require_kind
 from jrlhf.models.hf.families import arch_from_hf, is_sequence_classification
@@ -24,6 +26,11 @@ def placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings)
 
 
+def own_shapes(shapes: Any) -> Any:
+    """Return shapes of arrays in float32 with the same shardings, which a plan counts as other arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), shapes)
+
+
 def abstract_pretrained(
     path: str | Path,
     *,
@@ -31,6 +38,7 @@ def abstract_pretrained(
     mesh: Mesh,
     remat: bool | Literal["auto"] = "auto",
     attention: AttentionKernel = "auto",
+    weights: FrozenDtype = "float32",
     kind: ModelKind | None = None,
     option: str = "",
 ) -> Pretrained:
@@ -45,7 +53,7 @@ def abstract_pretrained(
     folder = source.base
     config = read_config(folder)
     arch = arch_from_hf(config)
-    shapes = abstract_params(arch)
+    shapes = stored_shapes(abstract_params(arch), weights, dtype)
     fns = decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh)
     return Pretrained(
         params=placed(shapes, tree_shardings(shapes, mesh, SHARDING_RULES)),

@@ -9,15 +9,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from jrlhf.models.frozen import is_cast
 from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.parallel.devices.peaks import known_chip
 from jrlhf.parallel.sharding import leaf_spec
 from jrlhf.types import Params
 
 log = logging.getLogger(__name__)
-
-CAST_LEAVES = frozenset({"kernel", "embed", "position_embed", "lora_a", "lora_b"})
-"""Names of the leaves that are cast to the compute dtype; norms compute in float32."""
 
 MAX_GATHERED_FRACTION = 0.4
 """Maximum fraction of a device's memory for weights that are gathered over ``fsdp``; a run needs the rest."""
@@ -38,7 +36,7 @@ def decoding_weights(params: Params, *, layers: int, dtype: Any, mesh: Mesh | No
         spec = _spec(path, leaf.shape, mesh, gathered) if mesh is not None else PartitionSpec()
         if layer is not None:
             leaf, spec = leaf[layer], PartitionSpec(*spec[1:])
-        leaf = leaf.astype(dtype) if path[-1].key in CAST_LEAVES else leaf
+        leaf = leaf.astype(dtype) if is_cast(path) else leaf
         return leaf if mesh is None or mesh.size == 1 else lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
     def tree(part: Params, layer: int | None) -> Params:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jrlhf.models.arch import ArchConfig
+from jrlhf.models.frozen import ExactFn, as_it_is
 from jrlhf.models.hf.names import Entry, decoder_table
 from jrlhf.system.errors import UsageError
 from jrlhf.types import Key, Params
@@ -61,23 +62,27 @@ def is_trained(path: str) -> bool:
     return path.endswith(("lora_a", "lora_b")) or re.search(r"(^|/)head/(kernel|bias)$", path) is not None
 
 
-def merge_adapters(params: Params) -> Params:
-    """Merge every adapter into its kernel, W + scale · A · B, and return a tree without adapters."""
+def merged_kernel(kernel: jax.Array, leaves: Params) -> jax.Array:
+    """Return W + scale · A · B of a float32 kernel and the adapter in ``leaves``."""
+    a, b, scale = (leaves[name] for name in ADAPTER)
+    # The default precision of float32 products loses bits on some accelerators.
+    delta = jnp.einsum("lir,lro->lio", a, b, precision="highest") * scale[:, None, None]
+    return kernel + delta
 
-    def merged(leaves: Params) -> Params:
-        a, b, scale = (leaves[name] for name in ADAPTER)
-        # The default precision of float32 products loses bits on some accelerators.
-        delta = jnp.einsum("lir,lro->lio", a, b, precision="highest") * scale[:, None, None]
-        others = {name: leaf for name, leaf in leaves.items() if name not in ADAPTER}
-        return others | {"kernel": leaves["kernel"] + delta}
 
-    def walk(tree: Params) -> Params:
+def merge_adapters(params: Params, exact: ExactFn = as_it_is) -> Params:
+    """Merge every adapter into its kernel, W + scale · A · B, and return a tree without adapters.
+
+    ``exact`` returns the leaf at a path in float32, for a base that is rounded, such as ``Pretrained.exact``.
+    """
+
+    def walk(tree: Params, path: tuple[str, ...]) -> Params:
         if not isinstance(tree, dict):
-            return tree
-        tree = merged(tree) if "lora_a" in tree else tree
-        return {name: walk(leaf) for name, leaf in tree.items()}
+            return exact(path, tree)
+        merged = {name: walk(leaf, (*path, name)) for name, leaf in tree.items() if name not in ADAPTER}
+        return merged | ({"kernel": merged_kernel(merged["kernel"], tree)} if "lora_a" in tree else {})
 
-    return walk(params)
+    return walk(params, ())
 
 
 def at_kernels(

@@ -14,16 +14,23 @@ from jaxtyping import Array, Bool, Float, Int
 from jrlhf.core import at_last_token
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
-from jrlhf.models.functions import abstract_reward_params, decoder_fns, reward_params
+from jrlhf.models.frozen import ExactFn, FrozenDtype, as_it_is, stored_shapes
+from jrlhf.models.functions import abstract_params, abstract_reward_params, decoder_fns, init_head, reward_params
 from jrlhf.models.hf.adapter_folder import model_folder, model_kind, require_kind
 from jrlhf.models.hf.families import CLASSES, arch_from_hf
 from jrlhf.models.hf.folder import TOKENIZER_FILES, Stored, read_config
-from jrlhf.models.hf.names import HEAD_BIAS, HEAD_KERNEL, SHARDING_RULES, reward_model_table
+from jrlhf.models.hf.names import (
+    HEAD_BIAS,
+    HEAD_KERNEL,
+    SHARDING_RULES,
+    language_model_table,
+    reward_model_table,
+)
 from jrlhf.models.hf.peft import is_own_adapter
 from jrlhf.models.hf.peft_read import insert_adapter
-from jrlhf.models.hf.read import open_tensors, read_tree
+from jrlhf.models.hf.read import Tensors, check_tensors, open_tensors
+from jrlhf.models.hf.weights import Weights
 from jrlhf.models.hf.write import WeightDtype, write_folder
-from jrlhf.models.lora import merge_adapters
 from jrlhf.models.pretrained import Pretrained, load_pretrained
 from jrlhf.models.reading import NOTE_KEY, SCORE_AT_KEY, STOP_TOKEN, Reading, reading_of
 from jrlhf.parallel import ShardingRules, tree_shardings
@@ -40,7 +47,8 @@ class RewardModel:
     """
 
     params: Params = field(repr=False)
-    """``{"decoder": ..., "head": {"kernel", "bias"}}`` in float32; the head includes the normalisation."""
+    """``{"decoder": ..., "head": {"kernel", "bias"}}`` in float32, but for a decoder of frozen weights that is rounded;
+    the head includes the normalisation."""
     score_fn: ScoreFn
     config: dict[str, Any]
     arch: ArchConfig
@@ -53,6 +61,8 @@ class RewardModel:
     """Offset of the normalisation; a record, since the head already includes it."""
     reading: Reading = STOP_TOKEN
     """Tokens that the model receives and the token of its score, in jrlhf's way or transformers'."""
+    exact: ExactFn = field(default=as_it_is, repr=False)
+    """``(path, leaf) -> leaf``: a leaf of ``params`` in float32, as the source has it."""
 
     def score(self, params: Params, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B"]:
         """Return each row's score at the token that ``reading`` selects; 0 for a row without tokens."""
@@ -64,6 +74,7 @@ def reward_from_pretrained(pretrained: Pretrained, key: Key) -> RewardModel:
 
     The decoder's arrays are shared, not copied: donating one model's parameters invalidates the other's.
     """
+    of_decoder = pretrained.exact
     return RewardModel(
         params=reward_params(pretrained.params, pretrained.arch, key),
         score_fn=pretrained.score_fn,
@@ -72,6 +83,8 @@ def reward_from_pretrained(pretrained: Pretrained, key: Key) -> RewardModel:
         source=pretrained.source,
         rules=pretrained.rules,
         stored=pretrained.stored,
+        # The head, which the language model lacks, is never rounded.
+        exact=lambda path, leaf: leaf if path[0] == "head" else of_decoder(path[1:], leaf),
     )
 
 
@@ -95,6 +108,7 @@ def load_reward_model(
     mesh: Mesh | None = None,
     remat: bool | Literal["auto"] = "auto",
     attention: AttentionKernel = "auto",
+    weights: FrozenDtype = "float32",
     option: str = "",
 ) -> RewardModel:
     """Load a reward model from a sequence-classification folder or hub id with one label.
@@ -104,23 +118,69 @@ def load_reward_model(
     """
     source = model_folder(path)
     require_kind(source, "reward", option=option)
-    compute_options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
+    config = read_config(source.base)
+    arch = arch_from_hf(config)
+    shapes = stored_shapes(abstract_reward_params(arch), weights, dtype)
+    shardings = None if mesh is None else tree_shardings(shapes, mesh, SHARDING_RULES)
+    tensors = open_tensors(source.base, arch)
+    model = RewardModel(
+        params={"decoder": shapes["decoder"], "head": None},
+        score_fn=decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh).score_fn,
+        config=config,
+        arch=arch,
+        source=source.base,
+        rules=SHARDING_RULES,
+        stored=tensors.stored,
+        reading=reading_of(config, arch.family),
+    )
     has_head = model_kind(source._replace(adapters=())) == "reward"
-    if has_head:
-        model = _read_reward(source.base, **compute_options)
-    else:
-        model = reward_from_pretrained(load_pretrained(source.base, **compute_options), jax.random.key(0))
-        model = replace(model, reading=reading_of(model.config, model.arch.family))
-    for number, adapter in enumerate(source.adapters, 1):
+    model = _with_head(model, tensors, shapes, shardings) if has_head else _with_new_head(model, tensors)
+    model, adapters = _with_adapters(model, source.adapters, has_head=has_head)
+    table = [entry for entry in reward_model_table(arch) if entry.path[0] == "decoder"]
+    on_disk = Weights(tensors, table, shapes, shardings, adapters)
+    return replace(model, params=on_disk.tree() | {"head": model.params["head"]}, exact=on_disk.exact)
+
+
+def _with_head(model: RewardModel, tensors: Tensors, shapes: Params, shardings: Params | None) -> RewardModel:
+    """Check the tensors of a reward model's folder, and read its head and the record of its normalisation."""
+    gain, bias, head_bias = _check_head(model.source, model.config)
+    table = reward_model_table(model.arch, head_bias=HEAD_BIAS in tensors.stored)
+    check_tensors(tensors, model.arch, table, shapes)
+    head = Weights(tensors, [entry for entry in table if entry.path[0] == "head"], shapes, shardings).tree()["head"]
+    if "bias" not in head:
+        # A NumPy scalar, which unlike a JAX array every host can put onto a mesh that spans hosts.
+        scalar = np.float32(head_bias)
+        head["bias"] = (
+            jax.device_put(scalar) if shardings is None else jax.device_put(scalar, shardings["head"]["bias"])
+        )
+    return replace(model, params=model.params | {"head": head}, gain=gain, bias=bias)
+
+
+def _with_new_head(model: RewardModel, tensors: Tensors) -> RewardModel:
+    """Check the tensors of a language model's folder, and draw a head, which an adapter will replace."""
+    check_tensors(tensors, model.arch, language_model_table(model.arch), abstract_params(model.arch))
+    return replace(model, params=model.params | {"head": init_head(model.arch, jax.random.key(0))})
+
+
+def _with_adapters(
+    model: RewardModel, folders: tuple[Path, ...], *, has_head: bool
+) -> tuple[RewardModel, list[Params]]:
+    """Read adapters for a model whose decoder is still shapes: its head and reading, and the factors for its decoder.
+
+    The factors are trees with the leaves of an adapter beside those of its kernel.
+    """
+    adapters = []
+    for number, folder in enumerate(folders, 1):
         # The last adapter is the last chance for a head.
-        needs_head = not has_head and number == len(source.adapters)
-        params = merge_adapters(insert_adapter(model.params, model.arch, adapter, needs_head=needs_head))
+        needs_head = not has_head and number == len(folders)
+        params = insert_adapter(model.params, model.arch, folder, needs_head=needs_head)
         if params["head"]["kernel"] is not model.params["head"]["kernel"]:
             # The record of the base's normalisation does not apply to a new head.
             has_head, model = True, replace(model, gain=1.0, bias=0.0)
-        reading = STOP_TOKEN if is_own_adapter(adapter) else model.reading
-        model = replace(model, params=params, reading=reading)
-    return model
+        adapters.append({"decoder": params["decoder"]})
+        reading = STOP_TOKEN if is_own_adapter(folder) else model.reading
+        model = replace(model, params=model.params | {"head": params["head"]}, reading=reading)
+    return model, adapters
 
 
 def load_reward_start(
@@ -131,6 +191,7 @@ def load_reward_start(
     mesh: Mesh | None = None,
     remat: bool | Literal["auto"] = "auto",
     attention: AttentionKernel = "auto",
+    weights: FrozenDtype = "float32",
     option: str = "",
 ) -> RewardModel:
     """Load the model that a reward stage starts from: a reward model, or a language model with a new head.
@@ -138,44 +199,14 @@ def load_reward_start(
     ``key`` draws the new head. A reward model keeps its scores, normalised or not, but its record of a normalisation
     is reset. Its head is exported like a new one, in float32 and with the bias in config.json.
     """
-    compute_options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
+    options: dict[str, Any] = {"dtype": dtype, "mesh": mesh, "remat": remat, "attention": attention}
+    options |= {"weights": weights, "option": option}
     if model_kind(model_folder(path)) == "language":
-        return reward_from_pretrained(load_pretrained(path, option=option, **compute_options), key)
-    model = load_reward_model(path, option=option, **compute_options)
+        return reward_from_pretrained(load_pretrained(path, **options), key)
+    model = load_reward_model(path, **options)
     stored = {name: how for name, how in model.stored.items() if name not in (HEAD_KERNEL, HEAD_BIAS)}
     # Whatever its reading was, the stage trains it on texts up to the stop token.
     return replace(model, stored=stored, gain=1.0, bias=0.0, reading=STOP_TOKEN)
-
-
-def _read_reward(
-    folder: Path, *, dtype: Any, mesh: Mesh | None, remat: bool | Literal["auto"], attention: AttentionKernel
-) -> RewardModel:
-    config = read_config(folder)
-    arch = arch_from_hf(config)
-    gain, bias, head_bias = _check_head(folder, config)
-    shapes = abstract_reward_params(arch)
-    shardings = None if mesh is None else tree_shardings(shapes, mesh, SHARDING_RULES)
-    tensors = open_tensors(folder, arch)
-    table = reward_model_table(arch, head_bias=HEAD_BIAS in tensors.stored)
-    params = read_tree(tensors, arch, table, shapes, shardings)
-    if "bias" not in params["head"]:
-        # A NumPy scalar, which unlike a JAX array every host can put onto a mesh that spans hosts.
-        scalar = np.float32(head_bias)
-        params["head"]["bias"] = (
-            jax.device_put(scalar) if shardings is None else jax.device_put(scalar, shardings["head"]["bias"])
-        )
-    return RewardModel(
-        params=params,
-        score_fn=decoder_fns(arch, dtype=dtype, remat=remat, attention=attention, mesh=mesh).score_fn,
-        config=config,
-        arch=arch,
-        source=folder,
-        rules=SHARDING_RULES,
-        stored=tensors.stored,
-        gain=gain,
-        bias=bias,
-        reading=reading_of(config, arch.family),
-    )
 
 
 def _check_head(folder: Path, config: Mapping[str, Any]) -> tuple[float, float, float]:

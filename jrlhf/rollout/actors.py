@@ -148,14 +148,17 @@ def blank_value(models: ModelReader, policy: Pretrained, *, shared: bool) -> Rew
 def trainable_actors(
     lora: LoRAConfig, seed: int, actors: Actors, mesh: Mesh, *, stage: str
 ) -> tuple[PPOParams, PPOParams | None]:
-    """Return the trained parameters, and with LoRA the frozen ones, which are the models' own arrays."""
+    """Return the trained parameters, and with LoRA the frozen ones, which are the models' own arrays.
+
+    Without LoRA the trained arrays are other ones than those of the reference and of the reward model.
+    """
     keys = jax.random.split(stream_key(seed, stage, "lora"))
     critic, path = value_of(actors), f"{stage}.lora"
-    policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path=path)
+    policy, policy_base = trainable(actors.policy, lora, keys[0], mesh=mesh, path=path, shared=True)
     if actors.shared:
         value, value_base = partition(critic.params, lambda path: True)
     else:
-        value, value_base = trainable(critic, lora, keys[1], mesh=mesh, path=path)
+        value, value_base = trainable(critic, lora, keys[1], mesh=mesh, path=path, shared=True)
     return PPOParams(policy, value), PPOParams(policy_base, value_base) if lora.rank else None
 
 

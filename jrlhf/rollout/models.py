@@ -38,7 +38,10 @@ class ModelOf(Protocol[M]):
 
 
 class ModelReader(NamedTuple):
-    """The functions that read a stage's models, for the mesh of a run or of a plan."""
+    """The functions that read a stage's models, for the mesh of a run or of a plan.
+
+    Their weights are frozen: the trained ones are read from the same sources, see ``trainable_actors``.
+    """
 
     source: SourceOf
     """Return the folder or hub id of a model; an empty path stands for the export of ``stage``."""
@@ -53,7 +56,7 @@ def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
     """Return the reader of a run, which loads models with their weights."""
 
     def options(model: ModelConfig, key: str, option: str) -> dict[str, Any]:
-        keywords = compute_options(model, mesh, key=key)
+        keywords = compute_options(model, mesh, key=key, frozen=True)
         return keywords | {"option": option} if option else keywords
 
     def source(path: str, *, key: str, stage: str | None) -> str:
@@ -94,10 +97,10 @@ def shape_reader(config: PlanConfig, target: Target) -> ModelReader:
         return SizedVocabulary(arch_from_hf(read_config(folder)).vocab_size)  # pyright: ignore[reportAbstractUsage]
 
     def language(source: str, model: ModelConfig, *, key: str, option: str = "") -> Pretrained:
-        return planned_model(target, source, model, key=key, kind="language", option=option)
+        return planned_model(target, source, model, key=key, kind="language", option=option, frozen=True)
 
     def reward(source: str, model: ModelConfig, *, key: str, option: str = "") -> RewardModel:
-        decoder = planned_model(target, source, model, key=key, kind="reward", option=option)
+        decoder = planned_model(target, source, model, key=key, kind="reward", option=option, frozen=True)
         return abstract_reward(decoder, target.mesh)
 
     return ModelReader(source, tokenizer, language, reward, lambda policy: abstract_reward(policy, target.mesh))

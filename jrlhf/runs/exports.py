@@ -98,7 +98,7 @@ def exported_form(model: Pretrained | RewardModel, dtype: WeightDtype) -> Callab
     stored = _stored(model)
     if dtype == "float32" or all(tensor.dtype == "F32" for tensor in stored.values()):
         return lambda params: params
-    return lambda params: round_to_stored(merge_adapters(params), model.arch, stored)
+    return lambda params: round_to_stored(merge_adapters(params, model.exact), model.arch, stored)
 
 
 def write_export(
@@ -106,12 +106,13 @@ def write_export(
 ) -> None:
     """Write the model with ``params``, adapters merged in, as a Hugging Face folder.
 
+    Frozen weights are written as the source has them, whatever their dtype in memory.
     config.json and generation_config.json name the tokenizer's pad token, which transformers needs to find a batch's
     last tokens. generation_config.json names all stop tokens.
     """
     config = model.config | {"pad_token_id": beside.pad_token}
     files = {**beside.tokenizer, RUN_CONFIG: beside.config.encode("utf-8")}
-    merged = merge_adapters(params)
+    merged = merge_adapters(params, model.exact)
     match model:
         case RewardModel():
             # Whatever the model's reading was, a run trains it to be read at the stop token of an answer.

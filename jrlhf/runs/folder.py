@@ -119,7 +119,10 @@ def without_neutral_fields(section: Any) -> Any:
     """Return a config section, with its subsections, in which all fields of ``NEUTRAL_FIELDS`` have their defaults."""
     sections = {name: without_neutral_fields(value) for name, value in vars(section).items() if is_dataclass(value)}
     defaults = vars(type(section)())
-    free = (name for cls in type(section).__mro__ for name in NEUTRAL_FIELDS.get(cls, ()))
+    free = [name for cls in type(section).__mro__ for name in NEUTRAL_FIELDS.get(cls, ())]
+    if isinstance(section, ModelConfig) and not (section.dtype == "float32" and section.weights == "bfloat16"):
+        # Elsewhere the dtype of frozen weights changes no result.
+        free.append("weights")
     return replace(section, **sections | {name: defaults[name] for name in free})
 
 

@@ -146,7 +146,7 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
     """Load the initial reward model, and build the programs and the loop."""
     config, mesh = site.config, site.mesh
     reward, rows, heldout, texts = config.reward, inputs.train, inputs.heldout, inputs.texts
-    options = compute_options(reward.model, mesh, key="reward.model")
+    options = compute_options(reward.model, mesh, key="reward.model", frozen=reward.lora.rank > 0)
     model = load_reward_start(inputs.source, stream_key(config.seed, "reward", "init"), mesh=mesh, **options)
     positions = Positions(model.arch, "reward.data.max_length")
     normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {inputs.texts_source})"
@@ -262,11 +262,11 @@ def plan_reward(config: PlanConfig, target: Target) -> Sized:
     tokens, platform = float(packed or completions * longest), target.topology.platform()
     slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
     source = planned_source(config, reward.model.path, key="reward.model.path", stage="sft")
-    base = planned_model(target, source, reward.model, key="reward.model", kind=None)
+    base = planned_model(target, source, reward.model, key="reward.model", kind=None, frozen=reward.lora.rank > 0)
     Positions(base.arch, key := "reward.data.max_length").check_length(longest, key=key)
     model = abstract_reward(base, target.mesh)
     programs = build_reward(config, model, target.mesh, slices=slices, updates=PLANNED_UPDATES)
-    run, frozen = planned_training(programs.training, target, loaded=model.params), programs.training.frozen
+    run, frozen = planned_training(programs.training, target, loaded=()), programs.training.frozen
     traffic = 2 * device_bytes(run.state.params, run.state.opt_state)
     row = jnp.ones((1, packed) if packed else (1, completions, longest), jnp.bool_)
     row_flops = training_flops(model.arch, frozen=frozen is not None)(row, jnp.float32(0.0))

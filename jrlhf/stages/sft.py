@@ -133,7 +133,9 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
     config, mesh, tokenizer = site.config, site.mesh, site.tokenizer
     sft, rows, heldout, candidates = config.sft, inputs.train, inputs.heldout, inputs.candidate_prompts
     shown = heldout.prompts(min(sft.log.samples, len(heldout)), tokenizer) if heldout and sft.log.samples else None
-    model = load_pretrained(inputs.source, mesh=mesh, **compute_options(sft.model, mesh, key="sft.model"))
+    model = load_pretrained(
+        inputs.source, mesh=mesh, **compute_options(sft.model, mesh, key="sft.model", frozen=sft.lora.rank > 0)
+    )
     positions = Positions(model.arch, "sft.data.max_length")
     positions.check({"sft.data.train": rows, "sft.data.eval": heldout})
     answering = positions.answering(sft.sampling, "sft.sampling")
@@ -164,7 +166,7 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
 
     def export(outcome: Outcome) -> Export:
         learnt = combine(outcome.state.train.params, frozen)
-        params = merge_adapters(exported(learnt))
+        params = merge_adapters(exported(learnt), model.exact)
         if candidates is not None:
             _write_candidates(site, generate, params, candidates)
         figures = {
@@ -284,10 +286,10 @@ def plan_sft(config: PlanConfig, target: Target) -> Sized:
     platform = target.topology.platform()
     slices = reading_slices(share, microbatch=sft.microbatch, tokens=float(length), platform=platform)
     source = planned_source(config, sft.model.path, key="sft.model.path", stage=None)
-    model = planned_model(target, source, sft.model, key="sft.model", kind="language")
+    model = planned_model(target, source, sft.model, key="sft.model", kind="language", frozen=sft.lora.rank > 0)
     Positions(model.arch, key := "sft.data.max_length").check_length(sft.data.max_length, key=key)
     programs = build_sft(config, model, target.mesh, slices=slices, updates=PLANNED_UPDATES)
-    run, frozen = planned_training(programs.training, target, loaded=model.params), programs.training.frozen
+    run, frozen = planned_training(programs.training, target, loaded=()), programs.training.frozen
     whole, traffic = combine(run.state.params, frozen), 2 * device_bytes(run.state.params, run.state.opt_state)
     row_flops = training_flops(model.arch, frozen=frozen is not None)(
         jnp.ones((1, length), jnp.bool_), jnp.float32(length)

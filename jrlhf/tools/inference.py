@@ -53,7 +53,7 @@ def _sample(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     data = DataConfig(train=args.prompts, max_length=args.max_length)
     prompts = load_prompts(data, args.prompts, tokenizer)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_pretrained(source, dtype=args.dtype, mesh=mesh, option="model")
+    model = load_pretrained(source, dtype=args.dtype, mesh=mesh, weights="auto", option="model")
     Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
     together = samples_per_prompt(args.samples, batch_size=args.batch_size, devices=mesh.size)
     generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, option="sampling", samples=together)
@@ -79,7 +79,7 @@ def run_score(args: ScoreConfig) -> None:
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.data, max_length=args.max_length)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_reward_model(source, dtype=args.dtype, mesh=mesh, option="model")
+    model = load_reward_model(source, dtype=args.dtype, mesh=mesh, weights="auto", option="model")
     texts = load_texts(data, args.data, tokenizer, model.reading)
     Positions(model.arch, "max_length", model="the reward model").check({args.data: texts})
     shown = len(texts) > args.batch_size

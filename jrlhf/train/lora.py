@@ -1,31 +1,50 @@
 """LoRA in a stage: it adds adapters to a model and splits the parameters into a trained and a frozen part."""
 
+from functools import partial
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
 from jrlhf.config import ConfigError, LoRAConfig
 from jrlhf.core import partition
 from jrlhf.models import ArchConfig, Pretrained, RewardModel, add_adapters, is_trained
-from jrlhf.models.abstract import placed
+from jrlhf.models.abstract import own_shapes, placed
 from jrlhf.parallel import tree_shardings
+from jrlhf.train.batches import tree_copy
 from jrlhf.types import Key, Params
 
 
 def trainable(
-    model: Pretrained | RewardModel, lora: LoRAConfig, key: Key, *, mesh: Mesh, path: str
+    model: Pretrained | RewardModel, lora: LoRAConfig, key: Key, *, mesh: Mesh, path: str, shared: bool = False
 ) -> tuple[Params, Params | None]:
     """Split a model's parameters, arrays or shapes, into ``(trained, frozen)``.
 
-    Without LoRA all are trained and ``frozen`` is None; with LoRA only new adapters and a head are trained. The frozen
-    part is the model's own arrays, not copies. ``path`` names ``lora`` in errors.
+    Without LoRA all are trained and ``frozen`` is None; with LoRA only new adapters and a head are trained. The trained
+    part is float32 and belongs to the state, whose step donates it. With ``shared`` the stage also reads the model
+    itself, so the trained part is other arrays; the frozen part is always the model's own. ``path`` names ``lora`` in
+    errors.
     """
+    abstract = isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct)
     if lora.rank == 0:
-        return model.params, None
-    if isinstance(jax.tree.leaves(model.params)[0], jax.ShapeDtypeStruct):
+        own = own_shapes if abstract else partial(own_weights, model)
+        return own(model.params) if shared else model.params, None
+    if abstract:
         return partition(_abstract_adapters(model, lora, mesh, path), is_trained)
     params = with_adapters(model.params, model.arch, lora, key, path=path)
     # The new leaves go where the sharding rules say; the old leaves are there already.
-    return partition(jax.device_put(params, tree_shardings(params, mesh, model.rules)), is_trained)
+    trained, frozen = partition(jax.device_put(params, tree_shardings(params, mesh, model.rules)), is_trained)
+    return tree_copy(trained), frozen
+
+
+def own_weights(model: Pretrained | RewardModel, params: Params) -> Params:
+    """Return a model's parameters in other arrays, in float32: a leaf that is rounded is read again from the source."""
+
+    def own(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        exact = model.exact(tuple(entry.key for entry in path), leaf)
+        return leaf.copy() if exact is leaf else exact
+
+    return jax.tree_util.tree_map_with_path(own, params)
 
 
 def _abstract_adapters(model: Pretrained | RewardModel, lora: LoRAConfig, mesh: Mesh, path: str) -> Params:

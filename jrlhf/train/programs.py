@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from jrlhf.config import ModelConfig, PlanConfig, stage_section, stage_sections
 from jrlhf.models import Pretrained
-from jrlhf.models.abstract import abstract_pretrained, placed
+from jrlhf.models.abstract import abstract_pretrained, own_shapes, placed
 from jrlhf.models.hf.adapter_folder import ModelKind
 from jrlhf.parallel import batch_sharding, replicated
 from jrlhf.parallel.devices.topology import Topology
 from jrlhf.parallel.platforms import settings_of
 from jrlhf.runs.folder import model_source
-from jrlhf.train.start import Training, compute_options
+from jrlhf.train.start import Training, compute_options, weights_dtype
 from jrlhf.types import SFTBatch, TrainState
 
 PLANNED_UPDATES = 1000
@@ -112,16 +112,25 @@ def planned_source(config: PlanConfig, path: str, *, key: str, stage: str | None
 
 
 def planned_model(
-    target: Target, source: str, model: ModelConfig, *, key: str, kind: ModelKind | None, option: str = ""
+    target: Target,
+    source: str,
+    model: ModelConfig,
+    *,
+    key: str,
+    kind: ModelKind | None,
+    option: str = "",
+    frozen: bool = False,
 ) -> Pretrained:
     """Return the model of a stage as shapes. ``kind`` is the required kind of a model with its own path; None: any.
 
-    On simulated devices, XLA's attention replaces kernels that need the compiler of a GPU or TPU.
+    ``frozen`` says that the stage does not train the weights that are loaded. On simulated devices, XLA's attention
+    replaces kernels that need the compiler of a GPU or TPU.
     """
     remat = settings_of(target.topology.platform()).remat if model.remat == "auto" else model.remat
     options: dict[str, Any] = {"dtype": model.dtype, "remat": remat, "option": f"{key}.path"}
+    options["weights"] = weights_dtype(model, frozen=frozen)
     if not target.topology.simulated:
-        options = compute_options(model, target.mesh, key=key)
+        options = compute_options(model, target.mesh, key=key, frozen=frozen)
     options |= {"option": option} if option else {}
     return abstract_pretrained(source, mesh=target.mesh, kind=kind if model.path else None, **options)
 
@@ -138,9 +147,9 @@ class PlannedTraining(NamedTuple):
 
 def planned_training(training: Training, target: Target, *, loaded: Any) -> PlannedTraining:
     """Return the programs of training as shapes. ``loaded`` are the models that a stage holds besides its state."""
-    trained, ema, frozen = training.trained, training.ema, training.frozen
-    # A run copies the trained parameters, because the step donates its state.
-    copies = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (trained, ema))
+    trained, frozen = training.trained, training.frozen
+    # A run copies the initial parameters of the average, which are the trained ones.
+    ema = own_shapes(training.ema)
     state = placed(jax.eval_shape(training.start, trained, ema), training.shardings)._replace(frozen=frozen)
     constant = (loaded, frozen)
     held = {"trained": state.params, "optimizer": state.opt_state, "average": state.ema, "loaded": constant}
@@ -149,5 +158,5 @@ def planned_training(training: Training, target: Target, *, loaded: Any) -> Plan
         args = (state._replace(frozen=None), frozen, batch, target.whole(lambda: jax.random.key(0)))
         return Program("update", training.update, args, alive=(args, held, live), **figures)
 
-    start = Program("start", training.start, copies, (constant, copies), timed=False)
+    start = Program("start", training.start, (trained, ema), (constant, trained, ema), timed=False)
     return PlannedTraining(state, start, held, update)

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, ConfigError, ModelConfig
+from jrlhf.models.frozen import FrozenDtype
 from jrlhf.models.kernels import has_splash
 from jrlhf.parallel import ShardingRules, make_mesh, replicated, tree_shardings
 from jrlhf.parallel.platforms import platform
@@ -24,10 +25,11 @@ def mesh_of(config: Config) -> Mesh:
     return make_mesh(data=axes.data, fsdp=axes.fsdp, tensor=axes.tensor)
 
 
-def compute_options(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, Any]:
-    """Return the keywords of ``load_pretrained`` and ``load_reward_model``: dtype, remat, attention, option.
+def compute_options(model: ModelConfig, mesh: Mesh, *, key: str, frozen: bool = False) -> dict[str, Any]:
+    """Return the keywords of ``load_pretrained`` and ``load_reward_model``: dtype, remat, attention, weights, option.
 
-    Raise ConfigError, which names ``key``, if the devices do not support the attention.
+    ``frozen`` says that the stage does not train the weights that are loaded. Raise ConfigError, which names ``key``,
+    if the devices do not support the attention.
     """
     device = mesh.devices.flat[0]
     name, kind = platform(mesh), device.device_kind
@@ -36,13 +38,25 @@ def compute_options(model: ModelConfig, mesh: Mesh, *, key: str) -> dict[str, An
             raise ConfigError(f"{key}.attention: cudnn needs a GPU and bfloat16, not {name} and {model.dtype}")
         case "splash" if name != "tpu" or not has_splash(mesh):
             raise ConfigError(f"{key}.attention: splash needs a TPU, v4 or newer, not {kind}")
-    return {"dtype": model.dtype, "remat": model.remat, "attention": model.attention, "option": f"{key}.path"}
+    return {
+        "dtype": model.dtype,
+        "remat": model.remat,
+        "attention": model.attention,
+        "weights": weights_dtype(model, frozen=frozen),
+        "option": f"{key}.path",
+    }
+
+
+def weights_dtype(model: ModelConfig, *, frozen: bool) -> FrozenDtype:
+    """Return the dtype of a model's weights in memory; those that a stage trains are always float32."""
+    return model.weights if frozen else "float32"
 
 
 class Training(NamedTuple):
     """The parameters of a stage, as arrays or shapes, and its two programs, the start and the update."""
 
     trained: Params
+    """Initial parameters, which become part of the state; see ``begin``."""
     frozen: Params | None
     """Constant parameters that complete the trained ones; None if all are trained."""
     ema: Params | None
@@ -81,10 +95,13 @@ def build_training(
 
 
 def begin(training: Training, *, mesh: Mesh, key: Key, kl_coef: float = 0.0) -> RunState:
-    """Return the state before the first step; ``key`` is the root key of the stage's steps."""
-    # The step donates its state, so the state gets copies and the caller keeps its model. A new head is on one device.
-    copies = tree_copy((training.trained, training.ema))
-    train = training.start(*jax.device_put(copies, (training.shardings.params, training.shardings.ema)))
+    """Return the state before the first step; ``key`` is the root key of the stage's steps.
+
+    The state takes over the trained arrays, which the first step then donates: nobody can read them afterwards.
+    """
+    # The average starts as other arrays than the policy, since none can be donated twice. A new head is on one device.
+    parts = training.trained, tree_copy(training.ema)
+    train = training.start(*jax.device_put(parts, (training.shardings.params, training.shardings.ema)))
     # The scalars are replicated now, because a checkpoint would otherwise restore them to the first device only.
     scalars = jax.jit(lambda: (key, jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh))
     run_key, cursor, coef = scalars()

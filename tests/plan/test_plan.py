@@ -74,30 +74,47 @@ def never(state, batch, key):
     raise AssertionError("nothing is run")
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("sft", LoRAConfig()), ("reward", LORA), ("ppo", LoRAConfig())])
-def test_a_planned_state_has_the_bytes_of_a_real_one(kind: str, lora: LoRAConfig) -> None:
-    sft, reward, ppo = (replace(part, lora=lora) for part in (CONFIG.sft, CONFIG.reward, CONFIG.ppo))
+STATES = [
+    ("sft", LoRAConfig(), "float32"),
+    ("sft", LORA, "bfloat16"),
+    ("reward", LORA, "float32"),
+    ("ppo", LoRAConfig(), "float32"),
+    ("ppo", LoRAConfig(), "bfloat16"),
+    ("ppo", LORA, "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("kind", "lora", "dtype"), STATES)
+def test_a_planned_state_has_the_bytes_of_a_real_one(
+    kind: str, lora: LoRAConfig, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    """In bfloat16 the weights that are not trained are in bfloat16."""
+    model = ModelConfig("asset:stories260k", dtype=dtype)
+    sft, reward, ppo = (replace(part, lora=lora, model=model) for part in (CONFIG.sft, CONFIG.reward, CONFIG.ppo))
+    ppo = replace(ppo, reward=replace(model, path=""))
     config = replace(CONFIG, sft=sft, reward=reward, ppo=replace(ppo, ema_decay=0.9))
     site = planned_target(config)
     make = {"sft": plan_sft, "reward": plan_reward, "ppo": plan_ppo}[kind]
     held = make(config, site).build(1).held
 
-    base = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=site.mesh)
+    weights = "auto" if kind == "ppo" or lora.rank else "float32"
+    base = load_pretrained(MODEL, dtype=dtype, mesh=site.mesh, weights=weights)
     critic = reward_from_pretrained(base, jax.random.key(0))
     tx, _ = make_optimizer(config.sft.optim, updates=9)
     more = {}
     match kind:
         case "sft":
             trained, frozen = trainable(base, lora, jax.random.key(0), mesh=site.mesh, path="lora")
-            loaded = base.params
+            loaded = ()
         case "reward":
             trained, frozen = trainable(critic, lora, jax.random.key(0), mesh=site.mesh, path="lora")
-            loaded = base.params, critic.params
+            loaded = ()
         case _:
             # The reward model of a run has weights of its own.
-            own = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=site.mesh)
+            own = load_pretrained(MODEL, dtype=dtype, mesh=site.mesh, weights=weights)
             critic = reward_from_pretrained(own, jax.random.key(0))
-            halves = [trainable(m, lora, jax.random.key(0), mesh=site.mesh, path="lora") for m in (base, critic)]
+            at = {"mesh": site.mesh, "path": "lora", "shared": True}
+            halves = [trainable(m, lora, jax.random.key(0), **at) for m in (base, critic)]
             trained = PPOParams(halves[0][0], halves[1][0])
             frozen = PPOParams(halves[0][1], halves[1][1]) if lora.rank else None
             loaded = base.params, critic.params

@@ -1,12 +1,10 @@
-"""Reading of a Hugging Face folder's tensors into a parameter tree, leaf by leaf and only this host's parts."""
+"""Reading of a Hugging Face folder's tensors, in parts, and checks of their names and shapes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +25,7 @@ class Tensors:
         self.folder = folder
         self._file_names = {prefix + name: name for name in files}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._stamps = {file: _stamp(folder / file) for file in files.values()}
         self.stored: dict[str, Stored] = {}
         for file in sorted(set(files.values())):
             with _open_file(folder / file) as handle:
@@ -45,9 +44,18 @@ class Tensors:
             raise UsageError(f"{self.folder}: {name} has shape {list(actual)}, the config asks for {list(shape)}")
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Read part of a tensor in float32."""
-        with _open_file(self.folder / self.stored[name].file) as handle:
+        """Read part of a tensor in float32. Raise UsageError if its file has changed since it was opened first."""
+        file = self.stored[name].file
+        if _stamp(self.folder / file) != self._stamps[file]:
+            raise UsageError(f"{self.folder / file}: has changed since the model was loaded")
+        with _open_file(self.folder / file) as handle:
             return handle.get_slice(self._file_names[name])[index].astype(np.float32)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Return the size and the time of the last change of a file."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager
@@ -102,34 +110,19 @@ def _shard_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_tree(
-    tensors: Tensors, arch: ArchConfig, table: tuple[Entry, ...], shapes: Params, shardings: Params | None
-) -> Params:
-    """Read ``table``'s entries into a float32 tree, leaf by leaf and only the parts of this host's devices.
+def check_tensors(tensors: Tensors, arch: ArchConfig, table: tuple[Entry, ...], shapes: Params) -> None:
+    """Raise UsageError with the names of missing, unexpected or wrongly shaped tensors.
 
-    ``shapes`` is a tree with at least these leaves. Raises ValueError with the names of missing, unexpected or wrongly
-    shaped tensors.
+    ``shapes`` is a tree with at least the leaves of ``table``.
     """
     if arch.num_layers > len(tensors.stored):
         has = f"has {len(tensors.stored)} tensors"
         raise UsageError(f"{tensors.folder}: the config asks for {arch.num_layers} layers, the folder {has}")
     _check_names(tensors, arch, {name for entry in table for name in names_of(entry, shapes)})
-    tree: dict[str, Any] = {}
-    # The largest first: a leaf is in memory twice while it is read, which costs most once all others are loaded.
-    for entry in sorted(table, key=lambda entry: -leaf_at(shapes, entry.path).size):
+    for entry in table:
         shape = leaf_at(shapes, entry.path).shape
         for name in names_of(entry, shapes):
             tensors.check(name, tensor_shape(entry, shape[1:] if entry.stacked else shape))
-        read = _leaf_reader(tensors, entry, shape)
-        if shardings is None:
-            leaf = jnp.array(read((slice(None),) * len(shape)))
-        else:
-            leaf = jax.make_array_from_callback(shape, leaf_at(shardings, entry.path), read)  # pyright: ignore[reportArgumentType]
-        parent = tree
-        for key in entry.path[:-1]:
-            parent = parent.setdefault(key, {})
-        parent[entry.path[-1]] = leaf
-    return tree
 
 
 def _check_names(tensors: Tensors, arch: ArchConfig, expected: set[str]) -> None:
@@ -169,7 +162,11 @@ def _embedding_name(arch: ArchConfig) -> str:
     return next(entry.name for entry in decoder_table(arch) if entry.path == ("embed",))
 
 
-def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def leaf_reader(
+    tensors: Tensors, entry: Entry, shape: tuple[int, ...], dtype: Any
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """Return a function that reads a part of a leaf into ``dtype``, with no more than one tensor in float32."""
+
     def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
         if entry.fused is not None:
             tensor = tensors.read(name, (slice(None),) * len(index))
@@ -185,10 +182,10 @@ def _leaf_reader(tensors: Tensors, entry: Entry, shape: tuple[int, ...]) -> Call
     def read(index: tuple[slice, ...]) -> np.ndarray:
         if not entry.stacked:
             # ascontiguousarray would turn a scalar into a vector.
-            return np.asarray(one(entry.name, index), order="C")
+            return np.asarray(one(entry.name, index), dtype, order="C")
         layers = range(shape[0])[index[0]]
         sizes = (len(range(size)[part]) for size, part in zip(shape[1:], index[1:], strict=True))
-        stacked = np.empty((len(layers), *sizes), np.float32)
+        stacked = np.empty((len(layers), *sizes), dtype)
         for place, layer in enumerate(layers):
             stacked[place] = one(entry.name.format(layer=layer), index[1:])
         return stacked
