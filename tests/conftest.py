@@ -37,8 +37,8 @@ from tests.support.signatures import checked
 # From here on every jaxtyping signature of the package is checked at run time.
 install_import_hook("jrlhf", f"{checked.__module__}.{checked.__name__}")
 
-LONGEST = ("test_guards.py", "test_loop.py")
-"""Files whose tests take half a minute each."""
+LONGEST = ("test_guards.py", "test_loop.py", "test_tpu_programs.py")
+"""Files whose tests take half a minute each, or more."""
 
 # Small runs that the tests of several folders read.
 pytest_plugins = ["tests.support.runs"]

@@ -77,7 +77,7 @@ def check(scenario: Scenario) -> None:
             case "rollout" | "answers":
                 check_sampler(facts)
             case "update":
-                check_update(facts)
+                check_update(facts, scenario)
             case "evaluation" | "readings" | "scores":
                 assert facts["kernels"] >= 1, "attention is the TPU's own kernel"
 
@@ -90,14 +90,15 @@ def check_sampler(facts: dict[str, Any]) -> None:
     assert sum(size for kind, size in again.items() if kind.startswith("all-gather")) < 10_000, again
 
 
-def check_update(facts: dict[str, Any]) -> None:
+def check_update(facts: dict[str, Any], scenario: Scenario) -> None:
     """Each slice gathers the weights twice in bfloat16 and sums gradients in float32; the new state takes the memory of
-    the old one. Rows stay with their device, but for the lookup of embeddings that are split over devices.
+    the old one. In the layers a device sends weights and their gradients alone, its part of ``tensor``, and no rows.
     """
     lookup = 16 * ROWS * LENGTH * HIDDEN
     assert 0 < over_rows(facts["sent"]) <= 3 * facts["weights"] * facts["trips"] + lookup, facts
     if facts["trips"] == 1:  # with slices the lookup is in a loop too
-        assert over_rows(facts["sent_in_loops"]) <= 3 * facts["weights"], facts
+        shares = (1 if scenario.lora else 2) / scenario.mesh[2]
+        assert over_rows(facts["sent_in_loops"]) <= shares * facts["weights"], facts
     assert facts["kernels"] >= 3, "attention is the TPU's own kernel, and so are its gradients"
     assert facts["aliased"] >= 0.99 * facts["given"]
     assert facts["copied"] <= facts["given"]

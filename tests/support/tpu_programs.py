@@ -35,8 +35,8 @@ from jrlhf.types import TrainState
 LENGTH = 256
 """Tokens of a text; the attention kernel of a TPU reads blocks of 128."""
 
-ROWS, HIDDEN = 128, 256
-"""Rows of a device, and numbers of a hidden state: a layer's hidden states are larger than its weights."""
+ROWS, HIDDEN = 8, 256
+"""Rows of a device, and numbers of a hidden state."""
 
 SIZES: dict[str, Any] = {"vocab_size": 512, "max_position_embeddings": LENGTH}
 WIDE = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
