@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
 from jrlhf.config import CheckpointConfig, LogConfig
@@ -16,7 +17,7 @@ from jrlhf.runs.metrics import MetricsLog, progress
 from jrlhf.runs.trackers import Tracker, TrackerThread, make_trackers
 from jrlhf.train.attempt import Attempt, Loop, OnEvent, Outcome, no_event, restore_state
 from jrlhf.train.signals import Interrupted, stop_request
-from jrlhf.train.state import RunState
+from jrlhf.train.state import RunState, abstract, saved_part
 
 
 def run_loop(
@@ -99,4 +100,10 @@ def _trackers(folder: Path, log: LogConfig, metadata: Mapping[str, Any], *, resu
 def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
     """Return the state and the metadata of the newest sound checkpoint; without one, ``state`` and an empty dict."""
     newest = from_first("find its newest checkpoint", checkpoints.newest_sound_step)
-    return (state, {}) if newest is None else (restore_state(checkpoints, newest, state), checkpoints.metadata(newest))
+    if newest is None:
+        return state, {}
+    frozen, like = state.train.frozen, abstract(saved_part(state))
+    # Memory holds one state: callers still refer to the first one, but nobody reads it once there is another.
+    jax.tree.map(lambda x: x.delete(), saved_part(state).train)
+    like = like._replace(train=like.train._replace(frozen=frozen))
+    return restore_state(checkpoints, newest, like), checkpoints.metadata(newest)

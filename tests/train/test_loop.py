@@ -461,3 +461,18 @@ def test_of_the_states_that_keep_the_gates_the_best_comes_out(tmp_path: Path) ->
 def test_a_gate_on_a_figure_that_is_not_there_is_told_before_the_first_step(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="gates: fake has no held-out figure accuracy; there are w_mean, w_stderr"):
         watched_run(tmp_path, gates=("accuracy > 0",), advance=lambda state, number: pytest.fail("a step was made"))
+
+
+def test_a_resumed_run_holds_one_state(tmp_path: Path) -> None:
+    """The state before the first step would take the memory of another one for the rest of the run."""
+    whole, first = run(tmp_path), new_state()
+    again = run_loop(
+        fake_loop(),
+        first,
+        folder=tmp_path,
+        log=LogConfig(progress=False, tensorboard=False),
+        checkpoint=CheckpointConfig(every=5, keep=2, keep_best=0),
+        metadata={},
+    )
+    assert bits(again.state) == bits(whole.state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.train))
