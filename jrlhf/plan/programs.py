@@ -22,7 +22,7 @@ CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_
 OUT_OF_MEMORY = re.compile(
     r"\(([\d.]+)([KMGT])\) exceeds available HBM|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", flags=re.IGNORECASE
 )
-"""What the TPU's compiler says of a program that needs more memory than there is: the memory that it needs."""
+"""Refusals of the TPU's compiler for want of memory, with the memory that the program needs."""
 
 UNITS = {unit: 1024.0**power for power, unit in enumerate("KMGT", start=1)}
 
