@@ -81,6 +81,7 @@ CASES = (
     Case("sft-8b-v6e-16", "sft", "8b", "v6e:4x4", rows=4, length=4096),
     Case("reward-1b-v5p", "reward", "1b", "v5p:2x2x1", rows=8, length=1024),
     Case("ppo-1b-v5p", "ppo", "1b", "v5p:2x2x1", rows=64, length=1024, programs=PPO_PROGRAMS),
+    Case("ppo-1b-v5e-16", "ppo", "1b", "v5e:4x4", rows=64, length=1024, programs=PPO_PROGRAMS),
     Case("ppo-1b-v6e-16", "ppo", "1b", "v6e:4x4", rows=64, length=1024, programs=PPO_PROGRAMS),
     Case("ppo-1b-h100x8", "ppo", "1b", "h100x8", rows=64, length=1024, programs=PPO_PROGRAMS),
     Case("ppo-8b-v5p-8", "ppo", "8b", "v5p:2x2x2", rows=64, length=1024, programs=PPO_PROGRAMS),

@@ -1,6 +1,7 @@
 """Compares jrlhf with its peers, each in its own environment: a table with ratios, a page and a picture.
 
     python benchmarks/compare.py --python trl=TRL/bin/python tunix=TUNIX/bin/python --out benchmarks/results/compare.md
+    python benchmarks/compare.py --before CHECKOUT --out before.md    # what a change is worth
 
 For each case, every side starts once, warms up, and then runs in turn while the others wait: A B C A B C. So a slower
 spell of the machine affects all sides, and ratios compare times of the same round.
@@ -9,6 +10,7 @@ spell of the machine affects all sides, and ratios compare times of the same rou
 import argparse
 import importlib.util
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,12 +21,12 @@ from common import SHAPES, cpu_name
 from peers import page
 from peers.cases import DTYPES, WORKS, Case, spec, units
 from peers.results import Peaks, Result, SideResult
-from peers.sides import MODULES, Side, SideEnded, command, shown, variables
+from peers.sides import BENCHMARKS, MODULES, Side, SideEnded, command, shown, variables
 
 
 def main() -> None:
     args = arguments()
-    run = page.Run(args.machine, masked(sys.argv), args.rounds, missing(args))
+    run = page.Run(args.machine, masked(sys.argv, args.before), args.rounds, missing(args))
     results: list[Result] = []
     with ExitStack() as stack:
         peaks = list(open_peaks(args, stack))
@@ -53,14 +55,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--env", type=of_side, nargs="+", default=[], metavar="SIDE=NAME=VALUE", help="variables for one side"
     )
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier commit of jrlhf, as one more side")
     parser.add_argument("--machine", default=cpu_name(), help="name of the machine on the page")
     parser.add_argument("--out", type=Path, required=True, help="Markdown page to write; the picture goes beside it")
     args = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the picture needs matplotlib")
     args.python = {"jrlhf": sys.executable} | dict(args.python)
+    if args.before:
+        args.python = {"before": args.python["jrlhf"]} | args.python
     variables_of = [(side, *setting.partition("=")[::2]) for side, setting in args.env]
     args.env = {side: {name: value for owner, name, value in variables_of if owner == side} for side in MODULES}
+    if args.before:
+        args.env["before"] |= {"PYTHONPATH": str(args.before.absolute())}
     return args
 
 
@@ -72,8 +79,12 @@ def of_side(text: str) -> tuple[str, str]:
     return side, value
 
 
-def masked(argv: list[str]) -> str:
-    """Return the command without this machine's paths."""
+def masked(argv: list[str], before: Path | None) -> str:
+    """Return the command without this machine's paths; an earlier checkout goes by its commit."""
+    commit = before and subprocess.run(
+        ["git", "-C", before, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    )
+    argv = [word.replace(str(before), commit.stdout.strip()) for word in argv] if commit else argv
     items = [item.partition("=") for item in argv]
     words = [
         f"{side}=PYTHON" if side in MODULES and "=" not in value else side + sign + value for side, sign, value in items
@@ -104,12 +115,15 @@ def measure(case: Case, args: argparse.Namespace, peaks: list[Side]) -> Result:
     running: dict[str, Side] = {}
     limits: list[Peaks] = []
     with ExitStack() as stack:
-        for name in WORKS[case.work].sides:
+        for name in ("before", *WORKS[case.work].sides):
             if name not in args.python:
                 continue
             settings = variables(name, case.work, args.env[name])
+            folder = args.before / "benchmarks" if name == "before" else BENCHMARKS
             try:
-                running[name] = stack.enter_context(Side(command(name, args.python[name], spec(case)), settings))
+                running[name] = stack.enter_context(
+                    Side(command(name, args.python[name], spec(case)), settings, folder)
+                )
                 outcomes[name] = SideResult(running[name].facts, shown(settings), [])
             except SideEnded as error:
                 failed[name] = str(error)

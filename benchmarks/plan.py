@@ -5,7 +5,8 @@
 
 ``measured``: SFT and PPO of a Llama with 100 MB of parameters on 8 simulated CPU devices: the plan, and the growth of
 the process's resident memory until the first checkpoint (which copies to the host); an earlier run has compiled the
-programs. ``big``: PPO of Llama-3-8B and 70B by their config.json on 64 and 512 TPU v5p, and the seconds of each plan.
+programs. ``big``: SFT and PPO of Llama-3's sizes by their config.json on TPUs and H100s, by the compilers that are
+installed, and the seconds of each plan.
 """
 
 import argparse
@@ -33,6 +34,15 @@ LLAMA3 = {
     "eos_token_id": 128001,
 }
 SIZES = {
+    "1B": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+        "tie_word_embeddings": True,
+    },
     "8B": {
         "hidden_size": 4096,
         "num_hidden_layers": 32,
@@ -49,22 +59,29 @@ SIZES = {
     },
 }
 PLANS = (
-    # Model, TPU v5p's cores, fsdp, tensor.
-    ("8B", 128, 64, 1),
-    ("8B", 1024, 512, 1),
-    ("70B", 128, 8, 8),
-    ("70B", 1024, 64, 8),
+    # Model, topology, fsdp, tensor.
+    ("1B", "v5e-16", 16, 1),
+    ("8B", "v6e-16", 16, 1),
+    ("8B", "v5p-64", 32, 1),
+    ("8B", "h100x8", 8, 1),
+    ("70B", "v5p-256", 32, 4),
 )
 BIG = """
 mesh: {{data: -1, fsdp: {fsdp}, tensor: {tensor}}}
+sft:
+  model: {{path: {model}, dtype: bfloat16}}
+  data: {{train: rows.jsonl, max_length: 2048}}
+  batch_size: {sft_rows}
+  pack_length: 2048
 ppo:
-  model: {{path: {model}, dtype: bfloat16, remat: true}}
-  reward: {{path: {model}, dtype: bfloat16, remat: true}}
+  model: {{path: {model}, dtype: bfloat16}}
+  reward: {{path: {model}, dtype: bfloat16}}
   prompts: {{train: prompts.jsonl, max_length: 512}}
   sampling: {{max_new_tokens: 512}}
-  episodes: 512
-  microbatch: 1
+  episodes: {episodes}
 """
+SFT_ROWS, EPISODES = 4, 16
+"""Rows and episodes of a device."""
 SMALL = """
 run: {out}/run
 mesh: {{data: 1, fsdp: {devices}, tensor: 1}}
@@ -196,7 +213,7 @@ def measure(out: Path) -> None:
 
 def plan(config: Path, topology: str, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "jrlhf", "plan", "--config", str(config), "--topology", topology]
-    subprocess.run([*command, "--out", str(out / "plan.json")], check=True, stdout=subprocess.DEVNULL, timeout=1800)
+    subprocess.run([*command, "--out", str(out / "plan.json")], check=True, stdout=subprocess.DEVNULL, timeout=3600)
     return json.loads((out / "plan.json").read_text())
 
 
@@ -207,28 +224,31 @@ def cpu_seconds() -> float:
 
 
 def plan_big(out: Path, only: str) -> None:
-    """Print a JSON line for each plan."""
+    """Print a JSON line for each stage of each plan."""
     for size, sizes in SIZES.items():
         (out / size).mkdir(parents=True, exist_ok=True)
         (out / size / "config.json").write_text(json.dumps(LLAMA3 | sizes))
-    for size, cores, fsdp, tensor in PLANS:
-        if only not in f"{size} {cores}":
+    for size, topology, fsdp, tensor in PLANS:
+        if only not in f"{size} {topology}":
             continue
         config = out / f"{size}.yaml"
-        config.write_text(BIG.format(model=out / size, fsdp=fsdp, tensor=tensor))
+        rows = {"sft_rows": SFT_ROWS * fsdp, "episodes": EPISODES * fsdp}
+        config.write_text(BIG.format(model=out / size, fsdp=fsdp, tensor=tensor, **rows))
         start, used = time.perf_counter(), cpu_seconds()
-        [stage] = plan(config, f"v5p-{cores}", out)["stages"]
-        seconds, used = time.perf_counter() - start, cpu_seconds() - used
-        shown = {"model": size, "devices": cores // 2, "fsdp": fsdp, "tensor": tensor, "planned_in": round(seconds, 1)}
-        shown["cpu_seconds"] = round(used, 1)
-        shown |= {name: round(stage["held"][name] / 1e9, 2) for name in ("trained", "optimizer", "loaded")}
-        shown |= {name: round(stage[name] / 1e9, 2) for name in ("cache", "temporaries", "peak")}
-        shown |= {name: stage[name] for name in ("peak_in", "fits", "batch", "fitting_batch", "seconds")}
-        shown |= {
-            "sent": {axes: round(size / 1e9, 1) for axes, size in stage["sent"].items()},
-            "pflops": stage["flops"] / 1e15,
-        }
-        print(json.dumps(shown), flush=True)
+        planned = plan(config, topology, out)
+        took = {"planned_in": round(time.perf_counter() - start), "cpu_seconds": round(cpu_seconds() - used)}
+        about = {"model": size, "topology": topology, "mesh": planned["mesh"], "compiler": planned["compiler"]}
+        for stage in planned["stages"]:
+            print(json.dumps(about | stage_line(stage) | took), flush=True)
+
+
+def stage_line(stage: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a stage in GB of a device and in seconds."""
+    line = {"stage": stage["name"], "batch": stage["batch"]}
+    line |= {name: round(stage["held"].get(name, 0) / 1e9, 2) for name in ("trained", "optimizer", "loaded")}
+    line |= {name: round(stage[name] / 1e9, 2) for name in ("cache", "temporaries", "peak", "memory")}
+    line |= {name: stage[name] for name in ("peak_in", "fits", "fitting_batch", "seconds", "estimate")}
+    return line | {"sent": {axes: round(size / 1e9, 1) for axes, size in stage["sent"].items()}}
 
 
 def main() -> None:
@@ -238,7 +258,7 @@ def main() -> None:
         "--stage", default="", choices=("", "sft", "ppo"), help="(internal: the stage of a child process)"
     )
     parser.add_argument(
-        "--only", default="", help="run only the big plans with this text in their name, such as '8B 128'"
+        "--only", default="", help="run only the big plans with this text in their name, such as '8B v5p'"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for models, runs and plans")
     args = parser.parse_args()

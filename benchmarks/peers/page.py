@@ -7,8 +7,8 @@ from typing import NamedTuple
 from peers.cases import WORKS, spec
 from peers.results import Range, Result
 
-LABELS = {"jrlhf": "jrlhf", "trl": "TRL / Hugging Face", "trl-ppo": "TRL", "tunix": "Tunix"}
-COLOURS = {"trl": "#d95f02", "trl-ppo": "#d95f02", "tunix": "#7570b3"}
+LABELS = {"jrlhf": "jrlhf", "before": "jrlhf before", "trl": "TRL / Hugging Face", "trl-ppo": "TRL", "tunix": "Tunix"}
+COLOURS = {"before": "#777777", "trl": "#d95f02", "trl-ppo": "#d95f02", "tunix": "#7570b3"}
 HEADER = (
     "| work | side | figure | seconds a call (low to high) | jrlhf is times as fast (low to high) | of the matmul peak "
     "| of the copy peak | first call, s | peak memory, MB | parameters: all, trained |\n"

@@ -11,6 +11,7 @@ from typing import Any
 BENCHMARKS = Path(__file__).parent.parent
 MODULES = {
     "jrlhf": "peers.jrlhf_steps",
+    "before": "peers.jrlhf_steps",
     "trl": "peers.trl_steps",
     "trl-ppo": "peers.trl_steps",
     "tunix": "peers.tunix_steps",
@@ -26,15 +27,15 @@ class SideEnded(Exception):
 class Side:
     """A running child, warm once it is entered, and idle between calls."""
 
-    def __init__(self, command: list[str], variables: dict[str, str]) -> None:
-        self._command, self._variables = command, variables
+    def __init__(self, command: list[str], variables: dict[str, str], folder: Path = BENCHMARKS) -> None:
+        self._command, self._variables, self._folder = command, variables, folder
         self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> "Side":
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
             self._command,
-            cwd=BENCHMARKS,
+            cwd=self._folder,
             env=os.environ | self._variables,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -86,7 +87,7 @@ def command(side: str, python: str, spec: dict[str, Any]) -> list[str]:
 
 def variables(side: str, work: str, given: dict[str, str]) -> dict[str, str]:
     """What `jrlhf` sets for itself when it trains; of all sides, what the caller gives them."""
-    own = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if side == "jrlhf" and work in TRAINING else {}
+    own = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if side in ("jrlhf", "before") and work in TRAINING else {}
     return own | given
 
 
