@@ -26,9 +26,12 @@ from jrlhf.config.stages import (
     RolloutConfig,
     SFTConfig,
     StageConfig,
+    pipeline_stages,
     required_value,
+    stage_order,
     stage_section,
     stage_sections,
+    stages_before,
     stages_of_kind,
 )
 
@@ -56,9 +59,12 @@ __all__ = [
     "Switch",
     "check",
     "load_config",
+    "pipeline_stages",
     "required_value",
+    "stage_order",
     "stage_section",
     "stage_sections",
+    "stages_before",
     "stages_of_kind",
     "to_yaml",
 ]

@@ -20,6 +20,7 @@ from jrlhf.config.stages import (
     RewardConfig,
     SFTConfig,
     StageConfig,
+    required_value,
     stage_section,
     stage_sections,
 )
@@ -73,6 +74,16 @@ def _stage_checks(name: str, section: StageConfig) -> Iterator[Check]:
             raise TypeError(f"{name}: {type(section).__name__} has no checks")
 
 
+def _order_checks(config: Config) -> Iterator[Check]:
+    sections = stage_sections()
+    known = all(name in sections for name in config.stages)
+    yield known, "stages", config.stages, f"some of {', '.join(sections)}"
+    yield len({*config.stages}) == len(config.stages), "stages", config.stages, "different stages"
+    for name in config.stages if known else ():
+        path, value = f"{name}.{sections[name].required}", required_value(config, name)
+        yield bool(value), path, value, f"set, because stages names {name}"
+
+
 def _checks(config: Any) -> Iterator[Check]:
     match config:
         case Config():
@@ -82,6 +93,7 @@ def _checks(config: Any) -> Iterator[Check]:
             yield seed_check(config.seed)
             yield from mesh_checks("mesh", config.mesh)
             yield from distributed_checks("distributed", config.distributed)
+            yield from _order_checks(config)
             yield from safety_checks("safety", config.safety)
             for name in stage_sections():
                 yield from _stage_checks(name, stage_section(config, name))

@@ -1,5 +1,6 @@
 """Frozen dataclasses for each stage, a whole run and a plan, with their defaults. Imports no JAX."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -231,6 +232,9 @@ class Config(WithPaths):
     """Seed of every random choice in the run."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    stages: tuple[str, ...] = ()
+    """Stages of a pipeline in their order, such as sft, reward, ppo. An empty model path stands for the model that the
+    nearest stage before it exported. Empty: all stages that have training data, in the order of the sections."""
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -264,9 +268,26 @@ def stage_sections() -> dict[str, type[StageConfig]]:
     return {f.name: f.type for f in fields(Config) if isinstance(f.type, type) and issubclass(f.type, StageConfig)}
 
 
-def stages_of_kind(kind: Literal["language", "reward"]) -> tuple[str, ...]:
-    """The names of the stages that export a model of this kind, in reverse order of the pipeline."""
-    return tuple(name for name, section in reversed(stage_sections().items()) if section.kind == kind)
+def stage_order(config: Config) -> tuple[str, ...]:
+    """All stages in the order of a run: those of ``config.stages`` last, before them the others in their own order."""
+    return *(name for name in stage_sections() if name not in config.stages), *config.stages
+
+
+def stages_of_kind(order: Sequence[str], kind: Literal["language", "reward"]) -> tuple[str, ...]:
+    """Those of the stages that export a model of this kind, the last one first."""
+    sections = stage_sections()
+    return tuple(name for name in reversed(order) if sections[name].kind == kind)
+
+
+def stages_before(config: Config, stage: str, kind: Literal["language", "reward"]) -> tuple[str, ...]:
+    """The stages before one that export a model of this kind, the nearest one first."""
+    order = stage_order(config)
+    return stages_of_kind(order[: order.index(stage)], kind)
+
+
+def pipeline_stages(config: Config) -> tuple[str, ...]:
+    """The stages that a pipeline runs, in order: ``config.stages``, or all that have training data."""
+    return config.stages or tuple(name for name in stage_sections() if required_value(config, name))
 
 
 def stage_section(config: Config, stage: str) -> StageConfig:

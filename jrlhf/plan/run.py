@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from jrlhf.config import ConfigError, PlanConfig, required_value, stage_sections
+from jrlhf.config import ConfigError, PlanConfig, pipeline_stages, stage_sections
 from jrlhf.parallel import make_mesh
 from jrlhf.parallel.devices.compilers import compiler_of, described_topology
 from jrlhf.parallel.devices.topology import Topology, parse_topology
@@ -13,7 +13,7 @@ from jrlhf.plan.parts import StageFigures
 from jrlhf.plan.programs import Figures, program_figures
 from jrlhf.plan.table import print_plan
 from jrlhf.runs.folder import write_json
-from jrlhf.stages.table import STAGES
+from jrlhf.stages.table import stage_named
 from jrlhf.system.errors import UsageError
 from jrlhf.system.terminal import complain, show_all_characters
 from jrlhf.train.programs import Sized, StagePlan, Target, device_bytes
@@ -26,7 +26,7 @@ def run_plan(config: PlanConfig) -> list[StageFigures]:
     """Plan the stages that have training data, print their figures and write them to ``config.out``."""
     show_all_characters()
     target = planned_target(config)
-    requested = [stage for stage in STAGES if required_value(config, stage.name)]
+    requested = [stage_named(name) for name in pipeline_stages(config)]
     if not requested:
         fields = [f"{name}.{section.required}" for name, section in stage_sections().items()]
         raise ConfigError(f"nothing to plan: set {', '.join(fields[:-1])} or {fields[-1]}")

@@ -85,7 +85,7 @@ def load_actors(section: RolloutConfig, stage: str, models: ModelReader, *, valu
 
     Raise ConfigError if the value network would start from a reward model with another vocabulary.
     """
-    source = models.source(section.model.path, key=f"{stage}.model.path", stage="sft")
+    source = models.source(section.model.path, key=f"{stage}.model.path", stage=stage, kind="language")
     tokenizer = models.tokenizer(source)
     shared = value_from == "shared"
 
@@ -95,7 +95,7 @@ def load_actors(section: RolloutConfig, stage: str, models: ModelReader, *, valu
     if not section.rewards.uses_model:
         policy = models.language(source, section.model, key=f"{stage}.model")
         return Actors(policy, None, blank(policy), tokenizer, None, shared=shared)
-    reward_source = models.source(section.reward.path, key=f"{stage}.reward.path", stage="reward")
+    reward_source = models.source(section.reward.path, key=f"{stage}.reward.path", stage=stage, kind="reward")
     reward_tokenizer = models.tokenizer(reward_source)
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
     if value_from == "reward" and not same:
@@ -133,7 +133,7 @@ def _load_member(
 ) -> EnsembleMember:
     """Load one of ``rewards.models`` with the compute options of the reward model."""
     key = f"{stage}.rewards.models"
-    source = models.source(path, key=key, stage=None)
+    source = models.source(path, key=key, stage=stage, kind=None)
     own = models.tokenizer(source)
     model = models.reward(source, replace(section.reward, path=path), key=f"{stage}.reward", option=key)
     return EnsembleMember(model, own_tokenizer(model, own, policy, tokenizer))

@@ -114,7 +114,7 @@ def has_judge(canary: CanaryConfig) -> bool:
 def with_judge(section: RolloutConfig, stage: str, actors: Actors, models: ModelReader) -> Actors:
     """Return the actors with the canary's judge in place of the reward model."""
     judge, key = section.canary.judge, f"{stage}.canary.judge"
-    source = models.source(judge.path, key=f"{key}.path", stage="reward")
+    source = models.source(judge.path, key=f"{key}.path", stage=stage, kind="reward")
     tokenizer = models.tokenizer(source)
     model = models.reward(source, judge, key=key)
     own = own_tokenizer(model, tokenizer, actors.policy, actors.tokenizer)

@@ -1,10 +1,10 @@
 """The inputs of an on-policy stage, which learns from answers of its own policy."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from jrlhf.config import Config, RolloutConfig
+from jrlhf.config import Config, RolloutConfig, stages_before
 from jrlhf.data import PromptRows, load_prompts
 from jrlhf.rollout.evaluation import has_judge
 from jrlhf.rollout.rules import columns_read
@@ -23,7 +23,8 @@ class RolloutInputs(StageInputs):
 
     @cached_property
     def source(self) -> str:
-        return model_source(self.config, self._section.model.path, key=f"{self.stage}.model.path", stage="sft")
+        before = stages_before(self.config, self.stage, "language")
+        return model_source(self.config, self._section.model.path, key=f"{self.stage}.model.path", before=before)
 
     @cached_property
     def prompts(self) -> PromptRows:
@@ -42,16 +43,17 @@ class RolloutInputs(StageInputs):
 
     def models(self) -> Mapping[str, Callable[[], str]]:
         section, stage, sources = self._section, self.stage, {**super().models()}
+        scorers = stages_before(self.config, stage, "reward")
 
-        def add(name: str, path: str, key: str, before: str | None) -> None:
-            sources[name] = lambda: model_source(self.config, path, key=key, stage=before)
+        def add(name: str, path: str, key: str, before: Sequence[str]) -> None:
+            sources[name] = lambda: model_source(self.config, path, key=key, before=before)
 
         if section.rewards.uses_model:
-            add(f"{stage}.reward", section.reward.path, f"{stage}.reward.path", "reward")
+            add(f"{stage}.reward", section.reward.path, f"{stage}.reward.path", scorers)
             for number, path in enumerate(section.rewards.models, 1):
-                add(f"{stage}.rewards.models[{number}]", path, f"{stage}.rewards.models", None)
+                add(f"{stage}.rewards.models[{number}]", path, f"{stage}.rewards.models", ())
         if has_judge(section.canary) and section.prompts.eval:
-            add(f"{stage}.canary.judge", section.canary.judge.path, f"{stage}.canary.judge.path", "reward")
+            add(f"{stage}.canary.judge", section.canary.judge.path, f"{stage}.canary.judge.path", scorers)
         return sources
 
     def rows(self) -> Mapping[str, RowsInput]:

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, ModelConfig, PlanConfig
+from jrlhf.config import Config, ModelConfig, PlanConfig, stages_before
 from jrlhf.data import Tokenizer, load_tokenizer
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, load_reward_model, reward_from_pretrained
 from jrlhf.models.abstract import abstract_reward
-from jrlhf.models.hf.adapter_folder import model_folder
+from jrlhf.models.hf.adapter_folder import ModelKind, model_folder
 from jrlhf.models.hf.families import arch_from_hf
 from jrlhf.models.hf.folder import read_config
 from jrlhf.runs.folder import model_source
@@ -27,7 +27,7 @@ M = TypeVar("M", covariant=True)
 class SourceOf(Protocol):
     """A function that returns the folder or hub id of a model."""
 
-    def __call__(self, path: str, *, key: str, stage: str | None) -> str: ...
+    def __call__(self, path: str, *, key: str, stage: str, kind: ModelKind | None) -> str: ...
 
 
 @runtime_checkable
@@ -44,7 +44,8 @@ class ModelReader(NamedTuple):
     """
 
     source: SourceOf
-    """Return the folder or hub id of a model; an empty path stands for the export of ``stage``."""
+    """Return the folder or hub id of a model of ``stage``; an empty path stands for the nearest export of this kind
+    before it, or for none if ``kind`` is None."""
     tokenizer: Callable[[str], Tokenizer]
     language: ModelOf[Pretrained]
     reward: ModelOf[RewardModel]
@@ -59,8 +60,9 @@ def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
         keywords = compute_options(model, mesh, key=key, frozen=True)
         return keywords | {"option": option} if option else keywords
 
-    def source(path: str, *, key: str, stage: str | None) -> str:
-        return model_source(config, path, key=key, stage=stage)
+    def source(path: str, *, key: str, stage: str, kind: ModelKind | None) -> str:
+        before = () if kind is None else stages_before(config, stage, kind)
+        return model_source(config, path, key=key, before=before)
 
     def language(source: str, model: ModelConfig, *, key: str, option: str = "") -> Pretrained:
         return load_pretrained(source, mesh=mesh, **options(model, key, option))
@@ -89,8 +91,9 @@ class SizedVocabulary(Tokenizer):
 def shape_reader(config: PlanConfig, target: Target) -> ModelReader:
     """Return the reader of a plan, which makes models of shapes and reads only config.json."""
 
-    def source(path: str, *, key: str, stage: str | None) -> str:
-        return planned_source(config, path, key=key, stage=stage)
+    def source(path: str, *, key: str, stage: str, kind: ModelKind | None) -> str:
+        before = () if kind is None else stages_before(config, stage, kind)
+        return planned_source(config, path, key=key, before=before)
 
     def tokenizer(source: str) -> Tokenizer:
         folder = model_folder(source, weights=False).base

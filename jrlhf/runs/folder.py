@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jrlhf import assets
 from jrlhf.config import (
@@ -18,8 +18,11 @@ from jrlhf.config import (
     ModelConfig,
     StageConfig,
     load_config,
+    required_value,
+    stage_order,
     stage_section,
     stage_sections,
+    stages_of_kind,
     to_yaml,
 )
 from jrlhf.config.files import diff_configs
@@ -75,28 +78,48 @@ def pass_gates(stage: str, gates: Sequence[str], figures: Mapping[str, float], f
         raise failure(stage, verdicts)
 
 
-def model_source(config: Config, path: str, *, key: str, stage: str | None) -> str:
+def model_source(config: Config, path: str, *, key: str, before: Sequence[str]) -> str:
     """Return the folder or hub id of a model from an asset, a stage's folder, a run's folder, an HF folder or a hub id.
 
-    For a run's folder, ``stage`` selects the model. An empty ``path`` means the export of ``stage`` in the same run.
+    ``before`` are the stages whose exports may be meant, in order of preference. In a run's folder the first that
+    exported a model counts. An empty ``path`` means the first that is a part of this run or has exported a model.
     Errors name the config field ``key``.
     """
     if path:
-        return exported_folder(assets.resolve(path), stages=() if stage is None else (stage,))
-    if stage is None:
+        return exported_folder(assets.resolve(path), stages=before)
+    if not before:
         raise ConfigError(f"{key}: is empty; name a Hugging Face folder, a hub id or asset:stories260k")
-    folder = stage_folder(config, stage) / "hf"
+    folders = {stage: stage_folder(config, stage) / "hf" for stage in before}
+    in_run = (stage for stage in before if required_value(config, stage) or folders[stage].is_dir())
+    stage = next(in_run, before[-1])
+    folder = folders[stage]
     if not folder.is_dir():
         raise ConfigError(f"{key}: is empty, and {folder} does not exist; run the {stage} stage first or name a model")
     return str(folder)
 
 
-def exported_folder(path: str, *, stages: tuple[str, ...] = ()) -> str:
+def exported_folder(path: str, *, stages: Sequence[str] = ()) -> str:
     """Return the HF folder in a stage's folder or in a run's first folder of ``stages``; otherwise ``path`` itself."""
     for inside in (Path(path) / "hf", *(Path(path) / stage / "hf" for stage in stages)):
         if (inside / "config.json").exists():
             return str(inside)
     return path
+
+
+def last_export(path: str, *kinds: Literal["language", "reward"]) -> str:
+    """Return the HF folder of the last stage of a run that exported a model of the first kind that there is.
+
+    ``path`` may also be a stage's folder; anything else is returned as it is.
+    """
+    order = run_order(Path(path))
+    return exported_folder(path, stages=[name for kind in kinds for name in stages_of_kind(order, kind)])
+
+
+def run_order(run: Path) -> tuple[str, ...]:
+    """Return all stages in the order of a run, as the config of its newest stage has it."""
+    configs = [file for name in stage_sections() if (file := run / name / "config.yaml").exists()]
+    newest = max(configs, key=lambda file: file.stat().st_mtime, default=None)
+    return stage_order(Config() if newest is None else load_config(newest))
 
 
 NEUTRAL_FIELDS: dict[type, tuple[str, ...]] = {
@@ -131,7 +154,7 @@ def comparable(config: Config, stage: str) -> Config:
     blank = {name: section() for name, section in stage_sections().items() if name != stage}
     outside = {"mesh": MeshConfig(), "distributed": DistributedConfig(), "safety": SafetyConfig()}
     own = {stage: without_neutral_fields(stage_section(config, stage))}
-    return replace(config, run="", accept_changes=False, **outside, **blank, **own)
+    return replace(config, run="", stages=(), accept_changes=False, **outside, **blank, **own)
 
 
 def has_begun(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jrlhf import __version__
-from jrlhf.config import Config, ConfigError, required_value, stage_section, stage_sections
+from jrlhf.config import Config, ConfigError, pipeline_stages, stage_section, stage_sections
 from jrlhf.config.gates import GatesFailed
 from jrlhf.parallel import is_first
 from jrlhf.parallel.hosts import first_goes_ahead
@@ -18,7 +18,7 @@ from jrlhf.report import write_report
 from jrlhf.runs.folder import refuse_links_out, write_json
 from jrlhf.runs.trackers import make_trackers
 from jrlhf.stages.run import run_stage
-from jrlhf.stages.table import STAGES
+from jrlhf.stages.table import STAGES, stage_named
 from jrlhf.train.guards import GuardStop
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
@@ -30,7 +30,7 @@ def run_pipeline(config: Config) -> dict[str, Any]:
     Each stage contributes its own summary; ``seconds`` are wall times over all attempts. If a gate or a guard ends the
     run, the pipeline writes the report but no summary.
     """
-    stages = [stage for stage in STAGES if required_value(config, stage.name)]
+    stages = [stage_named(name) for name in pipeline_stages(config)]
     if not stages:
         fields = [f"{name}.{section.required}" for name, section in stage_sections().items()]
         raise ConfigError(f"nothing to run: set {', '.join(fields[:-1])} or {fields[-1]}")

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, ConfigError, PlanConfig, RewardConfig
+from jrlhf.config import Config, ConfigError, PlanConfig, RewardConfig, stages_before
 from jrlhf.core import combine
 from jrlhf.data import (
     Order,
@@ -81,7 +81,8 @@ class RewardInputs(StageInputs):
 
     @cached_property
     def source(self) -> str:
-        return model_source(self.config, self._reward.model.path, key="reward.model.path", stage="sft")
+        before = stages_before(self.config, self.stage, "language")
+        return model_source(self.config, self._reward.model.path, key="reward.model.path", before=before)
 
     @cached_property
     def train(self) -> RankingRows:
@@ -261,7 +262,8 @@ def plan_reward(config: PlanConfig, target: Target) -> Sized:
     share = device_share(reward.batch_size, target.mesh, key="reward.batch_size")
     tokens, platform = float(packed or completions * longest), target.topology.platform()
     slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
-    source = planned_source(config, reward.model.path, key="reward.model.path", stage="sft")
+    before = stages_before(config, "reward", "language")
+    source = planned_source(config, reward.model.path, key="reward.model.path", before=before)
     base = planned_model(target, source, reward.model, key="reward.model", kind=None, frozen=reward.lora.rank > 0)
     Positions(base.arch, key := "reward.data.max_length").check_length(longest, key=key)
     model = abstract_reward(base, target.mesh)

@@ -71,7 +71,7 @@ class SFTInputs(StageInputs):
 
     @cached_property
     def source(self) -> str:
-        return model_source(self.config, self._sft.model.path, key="sft.model.path", stage=None)
+        return model_source(self.config, self._sft.model.path, key="sft.model.path", before=())
 
     @cached_property
     def train(self) -> SFTRows:
@@ -285,7 +285,7 @@ def plan_sft(config: PlanConfig, target: Target) -> Sized:
     share = device_share(sft.batch_size, target.mesh, key="sft.batch_size")
     platform = target.topology.platform()
     slices = reading_slices(share, microbatch=sft.microbatch, tokens=float(length), platform=platform)
-    source = planned_source(config, sft.model.path, key="sft.model.path", stage=None)
+    source = planned_source(config, sft.model.path, key="sft.model.path", before=())
     model = planned_model(target, source, sft.model, key="sft.model", kind="language", frozen=sft.lora.rank > 0)
     Positions(model.arch, key := "sft.data.max_length").check_length(sft.data.max_length, key=key)
     programs = build_sft(config, model, target.mesh, slices=slices, updates=PLANNED_UPDATES)

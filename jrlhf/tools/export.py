@@ -15,10 +15,10 @@ from jrlhf.models.hf.write import WeightDtype
 from jrlhf.parallel import make_mesh
 from jrlhf.runs.checkpoints import Checkpoints
 from jrlhf.runs.exports import RUN_CONFIG, companions, from_metadata, write_export
-from jrlhf.runs.folder import read_summary
+from jrlhf.runs.folder import read_summary, run_order
 from jrlhf.runs.origin_check import check_base
 from jrlhf.stages.stage import Stage
-from jrlhf.stages.table import STAGES
+from jrlhf.stages.table import stage_named
 from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.state import abstract
@@ -49,7 +49,7 @@ def run_export(args: ExportConfig) -> None:
 
 def _stage_of(args: ExportConfig) -> tuple[Path, Stage]:
     run = Path(args.run)
-    for stage in reversed(STAGES):
+    for stage in map(stage_named, reversed(run_order(run))):
         if args.stage in (stage.name, "last"):
             if (run / stage.name / "checkpoints").is_dir():
                 return run / stage.name, stage

@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from jrlhf import assets
-from jrlhf.config import DataConfig, stages_of_kind
+from jrlhf.config import DataConfig
 from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
@@ -12,7 +12,7 @@ from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import MIN_ANSWERS, TaskFile, distinct, task_line
 from jrlhf.rollout.reward_models import score_texts
 from jrlhf.rollout.sampling import answers, jit_generate, samples_per_prompt
-from jrlhf.runs.folder import exported_folder
+from jrlhf.runs.folder import last_export
 from jrlhf.system.lines import json_line, write_output
 from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
@@ -48,7 +48,7 @@ def run_sample(args: SampleConfig) -> None:
 
 def _sample(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     """Return each prompt, the tools that it may call, and its answers."""
-    source = exported_folder(assets.resolve(args.model), stages=stages_of_kind("language"))
+    source = last_export(assets.resolve(args.model), "language")
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.prompts, max_length=args.max_length)
     prompts = load_prompts(data, args.prompts, tokenizer)
@@ -75,7 +75,7 @@ def _sample(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
 def run_score(args: ScoreConfig) -> None:
     """Write one JSON line for each answer, in the order of the rows: ``{"prompt"?, "tools"?, "completion",
     "score"}``."""
-    source = exported_folder(assets.resolve(args.model), stages=stages_of_kind("reward"))
+    source = last_export(assets.resolve(args.model), "reward")
     tokenizer = load_tokenizer(source)
     data = DataConfig(train=args.data, max_length=args.max_length)
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)

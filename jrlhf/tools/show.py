@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jrlhf import assets
-from jrlhf.config import DataConfig, stages_of_kind
+from jrlhf.config import DataConfig
 from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
@@ -16,7 +16,7 @@ from jrlhf.data.inspect import RowInspector, first_row, guess_kind, inspect_rows
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.sources import open_source
 from jrlhf.data.tally import InspectedRow, InspectedSequence, Tally
-from jrlhf.runs.folder import exported_folder
+from jrlhf.runs.folder import last_export
 from jrlhf.system.terminal import show_all_characters
 
 LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_black"
@@ -29,9 +29,7 @@ USES = {"sft": "SFT", "reward": "a reward model", "prompts": "PPO's prompts"}
 def run_show(args: ShowConfig) -> None:
     """Show rows and counts. Then raise DataError if a row is bad and training would end there."""
     show_all_characters()
-    tokenizer = load_tokenizer(
-        exported_folder(assets.resolve(args.model), stages=(*stages_of_kind("language"), *stages_of_kind("reward")))
-    )
+    tokenizer = load_tokenizer(last_export(assets.resolve(args.model), "language", "reward"))
     source = open_source(args.data)
     first, rows = first_row(source.rows)
     kind = guess_kind(first) if args.kind == "auto" else args.kind

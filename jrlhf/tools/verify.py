@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jrlhf import assets
-from jrlhf.config import DataConfig, PPOConfig, stages_of_kind
+from jrlhf.config import DataConfig, PPOConfig
 from jrlhf.config.tools import VerifyConfig
 from jrlhf.core import gae, kwise_ranking_loss, masked_whiten, positions_from_mask, ranking_loss
 from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.parallel.step import Step
-from jrlhf.runs.folder import exported_folder
+from jrlhf.runs.folder import last_export
 from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, rollout_metrics, separate
 from jrlhf.system.terminal import show_all_characters
 from jrlhf.train.keys import stream_key
@@ -75,7 +75,7 @@ def run_verify(args: VerifyConfig) -> bool:
 
 
 def _prepare(args: VerifyConfig) -> Subject:
-    source = exported_folder(assets.resolve(args.model), stages=stages_of_kind("language"))
+    source = last_export(assets.resolve(args.model), "language")
     tokenizer = load_tokenizer(source)
     model = load_pretrained(source, dtype=args.dtype, option="model")
     critic = reward_from_pretrained(model, stream_key(args.seed, "verify", "init"))

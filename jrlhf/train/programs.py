@@ -1,14 +1,14 @@
 """The programs of a stage for a plan: the same jitted functions as in a run, with shapes instead of arrays."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jrlhf.config import ModelConfig, PlanConfig, stage_section, stage_sections
+from jrlhf.config import ModelConfig, PlanConfig, required_value, stage_section, stages_before
 from jrlhf.models import Pretrained
 from jrlhf.models.abstract import abstract_pretrained, own_shapes, placed
 from jrlhf.models.hf.adapter_folder import ModelKind
@@ -99,16 +99,17 @@ def device_bytes(*trees: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves.values()))
 
 
-def planned_source(config: PlanConfig, path: str, *, key: str, stage: str | None) -> str:
+def planned_source(config: PlanConfig, path: str, *, key: str, before: Sequence[str]) -> str:
     """Return the folder or hub id whose config gives a model's sizes.
 
-    An empty ``path`` stands for the model of ``stage`` or, if that has no path either, of the stages before it.
+    An empty ``path`` stands for the model that the nearest stage ``before`` starts from, of those that have a path or
+    are a part of the run.
     """
-    if not path and stage is not None:
-        names = [*stage_sections()]
-        earlier = names[: names.index(stage) + 1]
-        path = next((p for name in reversed(earlier) if (p := stage_section(config, name).model.path)), "")
-    return model_source(config, path, key=key, stage=None)
+    if path or not before:
+        return model_source(config, path, key=key, before=())
+    paths = {stage: stage_section(config, stage).model.path for stage in before}
+    stage = next((stage for stage in before if paths[stage] or required_value(config, stage)), before[-1])
+    return planned_source(config, paths[stage], key=key, before=stages_before(config, stage, "language"))
 
 
 def planned_model(

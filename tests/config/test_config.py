@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jrlhf.config import (
     Config,
     ConfigError,
+    DataConfig,
     KLConfig,
     OptimConfig,
     PPOConfig,
@@ -17,6 +18,7 @@ from jrlhf.config import (
     SFTConfig,
     check,
     load_config,
+    pipeline_stages,
     to_yaml,
 )
 from jrlhf.config.files import apply_flags, config_path, diff_configs, flag_types
@@ -336,6 +338,28 @@ def test_rules_between_fields_name_both():
         "ppo.minibatches: must be a divisor of ppo.episodes (64), got 3",
         "ppo.ptx.train: must be set, because ppo.ptx_coef is 1.0, got ''",
     ]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (("sft", "ppi"), "stages: must be some of sft, reward, .*, got \\('sft', 'ppi'\\)"),
+        (("sft", "sft"), "stages: must be different stages, got \\('sft', 'sft'\\)"),
+        (("sft", "reward"), "reward.data.train: must be set, because stages names reward, got ''"),
+    ],
+)
+def test_the_stages_of_a_pipeline_are_checked(stages, message):
+    sft = SFTConfig(data=DataConfig(train="rows.jsonl"))
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        check(replace(Config(), sft=sft, stages=stages))
+
+
+def test_a_pipeline_runs_the_stages_that_have_data_or_are_named():
+    data = DataConfig(train="rows.jsonl")
+    config = replace(Config(), sft=SFTConfig(data=data), ppo=PPOConfig(prompts=data))
+    assert pipeline_stages(config) == ("sft", "ppo")
+    assert pipeline_stages(replace(config, stages=("ppo", "sft"))) == ("ppo", "sft")
+    assert pipeline_stages(replace(config, stages=("ppo",))) == ("ppo",)
 
 
 def test_the_tools_values_are_checked_too():

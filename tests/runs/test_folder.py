@@ -5,17 +5,28 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
-from jrlhf.config import CheckpointConfig, Config, ConfigError, DataConfig, LogConfig, ModelConfig, SFTConfig
+from jrlhf.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    PPOConfig,
+    SFTConfig,
+    stages_before,
+)
 from jrlhf.config.files import apply_flags
 from jrlhf.config.tools import ExportConfig
 from jrlhf.runs.checkpoints import FORMAT_VERSION, CheckpointError
-from jrlhf.runs.folder import model_source, open_stage, read_summary
+from jrlhf.runs.folder import last_export, model_source, open_stage, read_summary
 from jrlhf.runs.manifest import write_manifest
 from jrlhf.stages.sft import run_sft
 from jrlhf.tools.export import run_export
@@ -148,8 +159,44 @@ def test_a_model_is_named_by_its_stage_or_by_the_run_it_came_from(tmp_path):
         (tmp_path / stage / "hf").mkdir(parents=True)
         (tmp_path / stage / "hf" / "config.json").write_text("{}")
     for path in (tmp_path, tmp_path / "sft", tmp_path / "sft" / "hf"):
-        assert model_source(Config(), str(path), key="ppo.model.path", stage="sft") == str(tmp_path / "sft" / "hf")
-    assert model_source(Config(), str(tmp_path), key="k", stage="reward") == str(tmp_path / "reward" / "hf")
+        assert model_source(Config(), str(path), key="ppo.model.path", before=("sft",)) == str(tmp_path / "sft" / "hf")
+    assert model_source(Config(), str(tmp_path), key="k", before=("reward",)) == str(tmp_path / "reward" / "hf")
+
+
+def exported(run: Path, *stages: str) -> Config:
+    """A run whose stages have exported models."""
+    for stage in stages:
+        (run / stage / "hf").mkdir(parents=True)
+        (run / stage / "hf" / "config.json").write_text("{}")
+    return Config(run=str(run))
+
+
+def test_an_empty_path_is_the_export_of_the_nearest_stage_before(tmp_path: Path) -> None:
+    config = exported(tmp_path, "sft", "ppo", "reward")
+    after_ppo = replace(config, stages=("ppo", "sft"), sft=SFTConfig(data=DataConfig(train="rows.jsonl")))
+
+    def source(config: Config, stage: str, kind: Literal["language", "reward"]) -> str:
+        before = stages_before(config, stage, kind)
+        return Path(model_source(config, "", key="k", before=before)).parent.name
+
+    assert source(config, "ppo", "language") == "sft"
+    assert source(config, "ppo", "reward") == "reward"
+    assert source(after_ppo, "sft", "language") == "ppo"
+    with pytest.raises(ConfigError, match=r"^k: is empty; name"):
+        source(config, "sft", "language")
+    with pytest.raises(ConfigError, match=r"^k: is empty, and .*sft/hf does not exist; run the sft stage first"):
+        source(Config(run=str(tmp_path / "new")), "ppo", "language")
+
+
+def test_tools_read_the_last_export_in_the_order_of_the_run(tmp_path: Path) -> None:
+    config = exported(tmp_path, "sft", "ppo", "reward")
+    assert Path(last_export(str(tmp_path), "language")).parent.name == "ppo"
+    assert Path(last_export(str(tmp_path), "reward", "language")).parent.name == "reward"
+    assert last_export("gpt2", "language") == "gpt2"
+    data = DataConfig(train="rows.jsonl")
+    config = replace(config, stages=("ppo", "sft"), sft=SFTConfig(data=data), ppo=PPOConfig(prompts=data))
+    with open_stage(config, "sft"):
+        assert Path(last_export(str(tmp_path), "language")).parent.name == "sft"
 
 
 @pytest.mark.parametrize("content", [b'{"steps": 3', b"\xff", b"[]"])

@@ -38,7 +38,7 @@ class ToyInputs(StageInputs):
 
     @cached_property
     def source(self) -> str:
-        return model_source(self.config, self.config.toy.model.path, key="toy.model.path", stage="sft")
+        return model_source(self.config, self.config.toy.model.path, key="toy.model.path", before=("sft",))
 
     @cached_property
     def train(self) -> SFTRows:
@@ -91,7 +91,7 @@ def prepare_toy(site: Site, inputs: ToyInputs) -> Prepared:
 
 def plan_toy(config: PlanConfig, target: Target) -> Sized:
     toy = config.toy
-    source = planned_source(config, toy.model.path, key="toy.model.path", stage="sft")
+    source = planned_source(config, toy.model.path, key="toy.model.path", before=("sft",))
     model = planned_model(target, source, toy.model, key="toy.model", kind="language")
     run = planned_training(build_toy(config, model, target.mesh, updates=PLANNED_UPDATES), target, loaded=model.params)
 
