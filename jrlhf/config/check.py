@@ -35,6 +35,7 @@ from jrlhf.config.tools import (
     ShowConfig,
     VerifyConfig,
 )
+from jrlhf.config.tools_check import sample_checks
 from jrlhf.config.watch_check import safety_checks
 
 
@@ -102,14 +103,7 @@ def _checks(config: Any) -> Iterator[Check]:
             yield seed_check(config.seed)
         case GenerateConfig():
             if isinstance(config, SampleConfig):
-                yield 2 <= config.samples <= 9, "samples", config.samples, "from 2 to 9"
-                temperature = config.sampling.temperature
-                yield (
-                    temperature != 0,
-                    "sampling.temperature",
-                    temperature,
-                    "above 0, else all answers are the same",
-                )
+                yield from sample_checks(config)
             yield config.samples >= 1, "samples", config.samples, "1 or more"
             yield seed_check(config.seed)
             yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jrlhf.config.rewards import RewardsConfig
 from jrlhf.config.schema import SamplingConfig
 from jrlhf.system.paths import PathText, WithPaths
 
@@ -33,12 +34,20 @@ class GenerateConfig(WithPaths):
 
 @dataclass(frozen=True)
 class SampleConfig(GenerateConfig):
-    """Sample several answers to each prompt, as tasks for people to rank."""
+    """Sample several answers to each prompt, as tasks for people to rank, or keep the best of them."""
 
     out: PathText = "tasks.jsonl"
-    """Task file to write; - is stdout."""
+    """JSONL file to write; - is stdout."""
     samples: int = 4
-    """Number of answers to each prompt, from 2 to 9; identical answers are shown once."""
+    """Number of answers to each prompt, from 2 to 9 for tasks; identical answers are shown once."""
+    keep: Literal["all", "best", "best-worst"] = "all"
+    """Answers to write. all: each, as a task that jrlhf rank shows. best: the one with the highest score, as a row of
+    sft.data.train (best of n). best-worst: those with the highest and the lowest score, as a row of
+    reward.data.train."""
+    score: PathText = ""
+    """Reward model whose score decides, in the forms of jrlhf score. Empty: rules alone decide."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """Rules in the score, with the settings of ppo.rewards."""
 
 
 @dataclass(frozen=True)

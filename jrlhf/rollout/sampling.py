@@ -1,11 +1,12 @@
 """Sampling of answers to prompts, batch by batch, as tokens and as text."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool, Int
 
 from jrlhf.config import SamplingConfig
 from jrlhf.data import PromptRows, Tokenizer, stop_token_ids
@@ -18,6 +19,17 @@ from jrlhf.train.batches import covering_batches, device_multiple
 from jrlhf.types import DecodeFns, Generation, Key, Params
 
 GenerateFn = Callable[..., Generation]
+
+
+class Draw(NamedTuple):
+    """A batch of answers."""
+
+    rows: Int[np.ndarray, "B"]
+    """Index of each answer's prompt."""
+    real: Bool[np.ndarray, "B"]
+    """False for answers that only fill up the batch."""
+    texts: list[str]
+    generation: Generation
 
 
 def jit_generate(
@@ -93,7 +105,7 @@ def samples_per_prompt(samples: int, *, batch_size: int, devices: int) -> int:
     return max(n for n in range(1, min(rows, samples) + 1) if samples % n == 0 and rows % n <= rows // 8)
 
 
-def answers(
+def draws(
     generate: GenerateFn,
     params: Params,
     prompts: PromptRows,
@@ -105,13 +117,12 @@ def answers(
     batch_size: int,
     show_progress: bool,
     together: int = 1,
-) -> list[list[str]]:
-    """Return ``samples`` answers to each prompt as text, in the order of the prompts.
+) -> Iterator[Draw]:
+    """Yield batches of answers until each prompt has ``samples`` of them.
 
     One call of ``generate`` must give ``together`` answers to each of its prompts, a divisor of ``samples``. A batch
     has at most ``batch_size`` answers, rounded up so that the devices divide it.
     """
-    texts_by_prompt: list[list[str]] = [[] for _ in range(len(prompts))]
     batch_size = device_multiple(min(batch_size // together, len(prompts)), mesh)
     total, done = samples * len(prompts), 0
     with progress(
@@ -121,10 +132,20 @@ def answers(
             at = {"key": jax.random.fold_in(key, draw), "mesh": mesh, "batch_size": batch_size, "limit": 0}
             batches = generate_all(generate, params, prompts, **at)
             for indices, real, generation in batches:
+                rows, real = np.repeat(indices, together), np.repeat(real, together)
                 texts = [answer for _, answer in texts_of(tokenizer, generation)]
-                for row, (index, keep) in enumerate(zip(indices, real, strict=True)):
-                    if keep:
-                        texts_by_prompt[index].extend(texts[row * together : (row + 1) * together])
-                done += together * int(real.sum())
+                yield Draw(rows, real, texts, generation)
+                done += int(real.sum())
                 bar.update(done)
+
+
+def answers(
+    generate: GenerateFn, params: Params, prompts: PromptRows, tokenizer: Tokenizer, **settings: Any
+) -> list[list[str]]:
+    """Return the texts of ``draws`` with these settings, by prompt, in the order of the prompts."""
+    texts_by_prompt: list[list[str]] = [[] for _ in range(len(prompts))]
+    for draw in draws(generate, params, prompts, tokenizer, **settings):
+        for row, real, text in zip(draw.rows, draw.real, draw.texts, strict=True):
+            if real:
+                texts_by_prompt[row].append(text)
     return texts_by_prompt

@@ -6,15 +6,16 @@ from typing import Any
 from jrlhf import assets
 from jrlhf.config import DataConfig
 from jrlhf.config.tools import GenerateConfig, SampleConfig, ScoreConfig
-from jrlhf.data import DataError, load_prompts, load_texts, load_tokenizer
-from jrlhf.models import load_pretrained, load_reward_model
+from jrlhf.data import DataError, load_texts, load_tokenizer
+from jrlhf.models import load_reward_model
 from jrlhf.parallel import make_mesh
 from jrlhf.rank.tasks import MIN_ANSWERS, TaskFile, distinct, task_line
 from jrlhf.rollout.reward_models import score_texts
-from jrlhf.rollout.sampling import answers, jit_generate, samples_per_prompt
+from jrlhf.rollout.sampling import answers
 from jrlhf.runs.folder import last_export
 from jrlhf.system.lines import json_line, write_output
-from jrlhf.train.keys import stream_key
+from jrlhf.tools.best_of_n import best_of_n
+from jrlhf.tools.sampler import load_sampler
 from jrlhf.train.positions import Positions
 
 
@@ -25,7 +26,12 @@ def run_generate(args: GenerateConfig) -> None:
 
 
 def run_sample(args: SampleConfig) -> None:
-    """Write one JSON line for each prompt with answers to rank, and notes about the others to stderr."""
+    """Write one JSON line for each prompt, with its answers to rank or with the best, and notes to stderr."""
+    lines = _tasks(args) if args.keep == "all" else best_of_n(args)
+    write_output(args.out, "".join(lines))
+
+
+def _tasks(args: SampleConfig) -> list[str]:
     lines: list[str] = []
     merged = left_out = 0
     about = {"model": args.model, "seed": args.seed, "temperature": args.sampling.temperature}
@@ -43,33 +49,14 @@ def run_sample(args: SampleConfig) -> None:
         print(f"jrlhf: {note}", file=sys.stderr)
     if not unique:
         raise DataError(f"{args.prompts}: no prompt has two different answers; raise sampling.temperature or samples")
-    write_output(args.out, "".join(unique))
+    return unique
 
 
 def _sample(args: GenerateConfig) -> list[tuple[dict[str, Any], list[str]]]:
     """Return each prompt, the tools that it may call, and its answers."""
-    source = last_export(assets.resolve(args.model), "language")
-    tokenizer = load_tokenizer(source)
-    data = DataConfig(train=args.prompts, max_length=args.max_length)
-    prompts = load_prompts(data, args.prompts, tokenizer)
-    mesh = make_mesh(data=-1, fsdp=1, tensor=1)
-    model = load_pretrained(source, dtype=args.dtype, mesh=mesh, weights="auto", option="model")
-    Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
-    together = samples_per_prompt(args.samples, batch_size=args.batch_size, devices=mesh.size)
-    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, option="sampling", samples=together)
-    drawn = answers(
-        generate,
-        model.params,
-        prompts,
-        tokenizer,
-        samples=args.samples,
-        key=stream_key(args.seed, "generate", "samples"),
-        mesh=mesh,
-        batch_size=args.batch_size,
-        together=together,
-        show_progress=len(prompts) * args.samples > args.batch_size,
-    )
-    return list(zip(prompts.shown, drawn, strict=True))
+    sampler = load_sampler(args)
+    texts = answers(sampler.generate, sampler.model.params, sampler.prompts, sampler.tokenizer, **sampler.settings)
+    return list(zip(sampler.prompts.shown, texts, strict=True))
 
 
 def run_score(args: ScoreConfig) -> None:

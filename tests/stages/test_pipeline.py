@@ -1,6 +1,7 @@
 """All three stages on the shipped model: what they write, that they repeat to the bit, and that they come back."""
 
 import math
+import re
 import shutil
 import signal
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from jrlhf import assets
 from jrlhf.config import Config, ConfigError, DataConfig, SamplingConfig, to_yaml
+from jrlhf.config.rewards import BannedRuleConfig, RewardsConfig
 from jrlhf.config.tools import ExportConfig, GenerateConfig, SampleConfig, ScoreConfig
 from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_tokenizer
 from jrlhf.models import load_pretrained, load_reward_model
@@ -245,6 +247,43 @@ def test_answers_are_sampled_as_tasks_to_rank(finished: Finished, tmp_path: Path
     assert out.read_bytes() == first
     with pytest.raises(DataError, match=r"no prompt has two different answers; raise sampling\.temperature"):
         run_sample(replace(args, sampling=replace(sampling, top_k=1)))
+
+
+def test_the_best_of_the_sampled_answers_becomes_rows_of_the_stages(finished: Finished, tmp_path: Path, capsys) -> None:
+    """A rule's best is that of all drawn texts; a reward model's best and worst are a preference."""
+    config, _ = finished
+    prompts, out, drawn = config.ppo.prompts.eval, tmp_path / "best.jsonl", tmp_path / "answers.jsonl"
+    sampling = SamplingConfig(max_new_tokens=6)
+    banned = RewardsConfig(banned=BannedRuleConfig(weight=1.0, patterns=("a", "e", "i", "o", "u", "t", "n", "s")))
+    args = SampleConfig(config.run, prompts, str(out), samples=12, sampling=sampling, keep="best", rewards=banned)
+    run_sample(args)
+    said = capsys.readouterr().err
+    run_generate(GenerateConfig(config.run, prompts, out=str(drawn), samples=12, sampling=sampling))
+    completions = {row["prompt"]: row["completions"] for row in read_jsonl(drawn)}
+
+    def score(text: str) -> float:
+        return -sum(letter in text for letter in banned.banned.patterns) / len(banned.banned.patterns)
+
+    able = {prompt: [text for text in texts if text.strip()] for prompt, texts in completions.items()}
+    best = {prompt: max(texts, key=score) for prompt, texts in able.items() if texts}
+    assert {row["prompt"]: row["completion"] for row in read_jsonl(out)} == best
+    means = [float(mean) for mean in re.findall(r"best of \d+: mean score (\S+),", said)]
+    assert means[0] == pytest.approx(np.mean([score(t) for texts in completions.values() for t in texts]), abs=1e-3)
+    assert means == sorted(means)
+    assert "best of 8:" in said
+    assert "best of 12:" in said
+
+    run_sample(replace(args, keep="best-worst", score=config.run, rewards=RewardsConfig()))
+    pairs = read_jsonl(out)
+    assert pairs
+    for row in pairs:
+        assert row["chosen"] != row["rejected"]
+        assert {row["chosen"], row["rejected"]} <= {*completions[row["prompt"]]}
+    tokenizer = load_tokenizer(str(Path(config.run) / "sft" / "hf"))
+    data = DataConfig(max_length=128, cache="")
+    assert len(load_rankings(data, str(out), tokenizer)) == len(pairs)
+    with pytest.raises(DataError, match=r"every prompt is left out: no two answers to it have different scores"):
+        run_sample(replace(args, keep="best-worst", sampling=replace(sampling, top_k=1)))
 
 
 def test_the_exports_load_and_the_policy_has_moved(finished: Finished) -> None:
