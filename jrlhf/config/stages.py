@@ -177,6 +177,9 @@ class RolloutConfig(StageConfig):
     """Number of consecutive iterations without an update (loss or gradient not finite) that ends the run."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
+    best_of_n: int = 0
+    """Number of answers of the initial policy to each held-out prompt, of which the report draws the reward of best of
+    n beside the trained policy's, over the KL of both; 0: none."""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,9 @@ def ppo_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
     yield ppo.kl.target >= 0, f"{path}.kl.target", ppo.kl.target, "0 or more"
     yield ppo.kl.horizon >= 1, f"{path}.kl.horizon", ppo.kl.horizon, "1 or more"
     yield ppo.max_skipped >= 1, f"{path}.max_skipped", ppo.max_skipped, "1 or more"
+    yield ppo.best_of_n >= 0 and ppo.best_of_n != 1, f"{path}.best_of_n", ppo.best_of_n, "2 or more, or 0 (off)"
+    held_out = not ppo.best_of_n or bool(ppo.prompts.eval)
+    yield held_out, f"{path}.prompts.eval", ppo.prompts.eval, f"set, because {path}.best_of_n is {ppo.best_of_n}"
     yield from guards_checks(f"{path}.guards", ppo.guards)
     yield from canary_checks(path, ppo)
     yield from gate_checks(f"{path}.gates", ppo.gates, ppo.prompts.eval, f"{path}.prompts.eval")

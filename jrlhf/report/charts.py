@@ -67,7 +67,7 @@ def line_chart(title: str, series: Mapping[str, Points], *, x: str) -> Any:
 
 
 def overoptimisation_chart(stage: str, run: Record, mark: str) -> tuple[Any, str]:
-    """Draw held-out rewards over √KL with the fit of Gao et al. if there is one; also return the fit as text.
+    """Draw held-out rewards over √KL, with those of best of n, and the fit of Gao et al. if there is one, also as text.
 
     ``mark`` names the run in the title.
     """
@@ -85,6 +85,10 @@ def overoptimisation_chart(stage: str, run: Record, mark: str) -> tuple[Any, str
             d = np.linspace(0.0, float(np.sqrt(distances.max())), 50)
             series[f"fit of {name}"] = list(zip(d.tolist(), fit.at(d).tolist(), strict=True))
             fits.append(f"{name}: α {fit.alpha:.3g}, β {fit.beta:.3g}")
+    for name, column in (("best of n: reward", "score"), ("best of n: judge", "judge")):
+        points = [(math.sqrt(point["kl"]), point[column]) for point in run.best_of_n.get(stage, []) if column in point]
+        if points:
+            series[name] = points
     return line_chart(f"Reward over the distance from the SFT policy{mark}", series, x="√KL"), "; ".join(fits)
 
 

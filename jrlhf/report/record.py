@@ -53,6 +53,8 @@ class Record(NamedTuple):
     """Held-out answers of the initial policy, of each stage that writes them."""
     after: dict[str, list[dict[str, Any]]]
     """Held-out answers of the exported policy, or those of the newest evaluation."""
+    best_of_n: dict[str, list[dict[str, float]]]
+    """``n``, ``kl``, ``score`` and perhaps ``judge`` of best of n, of each stage that draws it."""
     labels: dict[str, str]
     """Label of each part of the summary, in the order of the page."""
 
@@ -81,6 +83,7 @@ def read_run(folder: Path, summary: Mapping[str, Any] | None, stages: Sequence[S
         {stage: of_stage for stage, of_stage in bins.items() if of_stage},
         {stage: before for stage, (before, _) in answers.items() if before},
         {stage: after for stage, (_, after) in answers.items() if after},
+        {stage: (_json(folder / stage / "best_of_n.json") or {}).get("curve", []) for stage in present},
         summary_labels(stages),
     )
 

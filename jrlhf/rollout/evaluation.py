@@ -16,6 +16,7 @@ from jrlhf.data import PromptRows
 from jrlhf.parallel import fetch, is_first
 from jrlhf.parallel.hosts import from_first
 from jrlhf.rollout.actors import Actors, learnt_policy, own_tokenizer
+from jrlhf.rollout.best_of_n import make_best_of_n
 from jrlhf.rollout.diversity import distinct_n, words
 from jrlhf.rollout.iteration import episode_slices, reading_fn
 from jrlhf.rollout.models import ModelReader
@@ -61,6 +62,7 @@ def make_evaluator(
         judge_score = _judge_scorer(site, section, actors, prompts, models, slices=slices)
     key = stream_key(site.config.seed, stage, "eval")
     exported = exported_form(actors.policy, section.export_dtype)
+    write_curve = make_best_of_n(site, section, generate, prompts, score, judge_score, batch_size=batch_size)
 
     @jax.jit
     def measure(policy: Params, reference: Params, generation: Generation) -> dict[str, jax.Array]:
@@ -78,6 +80,8 @@ def make_evaluator(
 
     def evaluate(state: RunState, number: int) -> dict[str, float]:
         policy = exported(learnt_policy(state.train))
+        if number == 0:
+            write_curve(policy)
         rows: dict[int, dict[str, Any]] = {}
         batches = generate_all(generate, policy, prompts, key=key, mesh=mesh, batch_size=batch_size, limit=limit)
         for indices, real, generation in batches:

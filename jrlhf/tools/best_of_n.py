@@ -1,8 +1,4 @@
-"""Best of n: the answers to a prompt that a reward model and rules score highest and lowest.
-
-Stiennon et al. 2020, arXiv 2009.01325, section 4.3. The best of n answers is at most log n - (n - 1)/n nats of KL away
-from the policy that they are drawn from (Beirami et al. 2024, arXiv 2401.01879).
-"""
+"""Best of n: the answers to a prompt that a reward model and rules score highest and lowest."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +6,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from jrlhf import assets
 from jrlhf.config.rewards import RewardsConfig
@@ -19,6 +14,7 @@ from jrlhf.data import DataError, load_tokenizer
 from jrlhf.models import load_reward_model
 from jrlhf.parallel import fetch
 from jrlhf.rollout.actors import Actors, own_tokenizer
+from jrlhf.rollout.best_of_n import best_of_n_curve
 from jrlhf.rollout.rules import columns_read
 from jrlhf.rollout.sampling import draws
 from jrlhf.rollout.scores import make_rewards
@@ -109,35 +105,8 @@ def chosen_row(row: dict[str, Any], answers: Sequence[ScoredAnswer], *, with_wor
 def notes(args: SampleConfig, by_prompt: Sequence[Sequence[ScoredAnswer]], *, left_out: int) -> list[str]:
     """Return what was left out, and the mean score of the best of 1, 2, 4, ... and n answers."""
     lines = [f"{left_out} of {len(by_prompt)} prompts left out: {NO_ROW[args.keep]}"] if left_out else []
-    scores = [np.array([answer.score for answer in answers]) for answers in by_prompt]
-    scores = [numbers[~np.isnan(numbers)] for numbers in scores]
-    for n in sizes(args.samples):
-        means = [best_mean(numbers, n) for numbers in scores if len(numbers) >= n]
-        if means:
-            lines.append(f"best of {n}: mean score {np.mean(means):.3f}, KL at most {best_of_n_kl(n):.2f} nats")
-    return lines
-
-
-def sizes(samples: int) -> list[int]:
-    """Return 1, 2, 4, ... up to ``samples``, and ``samples`` itself."""
-    return [*(2**k for k in range(samples.bit_length()) if 2**k < samples), samples]
-
-
-def best_mean(scores: Float[np.ndarray, "N"], n: int) -> float:
-    """Return the mean of the highest score over all choices of ``n`` of the scores.
-
-    With scores in ascending order the i-th, from 1, is the highest of (i - 1 choose n - 1) of the (N choose n) choices;
-    an unbiased estimate of best of n (Nakano et al. 2021, arXiv 2112.09332, appendix I).
-    """
-    total, mean = len(scores), 0.0
-    # The highest score's weight is n / N; each lower one follows from the one above it.
-    weight = n / total
-    for place, score in zip(range(total, n - 1, -1), np.sort(scores)[::-1], strict=False):
-        mean += weight * float(score)
-        weight *= (place - n) / (place - 1) if place > 1 else 0.0
-    return mean
-
-
-def best_of_n_kl(n: int) -> float:
-    """Return log n - (n - 1)/n, in nats: an upper bound of KL(best of n answers ‖ policy)."""
-    return float(np.log(n) - (n - 1) / n)
+    scores = np.array([[answer.score for answer in answers] for answers in by_prompt])
+    return lines + [
+        f"best of {point['n']}: mean score {point['score']:.3f}, KL at most {point['kl']:.2f} nats"
+        for point in best_of_n_curve(scores, None)
+    ]

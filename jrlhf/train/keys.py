@@ -11,8 +11,9 @@ import jax
 
 from jrlhf.types import Key
 
-Stream = Literal["init", "lora", "train", "eval", "samples", "candidates", "safety"]
-"""Streams for new weights, new adapters, training steps, held-out answers, samples, candidates and safety answers."""
+Stream = Literal["init", "lora", "train", "eval", "samples", "candidates", "safety", "best_of_n"]
+"""Streams for new weights, new adapters, training steps, held-out answers, samples, candidates, safety answers and the
+curve of best of n."""
 
 
 def stream_key(seed: int, stage: str, stream: Stream) -> Key:

@@ -1,31 +1,15 @@
-"""Best of n: the estimate of its mean against all choices, and which answers of a prompt are kept."""
+"""Best of n: which answers of a prompt are kept, and which settings make sense."""
 
 import math
-from itertools import combinations
 
-import numpy as np
 import pytest
 
 from jrlhf.config import ConfigError, check
 from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.config.tools import SampleConfig
-from jrlhf.tools.best_of_n import ScoredAnswer, best_mean, best_of_n_kl, chosen_row, sizes
+from jrlhf.tools.best_of_n import ScoredAnswer, chosen_row
 
 RULE = RewardsConfig(length=LengthRuleConfig(weight=1.0))
-
-
-@pytest.mark.parametrize("n", range(1, 8))
-def test_the_mean_of_best_of_n_is_that_over_all_choices(n: int) -> None:
-    scores = np.random.default_rng(n).normal(size=7)
-    scores[3] = scores[1]
-    expected = np.mean([max(choice) for choice in combinations(scores, n)])
-    np.testing.assert_allclose(best_mean(scores, n), expected, rtol=1e-12)
-
-
-def test_the_kl_bound_and_its_sizes() -> None:
-    assert best_of_n_kl(1) == 0.0
-    assert best_of_n_kl(4) == pytest.approx(math.log(4) - 3 / 4)
-    assert [sizes(n) for n in (2, 3, 8)] == [[1, 2], [1, 2, 3], [1, 2, 4, 8]]
 
 
 def test_blank_answers_and_those_without_a_score_are_not_kept() -> None:
