@@ -33,6 +33,7 @@ LLAMA3 = {
     "tie_word_embeddings": False,
     "eos_token_id": 128001,
 }
+REWARD = {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
 SIZES = {
     "1B": {
         "hidden_size": 2048,
@@ -75,7 +76,7 @@ sft:
   pack_length: 2048
 ppo:
   model: {{path: {model}, dtype: bfloat16}}
-  reward: {{path: {model}, dtype: bfloat16}}
+  reward: {{path: {model}-reward, dtype: bfloat16}}
   prompts: {{train: prompts.jsonl, max_length: 512}}
   sampling: {{max_new_tokens: 512}}
   episodes: {episodes}
@@ -226,8 +227,9 @@ def cpu_seconds() -> float:
 def plan_big(out: Path, only: str) -> None:
     """Print a JSON line for each stage of each plan."""
     for size, sizes in SIZES.items():
-        (out / size).mkdir(parents=True, exist_ok=True)
-        (out / size / "config.json").write_text(json.dumps(LLAMA3 | sizes))
+        for name, kind in ((size, {}), (f"{size}-reward", REWARD)):
+            (out / name).mkdir(parents=True, exist_ok=True)
+            (out / name / "config.json").write_text(json.dumps(LLAMA3 | sizes | kind))
     for size, topology, fsdp, tensor in PLANS:
         if only not in f"{size} {topology}":
             continue

@@ -31,7 +31,9 @@ def run_plan(config: PlanConfig) -> list[StageFigures]:
         fields = [f"{name}.{section.required}" for name, section in stage_sections().items()]
         raise ConfigError(f"nothing to plan: set {', '.join(fields[:-1])} or {fields[-1]}")
     complain(f"{target.topology.name}: {compiler_of(target.topology)} compiles, which may take a minute a program")
-    stages = [plan_stage(stage.plan(config, target), target) for stage in requested]
+    # A mistake in a later stage shows before any stage is compiled.
+    planned = [stage.plan(config, target) for stage in requested]
+    stages = [plan_stage(sized, target) for sized in planned]
     print_plan(stages, target)
     if config.out:
         mesh = dict(target.mesh.shape)
