@@ -42,7 +42,7 @@ from jrlhf.tools.export import run_export
 from jrlhf.train.attempt import Event
 from jrlhf.train.programs import device_bytes
 from jrlhf.train.signals import Interrupted
-from tests.support.processes import JRLHF, running
+from tests.support.processes import JRLHF, by_variables, running
 from tests.support.runs import compare_runs, deterministic, first_rows, read_jsonl
 
 MODEL = ModelConfig(path="asset:stories260k")
@@ -216,15 +216,19 @@ def test_a_reference_that_is_lost_damaged_or_another_s_is_read_again(
             assert {name: again[name].tolist() for name in again} == {name: first[name].tolist() for name in first}
 
 
-def test_one_device_and_eight_give_the_same_run(whole: tuple[Config, dict[str, Any]], tmp_path: Path) -> None:
-    config = replace(whole[0], run=str(tmp_path / "one"))
-    path = tmp_path / "one.yaml"
+@pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 4)])
+def test_one_device_and_several_processes_give_the_same_run(
+    processes: int, devices: int, whole: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    """As eight devices of one process."""
+    config = replace(whole[0], run=str(tmp_path / "run"))
+    path = tmp_path / "run.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     command = [*JRLHF, "dpo", "--config", str(path)]
     with running(
-        command, processes=1, devices=1, engine=lambda *_: {"JAX_PLATFORMS": "cpu"}, folder=tmp_path / "logs"
-    ) as one:
-        one.succeed(within=400)
+        command, processes=processes, devices=devices, engine=by_variables, folder=tmp_path / "logs"
+    ) as started:
+        started.succeed(within=400)
     pairs = zip(*(lines_of(c, "loss") for c in (whole[0], config)), strict=True)
     for line, other in pairs:
         for name, value in deterministic(line).items():
