@@ -126,6 +126,10 @@ class RankingBatch(NamedTuple):
     ranks: Int[Array, "B K"]
     valid: Bool[Array, "B K"]
     margin: Float[Array, "B"]
+    loss_mask: Bool[Array, "B K T"] | None = None
+    """Marks the tokens of the completions themselves, whose log-probs preference losses read."""
+    ref_logprobs: Float[Array, "B K"] | None = None
+    """Log-prob of each completion under the reference, the sum over its tokens; anything where ``valid`` is False."""
 
 
 class PackedRankingBatch(NamedTuple):
@@ -139,6 +143,8 @@ class PackedRankingBatch(NamedTuple):
     ranks: Int[Array, "B G K"]
     valid: Bool[Array, "B G K"]
     margin: Float[Array, "B G"]
+    loss_mask: Bool[Array, "B T"] | None = None
+    ref_logprobs: Float[Array, "B G K"] | None = None
 
 
 class Generation(NamedTuple):

@@ -19,6 +19,7 @@ from jrlhf.config.schema import (
 from jrlhf.config.stages import (
     CanaryConfig,
     Config,
+    DPOConfig,
     KLConfig,
     PlanConfig,
     PPOConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "ConfigError",
+    "DPOConfig",
     "DataConfig",
     "DistributedConfig",
     "KLConfig",

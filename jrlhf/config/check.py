@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from jrlhf.config.dpo_check import dpo_checks
 from jrlhf.config.errors import LOGIN, ConfigError
 from jrlhf.config.schema_check import (
     Check,
@@ -15,6 +16,7 @@ from jrlhf.config.schema_check import (
 )
 from jrlhf.config.stages import (
     Config,
+    DPOConfig,
     PlanConfig,
     PPOConfig,
     RewardConfig,
@@ -69,6 +71,8 @@ def _stage_checks(name: str, section: StageConfig) -> Iterator[Check]:
             yield from sft_checks(name, section)
         case RewardConfig():
             yield from reward_checks(name, section)
+        case DPOConfig():
+            yield from dpo_checks(name, section)
         case PPOConfig():
             yield from ppo_checks(name, section)
         case _:

@@ -104,6 +104,42 @@ class RewardConfig(StageConfig):
 
 
 @dataclass(frozen=True)
+class DPOConfig(StageConfig):
+    """Direct preference optimisation (DPO) and its relatives: a policy trained on rankings, without a reward model."""
+
+    about: ClassVar[str] = "Train the policy on human rankings, without a reward model."
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Initial policy, and the reference, which is read once before the first step. Empty path: the SFT stage."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Rankings, as in the reward stage."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, warmup=0.1))
+    """AdamW. 5e-7 to 1e-6 is usual when all weights are trained, about ten times as much for LoRA."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """Sampling of sample texts and of answers to safety.prompts."""
+    epochs: float = 1.0
+    """Number of passes over the rankings."""
+    batch_size: int = 64
+    """Number of prompts in an update, each with all its completions, over all devices."""
+    pack_length: int = 0
+    """Length in tokens of packed rows, each of several short rows; batch_size and microbatch then count packed rows. 0:
+    no packing."""
+    microbatch: int = 0
+    """Number of prompts that a device processes at once; 0: its whole share of the batch, or about 1,024 tokens on a
+    CPU. The update is the same."""
+    loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
+    """Loss of a pair. sigmoid: DPO (Rafailov et al. 2023). ipo: a squared loss on mean log-probs, which does not grow
+    without bound where people always agree (Azar et al. 2023). simpo: mean log-probs without a reference (Meng et al.
+    2024)."""
+    beta: float = 0.1
+    """Scale β of the implicit reward; a smaller one moves the policy further from the reference. SimPO uses 2 to 10."""
+    label_smoothing: float = 0.0
+    """Share of pairs that people are taken to have ordered wrongly (conservative DPO), for loss sigmoid; 0 is off."""
+    gamma: float = 0.0
+    """Margin γ by which SimPO's better answer must win; half of beta is a usual start. 0 is off."""
+
+
+@dataclass(frozen=True)
 class KLConfig:
     """KL penalty that keeps the policy near the SFT policy."""
 
@@ -227,7 +263,7 @@ class PPOConfig(RolloutConfig):
 
 @dataclass(frozen=True)
 class Config(WithPaths):
-    """A whole run of up to three stages, in one YAML file."""
+    """A whole run of up to four stages, in one YAML file."""
 
     run: PathText = "runs/default"
     """Folder of the run; each stage writes to a folder inside it."""
@@ -241,6 +277,7 @@ class Config(WithPaths):
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     accept_changes: bool = False
     """Resume a stage, or accept it as done, although its weights, tokenizer or rows have changed since it began. If
@@ -261,7 +298,7 @@ class PlanConfig(Config):
     then too high by a sixth to a half, and seconds follow from FLOPs and bytes alone. auto: the devices' own where it
     is installed."""
     completions: int = 2
-    """Number of completions of each prompt to assume in the reward stage; a plan reads no rows."""
+    """Number of completions of each prompt to assume in the reward and DPO stages; a plan reads no rows."""
     out: PathText = ""
     """JSON file for all figures. Empty: the figures are only printed."""
 

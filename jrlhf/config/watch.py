@@ -50,12 +50,12 @@ class GuardsConfig:
 
 @dataclass(frozen=True)
 class SafetyConfig(WithPaths):
-    """Prompts of which some should be refused. SFT and PPO answer them at each held-out evaluation: the refusal_rate of
-    those and the benign_refusal_rate of the others are figures for gates."""
+    """Prompts of which some should be refused. SFT, DPO and PPO answer them at each held-out evaluation: the
+    refusal_rate of those and the benign_refusal_rate of the others are figures for gates."""
 
     prompts: PathText = ""
-    """Prompts, in the forms of data.eval; SFT reads them by the settings of sft.data, PPO by those of ppo.prompts.
-    Empty: none."""
+    """Prompts, in the forms of data.eval; SFT and DPO read them by the settings of their data, PPO by those of
+    ppo.prompts. Empty: none."""
     column: str = "refusal"
     """Column of a row that is true where a refusal is expected. A row without it expects none."""
     patterns: tuple[str, ...] = ()

@@ -29,19 +29,23 @@ from jrlhf.core.masks import (
     positions_from_mask,
     real_tokens,
 )
+from jrlhf.core.preferences import PreferenceLoss, dpo_loss, kwise_dpo_loss, normalises_length, pair_differences
 from jrlhf.core.sampling import sample, sample_at, truncate_logits, uniforms
 from jrlhf.core.trees import combine, partition
 
 __all__ = [
     "KLEstimator",
+    "PreferenceLoss",
     "align_to_tokens",
     "at_last_token",
     "combine",
+    "dpo_loss",
     "from_logits",
     "gae",
     "importance_ratio",
     "kl_penalty",
     "kwise_centering_loss",
+    "kwise_dpo_loss",
     "kwise_ranking_loss",
     "last_token_mask",
     "logprobs_and_entropy",
@@ -49,7 +53,9 @@ __all__ = [
     "masked_sum",
     "masked_whiten",
     "next_token_logprobs",
+    "normalises_length",
     "ordered_pairs",
+    "pair_differences",
     "partition",
     "positions_from_mask",
     "ppo_policy_loss",

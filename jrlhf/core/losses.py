@@ -24,7 +24,8 @@ def ordered_pairs(ranks: Int[Array, "B K"], mask: Bool[Array, "B K"]) -> Bool[Ar
     return better & mask[:, :, None] & mask[:, None, :]
 
 
-def _mean_over_pairs(x: Float[Array, "B K K"], pairs: Bool[Array, "B K K"]) -> Float[Array, "B"]:
+def mean_over_pairs(x: Float[Array, "B K K"], pairs: Bool[Array, "B K K"]) -> Float[Array, "B"]:
+    """Mean of x over the pairs of each row; 0 for a row that has none."""
     count = jnp.sum(pairs, axis=(1, 2), dtype=jnp.float32)
     return jnp.sum(jnp.where(pairs, x, 0.0), axis=(1, 2)) / jnp.maximum(count, 1.0)
 
@@ -43,7 +44,7 @@ def kwise_ranking_loss(
     scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
     margin = jnp.broadcast_to(jnp.asarray(margin, jnp.float32), scores.shape[:1])
     difference = scores[:, :, None] - scores[:, None, :] - margin[:, None, None]
-    return _mean_over_pairs(-jax.nn.log_sigmoid(difference), pairs)
+    return mean_over_pairs(-jax.nn.log_sigmoid(difference), pairs)
 
 
 def kwise_centering_loss(
@@ -55,7 +56,7 @@ def kwise_centering_loss(
     """
     scores = jnp.where(mask, scores.astype(jnp.float32), 0.0)
     total = scores[:, :, None] + scores[:, None, :]
-    return _mean_over_pairs(jnp.square(total), ordered_pairs(ranks, mask))
+    return mean_over_pairs(jnp.square(total), ordered_pairs(ranks, mask))
 
 
 def importance_ratio(logprobs: Float[Array, "*S"], old_logprobs: Float[Array, "*S"]) -> Float[Array, "*S"]:

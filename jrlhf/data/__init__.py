@@ -6,6 +6,7 @@ from jrlhf.data.kinds import Columns
 from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
+from jrlhf.data.preferences import PreferenceRows
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.recipe import encoder_for
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
@@ -23,6 +24,7 @@ __all__ = [
     "PackedRankingRows",
     "PackedSFTRows",
     "Part",
+    "PreferenceRows",
     "PromptRows",
     "RankingRows",
     "SFTRows",

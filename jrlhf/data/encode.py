@@ -75,20 +75,31 @@ class Encoder:
 
     def truncate(self, before: list[int], after: list[int], max_length: int) -> Int[np.ndarray, "T"]:
         """Cut the prompt at its start, after the BOS; an answer that is too long by itself is cut at its end."""
-        over = len(before) + len(after) - max_length
-        if over > 0:
-            bos = self.bos if before[: len(self.bos)] == self.bos else []
-            rest = before[len(bos) :]
-            before = bos + rest[min(over, len(rest)) :]
-        return np.asarray((before + after)[:max_length], np.int32)
+        return np.asarray((self.cut_prompt(before, len(after), max_length) + after)[:max_length], np.int32)
+
+    def cut_prompt(self, before: list[int], answer: int, max_length: int) -> list[int]:
+        """Cut the prompt at its start, after the BOS, to leave room for ``answer`` tokens in ``max_length``."""
+        over = len(before) + answer - max_length
+        if over <= 0:
+            return before
+        bos = self.bos if before[: len(self.bos)] == self.bos else []
+        rest = before[len(bos) :]
+        return bos + rest[min(over, len(rest)) :]
 
     def encode_example(self, row: Example) -> tuple[list[int], list[int]]:
         """Return the ids of the prompt (BOS alone if there is none) and of the answer with its stop token."""
+        before, *after = self.example_segments(row)
+        return before.ids, [token for segment in after for token in segment.ids]
+
+    def example_segments(self, row: Example) -> list[Segment]:
+        """Return the ids of a row as its prompt, which may be BOS alone, and the segments of its answer.
+
+        Not all of these are the answer's own words: an answer of several messages has tool results between its turns.
+        """
         if row.prompt is None and isinstance(row.completion, list):
             last = last_assistant(row.completion)
             row = row._replace(prompt=row.completion[:last], completion=row.completion[last:])
-        before, *after = self.segments(row, every_turn=False)
-        return before.ids, [token for segment in after for token in segment.ids]
+        return self.segments(row, every_turn=False)
 
     def segments(self, row: Example, *, every_turn: bool) -> list[Segment]:
         """Return the row's ids as alternating context and answers; the first segment is a prompt, which may be empty.

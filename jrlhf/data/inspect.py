@@ -47,30 +47,13 @@ class RowInspector:
         full = any(len(ids) >= self._max_length for ids in tokens)
         uncut = self._uncut_kind.encode(row).ragged["tokens"] if full else tokens
         ranks = encoded.ragged["ranks"][0] if "ranks" in encoded.ragged else []
-        if "learnt" in encoded.flat:
-            mask = [encoded.flat["learnt"]]
-        else:
-            mask = _answer_masks(tokens, uncut) if ranks else [np.zeros(len(ids), np.bool_) for ids in tokens]
+        # The marks of all sequences of a row, one after the other; prompts have none.
+        lengths = [len(ids) for ids in tokens]
+        marks = np.asarray(encoded.flat.get("learnt", np.zeros(sum(lengths))), np.bool_)
+        mask = np.split(marks, np.cumsum(lengths)[:-1])
         sequences = [InspectedSequence(*parts) for parts in zip(tokens, mask, uncut, strict=True)]
         notes = [note for note in encoded.notes if note != TRUNCATION_NOTE]
         return InspectedRow(place, sequences, list(ranks), self._kind.unread(row), notes)
-
-
-def _answer_masks(rows: list[np.ndarray], uncut: list[np.ndarray]) -> list[np.ndarray]:
-    """Mask the tokens after the prompt that a ranking's sequences share.
-
-    Where the shared prompt was cut at its start, an answer keeps at least the tokens that it had before.
-    """
-    prompt = _prefix_length(uncut)
-    starts = [len(ids) - (len(uncut_ids) - prompt) for ids, uncut_ids in zip(rows, uncut, strict=True)]
-    return [np.arange(len(ids)) >= max(start, _prefix_length(rows)) for ids, start in zip(rows, starts, strict=True)]
-
-
-def _prefix_length(rows: list[np.ndarray]) -> int:
-    """Number of tokens that all rows have in common at their start."""
-    shortest = min(map(len, rows))
-    same = np.all([ids[:shortest] == rows[0][:shortest] for ids in rows], axis=0)
-    return shortest if same.all() else int(np.argmin(same))
 
 
 def guess_kind(row: Row) -> KindName:

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from jrlhf.config import DataConfig
 from jrlhf.data.columns import Encoded, Schema
-from jrlhf.data.encode import Encoder
+from jrlhf.data.encode import Encoder, Segment
 from jrlhf.data.errors import BadRow, Row, missing_value
 from jrlhf.data.formats import Example, parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
 from jrlhf.data.messages import Content, Tools, has_weights
@@ -71,18 +72,32 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> Kind:
     def encode(row: Row) -> Encoded:
         notes = list[str]()
         prompt, completions, ranks, margin, tools = parse_ranking(row, chat=encoder.chat, note=notes.append)
-        pairs = [encoder.encode_example(Example(prompt, completion, tools)) for completion in completions]
-        tokens = [encoder.truncate(before, after, config.max_length) for before, after in pairs]
+        segments = [encoder.example_segments(Example(prompt, completion, tools)) for completion in completions]
+        tokens, learnt = zip(*(_ranked_answer(encoder, each, config.max_length) for each in segments), strict=True)
         texts = [ids.tobytes() for ids in tokens]
         if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
             reason = f"two answers of unequal rank have the same tokens after the cut to max_length {config.max_length}"
             raise BadRow("completions" if "completions" in row else "chosen", reason)
-        numbers = {"margin": [margin], "longest": [max(map(len, tokens))]}
-        notes += truncation_notes(map(_pair_length, pairs), config.max_length)
-        return Encoded({"tokens": tokens, "ranks": [ranks]}, numbers, notes)
+        flat = {"margin": [margin], "longest": [max(map(len, tokens))], "learnt": np.concatenate(learnt)}
+        notes += truncation_notes((sum(len(s.ids) for s in each) for each in segments), config.max_length)
+        return Encoded({"tokens": list(tokens), "ranks": [ranks]}, flat, notes)
 
-    schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat={"margin": np.float32, "longest": np.int32})
+    flat_types = {"margin": np.float32, "longest": np.int32, "learnt": np.bool_}
+    schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat=flat_types)
     return Kind("rankings", {}, schema, encode, unread_of("rankings", tokenizer))
+
+
+def _ranked_answer(
+    encoder: Encoder, segments: list[Segment], max_length: int
+) -> tuple[Int[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
+    """Return the ids of a prompt with one of its answers, cut to ``max_length``, and a mask of the answer's tokens."""
+    before, *after = segments
+    prompt = encoder.cut_prompt(before.ids, sum(len(s.ids) for s in after), max_length)
+    tokens = np.asarray((prompt + [token for s in after for token in s.ids])[:max_length], np.int32)
+    marks = np.repeat([False, *(s.answer for s in after)], [len(prompt), *(len(s.ids) for s in after)])
+    # Nothing predicts a row's first token.
+    marks[0] = False
+    return tokens, marks[:max_length]
 
 
 class Columns(NamedTuple):
@@ -146,10 +161,6 @@ def _prompt_columns(prompt: Content | None, tools: Tools | None) -> dict[str, An
 def truncation_notes(lengths: Iterable[int], max_length: int) -> list[str]:
     """Return the notes on a row whose sequences have these lengths before they are cut."""
     return [TRUNCATION_NOTE] if any(length > max_length for length in lengths) else []
-
-
-def _pair_length(pair: tuple[list[int], list[int]]) -> int:
-    return len(pair[0]) + len(pair[1])
 
 
 def _json(value: Mapping[str, Any]) -> np.ndarray:

@@ -40,10 +40,8 @@ def load_sft(config: DataConfig, sources: Sources, tokenizer: Tokenizer, *, trai
     "assistant" adds the assistant turns in a chat prompt; "all" adds the prompt. Plain text is learnt with its EOS.
     """
     loaded = _load(config, sources, tokenizer, sft_kind(config, tokenizer, train_on=train_on))
-    tokens = loaded.ragged("tokens")
-    # The mask has the same row ends as the tokens.
-    masks = [table.ragged["tokens"]._replace(flat=table.flat["learnt"]) for table in loaded.tables]
-    return SFTRows(tokens, Ragged(masks), _buckets(config, tokens), _pad(tokenizer), **loaded.source_fields("tokens"))
+    tokens, learnt = loaded.ragged("tokens"), loaded.beside("tokens", "learnt")
+    return SFTRows(tokens, learnt, _buckets(config, tokens), _pad(tokenizer), **loaded.source_fields("tokens"))
 
 
 def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> RankingRows:
@@ -52,6 +50,7 @@ def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) ->
     tokens = loaded.ragged("tokens")
     return RankingRows(
         tokens=tokens,
+        loss_mask=loaded.beside("tokens", "learnt"),
         ranks=loaded.ragged("ranks"),
         margin=loaded.flat("margin"),
         lengths=loaded.flat("longest"),
@@ -89,6 +88,10 @@ class SourceTables(NamedTuple):
 
     def ragged(self, name: str) -> Ragged:
         return Ragged([table.ragged[name] for table in self.tables])
+
+    def beside(self, name: str, flat: str) -> Ragged:
+        """Return the flat column ``flat`` by rows that have the ends of the ragged column ``name``."""
+        return Ragged([table.ragged[name]._replace(flat=table.flat[flat]) for table in self.tables])
 
     def flat(self, name: str) -> np.ndarray:
         return concatenate([table.flat[name] for table in self.tables])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jrlhf.data.order import Part
 from jrlhf.data.ragged import Ragged
@@ -124,6 +124,21 @@ class PackedRankingRows(_Packed):
     """``RankingRows`` packed several to a row; all completions of a ranking share a row."""
 
     rows: RankingRows
+
+    def places(self, indices: Sequence[int] | np.ndarray) -> Int[np.ndarray, "B G K"]:
+        """Return the index in ``rows.tokens`` of each completion in this batch; -1 where there is none."""
+        places = np.full((len(indices), int(self.members.lengths.max()), self.rows.max_completions), -1, np.int64)
+        for place, rows in enumerate(self.members_of(indices)):
+            places[place, : len(rows)] = self.rows.places(rows)
+        return places
+
+    def batch_loss_mask(self, indices: Sequence[int] | np.ndarray) -> Bool[np.ndarray, "B T"]:
+        """Return the mask of the completions' own tokens in the batch of these packed rows."""
+        members = self.members_of(indices)
+        contents = ([self.rows.loss_mask[c] for row in rows for c in self.rows.completions(row)] for rows in members)
+        marks, _, _ = _concatenate(contents, len(members), self.width, 0)
+        self.rows.loss_mask.release()
+        return marks.astype(np.bool_)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> PackedRankingBatch:
         """Return the batch of these packed rows."""

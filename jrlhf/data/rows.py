@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jrlhf.data.order import Part
 from jrlhf.data.protocol import Tokenizer
@@ -58,14 +58,7 @@ class SFTRows:
 
     def prompts(self, count: int, tokenizer: Tokenizer) -> "PromptRows":
         """Return prompts made of the first ``count`` rows: the tokens before the first learnt one, at least one."""
-        heads = []
-        for row in range(count):
-            first = int(np.argmax(self.loss_mask[row]))
-            heads.append(self.tokens[row][: max(first, 1)])
-        shown = [{"prompt": tokenizer.decode(head, skip_special_tokens=True)} for head in heads]
-        tokens = Ragged.from_rows(heads)
-        buckets = bucket_lengths(int(tokens.lengths.max()), 1)
-        return PromptRows(tokens, shown, buckets, self.pad, {}, [Part(count, 1.0)])
+        return _prompts(self.tokens, self.loss_mask, range(count), tokenizer, self.pad)
 
 
 @dataclass(frozen=True)
@@ -73,6 +66,8 @@ class RankingRows:
     """Rankings, whose completions follow each other in ``tokens``, as many per row as it has ranks."""
 
     tokens: Ragged
+    loss_mask: Ragged
+    """For each of ``tokens``, whether it belongs to the completion; False in the prompt and in results of tools."""
     ranks: Ragged
     margin: Float[np.ndarray, "N"]
     lengths: Int[np.ndarray, "N"]
@@ -96,6 +91,29 @@ class RankingRows:
         """Return the indices of the row's completions in ``tokens``."""
         first = self.ranks.start(row)
         return range(first, first + int(self.ranks.lengths[row]))
+
+    def prompts(self, count: int, tokenizer: Tokenizer) -> "PromptRows":
+        """Return the prompts of the first ``count`` rows, as their first completions have them, at least one token."""
+        return _prompts(
+            self.tokens, self.loss_mask, [self.completions(row)[0] for row in range(count)], tokenizer, self.pad
+        )
+
+    def places(self, rows: Sequence[int] | np.ndarray) -> Int[np.ndarray, "B K"]:
+        """Return the index in ``tokens`` of each completion in the batch of these rows; -1 where there is none."""
+        places = np.full((len(rows), self.max_completions), -1, np.int64)
+        for place, row in enumerate(rows):
+            here = self.completions(int(row))
+            places[place, : len(here)] = here
+        return places
+
+    def batch_loss_mask(self, rows: Sequence[int] | np.ndarray) -> Bool[np.ndarray, "B K T"]:
+        """Return the mask of the completions' own tokens in the batch of these rows."""
+        width = _bucket(self.buckets, self.lengths[rows])
+        marks = np.zeros((len(rows), self.max_completions, width), np.bool_)
+        for place, row in enumerate(rows):
+            here = self.completions(int(row))
+            marks[place, : len(here)], _ = self.loss_mask.padded(here, width, fill=0)
+        return marks
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> RankingBatch:
         """Return the batch of these rows, right-padded to the smallest bucket that fits.
@@ -141,6 +159,13 @@ class PromptRows(_RecordRows):
     def batch(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return ``(tokens, mask)``, left-padded to the smallest bucket that fits."""
         return self.tokens.padded(rows, _bucket(self.buckets, self.lengths[rows]), fill=self.pad, left=True)
+
+
+def _prompts(tokens: Ragged, loss_mask: Ragged, rows: Sequence[int], tokenizer: Tokenizer, pad: int) -> PromptRows:
+    heads = [tokens[row][: max(int(np.argmax(loss_mask[row])), 1)] for row in rows]
+    shown = [{"prompt": tokenizer.decode(head, skip_special_tokens=True)} for head in heads]
+    prompts = Ragged.from_rows(heads)
+    return PromptRows(prompts, shown, bucket_lengths(int(prompts.lengths.max()), 1), pad, {}, [Part(len(heads), 1.0)])
 
 
 class TextRows(_RecordRows):

@@ -41,7 +41,7 @@ def finished_summary(inputs: StageInputs, folder: Path) -> dict[str, Any] | None
     summary = read_summary(folder)
     if summary is None:
         return None
-    old = _read_origin(inputs.stage, folder)
+    old = read_origin(inputs.stage, folder)
     if old is None:
         return summary
     files = [
@@ -58,7 +58,7 @@ def finished_summary(inputs: StageInputs, folder: Path) -> dict[str, Any] | None
 def check_origin(inputs: StageInputs, folder: Path) -> Origin:
     """Return the origin of a stage that begins or resumes; raise ConfigError if it began with other inputs."""
     resumes = from_first("look for an earlier run", lambda: has_begun(folder))
-    old = _read_origin(inputs.stage, folder) if resumes else None
+    old = read_origin(inputs.stage, folder) if resumes else None
     records = old.inputs if old else ()
     # All processes read the rows together, so rows come before the files that only the first one reads.
     rows = [item for key, read in inputs.rows().items() for item in _read_rows(key, read)]
@@ -103,7 +103,7 @@ def _files(inputs: StageInputs, records: Sequence[Input]) -> Iterator[Input]:
             yield file_input(key, file, records=records)
 
 
-def _read_origin(stage: str, folder: Path) -> Origin | None:
+def read_origin(stage: str, folder: Path) -> Origin | None:
     """Read the origin that a stage began with from its folder or its newest checkpoint.
 
     Returns None, with a warning, for a stage of an early version, which has no record.

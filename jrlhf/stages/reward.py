@@ -12,17 +12,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jrlhf.config import Config, ConfigError, PlanConfig, RewardConfig, stages_before
+from jrlhf.config import Config, PlanConfig, RewardConfig, stages_before
 from jrlhf.core import combine
-from jrlhf.data import (
-    Order,
-    PackedRankingRows,
-    RankingRows,
-    TextRows,
-    load_rankings,
-    load_texts,
-    pack_rankings,
-)
+from jrlhf.data import Order, RankingRows, TextRows, load_rankings, load_texts
 from jrlhf.models import RewardModel
 from jrlhf.models.abstract import abstract_reward
 from jrlhf.models.reading import STOP_TOKEN
@@ -34,6 +26,7 @@ from jrlhf.rollout.reward_models import score_texts
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source, stage_folder, write_json
 from jrlhf.runs.inputs import RowsInput, StageInputs, with_sources
+from jrlhf.stages.rankings import packed_or_plain, planned_rankings, rankings, row_tokens
 from jrlhf.stages.reward_figures import calibration_bins, ordered_differences, pair_metrics
 from jrlhf.stages.run import run_stage
 from jrlhf.stages.stage import Export, Prepared, Stage
@@ -61,7 +54,7 @@ from jrlhf.train.rows import row_steps
 from jrlhf.train.site import Site
 from jrlhf.train.start import Training, begin, build_training, compute_options
 from jrlhf.train.window import Rate
-from jrlhf.types import PackedRankingBatch, Params, RankingBatch
+from jrlhf.types import PackedRankingBatch, Params
 
 
 def run_reward(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
@@ -153,14 +146,11 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
     normalise = "reward.normalise" if reward.normalise else f"reward.normalise (empty: {inputs.texts_source})"
     positions.check({"reward.data.train": rows, "reward.data.eval": heldout, normalise: texts})
 
-    batches = _packed(rows, reward) if reward.pack_length else rows
+    batches = packed_or_plain(rows, reward.pack_length, key="reward")
     order = Order(config.seed, batch_size=reward.batch_size, lengths=batches.lengths, parts=batches.parts)
     total = math.ceil(reward.epochs * order.steps_per_epoch)
     share = device_share(reward.batch_size, mesh, key="reward.batch_size")
-    platform, tokens = (
-        mesh.devices.flat[0].platform,
-        float(reward.pack_length or rows.max_completions * rows.lengths.mean()),
-    )
+    platform, tokens = mesh.devices.flat[0].platform, row_tokens(rows, reward.pack_length)
     slices = reading_slices(share, microbatch=reward.microbatch, tokens=tokens, platform=platform)
     programs = build_reward(config, model, mesh, slices=slices, updates=total)
     frozen = programs.training.frozen
@@ -207,13 +197,6 @@ def prepare_reward(site: Site, inputs: RewardInputs) -> Prepared:
         shown=("loss", "accuracy", "pairs_per_second"),
     )
     return Prepared(loop, begin(programs.training, mesh=mesh, key=stream_key(config.seed, "reward", "train")), export)
-
-
-def _packed(rows: RankingRows, reward: RewardConfig) -> PackedRankingRows:
-    try:
-        return pack_rankings(rows, reward.pack_length)
-    except ValueError as error:
-        raise ConfigError(f"reward.pack_length: all completions of a prompt stand in one row: {error}") from error
 
 
 def _evaluator(
@@ -276,9 +259,7 @@ def plan_reward(config: PlanConfig, target: Target) -> Sized:
     def build(rows: int) -> StagePlan:
         batch = rows * slices * target.groups
         plain = rankings(target, (batch, completions), longest)
-        # A row holds as many prompts as fit at their maximum length.
-        in_row = max(1, packed // (completions * longest))
-        batch_shapes = packed_rankings(target, (batch, in_row, completions), packed) if packed else plain
+        batch_shapes = planned_rankings(target, batch, completions, longest, packed) if packed else plain
         parts = [run.start, run.update(batch_shapes, flops=float(row_flops) * batch, read=traffic)]
         if reward.data.eval:
             args = combine(run.state.params, frozen), plain
@@ -286,20 +267,6 @@ def plan_reward(config: PlanConfig, target: Target) -> Sized:
         return StagePlan("reward", "reward.batch_size", batch, run.held, tuple(parts))
 
     return Sized(share // slices, reward.model.dtype, build)
-
-
-def rankings(target: Target, lead: tuple[int, int], length: int) -> RankingBatch:
-    """Return the shapes of ``[B, K]`` completions of ``length`` tokens."""
-    tokens, marks = target.rows((*lead, length), jnp.int32), target.rows((*lead, length), jnp.bool_)
-    ranks, valid = target.rows(lead, jnp.int32), target.rows(lead, jnp.bool_)
-    return RankingBatch(tokens, marks, ranks, valid, target.rows(lead[:1], jnp.float32))
-
-
-def packed_rankings(target: Target, lead: tuple[int, int, int], length: int) -> PackedRankingBatch:
-    """Return the shapes of ``[B, G, K]`` completions in ``B`` rows of ``length`` tokens."""
-    tokens, segments = (target.rows((lead[0], length), jnp.int32) for _ in range(2))
-    ends, ranks, valid = (target.rows(lead, dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_))
-    return PackedRankingBatch(tokens, segments, ends, ranks, valid, target.rows(lead[:2], jnp.float32))
 
 
 def load_start(source: str, *, mesh: Mesh, option: str) -> RewardModel:

@@ -18,18 +18,18 @@ from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.planning import sampling_program
 from jrlhf.rollout.safety import load_safety_prompts, make_safety
+from jrlhf.rollout.samples import make_sample_writer
 from jrlhf.rollout.sampling import GenerateFn, answers, jit_generate
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source
 from jrlhf.runs.inputs import SAFETY, RowsInput, StageInputs, with_sources
-from jrlhf.runs.metrics import drop_after
 from jrlhf.stages.run import run_stage
 from jrlhf.stages.stage import Export, Prepared, Stage, load_language
 from jrlhf.steps import make_sft_eval, make_sft_step
 from jrlhf.system.lines import json_line, write_text
 from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
 from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
-from jrlhf.train.keys import Stream, stream_key
+from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
 from jrlhf.train.performance import rates, training_flops
@@ -154,7 +154,7 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
         programs.training, batches, order, mesh, flops=lambda batch, metrics: flops(batch.mask, metrics["tokens"])
     )
     generate = jit_generate(model.decode_fns, sft.sampling, tokenizer, mesh, option="sft.sampling")
-    samples = _sample_writer(site, generate, shown)
+    samples = make_sample_writer(site, shown, generate, batch_size=sft.batch_size)
     score = _evaluator(sft, programs.losses, heldout, mesh)
     safety = make_safety(site, inputs.safety_prompts, generate, batch_size=sft.batch_size, positions=answering)
     exported = exported_form(model, sft.export_dtype)
@@ -218,64 +218,23 @@ def _evaluator(
     return evaluate
 
 
-def _sample_writer(site: Site, generate: GenerateFn, prompts: PromptRows | None) -> Callable[[Params, int], None]:
-    """Return a function that appends answers to the prompts of the first held-out rows to samples.jsonl.
-
-    A resumed run replaces the lines of a repeated step. The prompt of plain text is only a BOS token.
-    """
-    if prompts is None:
-        return lambda params, number: None
-
-    def write(params: Params, number: int) -> None:
-        texts = _answers(site, generate, params, prompts, stream="samples", samples=1, show_progress=False)
-        rows = [{"step": number, **row, "completion": a} for row, (a,) in zip(prompts.shown, texts, strict=True)]
-        if is_first():
-            drop_after(site.folder / "samples.jsonl", number - 1)
-            with (site.folder / "samples.jsonl").open("a", encoding="utf-8") as out:
-                out.writelines(json_line(row) for row in rows)
-
-    return write
-
-
 def _write_candidates(site: Site, generate: GenerateFn, params: Params, prompts: PromptRows) -> None:
     """Write several answers to each prompt for people to rank; with ``"ranks"`` a row becomes a row of reward data."""
     sft = site.config.sft
-    texts = _answers(
-        site,
+    texts = answers(
         generate,
         params,
         prompts,
-        stream="candidates",
+        site.tokenizer,
         samples=sft.candidates,
+        key=stream_key(site.config.seed, "sft", "candidates"),
+        mesh=site.mesh,
+        batch_size=sft.batch_size,
         show_progress=sft.log.progress,
     )
     rows = (row | {"completions": completions} for row, completions in zip(prompts.shown, texts, strict=True))
     if is_first():
         write_text(site.folder / "candidates.jsonl", "".join(map(json_line, rows)))
-
-
-def _answers(
-    site: Site,
-    generate: GenerateFn,
-    params: Params,
-    prompts: PromptRows,
-    *,
-    stream: Stream,
-    samples: int,
-    show_progress: bool,
-) -> list[list[str]]:
-    """Sample ``samples`` answers to each prompt, with the same random draws in every call."""
-    return answers(
-        generate,
-        params,
-        prompts,
-        site.tokenizer,
-        samples=samples,
-        key=stream_key(site.config.seed, "sft", stream),
-        mesh=site.mesh,
-        batch_size=site.config.sft.batch_size,
-        show_progress=show_progress,
-    )
 
 
 def plan_sft(config: PlanConfig, target: Target) -> Sized:

@@ -1,6 +1,7 @@
 """The table of stages in the order of the pipeline; a new stage adds a line here and a section of ``Config``."""
 
 from jrlhf.config import stage_sections
+from jrlhf.stages.dpo import DPO
 from jrlhf.stages.ppo import PPO
 from jrlhf.stages.reward import REWARD
 from jrlhf.stages.sft import SFT
@@ -9,6 +10,7 @@ from jrlhf.stages.stage import Stage
 STAGES: tuple[Stage, ...] = (
     SFT,
     REWARD,
+    DPO,
     PPO,
 )
 

@@ -1,5 +1,14 @@
 """Factories of pure training steps over any model that speaks the protocols of ``jrlhf.types``."""
 
+from jrlhf.steps.dpo import (
+    AnswerLogprobs,
+    DPOSettings,
+    answer_logprobs,
+    compared,
+    make_dpo_step,
+    preference_means,
+    preference_sums,
+)
 from jrlhf.steps.experience import make_experience, make_readings, make_targets, rollout_metrics
 from jrlhf.steps.generate import make_generate
 from jrlhf.steps.networks import Networks, separate, shared
@@ -9,8 +18,13 @@ from jrlhf.steps.reward import make_reward_step, score_completions, score_sequen
 from jrlhf.steps.sft import make_sft_eval, make_sft_step, trained_tokens
 
 __all__ = [
+    "AnswerLogprobs",
+    "DPOSettings",
     "Networks",
     "PPOSettings",
+    "answer_logprobs",
+    "compared",
+    "make_dpo_step",
     "make_experience",
     "make_generate",
     "make_ppo_step",
@@ -19,6 +33,8 @@ __all__ = [
     "make_sft_eval",
     "make_sft_step",
     "make_targets",
+    "preference_means",
+    "preference_sums",
     "rollout_metrics",
     "score_completions",
     "score_sequences",

@@ -23,7 +23,7 @@ LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_blac
 BAD, ODD = "red", "yellow"
 MAX_CUT_TOKENS = 12
 """Maximum number of tokens to show of a part that was cut off."""
-USES = {"sft": "SFT", "reward": "a reward model", "prompts": "PPO's prompts"}
+USES = {"sft": "SFT", "reward": "a reward model or DPO", "prompts": "PPO's prompts"}
 
 
 def run_show(args: ShowConfig) -> None:
@@ -119,9 +119,7 @@ def legend(kind: str) -> Text:
         case "sft":
             return line.append("⟦what is learnt⟧", LEARNT)
         case "reward":
-            return line.append("⟦what the answers do not share⟧", LEARNT).append(
-                "; the score is read at the last token"
-            )
+            return line.append("⟦the answer⟧", LEARNT).append("; a reward model's score is read at the last token")
         case _:
             return line.append("an answer is sampled after the last token")
 

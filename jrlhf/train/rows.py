@@ -50,4 +50,8 @@ def row_steps(
         metrics |= seconds | {"flops": flops(batch, metrics)}
         return state._replace(train=train, cursor=state.cursor + 1), metrics
 
-    return RowSteps(advance, lambda state, number: batches.batch(order[number])._asdict())
+    def batch_of(state: RunState, number: int) -> dict[str, np.ndarray]:
+        arrays = batches.batch(order[number])._asdict()
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    return RowSteps(advance, batch_of)

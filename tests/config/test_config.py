@@ -392,8 +392,11 @@ RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name !=
 def test_every_recipe_is_strictly_valid_and_names_its_data(path):
     config = load_config(path)
     assert config.sft.model.path
-    assert all((config.sft.data.train, config.reward.data.train, config.ppo.prompts.train))
-    assert all((config.sft.data.eval, config.reward.data.eval, config.ppo.prompts.eval))
+    # After SFT a recipe goes by a reward model and PPO, or by DPO.
+    reward, dpo, ppo = config.reward.data, config.dpo.data, config.ppo.prompts
+    parts = [config.sft.data, *([dpo] if dpo.train else [reward, ppo])]
+    assert all(part.train and part.eval for part in parts)
+    assert not dpo.train or not any((reward.train, ppo.train))
     assert config.run != Config().run
 
 

@@ -65,7 +65,7 @@ def everything(rows: Any) -> dict[str, Any]:
         found["margin"] = rows.margin.tolist()
     order = Order(0, batch_size=7, lengths=rows.lengths, parts=rows.parts)
     batches = [rows.batch(order[step]) for step in range(2 * order.steps_per_epoch)]
-    found["batches"] = [[(x.dtype, x.shape, x.tolist()) for x in batch] for batch in batches]
+    found["batches"] = [[(x.dtype, x.shape, x.tolist()) for x in batch if x is not None] for batch in batches]
     return found
 
 

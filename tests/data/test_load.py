@@ -93,6 +93,53 @@ def test_rankings_and_messages_from_every_kind_that_has_lists(chat, config, tmp_
     assert list(texts.shown) == [{"prompt": [user], "completion": answer} for answer in said]
 
 
+def learnt_of(rows, index: int) -> list[int]:
+    return rows.tokens[index][rows.loss_mask[index]].tolist()
+
+
+def test_the_answers_of_a_ranking_are_marked(tokenizer, config, write):
+    """Word and stop token of each answer, and nothing of the prompt, as SFT on the same answer marks them."""
+    given, answers = {"prompt": "Q", "ranks": [1, 0, 1]}, [" yes", " no way", " so"]
+    rows = load_rankings(config(), write([given | {"completions": answers}]), tokenizer)
+    sft_rows = load_sft(
+        config(),
+        write([{"prompt": "Q", "completion": answer} for answer in answers], "sft.jsonl"),
+        tokenizer,
+        train_on="completion",
+    )
+    for i, answer in enumerate(answers):
+        assert rows.tokens[i].tolist() == sft_rows.tokens[i].tolist()
+        assert rows.loss_mask[i].tolist() == sft_rows.loss_mask[i].tolist()
+        assert learnt_of(rows, i)[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(learnt_of(rows, i), skip_special_tokens=True).strip() == answer.strip()
+
+
+def test_the_marks_of_a_ranking_that_is_cut(metaspace, config, write):
+    """The prompt goes first; then the answers lose their ends. A BOS stays, and is never of an answer."""
+    source = write([{"prompt": "Hello there", "chosen": " hi well", "rejected": " no"}])
+    whole = load_rankings(config(), source, metaspace)
+    lengths = [len(learnt_of(whole, i)) for i in (0, 1)]
+    for max_length in range(2, 1 + max(map(int, whole.tokens.lengths))):
+        rows = load_rankings(config(max_length=max_length), source, metaspace)
+        for i, length in enumerate(lengths):
+            assert learnt_of(rows, i) == learnt_of(whole, i)[: max_length - 1]
+            assert len(rows.tokens[i]) == min(max_length, len(whole.tokens[i]))
+            assert rows.tokens[i][0] == metaspace.bos_token_id
+            assert rows.loss_mask[i].tolist()[-min(length, max_length - 1) :] == [True] * min(length, max_length - 1)
+
+
+def test_words_between_the_turns_of_an_answer_are_not_its_own(chat, config, write):
+    ask = {"role": "user", "content": "hi"}
+    said = [
+        [{"role": "assistant", "content": a}, {"role": "user", "content": "and?"}, {"role": "assistant", "content": b}]
+        for a, b in (("hello", "well"), ("42", "hello"))
+    ]
+    rows = load_rankings(config(), write([{"prompt": [ask], "completions": said, "ranks": [0, 1]}]), chat)
+    end = "<|im_end|>"
+    for i, (first, _, last) in enumerate(said):
+        assert chat.decode(learnt_of(rows, i)) == first["content"] + end + last["content"] + end
+
+
 def test_rows_of_different_formats_in_one_file(chat, config, write):
     rows = [{"text": "hi"}, {"prompt": "a", "completion": "b"}, {"chosen": HH + " x", "rejected": HH + " y"}]
     loaded = load_sft(config(), write(rows), chat, train_on="completion")

@@ -68,7 +68,7 @@ def test_a_packed_ranking_keeps_its_completions_together(tokenizer):
     rows = load_rankings(config, assets.resolve("asset:rankings_heldout"), tokenizer)
     packed = pack_rankings(rows, 512)
     indices = np.arange(4)
-    batch = packed.batch(indices)
+    batch, places, marks = packed.batch(indices), packed.places(indices), packed.batch_loss_mask(indices)
     for place in indices:
         members = packed.members[int(place)].tolist()
         assert batch.valid[place, len(members) :].sum() == 0
@@ -83,6 +83,11 @@ def test_a_packed_ranking_keeps_its_completions_together(tokenizer):
                 here = np.flatnonzero(batch.segments[place] == segment)
                 np.testing.assert_array_equal(batch.tokens[place, here], rows.tokens[completion])
                 assert batch.ends[place, number, k] == here[-1]
+                assert places[place, number, k] == completion
+                np.testing.assert_array_equal(marks[place, here], rows.loss_mask[completion])
+            assert (places[place, number, len(given) :] == -1).all()
+        assert (places[place, len(members) :] == -1).all()
+        assert not marks[place, batch.segments[place] == 0].any()
 
 
 def test_the_shipped_reviews_fill_more_than_95_percent(tokenizer):

@@ -68,6 +68,7 @@ def test_rankings_are_padded_to_the_most_completions_and_the_mask_says_which_are
     answers = [tokens for group in groups for tokens, _ in group]
     rows = RankingRows(
         tokens=ragged(answers),
+        loss_mask=ragged([[n % 2 for n in range(len(tokens))] for tokens in answers]),
         ranks=ragged([[rank for _, rank in group] for group in groups]),
         margin=np.arange(len(groups), dtype=np.float32),
         lengths=np.asarray([max(len(tokens) for tokens, _ in group) for group in groups], np.int32),
@@ -89,7 +90,16 @@ def test_rankings_are_padded_to_the_most_completions_and_the_mask_says_which_are
             assert batch.ranks[place, k] == rank
             assert batch.valid[place, k] == (k < len(groups[i]))
         assert batch.margin[place] == i
-    assert [x.dtype for x in batch] == [np.int32, np.bool_, np.int32, np.bool_, np.float32]
+    assert [x.dtype for x in batch[:5]] == [np.int32, np.bool_, np.int32, np.bool_, np.float32]
+    assert batch[5:] == (None, None)
+    marks, places = rows.batch_loss_mask(chosen), rows.places(chosen)
+    assert marks.shape == batch.mask.shape
+    for place, i in enumerate(chosen):
+        for k in range(most):
+            length = len(groups[i][k][0]) if k < len(groups[i]) else 0
+            assert marks[place, k].tolist() == padded([n % 2 == 1 for n in range(length)], width, False, left=False)
+            assert (places[place, k] >= 0) == bool(length)
+            assert not length or rows.tokens[int(places[place, k])].tolist() == groups[i][k][0]
 
 
 def test_lengths_compile_for_no_more_widths_than_buckets():

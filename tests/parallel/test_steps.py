@@ -19,7 +19,15 @@ from jax.sharding import PartitionSpec as P
 
 from jrlhf.core import from_logits
 from jrlhf.parallel import ShardingRules, Step, init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
-from jrlhf.steps import PPOSettings, make_ppo_step, make_reward_step, make_sft_step, separate
+from jrlhf.steps import (
+    DPOSettings,
+    PPOSettings,
+    make_dpo_step,
+    make_ppo_step,
+    make_reward_step,
+    make_sft_step,
+    separate,
+)
 from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 32, 16, 16, 6
@@ -98,6 +106,21 @@ def reward_case() -> Case:
     )
 
 
+def dpo_case() -> Case:
+    rng = np.random.default_rng(3)
+    rankings = reward_case().batch
+    batch = rankings._replace(
+        loss_mask=rankings.mask & (np.arange(LENGTH) >= 2),
+        ref_logprobs=(rng.standard_normal((ROWS, 3)) - 8.0).astype(np.float32),
+    )
+    settings = DPOSettings("sigmoid", beta=0.5, label_smoothing=0.1)
+    return Case(
+        lambda tx, slices: make_dpo_step(from_logits(policy.apply), tx, settings, accumulation=slices),
+        lambda key: init_of(policy, key),
+        batch,
+    )
+
+
 def ppo_case() -> Case:
     rng = np.random.default_rng(2)
     mask = ragged_masks(rng, ROWS)
@@ -137,7 +160,7 @@ def ppo_case() -> Case:
     return Case(make_step, init, rollout)
 
 
-CASES = {"sft": sft_case, "reward": reward_case, "ppo": ppo_case}
+CASES = {"sft": sft_case, "reward": reward_case, "dpo": dpo_case, "ppo": ppo_case}
 
 
 def one_device() -> Mesh:

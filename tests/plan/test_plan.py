@@ -14,6 +14,7 @@ from jrlhf import assets
 from jrlhf.config import (
     ConfigError,
     DataConfig,
+    DPOConfig,
     LoRAConfig,
     MeshConfig,
     ModelConfig,
@@ -31,6 +32,7 @@ from jrlhf.plan import run_plan
 from jrlhf.plan.parts import StageFigures
 from jrlhf.plan.programs import Figures, cache_bytes, compile_program, program_figures
 from jrlhf.plan.run import fitting_rows, plan_stage, planned_target
+from jrlhf.stages.dpo import plan_dpo
 from jrlhf.stages.ppo import plan_ppo
 from jrlhf.stages.reward import plan_reward
 from jrlhf.stages.sft import plan_sft
@@ -49,6 +51,7 @@ CONFIG = PlanConfig(
         model=ModelConfig(path="asset:stories260k"), data=DataConfig(train="absent.jsonl", max_length=32), batch_size=16
     ),
     reward=RewardConfig(data=DataConfig(max_length=32)),
+    dpo=DPOConfig(data=DataConfig(max_length=32)),
     ppo=PPOConfig(
         prompts=DataConfig(max_length=16), sampling=SamplingConfig(max_new_tokens=8), episodes=16, microbatch=1
     ),
@@ -78,6 +81,8 @@ STATES = [
     ("sft", LoRAConfig(), "float32"),
     ("sft", LORA, "bfloat16"),
     ("reward", LORA, "float32"),
+    ("dpo", LoRAConfig(), "float32"),
+    ("dpo", LORA, "bfloat16"),
     ("ppo", LoRAConfig(), "float32"),
     ("ppo", LoRAConfig(), "bfloat16"),
     ("ppo", LORA, "bfloat16"),
@@ -90,11 +95,12 @@ def test_a_planned_state_has_the_bytes_of_a_real_one(
 ) -> None:
     """In bfloat16 the weights that are not trained are in bfloat16."""
     model = ModelConfig("asset:stories260k", dtype=dtype)
-    sft, reward, ppo = (replace(part, lora=lora, model=model) for part in (CONFIG.sft, CONFIG.reward, CONFIG.ppo))
+    sections = CONFIG.sft, CONFIG.reward, CONFIG.dpo, CONFIG.ppo
+    sft, reward, dpo, ppo = (replace(part, lora=lora, model=model) for part in sections)
     ppo = replace(ppo, reward=replace(model, path=""))
-    config = replace(CONFIG, sft=sft, reward=reward, ppo=replace(ppo, ema_decay=0.9))
+    config = replace(CONFIG, sft=sft, reward=reward, dpo=dpo, ppo=replace(ppo, ema_decay=0.9))
     site = planned_target(config)
-    make = {"sft": plan_sft, "reward": plan_reward, "ppo": plan_ppo}[kind]
+    make = {"sft": plan_sft, "reward": plan_reward, "dpo": plan_dpo, "ppo": plan_ppo}[kind]
     held = make(config, site).build(1).held
 
     weights = "auto" if kind == "ppo" or lora.rank else "float32"
@@ -103,7 +109,7 @@ def test_a_planned_state_has_the_bytes_of_a_real_one(
     tx, _ = make_optimizer(config.sft.optim, updates=9)
     more = {}
     match kind:
-        case "sft":
+        case "sft" | "dpo":
             trained, frozen = trainable(base, lora, jax.random.key(0), mesh=site.mesh, path="lora")
             loaded = ()
         case "reward":

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jrlhf.config import Config, OptimConfig, PlanConfig
+from jrlhf.config import Config, DPOConfig, OptimConfig, PlanConfig
 from jrlhf.plan.run import planned_target
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.stage import Stage
@@ -20,6 +20,7 @@ LOCATION = re.compile(r"^#loc.*\n| loc\(.*\)$", flags=re.MULTILINE)
 PROGRAMS = {
     "sft": {"start", "update", "evaluation"},
     "reward": {"start", "update", "evaluation"},
+    "dpo": {"reference", "start", "update", "evaluation"},
     "ppo": {"start", "rollout", "readings", "scores", "update"},
 }
 
@@ -41,13 +42,14 @@ def run(dumped: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config,
     """A run's config, and the text of every program that it compiled. No figure of the config depends on the data."""
     config = small_config(tmp_path_factory.mktemp("run"), "run")
     optim, rankings = OptimConfig(schedule="constant", warmup=0.0), str(config.reward.data.train)
+    ranked = replace(config.reward.data, eval=rankings)
+    quiet = replace(config.sft.log, samples=0)
     config = replace(
         config,
         # The lengths of other prompts, and so the shapes of answers to them, are the data's.
-        sft=replace(
-            config.sft, optim=optim, microbatch=1, candidate_prompts="", log=replace(config.sft.log, samples=0)
-        ),
-        reward=replace(config.reward, optim=optim, microbatch=1, data=replace(config.reward.data, eval=rankings)),
+        sft=replace(config.sft, optim=optim, microbatch=1, candidate_prompts="", log=quiet),
+        reward=replace(config.reward, optim=optim, microbatch=1, data=ranked),
+        dpo=DPOConfig(data=ranked, optim=optim, batch_size=8, microbatch=1, log=quiet),
         # Widths are multiples of 8.
         ppo=replace(config.ppo, optim=optim, prompts=replace(config.ppo.prompts, max_length=16)),
     )
@@ -61,7 +63,13 @@ def text_of(program: str) -> str:
 
 def planned(stage: Stage, config: Config) -> dict[str, Program]:
     plan = PlanConfig(
-        topology="cpu:8", completions=16, mesh=config.mesh, sft=config.sft, reward=config.reward, ppo=config.ppo
+        topology="cpu:8",
+        completions=16,
+        mesh=config.mesh,
+        sft=config.sft,
+        reward=config.reward,
+        dpo=config.dpo,
+        ppo=config.ppo,
     )
     sized = stage.plan(plan, planned_target(plan))
     return {program.name: program for program in sized.build(sized.rows).programs}

@@ -198,7 +198,7 @@ def test_a_run_on_its_way_has_a_page_too(run: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not a run: it has none of sft, reward, ppo"):
+    with pytest.raises(ConfigError, match="not a run: it has none of sft, reward, dpo, ppo"):
         run_report(ReportConfig(str(tmp_path)), STAGES)
     with pytest.raises(ConfigError, match="not a run"):
         run_report(ReportConfig(str(tmp_path / "absent")), STAGES)

@@ -15,7 +15,7 @@ from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.parallel import make_mesh, tree_shardings
 from jrlhf.rollout.actors import Actors
 from jrlhf.stages.ppo import make_step
-from jrlhf.steps import make_reward_step, make_sft_step
+from jrlhf.steps import DPOSettings, make_dpo_step, make_reward_step, make_sft_step
 from jrlhf.train.batches import device_share, gradient_slices
 from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
 from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
@@ -49,8 +49,9 @@ def test_every_stage_of_a_recipe_has_the_shapes_it_needs(path: Path) -> None:
     config = load_config(path)
     arch = ARCHS[config.sft.model.path]
     assert max(config.sft.data.max_length, config.reward.data.max_length) <= arch.max_positions
+    assert not config.dpo.data.train or config.dpo.data.max_length <= arch.max_positions
     assert config.ppo.prompts.max_length + config.ppo.sampling.max_new_tokens <= arch.max_positions
-    for check in (check_sft, check_reward, check_ppo):
+    for check in (check_sft, check_reward, check_dpo, check_ppo):
         state = check(config, arch)
         # The recipe's mesh on as many devices as there are here, each axis as large as fits.
         fsdp, tensor = min(config.mesh.fsdp, 2), min(config.mesh.tensor, 2)
@@ -73,6 +74,23 @@ def check_sft(config: Config, arch: ArchConfig) -> TrainState:
     shape = (sft.batch_size, sft.data.max_length)
     batch = SFTBatch(struct(shape, jnp.int32), struct(shape, jnp.bool_), struct(shape, jnp.bool_))
     step = make_sft_step(fns.logprob_fn, tx, accumulation=slices(sft.batch_size, sft.microbatch))
+    after, _ = jax.eval_shape(step, state, batch, KEY)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    return state
+
+
+def check_dpo(config: Config, arch: ArchConfig) -> TrainState:
+    dpo = config.dpo
+    fns = decoder_fns(arch, dtype=dpo.model.dtype, remat=dpo.model.remat)
+    tx, _ = make_optimizer(dpo.optim, updates=100)
+    state = start(abstract_params(arch), tx)
+    shape = (dpo.batch_size, 2, dpo.data.max_length)
+    marks, pairs = struct(shape, jnp.bool_), struct(shape[:2])
+    ranks, valid = struct(shape[:2], jnp.int32), struct(shape[:2], jnp.bool_)
+    batch = RankingBatch(struct(shape, jnp.int32), marks, ranks, valid, struct(shape[:1]), marks, pairs)
+    settings = DPOSettings(dpo.loss, dpo.beta, label_smoothing=dpo.label_smoothing, gamma=dpo.gamma)
+    parts = slices(dpo.batch_size, dpo.microbatch)
+    step = make_dpo_step(fns.logprob_fn, tx, settings, accumulation=parts)
     after, _ = jax.eval_shape(step, state, batch, KEY)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     return state

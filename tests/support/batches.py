@@ -45,6 +45,16 @@ def ranking_batch(rows=4, seed=0, width=6):
     )
 
 
+def preference_batch(rows=4, seed=0, width=6):
+    """``ranking_batch`` whose first token is a prompt, with a reference for each completion."""
+    batch = ranking_batch(rows, seed, width)
+    reference = np.random.default_rng(seed + 100).normal(size=batch.ranks.shape) - 5.0
+    return batch._replace(
+        loss_mask=batch.mask & (jnp.arange(width) >= 1)[None, None, :],
+        ref_logprobs=jnp.asarray(reference, jnp.float32),
+    )
+
+
 def rollout_batch(apply_fn, params, *, rows=4, prompt=3, response=6, temperature=0.7, seed=0, noise=0.5):
     """A rollout with responses of very different lengths, whose old log-probs lie ``noise`` beside the policy's."""
     rng = np.random.default_rng(seed)

@@ -95,6 +95,30 @@ def kwise_centering(scores, ranks, mask):
     return sum(squares) / len(squares) if squares else 0.0
 
 
+def dpo(policy_margin, reference_margin, margin, beta, kind, label_smoothing):
+    """One ordered pair, each loss as its paper writes it."""
+    if kind == "simpo":
+        return minus_log_sigmoid(beta * policy_margin - margin)
+    h = policy_margin - reference_margin
+    if kind == "ipo":
+        return (h - margin / beta - 1 / (2 * beta)) ** 2
+    z = beta * h - margin
+    return (1 - label_smoothing) * minus_log_sigmoid(z) + label_smoothing * minus_log_sigmoid(-z)
+
+
+def kwise_dpo(logprobs, ref_logprobs, ranks, mask, margin, **options):
+    losses = [
+        dpo(
+            float(logprobs[i]) - float(logprobs[j]),
+            float(ref_logprobs[i]) - float(ref_logprobs[j]),
+            float(margin),
+            **options,
+        )
+        for i, j in pairs(ranks, mask)
+    ]
+    return sum(losses) / len(losses) if losses else 0.0
+
+
 def policy_loss(logprob, old_logprob, advantage, clip, dual_clip):
     ratio = math.exp(max(-20.0, min(20.0, float(logprob) - float(old_logprob))))
     clipped = max(1 - clip, min(1 + clip, ratio))

@@ -88,14 +88,14 @@ def test_pairs_are_shown_and_a_bad_row_is_a_usage_error_once_all_is_counted(rows
     assert (
         out
         == f"""\
-{data} for a reward model; max_length 12
-{ABOUT}⟦what the answers do not share⟧; the score is read at the last token
+{data} for a reward model or DPO; max_length 12
+{ABOUT}⟦the answer⟧; a reward model's score is read at the last token
 
 {data}:1
 rank 0 (best), 12 tokens
-<s>· Once· upon· a· time· there· was· a⟦ big· do·g·</s>⟧
+<s>· Once· upon· a· time· there· was⟦ a· big· do·g·</s>⟧
 rank 1, 12 tokens, 5 cut off: the prompt's start,  Once upon a time there
-<s>· was· a⟦ c·at· and· a· very· big· do·g·</s>⟧
+<s>· was⟦ a· c·at· and· a· very· big· do·g·</s>⟧
 
 rows 2, tokens 33
 tokens an answer with its prompt: 4 to 12, half up to 5, 95 % up to 12; 5 cut off

@@ -123,7 +123,7 @@ def test_no_two_draws_of_a_run_share_a_key(tmp_path: Path) -> None:
 
 
 def test_streams_are_apart_from_each_other_and_from_every_step_number() -> None:
-    stages, streams = ("sft", "reward", "ppo", "generate", "verify"), get_args(Stream)
+    stages, streams = ("sft", "reward", "dpo", "ppo", "generate", "verify"), get_args(Stream)
     keys = {tuple(jax.random.key_data(stream_key(0, *pair)).tolist()) for pair in product(stages, streams)}
     assert len(keys) == len(stages) * len(streams)
     steps = jax.vmap(lambda step: jax.random.key_data(jax.random.fold_in(jax.random.key(0), step)))(np.arange(100_000))

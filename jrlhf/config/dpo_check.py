@@ -1,0 +1,46 @@
+"""Checks of the DPO stage's config. Imports no JAX."""
+
+from collections.abc import Iterator
+
+from jrlhf.config.schema_check import (
+    Check,
+    batch_checks,
+    checkpoint_checks,
+    data_checks,
+    gate_checks,
+    log_checks,
+    lora_checks,
+    optim_checks,
+    packing_checks,
+    sampling_checks,
+    trained_model_check,
+)
+from jrlhf.config.stages import DPOConfig
+
+
+def dpo_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:
+    yield from data_checks(f"{path}.data", dpo.data)
+    yield from lora_checks(f"{path}.lora", dpo.lora)
+    yield trained_model_check(path, dpo.model, dpo.lora)
+    yield from optim_checks(f"{path}.optim", dpo.optim)
+    yield from checkpoint_checks(f"{path}.checkpoint", dpo.checkpoint)
+    yield from log_checks(f"{path}.log", dpo.log)
+    yield from sampling_checks(f"{path}.sampling", dpo.sampling)
+    yield dpo.epochs > 0, f"{path}.epochs", dpo.epochs, "above 0"
+    yield from batch_checks(path, dpo.batch_size, dpo.microbatch)
+    yield from packing_checks(path, dpo.pack_length, dpo.data.max_length)
+    yield dpo.max_skipped >= 1, f"{path}.max_skipped", dpo.max_skipped, "1 or more"
+    yield from gate_checks(f"{path}.gates", dpo.gates, dpo.data.eval, f"{path}.data.eval")
+    yield from _loss_checks(path, dpo)
+
+
+def _loss_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:
+    yield dpo.beta > 0, f"{path}.beta", dpo.beta, "above 0, else nothing is learnt from the order of answers"
+    # From one half on, the worse answer would be learnt as the better one.
+    yield 0 <= dpo.label_smoothing < 0.5, f"{path}.label_smoothing", dpo.label_smoothing, "from 0 to below 0.5"
+    smooth = dpo.loss == "sigmoid" or dpo.label_smoothing == 0
+    only = f"0, because {path}.loss is {dpo.loss}"
+    yield smooth, f"{path}.label_smoothing", dpo.label_smoothing, f"{only} and only sigmoid has smooth labels"
+    yield dpo.gamma >= 0, f"{path}.gamma", dpo.gamma, "0 or more"
+    margin = dpo.loss == "simpo" or dpo.gamma == 0
+    yield margin, f"{path}.gamma", dpo.gamma, f"{only} and only simpo has this margin"

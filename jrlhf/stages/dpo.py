@@ -1,0 +1,327 @@
+"""Direct preference optimisation (DPO) trains the policy on people's rankings, without a reward model."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jrlhf.config import Config, DPOConfig, PlanConfig, stages_before
+from jrlhf.core import combine
+from jrlhf.data import Order, PreferenceRows, PromptRows, RankingRows, load_rankings
+from jrlhf.models import Pretrained, load_pretrained, merge_adapters
+from jrlhf.parallel import fetch, shard_batch
+from jrlhf.parallel.devices.peaks import device_peaks
+from jrlhf.parallel.step import jit_for
+from jrlhf.rollout.planning import sampling_program
+from jrlhf.rollout.safety import load_safety_prompts, make_safety
+from jrlhf.rollout.samples import make_sample_writer
+from jrlhf.rollout.sampling import jit_generate
+from jrlhf.runs.exports import exported_form
+from jrlhf.runs.folder import model_source
+from jrlhf.runs.inputs import SAFETY, RowsInput, StageInputs, with_sources
+from jrlhf.stages.dpo_reference import reference_logprobs
+from jrlhf.stages.rankings import packed_or_plain, planned_rankings, rankings, row_tokens
+from jrlhf.stages.run import run_stage
+from jrlhf.stages.stage import Export, Prepared, Stage, load_language
+from jrlhf.steps import (
+    DPOSettings,
+    answer_logprobs,
+    compared,
+    make_dpo_step,
+    preference_means,
+    preference_sums,
+)
+from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
+from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.keys import stream_key
+from jrlhf.train.lora import trainable
+from jrlhf.train.optim import make_optimizer
+from jrlhf.train.performance import rates, training_flops
+from jrlhf.train.positions import Positions
+from jrlhf.train.programs import (
+    PLANNED_UPDATES,
+    Program,
+    Sized,
+    StagePlan,
+    Target,
+    device_bytes,
+    planned_model,
+    planned_source,
+    planned_training,
+)
+from jrlhf.train.rows import row_steps
+from jrlhf.train.site import Site
+from jrlhf.train.start import Training, begin, build_training, compute_options
+from jrlhf.train.state import RunState
+from jrlhf.train.window import Rate
+from jrlhf.types import PackedRankingBatch, Params, RankingBatch
+
+
+def run_dpo(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
+    """Train, evaluate and export a policy with DPO; return the stage's summary. See ``run_stage``.
+
+    The stage also writes ``reference.npz``, the log-probs of the initial policy, and ``samples.jsonl``.
+    """
+    return run_stage(DPO, config, on_event=on_event)
+
+
+class DPOInputs(StageInputs):
+    """The initial policy, the rankings and the safety prompts of DPO."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, "dpo")
+        self._dpo = config.dpo
+
+    @cached_property
+    def source(self) -> str:
+        before = stages_before(self.config, self.stage, "language")
+        return model_source(self.config, self._dpo.model.path, key="dpo.model.path", before=before)
+
+    @cached_property
+    def train(self) -> RankingRows:
+        return load_rankings(self._dpo.data, self._dpo.data.train, self.tokenizer)
+
+    @cached_property
+    def heldout(self) -> RankingRows | None:
+        data = self._dpo.data
+        return load_rankings(data, data.eval, self.tokenizer) if data.eval else None
+
+    @cached_property
+    def safety_prompts(self) -> PromptRows | None:
+        return load_safety_prompts(self.config, self._dpo.data, self.tokenizer)
+
+    def rows(self) -> Mapping[str, RowsInput]:
+        data = self._dpo.data
+        return with_sources(
+            {
+                "dpo.data.train": RowsInput(data.train, lambda: self.train),
+                "dpo.data.eval": RowsInput(data.eval, lambda: self.heldout),
+                SAFETY: RowsInput(self.config.safety.prompts, lambda: self.safety_prompts),
+            }
+        )
+
+
+class DPOPrograms(NamedTuple):
+    """The jitted functions of the stage."""
+
+    training: Training
+    logprobs: Any
+    """``(params, batch) -> AnswerLogprobs``, for the reference and for held-out rankings."""
+    figures: Any
+    """``(AnswerLogprobs, batch) -> sums`` of the figures of held-out rankings."""
+    schedule: optax.Schedule
+
+
+def build_dpo(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, updates: int) -> DPOPrograms:
+    """Build the programs that a run executes and a plan compiles; a device reads its prompts in ``slices`` slices."""
+    dpo = config.dpo
+    settings = DPOSettings(dpo.loss, dpo.beta, label_smoothing=dpo.label_smoothing, gamma=dpo.gamma)
+    tx, schedule = make_optimizer(dpo.optim, updates=updates)
+    step = make_dpo_step(model.logprob_fn, tx, settings, accumulation=slices)
+    trained, frozen = trainable(model, dpo.lora, stream_key(config.seed, "dpo", "lora"), mesh=mesh, path="dpo.lora")
+    training = build_training(step, tx, trained, frozen, mesh=mesh, rules=model.rules)
+    logprobs = jit_for(mesh, lambda params, batch: answer_logprobs(model.logprob_fn, params, batch))
+    figures = jit_for(mesh, lambda answers, batch: preference_sums(compared(answers, batch, settings), settings))
+    return DPOPrograms(training, logprobs, figures, schedule)
+
+
+def check_dpo(config: Config, mesh: Mesh) -> None:
+    """Raise ConfigError if the batch does not divide over the devices."""
+    device_share(config.dpo.batch_size, mesh, key="dpo.batch_size")
+
+
+def prepare_dpo(site: Site, inputs: DPOInputs) -> Prepared:
+    """Load the initial policy, read the log-probs of the reference, and build the programs and the loop."""
+    config, mesh, tokenizer = site.config, site.mesh, site.tokenizer
+    dpo, rows, heldout = config.dpo, inputs.train, inputs.heldout
+    shown = heldout.prompts(min(dpo.log.samples, len(heldout)), tokenizer) if heldout and dpo.log.samples else None
+    model = load_pretrained(
+        inputs.source, mesh=mesh, **compute_options(dpo.model, mesh, key="dpo.model", frozen=dpo.lora.rank > 0)
+    )
+    positions = Positions(model.arch, "dpo.data.max_length")
+    positions.check({"dpo.data.train": rows, "dpo.data.eval": heldout})
+    answering = positions.answering(dpo.sampling, "dpo.sampling")
+    answering.check({"dpo.log.samples (of dpo.data.eval)": shown})
+
+    packed = packed_or_plain(rows, dpo.pack_length, key="dpo")
+    order = Order(config.seed, batch_size=dpo.batch_size, lengths=packed.lengths, parts=packed.parts)
+    total = math.ceil(dpo.epochs * order.steps_per_epoch)
+    share = device_share(dpo.batch_size, mesh, key="dpo.batch_size")
+    tokens, platform = row_tokens(rows, dpo.pack_length), mesh.devices.flat[0].platform
+    slices = reading_slices(share, microbatch=dpo.microbatch, tokens=tokens, platform=platform)
+    programs = build_dpo(config, model, mesh, slices=slices, updates=total)
+    training, frozen = programs.training, programs.training.frozen
+    at_once = dpo.batch_size // slices
+    batches, compared_rows = _with_reference(site, programs, packed, heldout, at_once=at_once)
+    flops = training_flops(model.arch, frozen=frozen is not None)
+
+    def flops_of(batch: Any, metrics: dict[str, Any]) -> jax.Array:
+        return flops(batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask, metrics["tokens"])
+
+    steps = row_steps(training, batches, order, mesh, flops=flops_of)
+    generate = jit_generate(model.decode_fns, dpo.sampling, tokenizer, mesh, option="dpo.sampling")
+    samples = make_sample_writer(site, shown, generate, batch_size=dpo.batch_size)
+    score = _evaluator(dpo, programs, compared_rows, mesh, at_once=at_once)
+    safety = make_safety(site, inputs.safety_prompts, generate, batch_size=dpo.batch_size, positions=answering)
+    exported = exported_form(model, dpo.export_dtype)
+
+    def evaluate(state: RunState, number: int) -> dict[str, float]:
+        params = exported(combine(state.train.params, frozen))
+        samples(params, number)
+        return score(params) | safety(params, number)
+
+    def export(outcome: Outcome) -> Export:
+        learnt = combine(outcome.state.train.params, frozen)
+        params = merge_adapters(exported(learnt), model.exact)
+        figures = {
+            **{name.removeprefix("eval/"): value for name, value in outcome.last.items()},
+            "steps": total,
+            "rows": len(rows),
+            "skipped": rows.skipped,
+            "cut": rows.cut,
+        }
+        return Export(model, params, learnt, figures)
+
+    loop = Loop(
+        title="DPO",
+        total=total,
+        advance=steps.advance,
+        evaluate=evaluate,
+        batch_of=steps.batch_of,
+        max_skipped=dpo.max_skipped,
+        guards=None,
+        canary=None,
+        gates=dpo.gates,
+        learning_rate=programs.schedule,
+        rates=(
+            Rate("pairs", "pairs_per_second"),
+            Rate("tokens", "tokens_per_second"),
+            *rates(device_peaks(dpo.model.dtype)),
+        ),
+        best_metric="eval/accuracy",
+        best_mode="max",
+        shown=("loss", "accuracy", "pairs_per_second"),
+    )
+    return Prepared(loop, begin(training, mesh=mesh, key=stream_key(config.seed, "dpo", "train")), export)
+
+
+def _with_reference(
+    site: Site,
+    programs: DPOPrograms,
+    packed: Any,
+    heldout: RankingRows | None,
+    *,
+    at_once: int,
+) -> tuple[PreferenceRows, PreferenceRows | None]:
+    """Return training and held-out rankings with the log-probs of the initial policy; SimPO's have none."""
+    dpo, training = site.config.dpo, programs.training
+    rows = {"train": PreferenceRows(packed, None)}
+    if heldout is not None:
+        rows["eval"] = PreferenceRows(heldout, None)
+    if dpo.loss != "simpo":
+        # New adapters change nothing yet, so the initial policy is the reference with them too.
+        initial = combine(training.trained, training.frozen)
+        logprobs = reference_logprobs(
+            site,
+            dpo.model,
+            rows,
+            lambda batch: programs.logprobs(initial, batch).total,
+            at_once=at_once,
+            progress_bar=dpo.log.progress,
+        )
+        rows = {name: PreferenceRows(some.rows, logprobs[name]) for name, some in rows.items()}
+    return rows["train"], rows.get("eval")
+
+
+def _evaluator(
+    dpo: DPOConfig, programs: DPOPrograms, heldout: PreferenceRows | None, mesh: Mesh, *, at_once: int
+) -> Callable[[Params], dict[str, float]]:
+    """Return a function that computes loss, accuracy, margin and log-probs of held-out pairs."""
+    if heldout is None:
+        return lambda params: {}
+    rows = heldout
+
+    def evaluate(params: Params) -> dict[str, float]:
+        parts = []
+        for indices, real in covering_batches(rows.lengths, batch_size=at_once, limit=dpo.log.eval_rows):
+            batch = rows.batch(indices)
+            batch = shard_batch(batch._replace(valid=batch.valid & real[:, None]), mesh)
+            # The program of the reference, which has no log-probs yet.
+            answers = programs.logprobs(params, batch._replace(ref_logprobs=None))
+            parts.append(programs.figures(answers, batch))
+        fetched = fetch(parts)
+        sums = {name: sum(float(part[name]) for part in fetched) for name in fetched[0]}
+        means = preference_means(sums, max(sums["rankings"], 1.0), max(sums["pairs"], 1.0))
+        return {f"eval/{name}": value for name, value in (means | {"pairs": sums["pairs"]}).items()}
+
+    return evaluate
+
+
+def plan_dpo(config: PlanConfig, target: Target) -> Sized:
+    """Plan the start, the update, the reference and, if there is held-out data, the evaluation and the samples."""
+    dpo, completions = config.dpo, config.completions
+    longest, packed = dpo.data.max_length, dpo.pack_length
+    share = device_share(dpo.batch_size, target.mesh, key="dpo.batch_size")
+    tokens, platform = float(packed or completions * longest), target.topology.platform()
+    slices = reading_slices(share, microbatch=dpo.microbatch, tokens=tokens, platform=platform)
+    before = stages_before(config, "dpo", "language")
+    source = planned_source(config, dpo.model.path, key="dpo.model.path", before=before)
+    model = planned_model(target, source, dpo.model, key="dpo.model", kind="language", frozen=dpo.lora.rank > 0)
+    Positions(model.arch, key := "dpo.data.max_length").check_length(longest, key=key)
+    programs = build_dpo(config, model, target.mesh, slices=slices, updates=PLANNED_UPDATES)
+    run, frozen = planned_training(programs.training, target, loaded=()), programs.training.frozen
+    whole, traffic = combine(run.state.params, frozen), 2 * device_bytes(run.state.params, run.state.opt_state)
+    row = jnp.ones((1, packed) if packed else (1, completions, longest), jnp.bool_)
+    row_flops = training_flops(model.arch, frozen=frozen is not None)(row, jnp.float32(row.size))
+
+    def build(rows: int) -> StagePlan:
+        batch = rows * slices * target.groups
+        update = _with_marks(target, planned_rankings(target, batch, completions, longest, packed))
+        at_once = rows * target.groups
+        parts = list[Program]()
+        if dpo.loss != "simpo":
+            update = update._replace(ref_logprobs=target.rows(update.ranks.shape, jnp.float32))
+            read = _with_marks(target, planned_rankings(target, at_once, completions, longest, packed))
+            args = combine(programs.training.trained, frozen), read
+            parts.append(Program("reference", programs.logprobs, args, alive=(args,), timed=False))
+        parts += [run.start, run.update(update, flops=float(row_flops) * batch, read=traffic)]
+        if dpo.data.eval:
+            args = whole, _with_marks(target, rankings(target, (at_once, completions), longest))
+            parts.append(Program("evaluation", programs.logprobs, args, alive=(run.held, args), timed=False))
+            if dpo.log.samples:
+                prompts = device_multiple(min(batch, dpo.log.samples), target.mesh)
+                where: dict[str, Any] = {"rows": prompts, "prompt": longest, "target": target, "held": run.held}
+                parts.append(sampling_program("answers", model, whole, dpo.sampling, **where)._replace(timed=False))
+        return StagePlan("dpo", "dpo.batch_size", batch, run.held, tuple(parts))
+
+    return Sized(share // slices, dpo.model.dtype, build)
+
+
+def _with_marks(target: Target, batch: RankingBatch | PackedRankingBatch) -> RankingBatch | PackedRankingBatch:
+    """Add the shape of the mask of the answers' tokens."""
+    return batch._replace(loss_mask=target.rows(batch.tokens.shape, jnp.bool_))
+
+
+DPO = Stage(
+    name="dpo",
+    label="DPO",
+    charts={
+        "Preference loss": ("loss", "eval/loss"),
+        "Implicit-reward accuracy": ("accuracy", "eval/accuracy"),
+        "Implicit-reward margin": ("margin", "eval/margin"),
+        "Held-out log-probs of better and worse answers": ("eval/logprobs/chosen", "eval/logprobs/rejected"),
+        "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
+    },
+    inputs=DPOInputs,
+    check=check_dpo,
+    prepare=prepare_dpo,
+    start=load_language,
+    trained_part=lambda config: "train/params",
+    stop=lambda config: config.dpo.sampling.stop,
+    plan=plan_dpo,
+)

@@ -1,0 +1,114 @@
+"""Log-probs of the reference, which the DPO stage reads once and keeps in its folder."""
+
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from jrlhf.config import ModelConfig
+from jrlhf.data import PackedRankingRows, PreferenceRows
+from jrlhf.parallel import fetch, is_first, shard_batch
+from jrlhf.parallel.hosts import from_first
+from jrlhf.runs.metrics import progress
+from jrlhf.runs.origin_check import read_origin
+from jrlhf.system.errors import UsageError
+from jrlhf.system.lines import write_bytes
+from jrlhf.train.batches import covering_batches
+from jrlhf.train.site import Site
+
+logger = logging.getLogger(__name__)
+
+REFERENCE_FILE = "reference.npz"
+Logprobs = dict[str, Float[np.ndarray, "N"]]
+Read = Callable[[Any], jax.Array]
+
+
+def reference_logprobs(
+    site: Site, model: ModelConfig, rows: Mapping[str, PreferenceRows], read: Read, *, at_once: int, progress_bar: bool
+) -> Logprobs:
+    """Return the log-prob of each completion of each of ``rows``, in the order of their rankings' tokens.
+
+    ``read`` computes them for a batch of ``at_once`` rows, in the shape of its ranks. They are kept in the stage's
+    folder, with a key of the model and the rows: a resumed run reads the file, and other weights or rows replace it.
+    """
+    path, key = site.folder / REFERENCE_FILE, reference_key(site, model)
+    sizes = {name: len(completions(some)) for name, some in rows.items()}
+    if from_first("look for the reference's log-probs", lambda: _stored(path, key, sizes) is not None):
+        if (stored := _stored(path, key, sizes)) is None:
+            raise UsageError(f"{path}: not here, but on the first process; all processes must share the run's folder")
+        return stored
+    found: Logprobs = {}
+    total, shown = sum(map(len, rows.values())), progress_bar and is_first()
+    with progress(total, "Reference", start=0, enabled=shown, unit="rows", to_stderr=True) as bar:
+        done = 0
+        for name, some in rows.items():
+            found[name] = _read_all(
+                some, read, site.mesh, at_once, lambda count, before=done: bar.update(before + count)
+            )
+            done += len(some)
+    if is_first():
+        _store(path, key, found)
+    return found
+
+
+def completions(rows: PreferenceRows) -> Any:
+    """Return the completions of rankings, plain or packed, one after the other."""
+    plain = rows.rows
+    return plain.rows.tokens if isinstance(plain, PackedRankingRows) else plain.tokens
+
+
+def reference_key(site: Site, model: ModelConfig) -> str:
+    """Return the digest of all that decides the log-probs: the model's weights, how it computes, and the rows."""
+    origin = read_origin(site.stage, site.folder)
+    inputs = [] if origin is None else origin.inputs
+    of_model, of_rows = f"{site.stage}.model", f"{site.stage}.data."
+    deciding = [
+        (item.key, item.kind, item.name, item.digest)
+        for item in inputs
+        if (item.kind in ("weights", "config") and item.key.startswith(of_model))
+        or (item.kind == "rows" and item.key.startswith(of_rows))
+    ]
+    return xxhash.xxh3_128_hexdigest(json.dumps([deciding, model.dtype, model.weights]).encode())
+
+
+def _read_all(
+    rows: PreferenceRows, read: Read, mesh: Mesh, at_once: int, report: Callable[[int], None]
+) -> Float[np.ndarray, "N"]:
+    logprobs, done = np.zeros(len(completions(rows)), np.float32), 0
+    for indices, real in covering_batches(rows.lengths, batch_size=at_once, limit=0):
+        of_batch = fetch(read(shard_batch(rows.batch(indices), mesh)))
+        places = rows.rows.places(indices).reshape(of_batch.shape)
+        logprobs[places[places >= 0]] = of_batch[places >= 0]
+        done += int(real.sum())
+        report(done)
+    return logprobs
+
+
+def _stored(path: Path, key: str, sizes: Mapping[str, int]) -> Logprobs | None:
+    """Read the file if it is there, whole, and has this key."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            if str(file["key"]) != key:
+                return None
+            found = {name: np.asarray(file[name], np.float32) for name in sizes}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning("%s: damaged (%r), so the reference is read again", path, error)
+        return None
+    return found if {name: len(values) for name, values in found.items()} == sizes else None
+
+
+def _store(path: Path, key: str, found: Logprobs) -> None:
+    content = io.BytesIO()
+    np.savez(content, allow_pickle=False, key=np.asarray(key), **found)
+    write_bytes(path, content.getvalue())
