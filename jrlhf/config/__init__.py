@@ -3,6 +3,8 @@
 from jrlhf.config.check import check
 from jrlhf.config.errors import ConfigError
 from jrlhf.config.files import load_config, to_yaml
+from jrlhf.config.grpo import GroupKLConfig, GRPOConfig
+from jrlhf.config.rollout import CanaryConfig, KLConfig, RolloutConfig
 from jrlhf.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -16,16 +18,13 @@ from jrlhf.config.schema import (
     Sources,
     Switch,
 )
+from jrlhf.config.stage import StageConfig
 from jrlhf.config.stages import (
-    CanaryConfig,
     Config,
-    KLConfig,
     PlanConfig,
     PPOConfig,
     RewardConfig,
-    RolloutConfig,
     SFTConfig,
-    StageConfig,
     required_value,
     stage_section,
     stage_sections,
@@ -39,6 +38,8 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DistributedConfig",
+    "GRPOConfig",
+    "GroupKLConfig",
     "KLConfig",
     "LoRAConfig",
     "LogConfig",

@@ -5,6 +5,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from jrlhf.config.errors import LOGIN, ConfigError
+from jrlhf.config.grpo import GRPOConfig
+from jrlhf.config.grpo_check import grpo_checks
 from jrlhf.config.schema_check import (
     Check,
     distributed_checks,
@@ -13,13 +15,13 @@ from jrlhf.config.schema_check import (
     sampling_checks,
     seed_check,
 )
+from jrlhf.config.stage import StageConfig
 from jrlhf.config.stages import (
     Config,
     PlanConfig,
     PPOConfig,
     RewardConfig,
     SFTConfig,
-    StageConfig,
     stage_section,
     stage_sections,
 )
@@ -69,6 +71,8 @@ def _stage_checks(name: str, section: StageConfig) -> Iterator[Check]:
             yield from reward_checks(name, section)
         case PPOConfig():
             yield from ppo_checks(name, section)
+        case GRPOConfig():
+            yield from grpo_checks(name, section)
         case _:
             raise TypeError(f"{name}: {type(section).__name__} has no checks")
 

@@ -1,6 +1,7 @@
 """The table of stages in the order of the pipeline; a new stage adds a line here and a section of ``Config``."""
 
 from jrlhf.config import stage_sections
+from jrlhf.stages.grpo import GRPO
 from jrlhf.stages.ppo import PPO
 from jrlhf.stages.reward import REWARD
 from jrlhf.stages.sft import SFT
@@ -10,6 +11,7 @@ STAGES: tuple[Stage, ...] = (
     SFT,
     REWARD,
     PPO,
+    GRPO,
 )
 
 assert [stage.name for stage in STAGES] == [*stage_sections()], "the table of stages and the sections of Config differ"

@@ -24,7 +24,7 @@ LINKING = [
 ]
 """The pages whose links are followed."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-SECTIONS = ("sft", "reward", "ppo", "mesh", "distributed", "safety")
+SECTIONS = ("sft", "reward", "ppo", "grpo", "mesh", "distributed", "safety")
 
 
 def name(path: Path) -> str:
