@@ -165,28 +165,36 @@ class Readings(NamedTuple):
 
     logprobs: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
-    ref_logprobs: Float[Array, "B T"]
-    values: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None
+    """None without a reference."""
+    values: Float[Array, "B T"] | None
+    """None without a value network."""
 
 
 class Rollout(NamedTuple):
-    """A batch of experience for PPO: what was sampled, how it was scored, and the targets made of it."""
+    """A batch of experience for PPO or GRPO: what was sampled, how it was scored, and the targets made of it.
+
+    In GRPO the answers of a prompt stand in neighbouring rows, ``values`` and ``returns`` are None, and without a KL
+    penalty ``ref_logprobs`` too.
+    """
 
     tokens: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
     response_mask: Bool[Array, "B T"]
     logprobs: Float[Array, "B T"]
-    ref_logprobs: Float[Array, "B T"]
+    ref_logprobs: Float[Array, "B T"] | None
     sampler_logprobs: Float[Array, "B T"]
     entropy: Float[Array, "B T"]
-    values: Float[Array, "B T"]
+    values: Float[Array, "B T"] | None
     rewards: Float[Array, "B T"]
     advantages: Float[Array, "B T"]
-    returns: Float[Array, "B T"]
+    returns: Float[Array, "B T"] | None
     scores: Float[Array, "B"]
     stopped: Bool[Array, "B"]
     ptx: SFTBatch | None = None
     """Text for the PPO-ptx term; its rows are split into as many minibatches as the episodes."""
+    kl_coef: Float[Array, "B"] | None = None
+    """Coefficient β of the KL penalty in GRPO's loss, the same for every answer; None where the loss has none."""
 
 
 class PPOParams(NamedTuple):
@@ -198,7 +206,7 @@ class PPOParams(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything an optimizer step reads and replaces. In PPO ``params`` is a ``PPOParams``."""
+    """Everything an optimizer step reads and replaces. In PPO ``params`` is a ``PPOParams``, else the model's own."""
 
     params: Params
     opt_state: Any

@@ -3,6 +3,8 @@
 from jrlhf.config.check import check
 from jrlhf.config.errors import ConfigError
 from jrlhf.config.files import load_config, to_yaml
+from jrlhf.config.grpo import GroupKLConfig, GRPOConfig
+from jrlhf.config.rollout import CanaryConfig, KLConfig, RolloutConfig
 from jrlhf.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -16,17 +18,14 @@ from jrlhf.config.schema import (
     Sources,
     Switch,
 )
+from jrlhf.config.stage import StageConfig
 from jrlhf.config.stages import (
-    CanaryConfig,
     Config,
     DPOConfig,
-    KLConfig,
     PlanConfig,
     PPOConfig,
     RewardConfig,
-    RolloutConfig,
     SFTConfig,
-    StageConfig,
     pipeline_stages,
     required_value,
     stage_order,
@@ -44,6 +43,8 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "DistributedConfig",
+    "GRPOConfig",
+    "GroupKLConfig",
     "KLConfig",
     "LoRAConfig",
     "LogConfig",

@@ -6,6 +6,8 @@ from typing import Any
 
 from jrlhf.config.dpo_check import dpo_checks
 from jrlhf.config.errors import LOGIN, ConfigError
+from jrlhf.config.grpo import GRPOConfig
+from jrlhf.config.grpo_check import grpo_checks
 from jrlhf.config.schema_check import (
     Check,
     distributed_checks,
@@ -14,6 +16,7 @@ from jrlhf.config.schema_check import (
     sampling_checks,
     seed_check,
 )
+from jrlhf.config.stage import StageConfig
 from jrlhf.config.stages import (
     Config,
     DPOConfig,
@@ -21,7 +24,6 @@ from jrlhf.config.stages import (
     PPOConfig,
     RewardConfig,
     SFTConfig,
-    StageConfig,
     required_value,
     stage_section,
     stage_sections,
@@ -75,6 +77,8 @@ def _stage_checks(name: str, section: StageConfig) -> Iterator[Check]:
             yield from dpo_checks(name, section)
         case PPOConfig():
             yield from ppo_checks(name, section)
+        case GRPOConfig():
+            yield from grpo_checks(name, section)
         case _:
             raise TypeError(f"{name}: {type(section).__name__} has no checks")
 

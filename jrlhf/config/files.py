@@ -15,7 +15,7 @@ import yaml
 
 from jrlhf.config.check import check, leaves
 from jrlhf.config.errors import ConfigError
-from jrlhf.config.schema import Sources, Switch
+from jrlhf.config.schema import Sources, Switch, WeightCap
 from jrlhf.config.stages import Config
 from jrlhf.config.yaml_merge import MergeError, merged_pairs
 from jrlhf.system.paths import expanded, expanded_value
@@ -33,6 +33,7 @@ EXPECTED: dict[Any, str] = {
     Switch: "true, false or auto",
     int: "a whole number",
     float: "a finite number",
+    WeightCap: "a finite number or auto",
 }
 ANCHORS = (".", "x-")
 """Prefixes of top-level keys that only hold an anchor: ``.common: &common {lr: 1e-4}``."""
@@ -202,7 +203,7 @@ def _read_value(node: yaml.Node, hint: Any) -> Any:
             raise _WrongValueError(f"expected a list, got {_describe(node)}")
         return tuple(_read_value(item, get_args(hint)[0]) for item in node.value)
     options = get_args(hint) if get_origin(hint) is Literal else ()
-    if hint == Switch and isinstance(node, yaml.ScalarNode) and node.value == "auto":
+    if hint in (Switch, WeightCap) and isinstance(node, yaml.ScalarNode) and node.value == "auto":
         return node.value
     if not isinstance(node, yaml.ScalarNode) or not node.tag.startswith(TAG):
         raise _WrongValueError(f"expected {either(options) if options else EXPECTED[hint]}, got {_describe(node)}")

@@ -1,4 +1,4 @@
-"""The schema of ``ppo.rewards``: rules and further reward models in an answer's score. Imports no JAX."""
+"""The schema of ``rewards``: rules and further reward models in an answer's score. Imports no JAX."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -125,7 +125,7 @@ class EndpointRuleConfig(RuleConfig):
     """Seconds to wait for an answer of the server."""
     retries: int = 3
     """Maximum number of retries, for a server that cannot be reached, is too slow, or answers 429 or 5xx. No retry
-    begins after nine tenths of ppo.rewards.timeout."""
+    begins after nine tenths of rewards.timeout."""
     batch_size: int = 64
     """Maximum number of answers in a request."""
     on_failure: Literal["error", "skip"] = "error"
@@ -140,7 +140,7 @@ class RewardsConfig(WithPaths):
     model_weight: float = 1.0
     """Weight of the reward model; 0 loads none, and the value network starts from the policy."""
     models: tuple[PathText, ...] = ()
-    """Further reward models, in the forms of ppo.reward.path; each may have its own tokenizer."""
+    """Further reward models, in the forms of reward.path; each may have its own tokenizer."""
     combine: Literal["mean", "lower_bound"] = "mean"
     """Combination of all reward models' scores of an answer. mean: their mean. lower_bound: the mean minus
     lower_bound_coef standard deviations."""

@@ -1,4 +1,4 @@
-"""Checks of ``ppo.rewards``. Imports no JAX."""
+"""Checks of ``rewards``. Imports no JAX."""
 
 import re
 from collections.abc import Iterator
@@ -19,8 +19,7 @@ from jrlhf.config.schema_check import Check
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
-def rewards_checks(path: str, rewards: RewardsConfig, *, value_from: str) -> Iterator[Check]:
-    """Check the section itself, and the value network that depends on it."""
+def rewards_checks(path: str, rewards: RewardsConfig) -> Iterator[Check]:
     weights = rule_weights(rewards)
     for name, weight in weights.items():
         yield weight >= 0, f"{path}.{name}.weight", weight, "0 (off) or more"
@@ -31,8 +30,6 @@ def rewards_checks(path: str, rewards: RewardsConfig, *, value_from: str) -> Ite
     yield used and all(rewards.models), f"{path}.models", rewards.models, f"paths, with {path}.model_weight above 0"
     yield rewards.lower_bound_coef >= 0, f"{path}.lower_bound_coef", rewards.lower_bound_coef, "0 or more"
     yield rewards.timeout > 0, f"{path}.timeout", rewards.timeout, "above 0"
-    has_start = value_from != "reward" or rewards.uses_model
-    yield has_start, "ppo.value_from", value_from, f"auto or policy, because {path}.model_weight is 0"
     yield from _length(f"{path}.length", rewards.length)
     yield from _outside(path, rewards)
     yield rewards.markdown.headings >= 0, f"{path}.markdown.headings", rewards.markdown.headings, "0 or more"

@@ -11,6 +11,9 @@ Sources = Annotated[str | dict[str, float], PATH]
 Switch = bool | Literal["auto"]
 """True, false, or what suits the platform."""
 
+WeightCap = float | Literal["auto"]
+"""A bound, or what suits the sampler."""
+
 
 @dataclass(frozen=True)
 class MeshConfig:

@@ -4,50 +4,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from jrlhf.config.rewards import RewardsConfig
+from jrlhf.config.grpo import GRPOConfig
+from jrlhf.config.rollout import RolloutConfig
 from jrlhf.config.schema import (
-    CheckpointConfig,
     DataConfig,
     DistributedConfig,
-    LogConfig,
     LoRAConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
     SamplingConfig,
 )
-from jrlhf.config.watch import GuardsConfig, SafetyConfig
+from jrlhf.config.stage import StageConfig
+from jrlhf.config.watch import CriticGuardsConfig, SafetyConfig
 from jrlhf.system.paths import PathText, WithPaths
-
-
-@dataclass(frozen=True)
-class StageConfig(WithPaths):
-    """Fields that every stage has. A section of ``Config`` with this base is a stage."""
-
-    about: ClassVar[str]
-    """Line of the stage in ``jrlhf --help``."""
-    kind: ClassVar[Literal["language", "reward"]] = "language"
-    """Kind of the exported model: a language model answers prompts, a reward model scores texts."""
-    required: ClassVar[str] = "data.train"
-    """Field that must be set, without which the stage does not run."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    microbatch: int = 0
-    """Number of rows that a device processes at once; 0: its whole share of the batch, or about 1,024 tokens on a CPU.
-    The update is the same."""
-    max_skipped: int = 3
-    """Number of consecutive skipped steps (loss or gradient not finite) that ends the run."""
-    gates: tuple[str, ...] = ()
-    """Bounds that held-out figures must meet, such as accuracy >= 0.6 (names of eval/*). A model that misses one is not
-    passed on, and the exit code is 3. The best of the checkpoints that meet all is exported."""
-    export_dtype: Literal["float32", "source"] = "float32"
-    """Dtype of the exported weights. float32 loses nothing of the training, and takes twice the space of bfloat16.
-    source: the dtypes of the files that the model came from; every evaluation, gate and sample then uses the weights
-    rounded to them."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +80,8 @@ class DPOConfig(StageConfig):
     about: ClassVar[str] = "Train the policy on human rankings, without a reward model."
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Initial policy, and the reference, which is read once before the first step. Empty path: the SFT stage."""
+    """Initial policy, and the reference, which is read once before the first step. Empty path: that of the nearest
+    stage before."""
     data: DataConfig = field(default_factory=DataConfig)
     """Rankings, as in the reward stage."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, warmup=0.1))
@@ -140,85 +111,6 @@ class DPOConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class KLConfig:
-    """KL penalty that keeps the policy near the SFT policy."""
-
-    coef: float = 0.15
-    """KL coefficient β; with target > 0 its initial value."""
-    target: float = 6.0
-    """KL per sequence, in nats, that an adaptive β steers to (Ziegler et al. 2019); 0 keeps β fixed."""
-    horizon: int = 10000
-    """Number of episodes over which β adapts."""
-    estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the per-token KL in the reward."""
-
-
-@dataclass(frozen=True)
-class CanaryConfig:
-    """Early warning of over-optimisation: every log.eval_every iterations a reward model scores held-out answers, and
-    the scores are compared with the best so far. The best checkpoint is exported, not the last."""
-
-    action: Literal["off", "warn", "stop", "rollback"] = "off"
-    """Response to a fall beyond chance. warn: write an event. stop: also end the run. rollback: write an event and
-    return to the best checkpoint, as guards do; end the run once guards.rollbacks is used up."""
-    judge: ModelConfig = field(default_factory=ModelConfig)
-    """Second reward model, which PPO does not optimise: it exposes answers that only exploit the first. Empty path: the
-    first reward model."""
-    errors: float = 2.0
-    """Size of a fall, in standard errors, that counts as beyond chance."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig(StageConfig):
-    """Fields of every stage that learns from answers which its own policy samples."""
-
-    required: ClassVar[str] = "prompts.train"
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Initial policy, and the reference for the KL penalty. Empty path: the SFT stage."""
-    reward: ModelConfig = field(default_factory=ModelConfig)
-    """Reward model. Empty path: the reward stage. One that jrlhf trained reads the sampled tokens if it has the
-    policy's vocabulary; any other reads the text, as in jrlhf score."""
-    rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    """Rules in addition to the reward model or in its place, and further reward models."""
-    prompts: DataConfig = field(default_factory=DataConfig)
-    """Training and held-out prompts; max_length is the maximum length of a prompt (cut at its start)."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(eps=1e-5, b2=0.999, schedule="constant"))
-    checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=50))
-    log: LogConfig = field(default_factory=lambda: LogConfig(every=1, eval_every=50))
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Sampling of the answers. top_k and top_p must be off: the update uses the sampler's distribution."""
-    kl: KLConfig = field(default_factory=KLConfig)
-    iterations: int = 100
-    """Number of rollouts."""
-    episodes: int = 64
-    """Number of prompts, and so of answers, in a rollout, over all devices."""
-    rollout_parts: int = 1
-    """Number of parts in which a rollout is sampled, one after the other; must divide episodes. Rules score one part
-    while the same policy samples the next, and the KV cache shrinks by this factor."""
-    epochs: int = 4
-    """Number of passes over each rollout."""
-    minibatches: int = 1
-    """Number of updates in a pass; must divide episodes."""
-    old_logprobs: Literal["policy", "sampler"] = "policy"
-    """Old log-probs in the policy ratio. policy: computed by a forward pass, as in the update. sampler: those from
-    sampling, which saves a forward pass; entropy is then estimated as -log p of the sampled tokens. The two agree up to
-    rounding in float32 only, which guards.sampler checks in the first minibatch."""
-    microbatch: int = 0
-    """Number of episodes that a device processes at once; 0: an eighth of its share. The update is the same; fewer at
-    once need less memory."""
-    missing_eos_penalty: float = 0.0
-    """Penalty on the score of an answer that reached the length limit."""
-    max_skipped: int = 3
-    """Number of consecutive iterations without an update (loss or gradient not finite) that ends the run."""
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
-    canary: CanaryConfig = field(default_factory=CanaryConfig)
-    best_of_n: int = 0
-    """Number of answers of the initial policy to each held-out prompt, of which the report draws the reward of best of
-    n beside the trained policy's, over the KL of both; 0: none."""
-
-
-@dataclass(frozen=True)
 class PPOConfig(RolloutConfig):
     """Proximal policy optimisation (PPO) of the policy against the reward model."""
 
@@ -231,6 +123,7 @@ class PPOConfig(RolloutConfig):
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Low-rank adapters of the policy and the value network. The reference is then the policy's own base, so no base is
     in memory twice."""
+    guards: CriticGuardsConfig = field(default_factory=CriticGuardsConfig)
     value_lr: float = 0.0
     """Peak learning rate of the value network; 0: optim.lr."""
     gamma: float = 1.0
@@ -263,7 +156,7 @@ class PPOConfig(RolloutConfig):
 
 @dataclass(frozen=True)
 class Config(WithPaths):
-    """A whole run of up to four stages, in one YAML file."""
+    """A whole run, in one YAML file: SFT, a reward model, DPO, PPO and GRPO, or some of them."""
 
     run: PathText = "runs/default"
     """Folder of the run; each stage writes to a folder inside it."""
@@ -279,6 +172,7 @@ class Config(WithPaths):
     reward: RewardConfig = field(default_factory=RewardConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
     accept_changes: bool = False
     """Resume a stage, or accept it as done, although its weights, tokenizer or rows have changed since it began. If
     false, such a stage is an error that names the changes. Accepted changes are recorded in the stage's events and

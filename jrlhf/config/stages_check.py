@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from jrlhf.config.rewards_check import rewards_checks
-from jrlhf.config.schema import SamplingConfig
+from jrlhf.config.rollout_check import is_exact, old_logprobs_check, rollout_checks
 from jrlhf.config.schema_check import (
     Check,
     batch_checks,
@@ -18,7 +17,6 @@ from jrlhf.config.schema_check import (
     trained_model_check,
 )
 from jrlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
-from jrlhf.config.watch_check import canary_checks, guards_checks
 
 
 def sft_checks(path: str, sft: SFTConfig) -> Iterator[Check]:
@@ -53,54 +51,14 @@ def reward_checks(path: str, reward: RewardConfig) -> Iterator[Check]:
 
 
 def ppo_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
-    yield from data_checks(f"{path}.prompts", ppo.prompts)
-    yield from lora_checks(f"{path}.lora", ppo.lora)
-    yield from optim_checks(f"{path}.optim", ppo.optim)
-    yield from checkpoint_checks(f"{path}.checkpoint", ppo.checkpoint)
-    yield from log_checks(f"{path}.log", ppo.log)
+    yield from rollout_checks(path, ppo)
     yield from data_checks(f"{path}.ptx", ppo.ptx)
-    yield from _ppo_sampling_checks(f"{path}.sampling", ppo.sampling)
-    yield from _ppo_batch_checks(path, ppo)
-    yield _old_logprobs_check(path, ppo)
+    exact = is_exact(ppo) and ppo.value_from != "shared"
+    yield old_logprobs_check(path, ppo, exact=exact, also=", and value_from not shared")
     yield from _ppo_loss_checks(path, ppo)
-    yield ppo.kl.coef >= 0, f"{path}.kl.coef", ppo.kl.coef, "0 or more"
-    yield ppo.kl.target >= 0, f"{path}.kl.target", ppo.kl.target, "0 or more"
-    yield ppo.kl.horizon >= 1, f"{path}.kl.horizon", ppo.kl.horizon, "1 or more"
-    yield ppo.max_skipped >= 1, f"{path}.max_skipped", ppo.max_skipped, "1 or more"
-    yield ppo.best_of_n >= 0 and ppo.best_of_n != 1, f"{path}.best_of_n", ppo.best_of_n, "2 or more, or 0 (off)"
-    held_out = not ppo.best_of_n or bool(ppo.prompts.eval)
-    yield held_out, f"{path}.prompts.eval", ppo.prompts.eval, f"set, because {path}.best_of_n is {ppo.best_of_n}"
-    yield from guards_checks(f"{path}.guards", ppo.guards)
-    yield from canary_checks(path, ppo)
-    yield from gate_checks(f"{path}.gates", ppo.gates, ppo.prompts.eval, f"{path}.prompts.eval")
-    yield from rewards_checks(f"{path}.rewards", ppo.rewards, value_from=ppo.value_from)
-
-
-def _ppo_sampling_checks(path: str, sampling: SamplingConfig) -> Iterator[Check]:
-    same = "because the update uses the distribution of the sampler"
-    yield from sampling_checks(path, sampling)
-    yield sampling.temperature != 0, f"{path}.temperature", sampling.temperature, f"above 0, {same}"
-    yield sampling.top_k == 0, f"{path}.top_k", sampling.top_k, f"0 (off), {same}"
-    yield sampling.top_p == 1, f"{path}.top_p", sampling.top_p, f"1 (off), {same}"
-
-
-def _ppo_batch_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
-    yield ppo.iterations >= 1, f"{path}.iterations", ppo.iterations, "1 or more"
-    yield ppo.episodes >= 1, f"{path}.episodes", ppo.episodes, "1 or more"
-    yield ppo.rollout_parts >= 1, f"{path}.rollout_parts", ppo.rollout_parts, "1 or more"
-    divides = ppo.rollout_parts < 1 or ppo.episodes % ppo.rollout_parts == 0
-    yield divides, f"{path}.rollout_parts", ppo.rollout_parts, f"a divisor of {path}.episodes ({ppo.episodes})"
-    yield ppo.epochs >= 1, f"{path}.epochs", ppo.epochs, "1 or more"
-    yield ppo.minibatches >= 1, f"{path}.minibatches", ppo.minibatches, "1 or more"
-    divides = ppo.minibatches < 1 or ppo.episodes % ppo.minibatches == 0
-    yield divides, f"{path}.minibatches", ppo.minibatches, f"a divisor of {path}.episodes ({ppo.episodes})"
-    yield ppo.microbatch >= 0, f"{path}.microbatch", ppo.microbatch, "0 (automatic) or more"
-
-
-def _old_logprobs_check(path: str, ppo: PPOConfig) -> Check:
-    exact = ppo.model.dtype == "float32" and ppo.sampling.kv_cache == "compute" and ppo.value_from != "shared"
-    must = f"policy, unless {path}.model.dtype is float32, {path}.sampling.kv_cache compute, and value_from not shared"
-    return exact or ppo.old_logprobs == "policy", f"{path}.old_logprobs", ppo.old_logprobs, must
+    has_start = ppo.value_from != "reward" or ppo.rewards.uses_model
+    must = f"auto or policy, because {path}.rewards.model_weight is 0"
+    yield has_start, f"{path}.value_from", ppo.value_from, must
 
 
 def _ppo_loss_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
@@ -112,7 +70,6 @@ def _ppo_loss_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
     yield ppo.value_clip > 0, f"{path}.value_clip", ppo.value_clip, "above 0"
     yield ppo.value_coef >= 0, f"{path}.value_coef", ppo.value_coef, "0 or more"
     yield ppo.entropy_coef >= 0, f"{path}.entropy_coef", ppo.entropy_coef, "0 or more"
-    yield ppo.missing_eos_penalty >= 0, f"{path}.missing_eos_penalty", ppo.missing_eos_penalty, "0 or more"
     yield ppo.target_approx_kl >= 0, f"{path}.target_approx_kl", ppo.target_approx_kl, "0 or more"
     yield ppo.critic_warmup >= 0, f"{path}.critic_warmup", ppo.critic_warmup, "0 or more"
     yield 0 <= ppo.ema_decay < 1, f"{path}.ema_decay", ppo.ema_decay, "from 0 to below 1"

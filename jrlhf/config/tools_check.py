@@ -23,4 +23,4 @@ def sample_checks(config: SampleConfig) -> Iterator[Check]:
     if config.score:
         yield rewards.model_weight > 0, "rewards.model_weight", rewards.model_weight, "above 0, because score is set"
     if scored:
-        yield from rewards_checks("rewards", rewards, value_from="auto")
+        yield from rewards_checks("rewards", rewards)

@@ -1,4 +1,4 @@
-"""The schema of ``ppo.guards`` and ``safety``, which watch a run. Imports no JAX."""
+"""The schema of ``guards`` and ``safety``, which watch a run. Imports no JAX."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,7 +24,7 @@ class GuardsConfig:
     """Bounds whose crossing warns, stops the run or rolls it back."""
 
     kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=100.0, action="rollback"))
-    """KL per sequence to the SFT model, in nats, above bound."""
+    """KL per sequence to the SFT model, in nats, above bound; off without a reference (grpo.kl.coef 0)."""
     negative_kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=2))
     """Estimated KL per sequence to the SFT model, in nats, below bound: a sign that answers do not come from the policy
     in training."""
@@ -37,8 +37,6 @@ class GuardsConfig:
     """Mean answer length above bound times the first rollout's, or below the first rollout's divided by bound."""
     repetition: GuardConfig = field(default_factory=lambda: GuardConfig(bound=0.3, patience=3))
     """Fraction of answer tokens that end a repeated 3-gram, more than bound above the first rollout's."""
-    explained_variance: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=20))
-    """Explained variance of the returns by the value network, below bound."""
     rollbacks: int = 2
     """Maximum number of rollbacks; the next one stops the run. Parameters, optimizer, their average and β come from the
     checkpoint; prompts are not rewound."""
@@ -49,13 +47,21 @@ class GuardsConfig:
 
 
 @dataclass(frozen=True)
+class CriticGuardsConfig(GuardsConfig):
+    """Bounds whose crossing warns, stops the run or rolls it back; one of them on the value network."""
+
+    explained_variance: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=20))
+    """Explained variance of the returns by the value network, below bound."""
+
+
+@dataclass(frozen=True)
 class SafetyConfig(WithPaths):
-    """Prompts of which some should be refused. SFT, DPO and PPO answer them at each held-out evaluation: the
+    """Prompts of which some should be refused. SFT, DPO, PPO and GRPO answer them at each held-out evaluation: the
     refusal_rate of those and the benign_refusal_rate of the others are figures for gates."""
 
     prompts: PathText = ""
-    """Prompts, in the forms of data.eval; SFT and DPO read them by the settings of their data, PPO by those of
-    ppo.prompts. Empty: none."""
+    """Prompts, in the forms of data.eval; SFT and DPO read them by the settings of their data, PPO and GRPO by those of
+    their prompts. Empty: none."""
     column: str = "refusal"
     """Column of a row that is true where a refusal is expected. A row without it expects none."""
     patterns: tuple[str, ...] = ()

@@ -1,10 +1,10 @@
-"""Checks of ``ppo.guards``, ``ppo.canary`` and ``safety``. Imports no JAX."""
+"""Checks of ``guards``, ``canary`` and ``safety``. Imports no JAX."""
 
 from collections.abc import Iterator
 
 from jrlhf.config.rewards_check import pattern_checks
+from jrlhf.config.rollout import RolloutConfig
 from jrlhf.config.schema_check import Check
-from jrlhf.config.stages import PPOConfig
 from jrlhf.config.watch import GuardConfig, GuardsConfig, SafetyConfig
 
 
@@ -18,24 +18,24 @@ def guards_checks(path: str, guards: GuardsConfig) -> Iterator[Check]:
     yield guards.rollback_beta >= 1, f"{path}.rollback_beta", guards.rollback_beta, "1 or more"
 
 
-def canary_checks(path: str, ppo: PPOConfig) -> Iterator[Check]:
-    canary = ppo.canary
+def canary_checks(path: str, section: RolloutConfig) -> Iterator[Check]:
+    canary = section.canary
     yield canary.errors >= 0, f"{path}.canary.errors", canary.errors, "0 or more"
     unread = bool(canary.judge.path) and canary.action == "off"
     off = f"empty, because {path}.canary.action is off and would not use it"
     yield not unread, f"{path}.canary.judge.path", canary.judge.path, off
     if canary.action != "off":
         reason = f"because {path}.canary.action is {canary.action}"
-        yield bool(ppo.prompts.eval), f"{path}.prompts.eval", ppo.prompts.eval, f"set, {reason}"
+        yield bool(section.prompts.eval), f"{path}.prompts.eval", section.prompts.eval, f"set, {reason}"
         yield (
-            ppo.checkpoint.keep_best >= 1,
+            section.checkpoint.keep_best >= 1,
             f"{path}.checkpoint.keep_best",
-            ppo.checkpoint.keep_best,
+            section.checkpoint.keep_best,
             f"1 or more, {reason}",
         )
-        saved = ppo.log.eval_every % max(ppo.checkpoint.every, 1) == 0
-        every = f"a divisor of {path}.log.eval_every ({ppo.log.eval_every}), {reason}"
-        yield saved, f"{path}.checkpoint.every", ppo.checkpoint.every, every
+        saved = section.log.eval_every % max(section.checkpoint.every, 1) == 0
+        every = f"a divisor of {path}.log.eval_every ({section.log.eval_every}), {reason}"
+        yield saved, f"{path}.checkpoint.every", section.checkpoint.every, every
 
 
 def safety_checks(path: str, safety: SafetyConfig) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 from jrlhf.core.advantages import gae, shape_rewards
 from jrlhf.core.decoding import uncached_decode_fns
+from jrlhf.core.groups import Baseline, equal_scores, group_advantages
 from jrlhf.core.kl import KLEstimator, kl_penalty, update_kl_coef
 from jrlhf.core.logprobs import (
     align_to_tokens,
@@ -12,6 +13,7 @@ from jrlhf.core.logprobs import (
     token_logprobs,
 )
 from jrlhf.core.losses import (
+    cispo_loss,
     importance_ratio,
     kwise_centering_loss,
     kwise_ranking_loss,
@@ -19,6 +21,7 @@ from jrlhf.core.losses import (
     ppo_policy_loss,
     ppo_value_loss,
     ranking_loss,
+    truncated_weights,
 )
 from jrlhf.core.masks import (
     at_last_token,
@@ -34,14 +37,18 @@ from jrlhf.core.sampling import sample, sample_at, truncate_logits, uniforms
 from jrlhf.core.trees import combine, partition
 
 __all__ = [
+    "Baseline",
     "KLEstimator",
     "PreferenceLoss",
     "align_to_tokens",
     "at_last_token",
+    "cispo_loss",
     "combine",
     "dpo_loss",
+    "equal_scores",
     "from_logits",
     "gae",
+    "group_advantages",
     "importance_ratio",
     "kl_penalty",
     "kwise_centering_loss",
@@ -68,6 +75,7 @@ __all__ = [
     "shape_rewards",
     "token_logprobs",
     "truncate_logits",
+    "truncated_weights",
     "uncached_decode_fns",
     "uniforms",
     "update_kl_coef",

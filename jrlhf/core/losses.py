@@ -71,16 +71,46 @@ def ppo_policy_loss(
     *,
     clip: float,
     dual_clip: float | None,
+    clip_high: float | None = None,
 ) -> Float[Array, "B T"]:
-    """max(-A·ρ, -A·clip(ρ, 1 - ε, 1 + ε)), and min(·, -A·c) for A < 0 where the dual clip c > 1 is on.
+    """max(-A·ρ, -A·clip(ρ, 1 - ε, 1 + ε₂)), and min(·, -A·c) for A < 0 where the dual clip c > 1 is on.
 
-    Schulman et al. 2017, eq. 7; dual clip: Ye et al. 2020, eq. 5.
+    Schulman et al. 2017, eq. 7; dual clip: Ye et al. 2020, eq. 5. ``clip_high``: ε₂, if it is not ε (DAPO: Yu et al.
+    2025, arXiv 2503.14476, section 3.1).
     """
     ratio = importance_ratio(logprobs, old_logprobs)
-    loss = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + clip))
+    high = clip if clip_high is None else clip_high
+    loss = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + high))
     if dual_clip is None:
         return loss
     return jnp.where(advantages < 0.0, jnp.minimum(loss, -advantages * dual_clip), loss)
+
+
+def cispo_loss(
+    logprobs: Float[Array, "B T"],
+    old_logprobs: Float[Array, "B T"],
+    advantages: Float[Array, "B T"],
+    *,
+    clip: float,
+    clip_high: float,
+) -> Float[Array, "B T"]:
+    """-w·A·log π with the constant weight w = clip(ρ, 1 - ε, 1 + ε₂): what is clipped keeps its gradient.
+
+    CISPO: MiniMax 2025, arXiv 2506.13585, section 3.1. With ε = 1 the weight has no lower bound.
+    """
+    weight = jnp.clip(importance_ratio(logprobs, old_logprobs), 1.0 - clip, 1.0 + clip_high)
+    return -jax.lax.stop_gradient(weight) * advantages * logprobs
+
+
+def truncated_weights(
+    logprobs: Float[Array, "*S"], sampler_logprobs: Float[Array, "*S"], *, cap: float
+) -> Float[Array, "*S"]:
+    """min(exp(log π - log π_sampler), cap), a constant: the weight of a token that another program sampled.
+
+    Truncated importance sampling: Ionides 2008; between sampler and trainer: Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training".
+    """
+    return jax.lax.stop_gradient(jnp.minimum(importance_ratio(logprobs, sampler_logprobs), cap))
 
 
 def ppo_value_loss(

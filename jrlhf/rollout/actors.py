@@ -1,4 +1,4 @@
-"""The models of a PPO run: the policy, the reward models and the initial value network."""
+"""The models of an on-policy stage: the policy, the reward models and, for PPO, the initial value network."""
 
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -32,7 +32,7 @@ class Actors(NamedTuple):
     """The models of a run, and their tokenizers."""
 
     policy: Pretrained
-    """The reference: its parameters are constant, and the state holds the trained policy."""
+    """The initial policy. Its parameters are the reference, which is constant; the state holds the trained policy."""
     reward: RewardModel | None
     """The first reward model; None if only rules score the answers."""
     value: RewardModel | None
@@ -44,6 +44,14 @@ class Actors(NamedTuple):
     """Reward models besides the first one."""
     shared: bool = False
     """Whether the value network is a head on the policy; then ``value`` holds only the parameters of that head."""
+    has_reference: bool = True
+    """Whether the initial policy stays as the reference. If not, the state takes its parameters over, unless they are
+    the frozen base of adapters."""
+
+    @property
+    def reference(self) -> Params | None:
+        """The reference's parameters; None for a stage without one."""
+        return self.policy.params if self.has_reference else None
 
     @property
     def reward_models(self) -> tuple[RewardModel, ...]:
@@ -80,21 +88,28 @@ class Actors(NamedTuple):
         ]
 
 
-def load_actors(section: RolloutConfig, stage: str, models: ModelReader, *, value_from: ValueFrom | None) -> Actors:
+def load_actors(
+    section: RolloutConfig, stage: str, models: ModelReader, *, value_from: ValueFrom | None, reference: bool = True
+) -> Actors:
     """Load the models of a stage; ``value_from`` None means no critic.
 
-    Raise ConfigError if the value network would start from a reward model with another vocabulary.
+    Without a ``reference`` the policy is loaded as it is trained, in float32 unless it is the base of adapters. Raise
+    ConfigError if the value network would start from a reward model with another vocabulary.
     """
     source = models.source(section.model.path, key=f"{stage}.model.path", stage=stage, kind="language")
     tokenizer = models.tokenizer(source)
     shared = value_from == "shared"
 
+    def load_policy() -> Pretrained:
+        frozen = reference or section.lora.rank > 0
+        return models.language(source, section.model, key=f"{stage}.model", frozen=frozen)
+
     def blank(policy: Pretrained) -> RewardModel | None:
         return None if value_from is None else blank_value(models, policy, shared=shared)
 
     if not section.rewards.uses_model:
-        policy = models.language(source, section.model, key=f"{stage}.model")
-        return Actors(policy, None, blank(policy), tokenizer, None, shared=shared)
+        policy = load_policy()
+        return Actors(policy, None, blank(policy), tokenizer, None, shared=shared, has_reference=reference)
     reward_source = models.source(section.reward.path, key=f"{stage}.reward.path", stage=stage, kind="reward")
     reward_tokenizer = models.tokenizer(reward_source)
     same = reward_tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -103,7 +118,7 @@ def load_actors(section: RolloutConfig, stage: str, models: ModelReader, *, valu
             f"{stage}.value_from: the value network reads the policy's tokens, but {reward_source} has another "
             f"vocabulary than {source}; set it to policy"
         )
-    policy = models.language(source, section.model, key=f"{stage}.model")
+    policy = load_policy()
     reward = models.reward(reward_source, section.reward, key=f"{stage}.reward")
     same = same and reward.arch.vocab_size >= policy.arch.vocab_size
     if value_from == "reward" and not same:
@@ -115,7 +130,7 @@ def load_actors(section: RolloutConfig, stage: str, models: ModelReader, *, valu
     value = reward if from_reward else blank(policy)
     ensemble = tuple(_load_member(section, stage, path, models, policy, tokenizer) for path in section.rewards.models)
     own = own_tokenizer(reward, reward_tokenizer, policy, tokenizer)
-    return Actors(policy, reward, value, tokenizer, own, ensemble, shared)
+    return Actors(policy, reward, value, tokenizer, own, ensemble, shared, reference)
 
 
 def own_tokenizer(reward: RewardModel, own: Tokenizer, policy: Pretrained, tokenizer: Tokenizer) -> Tokenizer | None:
@@ -162,6 +177,22 @@ def trainable_actors(
     return PPOParams(policy, value), PPOParams(policy_base, value_base) if lora.rank else None
 
 
+def trainable_policy(
+    lora: LoRAConfig, seed: int, actors: Actors, mesh: Mesh, *, stage: str
+) -> tuple[Params, Params | None]:
+    """Return the trained parameters of a policy without a critic, and with LoRA the frozen ones.
+
+    The frozen ones are the model's own arrays, and so are the trained ones if there is no reference.
+    """
+    key = stream_key(seed, stage, "lora")
+    return trainable(actors.policy, lora, key, mesh=mesh, path=f"{stage}.lora", shared=actors.has_reference)
+
+
+def policy_of(params: Params) -> Params:
+    """Return the policy's part of a stage's parameters: all of them without a critic."""
+    return params.policy if isinstance(params, PPOParams) else params
+
+
 def value_of(actors: Actors) -> RewardModel:
     """Return the initial value network. Raise ValueError for a stage without a critic."""
     if actors.value is None:
@@ -171,5 +202,5 @@ def value_of(actors: Actors) -> RewardModel:
 
 def learnt_policy(train: TrainState) -> Params:
     """Return the policy to evaluate and export, which is the moving average if the state has one."""
-    policy = train.params.policy if train.ema is None else train.ema
-    return combine(policy, None if train.frozen is None else train.frozen.policy)
+    policy = policy_of(train.params) if train.ema is None else train.ema
+    return combine(policy, policy_of(train.frozen))

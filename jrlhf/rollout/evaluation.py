@@ -51,7 +51,7 @@ def make_evaluator(
     if heldout is None:
         return lambda state, number: {}
     mesh, folder, stage = site.mesh, site.folder, site.stage
-    prompts, reference = heldout, actors.policy.params
+    prompts, reference = heldout, actors.reference
     limit = section.log.eval_rows
     batch_size = device_multiple(min(section.episodes, len(prompts)), mesh)
     slices = episode_slices(section, batch_size, mesh, key=f"{stage}.prompts.eval")
@@ -65,14 +65,16 @@ def make_evaluator(
     write_curve = make_best_of_n(site, section, generate, prompts, score, judge_score, batch_size=batch_size)
 
     @jax.jit
-    def measure(policy: Params, reference: Params, generation: Generation) -> dict[str, jax.Array]:
+    def measure(policy: Params, reference: Params | None, generation: Generation) -> dict[str, jax.Array]:
         tokens, mask, response = generation.tokens, generation.mask, generation.response_mask
         at = {"temperature": section.sampling.temperature, "where": response}
         logprobs, entropy = logprob_fn(policy, tokens, mask, **at)
-        ref_logprobs, _ = logprob_fn(reference, tokens, mask, **at)
-        kl = kl_penalty(logprobs, ref_logprobs, estimator="k1")
-        return {
-            "kl": jnp.sum(jnp.where(response, kl, 0.0), axis=-1),
+        distance = {}
+        if reference is not None:
+            ref_logprobs, _ = logprob_fn(reference, tokens, mask, **at)
+            kl = kl_penalty(logprobs, ref_logprobs, estimator="k1")
+            distance["kl"] = jnp.sum(jnp.where(response, kl, 0.0), axis=-1)
+        return distance | {
             "entropy": jnp.sum(jnp.where(response, entropy, 0.0), axis=-1),
             "length": jnp.sum(response, axis=-1, dtype=jnp.float32),
             "stopped": generation.stopped,
@@ -138,7 +140,7 @@ def _judge_scorer(
 
 
 def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the share of prompts whose answer scores higher than the first answer, before PPO; a tie is half a win.
+    """Return the share of prompts whose answer scores higher than the answer before training; a tie is half a win.
 
     The rates compare the total score, the judge's score, and each part of a score with several parts.
     """
@@ -154,7 +156,10 @@ def win_rates(answers: list[dict[str, Any]], first: list[dict[str, Any]]) -> dic
 
 
 def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Return means over answers, for scores over those with a score; entropy per token, KL per sequence, in nats."""
+    """Return means over answers, for scores over those with a score; entropy per token, KL per sequence, in nats.
+
+    Without a reference there is no KL.
+    """
     column = {
         name: np.asarray([row[name] for row in answers], np.float64) for name in answers[0] if name not in TEXT_COLUMNS
     }
@@ -163,12 +168,13 @@ def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
         "eval/score_mean": float(score.mean()),
         "eval/score_std": float(score.std()),
         "eval/score_stderr": standard_error(score),
-        "eval/kl": float(column["kl"].mean()),
         "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
         "eval/length": float(column["length"].mean()),
         "eval/eos_fraction": float(column["stopped"].mean()),
         "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),
     }
+    if "kl" in column:
+        figures["eval/kl"] = float(column["kl"].mean())
     if "judge" in column:
         judge = column["judge"]
         figures |= {"eval/judge_mean": float(judge.mean()), "eval/judge_stderr": standard_error(judge)}

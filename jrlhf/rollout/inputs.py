@@ -29,12 +29,12 @@ class RolloutInputs(StageInputs):
     @cached_property
     def prompts(self) -> PromptRows:
         data = self._section.prompts
-        return load_prompts(data, data.train, self.tokenizer, columns_read(self._section.rewards))
+        return load_prompts(data, data.train, self.tokenizer, columns_read(self._section.rewards, stage=self.stage))
 
     @cached_property
     def heldout(self) -> PromptRows | None:
         data = self._section.prompts
-        columns = columns_read(self._section.rewards)
+        columns = columns_read(self._section.rewards, stage=self.stage)
         return load_prompts(data, data.eval, self.tokenizer, columns) if data.eval else None
 
     @cached_property

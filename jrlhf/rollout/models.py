@@ -32,15 +32,16 @@ class SourceOf(Protocol):
 
 @runtime_checkable
 class ModelOf(Protocol[M]):
-    """A function that reads a model from its source."""
+    """A function that reads a model from its source; ``frozen`` says that the stage does not train the weights."""
 
-    def __call__(self, source: str, model: ModelConfig, *, key: str, option: str = "") -> M: ...
+    def __call__(self, source: str, model: ModelConfig, *, key: str, option: str = "", frozen: bool = True) -> M: ...
 
 
 class ModelReader(NamedTuple):
     """The functions that read a stage's models, for the mesh of a run or of a plan.
 
-    Their weights are frozen: the trained ones are read from the same sources, see ``trainable_actors``.
+    Weights are frozen unless ``language`` is told otherwise: the trained ones are read from the same sources, see
+    ``trainable_actors``.
     """
 
     source: SourceOf
@@ -56,19 +57,19 @@ class ModelReader(NamedTuple):
 def weight_reader(config: Config, mesh: Mesh) -> ModelReader:
     """Return the reader of a run, which loads models with their weights."""
 
-    def options(model: ModelConfig, key: str, option: str) -> dict[str, Any]:
-        keywords = compute_options(model, mesh, key=key, frozen=True)
+    def options(model: ModelConfig, key: str, option: str, frozen: bool) -> dict[str, Any]:
+        keywords = compute_options(model, mesh, key=key, frozen=frozen)
         return keywords | {"option": option} if option else keywords
 
     def source(path: str, *, key: str, stage: str, kind: ModelKind | None) -> str:
         before = () if kind is None else stages_before(config, stage, kind)
         return model_source(config, path, key=key, before=before)
 
-    def language(source: str, model: ModelConfig, *, key: str, option: str = "") -> Pretrained:
-        return load_pretrained(source, mesh=mesh, **options(model, key, option))
+    def language(source: str, model: ModelConfig, *, key: str, option: str = "", frozen: bool = True) -> Pretrained:
+        return load_pretrained(source, mesh=mesh, **options(model, key, option, frozen))
 
-    def reward(source: str, model: ModelConfig, *, key: str, option: str = "") -> RewardModel:
-        return load_reward_model(source, mesh=mesh, **options(model, key, option))
+    def reward(source: str, model: ModelConfig, *, key: str, option: str = "", frozen: bool = True) -> RewardModel:
+        return load_reward_model(source, mesh=mesh, **options(model, key, option, frozen))
 
     def blank_value(policy: Pretrained) -> RewardModel:
         model = reward_from_pretrained(policy, stream_key(0, "ppo", "init"))
@@ -99,11 +100,11 @@ def shape_reader(config: PlanConfig, target: Target) -> ModelReader:
         folder = model_folder(source, weights=False).base
         return SizedVocabulary(arch_from_hf(read_config(folder)).vocab_size)  # pyright: ignore[reportAbstractUsage]
 
-    def language(source: str, model: ModelConfig, *, key: str, option: str = "") -> Pretrained:
-        return planned_model(target, source, model, key=key, kind="language", option=option, frozen=True)
+    def language(source: str, model: ModelConfig, *, key: str, option: str = "", frozen: bool = True) -> Pretrained:
+        return planned_model(target, source, model, key=key, kind="language", option=option, frozen=frozen)
 
-    def reward(source: str, model: ModelConfig, *, key: str, option: str = "") -> RewardModel:
-        decoder = planned_model(target, source, model, key=key, kind="reward", option=option, frozen=True)
+    def reward(source: str, model: ModelConfig, *, key: str, option: str = "", frozen: bool = True) -> RewardModel:
+        decoder = planned_model(target, source, model, key=key, kind="reward", option=option, frozen=frozen)
         return abstract_reward(decoder, target.mesh)
 
     return ModelReader(source, tokenizer, language, reward, lambda policy: abstract_reward(policy, target.mesh))

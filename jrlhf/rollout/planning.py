@@ -15,7 +15,7 @@ from jrlhf.parallel import batch_sharding
 from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.reward_models import jit_score, padded_width, reward_of
-from jrlhf.rollout.sampling import jit_sampler
+from jrlhf.rollout.sampling import jit_sampler, rollout_samples
 from jrlhf.train.batches import device_multiple
 from jrlhf.train.performance import rollout_work
 from jrlhf.train.programs import Program, Target
@@ -32,12 +32,16 @@ def sampling_program(
     prompt: int,
     target: Target,
     held: Any,
+    samples: int = 1,
 ) -> Program:
-    """Return the sampler on prompts of the full length, ``prompt`` tokens, with the stop tokens of config.json."""
+    """Return the sampler on prompts of the full length, ``prompt`` tokens, with the stop tokens of config.json.
+
+    Each of ``rows`` prompts gets ``samples`` answers.
+    """
     ends = model.config.get("eos_token_id") or 0
     stops = tuple(ends) if isinstance(ends, list) else (int(ends),)
     pad = int(model.config.get("pad_token_id") or 0)
-    sampler = jit_sampler(model.decode_fns, sampling, target.mesh, stop_tokens=stops, pad_token=pad)
+    sampler = jit_sampler(model.decode_fns, sampling, target.mesh, stop_tokens=stops, pad_token=pad, samples=samples)
     prompts = target.rows((rows, prompt), jnp.int32), target.rows((rows, prompt), jnp.bool_)
     args = (params, *prompts, target.whole(lambda: jax.random.key(0)))
     cache = prompt + sampling.max_new_tokens, model.arch.head_dim
@@ -45,14 +49,23 @@ def sampling_program(
 
 
 def rollout_program(
-    section: RolloutConfig, policy: Pretrained, params: Params, *, episodes: int, target: Target, held: Any
+    section: RolloutConfig,
+    policy: Pretrained,
+    params: Params,
+    *,
+    episodes: int,
+    target: Target,
+    held: Any,
+    samples: int = 1,
 ) -> Program:
-    """Return the sampler on one part of the prompts; its trips and bytes are those of all parts."""
+    """Return the sampler on one part of the prompts; its trips and bytes are those of all parts.
+
+    ``samples``: the answers to each prompt.
+    """
     part = device_multiple(-(-episodes // section.rollout_parts), target.mesh)
-    prompt = section.prompts.max_length
-    program = sampling_program(
-        "rollout", policy, params, section.sampling, rows=part, prompt=prompt, target=target, held=held
-    )
+    together = rollout_samples(samples, rows=part, devices=target.groups)
+    prompt, at = section.prompts.max_length, {"target": target, "held": held, "samples": together}
+    program = sampling_program("rollout", policy, params, section.sampling, rows=part // together, prompt=prompt, **at)
     read = section.rollout_parts * decode_read(section, policy.arch, part, target)
     return program._replace(read=read, trips=section.rollout_parts * program.trips)
 
@@ -62,6 +75,12 @@ def generation_shapes(target: Target, rows: int, length: int) -> Generation:
     shape = rows, length
     tokens, mask, response = (target.rows(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.bool_))
     return Generation(tokens, mask, response, target.rows(shape, jnp.float32), target.rows((rows,), jnp.bool_))
+
+
+def check_planned_lengths(section: RolloutConfig, actors: Actors, *, stage: str) -> None:
+    """Raise ConfigError if the longest prompt with its answer exceeds a model's positions."""
+    for positions in actors.positions(section, stage):
+        positions.check_length(section.prompts.max_length, key=positions.length_key)
 
 
 def score_program(actors: Actors, target: Target, generation: Generation, *, slices: int, held: Any) -> Program:
@@ -77,8 +96,11 @@ def score_program(actors: Actors, target: Target, generation: Generation, *, sli
     return Program("scores", score, (reward.params, *texts), alive=(held, generation, texts), trips=slices)
 
 
-def row_work(section: RolloutConfig, actors: Actors, *, text_length: int) -> dict[str, float]:
-    """Return model FLOPs per program of an episode of full length, with ``text_length`` tokens of text beside it."""
+def row_work(section: RolloutConfig, actors: Actors, *, text_length: int = 0, together: int = 1) -> dict[str, float]:
+    """Return model FLOPs per program of an episode of full length, with ``text_length`` tokens of text beside it.
+
+    One reading of a prompt serves ``together`` answers.
+    """
     policy = actors.policy.arch
     rewards = [model.arch for model in actors.reward_models]
     prompt, new = section.prompts.max_length, section.sampling.max_new_tokens
@@ -87,7 +109,8 @@ def row_work(section: RolloutConfig, actors: Actors, *, text_length: int) -> dic
     text = SFTBatch(marks.astype(jnp.int32), marks, marks) if text_length else None
     generation = Generation(real.astype(jnp.int32), real, answer, real.astype(jnp.float32), real[:, 0])
     # One episode is one part. ``decode_read`` counts the bytes, so they are not used here.
-    work = rollout_work(replace(section, rollout_parts=1), policy, actors.value_arch, rewards)(generation, text)
+    at = {"reference": actors.has_reference, "together": together}
+    work = rollout_work(replace(section, rollout_parts=1), policy, actors.value_arch, rewards, **at)(generation, text)
     scores = sum(float(forward_flops(reward, np.arange(prompt + new), logits=0)) for reward in rewards)
     return {
         "rollout": float(work["flops/rollout"]),

@@ -105,6 +105,15 @@ def samples_per_prompt(samples: int, *, batch_size: int, devices: int) -> int:
     return max(n for n in range(1, min(rows, samples) + 1) if samples % n == 0 and rows % n <= rows // 8)
 
 
+def rollout_samples(samples: int, *, rows: int, devices: int) -> int:
+    """Return the number of answers to a prompt that a rollout samples from a single reading of the prompt.
+
+    It is the largest divisor of ``samples`` with which the prompts of ``rows`` answers divide over the devices. Which
+    it is changes no draw, because a draw depends on the row of an answer.
+    """
+    return max(n for n in range(1, samples + 1) if samples % n == 0 and rows % (n * devices) == 0)
+
+
 def draws(
     generate: GenerateFn,
     params: Params,

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.config.rewards import RewardsConfig
+from jrlhf.config.rewards_check import rule_weights
 from jrlhf.core import masked_mean
 from jrlhf.data import PromptRows, Tokenizer
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
@@ -57,16 +58,15 @@ def make_rewards(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: 
 
     The first process runs the rules while the devices run the reward model.
     """
-    rules = make_rules(rewards)
+    rules, weights = make_rules(rewards, stage=stage), weights_of(rewards)
     model_scorer = learned_scorer(rewards, actors, mesh, slices=slices, stage=stage) if rewards.uses_model else None
-    weights = {f"rule/{rule.name}": rule.weight for rule in rules} | {"model": rewards.model_weight}
     add_up = jax.jit(lambda generation, parts: weigh(generation, parts, weights=weights))
 
     def begin(generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"]) -> PendingScores:
         if not rules:
             return dict
         episodes = episodes_of(actors.tokenizer, generation, [prompts.shown[int(row)] for row in rows])
-        return start_rules(rules, episodes, timeout=rewards.timeout) if is_first() else dict
+        return start_rules(rules, episodes, timeout=rewards.timeout, stage=stage) if is_first() else dict
 
     def finish(
         generation: Generation, prompts: PromptRows, rows: Int[np.ndarray, "B"], pending: Sequence[PendingScores]
@@ -81,6 +81,12 @@ def make_rewards(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: 
         return add_up(generation, parts)
 
     return Rewards(begin, finish)
+
+
+def weights_of(rewards: RewardsConfig) -> dict[str, float]:
+    """Return the weight of each part of a score that has one: ``model`` and ``rule/<name>``."""
+    rules = {f"rule/{name}": weight for name, weight in rule_weights(rewards).items()}
+    return {name: weight for name, weight in (rules | {"model": rewards.model_weight}).items() if weight}
 
 
 def learned_scorer(rewards: RewardsConfig, actors: Actors, mesh: Mesh, *, slices: int, stage: str) -> Scorer:

@@ -1,1 +1,1 @@
-"""The stages: SFT, the reward model and PPO, the table of them, and the pipeline that runs them one after the other."""
+"""The stages (SFT, the reward model, PPO, GRPO), the table of them, and the pipeline that runs them in order."""

@@ -19,19 +19,26 @@ from jrlhf.rollout.evaluation import has_judge, make_evaluator
 from jrlhf.rollout.inputs import RolloutInputs
 from jrlhf.rollout.iteration import (
     MAXIMA,
+    EpisodeSlices,
     RolloutPrograms,
-    episode_slices,
     jit_readings,
     jit_targets,
     make_iteration,
     networks_of,
+    slices_of,
 )
 from jrlhf.rollout.models import shape_reader, weight_reader
-from jrlhf.rollout.planning import generation_shapes, rollout_program, row_work, score_program
+from jrlhf.rollout.planning import (
+    check_planned_lengths,
+    generation_shapes,
+    rollout_program,
+    row_work,
+    score_program,
+)
 from jrlhf.rollout.rules import make_rules
 from jrlhf.rollout.safety import make_safety
 from jrlhf.rollout.sampling import jit_generate
-from jrlhf.rollout.scores import make_rewards
+from jrlhf.rollout.scores import ScoredAnswers, make_rewards
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.inputs import RowsInput, with_sources
 from jrlhf.runs.metrics import PROXY_AND_GOLD
@@ -84,24 +91,8 @@ class PPOPrograms(NamedTuple):
     read: Any
     """``(policy, reference, value, generation) -> Readings``."""
     targets: Any
-    """``(generation, readings, scores, KL coefficient) -> Rollout``."""
+    """``(scored answers, readings, KL coefficient) -> Rollout``."""
     schedule: optax.Schedule
-
-
-class EpisodeSlices(NamedTuple):
-    """The numbers of slices in which a device reads its episodes."""
-
-    scoring: int
-    """Number of slices of a rollout, for scores and readings."""
-    update: int
-    """Number of slices of a minibatch, for the update."""
-
-
-def slices_of(ppo: PPOConfig, mesh: Mesh) -> EpisodeSlices:
-    """Return the slices of PPO. Raise ConfigError if episodes or minibatches do not divide over the devices."""
-    scoring = episode_slices(ppo, ppo.episodes, mesh, key="ppo.episodes")
-    update = episode_slices(ppo, ppo.episodes // ppo.minibatches, mesh, key="ppo.episodes / ppo.minibatches")
-    return EpisodeSlices(scoring, update)
 
 
 def build_ppo(config: Config, actors: Actors, mesh: Mesh, *, slices: EpisodeSlices, updates: int) -> PPOPrograms:
@@ -130,6 +121,7 @@ def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, 
         ptx_coef=ppo.ptx_coef,
         target_approx_kl=ppo.target_approx_kl or None,
         critic_warmup_updates=ppo.critic_warmup * ppo.epochs * ppo.minibatches,
+        sampler_weight_cap=ppo.weight_cap or None,
         ema_decay=ppo.ema_decay or None,
         accumulation=accumulation,
         drop_padding=actors.packable,
@@ -139,15 +131,15 @@ def make_step(ppo: PPOConfig, actors: Actors, tx: optax.GradientTransformation, 
 
 def check_ppo(config: Config, mesh: Mesh) -> None:
     """Raise ConfigError if a rule lacks something, or if episodes do not divide over the devices."""
-    make_rules(config.ppo.rewards)
-    slices_of(config.ppo, mesh)
+    make_rules(config.ppo.rewards, stage="ppo")
+    slices_of(config.ppo, mesh, stage="ppo")
 
 
 def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
     """Load the models of PPO, and build its programs and its loop."""
     config, mesh = site.config, site.mesh
     ppo, prompts, heldout, ptx = config.ppo, inputs.prompts, inputs.heldout, inputs.ptx
-    models, slices = weight_reader(config, mesh), slices_of(config.ppo, mesh)
+    models, slices = weight_reader(config, mesh), slices_of(config.ppo, mesh, stage="ppo")
     actors = load_actors(ppo, "ppo", models, value_from=ppo.value_from)
     Positions(actors.policy.arch, "ppo.ptx.max_length").check({"ppo.ptx.train": ptx})
     for positions in actors.positions(ppo, "ppo"):
@@ -162,7 +154,7 @@ def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
     generate = jit_generate(actors.policy.decode_fns, ppo.sampling, actors.tokenizer, mesh, option="ppo.sampling")
     score = make_rewards(ppo.rewards, actors, mesh, slices=slices.scoring, stage="ppo")
     jitted = RolloutPrograms(generate, read, programs.targets, programs.training.step)
-    iterate, batch_of = make_iteration(site, ppo, actors, jitted, score, prompts, ptx)
+    iterate, batch_of = make_iteration(site, ppo, actors, jitted, score, prompts, ptx=ptx)
     heldout_figures = make_evaluator(site, ppo, actors, generate, heldout, models)
     answering = actors.positions(ppo, "ppo")[0]
     safety = make_safety(site, inputs.safety_prompts, generate, batch_size=ppo.episodes, positions=answering)
@@ -213,9 +205,12 @@ def plan_ppo(config: PlanConfig, target: Target) -> Sized:
     The targets and the evaluation are left out because they need less memory than these.
     """
     ppo, mesh = config.ppo, target.mesh
-    slices = slices_of(ppo, mesh)
+    slices = slices_of(ppo, mesh, stage="ppo")
     actors = load_actors(ppo, "ppo", shape_reader(config, target), value_from=ppo.value_from)
-    check_planned_lengths(ppo, actors)
+    check_planned_lengths(ppo, actors, stage="ppo")
+    if ppo.ptx_coef:
+        key = "ppo.ptx.max_length"
+        Positions(actors.policy.arch, key).check_length(ppo.ptx.max_length, key=key)
     programs = build_ppo(config, actors, mesh, slices=slices, updates=PLANNED_UPDATES)
     loaded = actors.policy.params, [model.params for model in actors.reward_models], value_of(actors).params
     run = planned_training(programs.training, target, loaded=loaded)
@@ -238,7 +233,7 @@ def plan_ppo(config: PlanConfig, target: Target) -> Sized:
         scores = target.rows((episodes,), jnp.float32)
         coef = target.whole(lambda: jnp.float32(0.0))
         readings = jax.eval_shape(programs.read, *args)
-        rollouts = jax.eval_shape(programs.targets, generation, readings, scores, coef)
+        rollouts = jax.eval_shape(programs.targets, ScoredAnswers(generation, scores, {}), readings, coef)
         batch = jax.tree.map(lambda x: target.rows(x.shape, x.dtype), rollouts)
         batch = batch._replace(ptx=target.text(episodes, ppo.ptx.max_length) if ppo.ptx_coef else None)
         figures: dict[str, Any] = {"trips": slices.update, "flops": work["update"], "read": traffic}
@@ -247,15 +242,6 @@ def plan_ppo(config: PlanConfig, target: Target) -> Sized:
 
     rows = ppo.episodes // ppo.minibatches // target.groups // slices.update
     return Sized(rows, ppo.model.dtype, build)
-
-
-def check_planned_lengths(ppo: PPOConfig, actors: Actors) -> None:
-    """Raise ConfigError if the longest prompt with its answer, or a text of ppo.ptx, exceeds a model's positions."""
-    for positions in actors.positions(ppo, "ppo"):
-        positions.check_length(ppo.prompts.max_length, key=positions.length_key)
-    if ppo.ptx_coef:
-        key = "ppo.ptx.max_length"
-        Positions(actors.policy.arch, key).check_length(ppo.ptx.max_length, key=key)
 
 
 PPO = Stage(

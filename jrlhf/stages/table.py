@@ -2,6 +2,7 @@
 
 from jrlhf.config import stage_sections
 from jrlhf.stages.dpo import DPO
+from jrlhf.stages.grpo import GRPO
 from jrlhf.stages.ppo import PPO
 from jrlhf.stages.reward import REWARD
 from jrlhf.stages.sft import SFT
@@ -12,6 +13,7 @@ STAGES: tuple[Stage, ...] = (
     REWARD,
     DPO,
     PPO,
+    GRPO,
 )
 
 assert [stage.name for stage in STAGES] == [*stage_sections()], "the table of stages and the sections of Config differ"

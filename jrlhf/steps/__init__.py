@@ -11,6 +11,8 @@ from jrlhf.steps.dpo import (
 )
 from jrlhf.steps.experience import make_experience, make_readings, make_targets, rollout_metrics
 from jrlhf.steps.generate import make_generate
+from jrlhf.steps.groups import group_metrics, make_group_targets, make_policy_readings
+from jrlhf.steps.grpo import GRPOSettings, make_grpo_step
 from jrlhf.steps.networks import Networks, separate, shared
 from jrlhf.steps.packing import without_padding
 from jrlhf.steps.ppo import PPOSettings, make_ppo_step
@@ -20,13 +22,18 @@ from jrlhf.steps.sft import make_sft_eval, make_sft_step, trained_tokens
 __all__ = [
     "AnswerLogprobs",
     "DPOSettings",
+    "GRPOSettings",
     "Networks",
     "PPOSettings",
     "answer_logprobs",
     "compared",
+    "group_metrics",
     "make_dpo_step",
     "make_experience",
     "make_generate",
+    "make_group_targets",
+    "make_grpo_step",
+    "make_policy_readings",
     "make_ppo_step",
     "make_readings",
     "make_reward_step",

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.core import combine
 from jrlhf.types import Metrics, Params, TrainState
@@ -97,6 +97,11 @@ def apply_gradients(
     updated = trained._replace(params=params, opt_state=opt_state, step=state.step + 1)
     new_state = select(finite, updated, trained)._replace(frozen=state.frozen)
     return new_state, {"grad_norm": norm, "skipped": 1.0 - finite.astype(jnp.float32)}
+
+
+def moving_average(average: Params, params: Params, *, decay: float, skipped: Float[Array, ""]) -> Params:
+    """The exponential moving average after an update, or as it was where the update was ``skipped``."""
+    return select(skipped > 0, average, optax.incremental_update(params, average, 1.0 - decay))
 
 
 def select(condition: Bool[Array, ""], when_true: Any, when_false: Any) -> Any:

@@ -103,12 +103,14 @@ def make_targets(
         generation: Generation, readings: Readings, scores: Real[Array, "B"], kl_coef: Float[Array, ""]
     ) -> Rollout:
         response, scores = generation.response_mask, scores.astype(jnp.float32)
-        kl = kl_penalty(readings.logprobs, readings.ref_logprobs, estimator=kl_estimator)
+        values, ref_logprobs = readings.values, readings.ref_logprobs
+        if values is None or ref_logprobs is None:
+            raise ValueError("PPO's targets need the readings of a value network and of a reference")
+        kl = kl_penalty(readings.logprobs, ref_logprobs, estimator=kl_estimator)
         penalised = scores - jnp.where(generation.stopped, 0.0, missing_eos_penalty)
         rewards = shape_rewards(penalised, kl, response, kl_coef=kl_coef)
         if whiten_rewards:
             rewards = masked_whiten(rewards, response, shift_mean=False)
-        values = readings.values
         advantages, returns = jax.vmap(lambda r, v, m: gae(r, v, m, gamma=gamma, lam=lam))(rewards, values, response)
         rollout = Rollout(
             **readings._asdict(),
@@ -131,31 +133,35 @@ def make_targets(
 def rollout_metrics(rollout: Rollout) -> Metrics:
     """Figures of a rollout before anything is trained on it. KL, entropy and lengths count response tokens only.
 
-    A row without a response is in no figure.
+    A row without a response is in no figure. Without a reference there is no ``kl``, and without a value network no
+    ``value/explained_variance``.
     """
     response = rollout.response_mask
     rows = jnp.any(response, axis=-1)
     score = masked_mean(rollout.scores, rows)
-    kl = jnp.sum(jnp.where(response, kl_penalty(rollout.logprobs, rollout.ref_logprobs, estimator="k1"), 0.0), axis=-1)
     lengths = jnp.sum(response, axis=-1, dtype=jnp.float32)
     drift = jnp.where(response, jnp.abs(rollout.logprobs - rollout.sampler_logprobs), 0.0)
     sampler_ratio = importance_ratio(rollout.logprobs, rollout.sampler_logprobs)
-    residual = masked_sum(jnp.square(_centred(rollout.returns - rollout.values, response)), response)
-    spread = masked_sum(jnp.square(_centred(rollout.returns, response)), response)
-    return {
+    metrics = {
         "reward/score_mean": score,
         "reward/score_std": jnp.sqrt(masked_mean(jnp.square(rollout.scores - score), rows)),
         "reward/total": masked_mean(jnp.sum(jnp.where(response, rollout.rewards, 0.0), axis=-1), rows),
-        "kl": masked_mean(kl, rows),
         "entropy": masked_mean(rollout.entropy, response),
         "length/mean": masked_mean(lengths, rows),
         "length/tokens": jnp.sum(lengths),
         "repetition": repetition(rollout.tokens, response),
         "eos_fraction": masked_mean(rollout.stopped.astype(jnp.float32), rows),
-        "value/explained_variance": 1.0 - residual / jnp.maximum(spread, 1e-8),
         "sampler/max_abs_logprob_diff": jnp.max(drift),
         "sampler/mean_ratio": masked_mean(sampler_ratio, response),
     }
+    if rollout.ref_logprobs is not None:
+        kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, estimator="k1")
+        metrics["kl"] = masked_mean(jnp.sum(jnp.where(response, kl, 0.0), axis=-1), rows)
+    if rollout.values is not None and rollout.returns is not None:
+        residual = masked_sum(jnp.square(_centred(rollout.returns - rollout.values, response)), response)
+        spread = masked_sum(jnp.square(_centred(rollout.returns, response)), response)
+        metrics["value/explained_variance"] = 1.0 - residual / jnp.maximum(spread, 1e-8)
+    return metrics
 
 
 def repetition(tokens: Int[Array, "B T"], response: Bool[Array, "B T"]) -> Float[Array, ""]:

@@ -1,7 +1,7 @@
 """Several epochs of minibatches over one rollout: the order of its rows, and the loop over their updates."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jrlhf.steps.accumulate import Sums, no_sums, select
 from jrlhf.steps.packing import packed_layout
 from jrlhf.types import Key, Metrics, Params, Rollout, TrainState
 
+M = TypeVar("M", bound=Any)
 UpdateFn = Callable[[TrainState, Rollout, Params | None], tuple[TrainState, Sums, Float[Array, ""]]]
 """``(state without frozen parameters, minibatch, frozen parameters) -> (state, sums, 1 where it was skipped)``."""
 
@@ -88,16 +89,11 @@ def shuffled_minibatches(rollout: Rollout, key: Key, *, epochs: int, minibatches
     return shuffled._replace(ptx=jax.tree.map(lambda x: shuffle(x, ptx_order), rollout.ptx))
 
 
-def packed_minibatch(episodes: Rollout, *, slices: int) -> tuple[Rollout, Int[Array, ""]]:
-    """The episodes' arrays that a loss reads, packed into fewer rows, and how many of ``slices`` hold any token."""
+def packed_minibatch(episodes: M, *, slices: int) -> tuple[M, Int[Array, ""]]:
+    """The arrays ``[B, T]`` of a minibatch packed into fewer rows, and how many of ``slices`` hold any token.
+
+    ``episodes`` is a NamedTuple with a ``mask``, which becomes the numbers of the segments; other shapes stay.
+    """
     layout = packed_layout(episodes.mask, slices=slices)
-    packed = episodes._replace(
-        tokens=layout.pack(episodes.tokens),
-        mask=layout.segments,
-        response_mask=layout.pack(episodes.response_mask),
-        logprobs=layout.pack(episodes.logprobs),
-        values=layout.pack(episodes.values),
-        advantages=layout.pack(episodes.advantages),
-        returns=layout.pack(episodes.returns),
-    )
-    return packed, layout.used
+    packed = jax.tree.map(lambda x: layout.pack(x) if x.shape == episodes.mask.shape else x, episodes)
+    return packed._replace(mask=layout.segments), layout.used

@@ -16,9 +16,10 @@ from jrlhf.core import (
     ppo_policy_loss,
     ppo_value_loss,
 )
-from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, select
+from jrlhf.steps.accumulate import Sums, accumulate_gradients, apply_gradients, moving_average, select
 from jrlhf.steps.minibatches import packed_minibatch, shuffled_minibatches, update_each
 from jrlhf.steps.networks import Networks
+from jrlhf.steps.ratios import merged, ratio_sums, sampler_weights
 from jrlhf.steps.sft import nll_sum, trained_tokens
 from jrlhf.types import Key, Metrics, Params, PPOParams, Rollout, SFTBatch, TrainState
 
@@ -48,6 +49,8 @@ class PPOSettings(NamedTuple):
     """Once a minibatch's mean ½(log π - log π_old)² exceeds it, its update and the rest of the rollout are dropped."""
     critic_warmup_updates: int = 0
     """For so many updates only the critic moves."""
+    sampler_weight_cap: float | None = None
+    """Bound of each token's weight exp(log π_old - log π_sampler) in the policy loss; see ``truncated_weights``."""
     ema_decay: float | None = None
     """``state.ema``, which must then be there, follows the policy at every update with this decay."""
     accumulation: int = 1
@@ -80,8 +83,8 @@ def make_ppo_step(
             warm = state.step < settings.critic_warmup_updates
             params = params._replace(policy=select(warm, state.params.policy, params.policy))
         if settings.ema_decay is not None and ema is not None:
-            average = optax.incremental_update(params.policy, ema, 1.0 - settings.ema_decay)
-            ema = select(update_metrics["skipped"] > 0, ema, average)
+            skipped = update_metrics["skipped"]
+            ema = moving_average(ema, params.policy, decay=settings.ema_decay, skipped=skipped)
         sums = sums._replace(total=sums.total | {"grad_norm": update_metrics["grad_norm"]})
         skipped = jnp.where(any_response, update_metrics["skipped"], 0.0)
         return new_state._replace(params=params, ema=ema), sums, skipped
@@ -102,7 +105,10 @@ def ppo_gradients(
 ) -> tuple[PPOParams, Sums]:
     """The gradient of a minibatch's loss, and what the loss reports; ``frozen`` completes ``params``."""
     slices = settings.accumulation
-    episodes, used = minibatch._replace(ptx=None), None
+    # What no loss reads is not packed.
+    episodes, used = minibatch._replace(ptx=None, ref_logprobs=None, entropy=None, rewards=None), None
+    if not settings.sampler_weight_cap:
+        episodes = episodes._replace(sampler_logprobs=None)
     tokens = jnp.maximum(jnp.sum(episodes.response_mask, dtype=jnp.float32), 1.0)
     if settings.drop_padding:
         episodes, used = packed_minibatch(episodes, slices=slices)
@@ -150,35 +156,38 @@ def episode_loss(
         values = align_to_tokens(values.astype(jnp.float32))
         # Masked slots are set to one harmless value before any arithmetic (law 6).
         logprobs, old_logprobs, advantages, values, old_values, returns = (
-            jnp.where(mask, x, 0.0)
-            for x in (logprobs, part.logprobs, part.advantages, values, part.values, part.returns)
+            jnp.where(mask, x, 0.0) for x in (logprobs, part.logprobs, part.advantages, values, *critic_targets(part))
         )
-        clip, value_clip = settings.clip, settings.value_clip
+        clip, value_clip, cap = settings.clip, settings.value_clip, settings.sampler_weight_cap
         per_token = ppo_policy_loss(logprobs, old_logprobs, advantages, clip=clip, dual_clip=settings.dual_clip)
+        weighed = Sums({}, {})
+        if cap:
+            weights, weighed = sampler_weights(old_logprobs, part.sampler_logprobs, mask, cap=cap, tokens=tokens)
+            per_token = per_token * weights
         policy = masked_sum(per_token, mask) / tokens
         value = masked_sum(ppo_value_loss(values, old_values, returns, clip=value_clip), mask) / tokens
         mean_entropy = masked_sum(entropy, mask) / tokens
         loss = policy + settings.value_coef * value - settings.entropy_coef * mean_entropy
-        log_ratio = logprobs - old_logprobs
-        ratio = importance_ratio(logprobs, old_logprobs)
         total = {
             "loss": loss,
             "loss/policy": policy,
             "loss/value": value,
             "policy/entropy": mean_entropy,
-            "policy/approxkl": masked_sum(0.5 * jnp.square(log_ratio), mask) / tokens,
-            "policy/clipfrac": masked_sum(_is_far(ratio, 1.0, clip), mask) / tokens,
-            "policy/ratio_mean": masked_sum(ratio, mask) / tokens,
             "value/clipfrac": masked_sum(_is_far(values, old_values, value_clip), mask) / tokens,
         }
-        maximum = {
-            "policy/ratio_max": jnp.max(jnp.where(mask, ratio, 0.0)),
-            "policy/max_abs_log_ratio": jnp.max(jnp.abs(log_ratio)),
-        }
-        return loss, Sums(total, maximum)
+        ratio = importance_ratio(logprobs, old_logprobs)
+        ratios = ratio_sums(logprobs - old_logprobs, ratio, mask, tokens=tokens, clip=clip, clip_high=clip)
+        return loss, merged(Sums(total, {}), ratios, weighed)
 
     return loss_fn
 
 
-def _is_far(x: Array, centre: Array | float, distance: float) -> Array:
+def critic_targets(rollout: Rollout) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """The values and returns of a rollout. ValueError for one without a critic."""
+    if rollout.values is None or rollout.returns is None:
+        raise ValueError("the rollout has no values and returns, which PPO's value loss needs")
+    return rollout.values, rollout.returns
+
+
+def _is_far(x: Array, centre: Array, distance: float) -> Array:
     return (jnp.abs(x - centre) > distance).astype(jnp.float32)

@@ -40,7 +40,7 @@ class ScoredAnswer(NamedTuple):
 def best_of_n(args: SampleConfig) -> list[str]:
     """Return a line for each prompt that has a best answer, and write notes to stderr. Raise DataError for none."""
     rewards = args.rewards if args.score else replace(args.rewards, model_weight=0.0)
-    sampler = load_sampler(args, columns_read(rewards))
+    sampler = load_sampler(args, columns_read(rewards, stage="sample"))
     by_prompt = scored_answers(args, rewards, sampler)
     rows = [
         chosen_row(row, answers, with_worst=args.keep == "best-worst")

@@ -21,6 +21,7 @@ from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_
 from jrlhf.parallel.step import Step
 from jrlhf.runs.folder import last_export
 from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, rollout_metrics, separate
+from jrlhf.steps.ppo import critic_targets
 from jrlhf.system.terminal import show_all_characters
 from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
@@ -256,10 +257,10 @@ def _gae_error(rollout: Rollout) -> float:
 
 
 def _whiten_error(rollout: Rollout) -> float:
-    mask, returns = np.asarray(rollout.response_mask), np.asarray(rollout.returns, np.float64)
-    unmasked = returns[mask]
+    mask, (_, returns) = np.asarray(rollout.response_mask), critic_targets(rollout)
+    unmasked = np.asarray(returns, np.float64)[mask]
     expected = (unmasked - unmasked.mean()) / np.sqrt(unmasked.var() + 1e-8)
-    whitened = masked_whiten(rollout.returns, rollout.response_mask, shift_mean=True)
+    whitened = masked_whiten(returns, rollout.response_mask, shift_mean=True)
     return float(np.max(np.abs(np.asarray(whitened)[mask] - expected)))
 
 
@@ -275,7 +276,7 @@ def _degenerate(subject: Subject) -> Iterator[tuple[str, float]]:
     rollout = subject.rollout
     cases: dict[str, Callable[[], Rollout]] = {
         "constant rewards": lambda: rollout._replace(
-            advantages=jnp.zeros_like(rollout.advantages), returns=jnp.ones_like(rollout.returns)
+            advantages=jnp.zeros_like(rollout.advantages), returns=jnp.ones_like(rollout.advantages)
         ),
         "a batch of one": lambda: jax.tree.map(lambda x: x[:1], rollout),
         "a row all masked": lambda: rollout._replace(response_mask=rollout.response_mask.at[0].set(False)),

@@ -46,7 +46,7 @@ class Watch:
 
     def __init__(self, config: GuardsConfig, snapshot: Mapping[str, Any] | None) -> None:
         self._config = config
-        self._guards: dict[str, GuardConfig] = {name: vars(config)[name] for name in CAUSES}
+        self._guards: dict[str, GuardConfig] = {n: vars(config)[n] for n in CAUSES if n in vars(config)}
         snapshot = snapshot or {"baseline": {}, "in_row": {}, "rollbacks": 0}
         self._baseline, self._in_row = dict(snapshot["baseline"]), dict(snapshot["in_row"])
         self.rollbacks: int = snapshot["rollbacks"]
@@ -75,7 +75,8 @@ class Watch:
     def _value(self, name: str, metrics: Mapping[str, Any]) -> float:
         match name:
             case "kl" | "negative_kl":
-                return float(metrics["kl"])
+                # A run without a reference has no KL.
+                return float(metrics.get("kl", math.nan))
             case "length":
                 return float(metrics["length/mean"]) / max(self._baseline["length/mean"], 1.0)
             case "repetition":

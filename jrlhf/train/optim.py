@@ -58,6 +58,12 @@ def make_actor_critic_optimizer(
     return optax.chain(optax.multi_transform(halves, labels), _scalable()), schedule
 
 
+def make_policy_optimizer(config: OptimConfig, *, updates: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Return ``make_optimizer`` with a factor of the learning rate in its state, for a policy without a critic."""
+    policy, schedule = make_optimizer(config, updates=updates)
+    return optax.chain(policy, _scalable()), schedule
+
+
 class RateState(NamedTuple):
     """The factor of the learning rate besides the schedule."""
 
@@ -76,10 +82,10 @@ def _scalable() -> optax.GradientTransformation:
 
 
 def scale_rate(opt_state: Any, factor: float) -> Any:
-    """Return a state of ``make_actor_critic_optimizer`` with its learning rates multiplied by ``factor``."""
+    """Return a state of a policy's optimizer with its learning rates multiplied by ``factor``."""
     return optax.tree.set(opt_state, rate_factor=rate_factor(opt_state) * factor)
 
 
 def rate_factor(opt_state: Any) -> jax.Array:
-    """Return the factor of the learning rates in a state of ``make_actor_critic_optimizer``."""
+    """Return the factor of the learning rates in a state of a policy's optimizer."""
     return optax.tree.get(opt_state, "rate_factor")

@@ -46,15 +46,22 @@ def _forward(arch: ArchConfig, mask: AnyMask, logits: Float[Array, ""]) -> Float
 
 
 def rollout_work(
-    section: RolloutConfig, policy: ArchConfig, value: ArchConfig | None, rewards: Sequence[ArchConfig]
+    section: RolloutConfig,
+    policy: ArchConfig,
+    value: ArchConfig | None,
+    rewards: Sequence[ArchConfig],
+    *,
+    reference: bool = True,
+    together: int = 1,
 ) -> Callable[[Generation, SFTBatch | None], dict[str, jax.Array]]:
-    """Return a function that counts model FLOPs and tokens of each phase of a PPO iteration, and bytes of decoding.
+    """Return a function that counts model FLOPs and tokens of each phase of an iteration, and bytes of decoding.
 
     It counts logits only at response tokens, or at the trained tokens of text, and takes the tokens of reward models to
-    be the policy's. ``value`` is None if the value network is a head on the policy.
+    be the policy's. ``value`` is None without a value network, or if it is a head on the policy. One reading of a
+    prompt serves ``together`` answers.
     """
     # The reference reads the answers, and so does the policy unless the sampler's log-probs serve.
-    readings = 1.0 if section.old_logprobs == "sampler" else 2.0
+    readings = float(section.old_logprobs == "policy") + float(reference)
     updates = section.epochs * training_passes(section.lora.rank > 0)
     cached = {"itemsize": jnp.dtype(section.model.dtype).itemsize, "kv_cache": section.sampling.kv_cache}
 
@@ -62,6 +69,7 @@ def rollout_work(
         positions, response = positions_from_mask(generation.mask), generation.response_mask
         answers = jnp.sum(response, dtype=jnp.float32)
         of_policy = forward_flops(policy, positions, logits=answers)
+        of_prompts = forward_flops(policy, jnp.where(response, -1, positions), logits=0) if together > 1 else 0.0
         of_value = jnp.float32(0.0) if value is None else forward_flops(value, positions, logits=0)
         of_rewards = sum((forward_flops(reward, positions, logits=0) for reward in rewards), jnp.float32(0.0))
         of_text = jnp.float32(0.0)
@@ -72,7 +80,7 @@ def rollout_work(
         # Each part of a rollout reads the weights again.
         steps = jnp.sum(jnp.max(jnp.sum(response, axis=-1).reshape(section.rollout_parts, -1), axis=-1) - 1)
         return {
-            "flops/rollout": of_policy,
+            "flops/rollout": of_policy - (1.0 - 1.0 / together) * of_prompts,
             "flops/scoring": readings * of_policy + of_value + of_rewards,
             "flops/update": updates * (of_policy + of_value + of_text),
             "bytes/rollout": decode_bytes(policy, fed, steps=steps, **cached),
@@ -104,7 +112,7 @@ def phase_rates(peaks: Peaks | None) -> tuple[Rate, ...]:
 
 @contextmanager
 def timed(seconds: dict[str, Any], name: str) -> Iterator[Callable[[Any], Any]]:
-    """Measure the wall time of a phase. ``wait``, the yielded function, waits for arrays that belong to the phase."""
+    """Add the wall time of the block to a phase. ``wait``, the yielded function, waits for arrays that belong to it."""
     start = time.perf_counter()
     yield jax.block_until_ready
-    seconds[name] = np.float32(time.perf_counter() - start)
+    seconds[name] = np.float32(seconds.get(name, 0.0) + time.perf_counter() - start)

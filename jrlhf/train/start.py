@@ -90,14 +90,15 @@ def build_training(
     """
     init = first_state(tx)
     shardings = tree_shardings(jax.eval_shape(init, trained, ema), mesh, rules)
-    start = jax.jit(init, out_shardings=shardings)
+    # Donated, so that the initial parameters become the state: where shardings are given, jit would copy its inputs.
+    start = jax.jit(init, out_shardings=shardings, donate_argnums=(0, 1))
     return Training(trained, frozen, ema, shardings, start, jit_moving(step, mesh=mesh, state_shardings=shardings))
 
 
 def begin(training: Training, *, mesh: Mesh, key: Key, kl_coef: float = 0.0) -> RunState:
     """Return the state before the first step; ``key`` is the root key of the stage's steps.
 
-    The state takes over the trained arrays, which the first step then donates: nobody can read them afterwards.
+    The state takes over the trained arrays: nobody can read them elsewhere afterwards.
     """
     # The average starts as other arrays than the policy, since none can be donated twice. A new head is on one device.
     parts = training.trained, tree_copy(training.ema)

@@ -38,7 +38,7 @@ TOOLS = {
     "verify": VerifyConfig,
     "quickstart": QuickstartConfig,
 }
-PLACES = dict.fromkeys(("sft", "reward", "dpo", "ppo"), ("jrlhf.stages.run", "run_stage")) | {
+PLACES = dict.fromkeys(("sft", "reward", "dpo", "ppo", "grpo"), ("jrlhf.stages.run", "run_stage")) | {
     "pipeline": ("jrlhf.stages.pipeline", "run_pipeline"),
     "plan": ("jrlhf.plan", "run_plan"),
     "report": ("jrlhf.report", "run_report"),
@@ -52,7 +52,13 @@ PLACES = dict.fromkeys(("sft", "reward", "dpo", "ppo"), ("jrlhf.stages.run", "ru
     "verify": ("jrlhf.tools.verify", "run_verify"),
     "quickstart": ("jrlhf.tools.quickstart", "run_quickstart"),
 }
-DATA = {"sft": "sft.data.train", "reward": "reward.data.train", "dpo": "dpo.data.train", "ppo": "ppo.prompts.train"}
+DATA = {
+    "sft": "sft.data.train",
+    "reward": "reward.data.train",
+    "dpo": "dpo.data.train",
+    "ppo": "ppo.prompts.train",
+    "grpo": "grpo.prompts.train",
+}
 
 
 @pytest.fixture
@@ -140,7 +146,7 @@ def test_help_shows_meaning_and_default(capsys, monkeypatch):
     assert "{k1,k2,k3}" in out
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "ppo", "grpo"])
 def test_defaults_then_yaml_then_flags(command, stage, tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text(f"run: from-yaml\nseed: 5\n{command}:\n  optim: {{lr: 1e-4, b1: 0.8}}\n")
@@ -148,7 +154,13 @@ def test_defaults_then_yaml_then_flags(command, stage, tmp_path, capsys):
     flags = [f"--{command}.optim.lr", "3e-4", f"--{DATA[command]}=rows.jsonl", "--mesh.data", "-1"]
     assert main([command, "--config", str(path), *flags]) == 0
     [(_, config)] = calls
-    part = {"sft": config.sft, "reward": config.reward, "dpo": config.dpo, "ppo": config.ppo}[command]
+    part = {
+        "sft": config.sft,
+        "reward": config.reward,
+        "dpo": config.dpo,
+        "ppo": config.ppo,
+        "grpo": config.grpo,
+    }[command]
     assert (config.run, config.seed, config.mesh.data) == ("from-yaml", 5, -1)
     assert (part.optim.lr, part.optim.b1, part.epochs) == (3e-4, 0.8, {"ppo": 4}.get(command, 1.0))
     assert capsys.readouterr().out == f"{command} done: from-yaml/{command}/summary.json\n"

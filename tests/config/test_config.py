@@ -392,11 +392,11 @@ RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name !=
 def test_every_recipe_is_strictly_valid_and_names_its_data(path):
     config = load_config(path)
     assert config.sft.model.path
-    # After SFT a recipe goes by a reward model and PPO, or by DPO.
-    reward, dpo, ppo = config.reward.data, config.dpo.data, config.ppo.prompts
-    parts = [config.sft.data, *([dpo] if dpo.train else [reward, ppo])]
-    assert all(part.train and part.eval for part in parts)
-    assert not dpo.train or not any((reward.train, ppo.train))
+    # After SFT a recipe goes by a reward model and PPO, by DPO, or by GRPO, which can do without a reward model.
+    by_ppo, by_dpo = (config.reward.data, config.ppo.prompts), (config.dpo.data,)
+    later = next(ways for ways in (by_dpo, (config.grpo.prompts,), by_ppo) if ways[-1].train)
+    assert all(data.train and data.eval for data in (config.sft.data, *later))
+    assert sum(data.train != "" for data in (config.dpo.data, config.grpo.prompts, config.ppo.prompts)) == 1
     assert config.run != Config().run
 
 

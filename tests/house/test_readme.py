@@ -24,7 +24,7 @@ LINKING = [
 ]
 """The pages whose links are followed."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
-SECTIONS = ("sft", "reward", "dpo", "ppo", "mesh", "distributed", "safety")
+SECTIONS = ("sft", "reward", "dpo", "ppo", "grpo", "mesh", "distributed", "safety")
 
 
 def name(path: Path) -> str:

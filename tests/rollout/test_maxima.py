@@ -17,7 +17,9 @@ def test_maxima_are_those_of_the_step_and_of_the_rollout() -> None:
     rollout = rollout_batch(model.apply_fn, model.params)
     networks = separate(from_logits(model.apply_fn), model.score_fn)
     params = PPOParams(model.params, model.value_params)
-    _, sums = jax.eval_shape(episode_loss(networks, ppo_settings(), jnp.float32(1.0)), params, rollout)
+    _, sums = jax.eval_shape(
+        episode_loss(networks, ppo_settings(sampler_weight_cap=2.0), jnp.float32(1.0)), params, rollout
+    )
     of_the_first_minibatch = "policy/first_minibatch_max_abs_log_ratio"
     of_the_rollout = {name for name in rollout_metrics(rollout) if "max" in name.split("/")[-1]}
     assert {*MAXIMA} == {*sums.maximum, of_the_first_minibatch, *of_the_rollout}

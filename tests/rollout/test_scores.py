@@ -113,11 +113,11 @@ def test_a_rule_that_fails_or_hangs_is_named() -> None:
         raise KeyError("x")
 
     with pytest.raises(RuntimeError, match=r"ppo\.rewards\.function: KeyError: 'x'"):
-        start_rules([Rule("function", 1.0, broken)], episodes, timeout=60.0)()
+        start_rules([Rule("function", 1.0, broken)], episodes, timeout=60.0, stage="ppo")()
     never = Event()
     slow = Rule("function", 1.0, lambda episodes: [float(never.wait())])
     with pytest.raises(RuntimeError, match=r"ppo\.rewards\.function: not done in 0\.01 s"):
-        start_rules([slow], episodes, timeout=0.01)()
+        start_rules([slow], episodes, timeout=0.01, stage="ppo")()
     never.set()
 
 
@@ -182,7 +182,7 @@ def test_a_run_on_rules_can_be_planned() -> None:
 
 
 def scores_of(rewards: RewardsConfig, *episodes: Episode) -> dict[str, list[float]]:
-    return start_rules(make_rules(rewards), episodes, timeout=60.0)()
+    return start_rules(make_rules(rewards, stage="ppo"), episodes, timeout=60.0, stage="ppo")()
 
 
 def test_every_rule_scores_by_its_settings() -> None:
@@ -214,10 +214,12 @@ def test_every_rule_scores_by_its_settings() -> None:
 
 
 def test_every_rule_of_the_schema_is_made_and_each_can_be_used_alone() -> None:
-    assert [rule.name for rule in make_rules(RewardsConfig())] == []
+    assert [rule.name for rule in make_rules(RewardsConfig(), stage="ppo")] == []
     for name, part in vars(RewardsConfig()).items():
         if isinstance(part, RuleConfig):
-            made = make_rules(replace(RewardsConfig(), **{name: replace(part, weight=0.5, **NEEDED.get(name, {}))}))
+            made = make_rules(
+                replace(RewardsConfig(), **{name: replace(part, weight=0.5, **NEEDED.get(name, {}))}), stage="ppo"
+            )
             assert [(rule.name, rule.weight) for rule in made] == [(name, 0.5)]
 
 
@@ -237,7 +239,7 @@ def test_an_answer_must_fit_the_schema(tmp_path: Path) -> None:
         if text is not None:
             path.write_text(text)
         with pytest.raises(ConfigError, match=rf"ppo\.rewards\.json\.schema: .*schema\.json: .*{said}"):
-            make_rules(rewards)
+            make_rules(rewards, stage="ppo")
 
 
 def test_a_schema_that_points_elsewhere_is_not_followed(tmp_path: Path) -> None:
@@ -348,7 +350,7 @@ def test_the_rules_score_a_part_of_a_rollout_while_the_next_is_drawn(
 
     def jit_targets(*args: Any, **kwargs: Any) -> Any:
         make_targets = targets(*args, **kwargs)
-        return lambda *given: (rollouts.append((given[0], given[2])), make_targets(*given))[1]
+        return lambda *given: (rollouts.append((given[0].generation, given[0].scores)), make_targets(*given))[1]
 
     monkeypatch.setattr(ppo, "jit_generate", jit_generate)
     monkeypatch.setattr(rewards, "start_rules", starting)
@@ -389,8 +391,8 @@ def test_a_rule_scores_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> N
         return [0.0] * len(completions)
 
     monkeypatch.setattr(rules, "load_function", lambda path: slow)
-    made = make_rules(RewardsConfig(function=FunctionRuleConfig(weight=1.0, path="mine:slow")))
-    waits = [start_rules(made, [Episode({"prompt": "a"}, "b", 1, True)], timeout=60.0) for _ in range(3)]
+    made = make_rules(RewardsConfig(function=FunctionRuleConfig(weight=1.0, path="mine:slow")), stage="ppo")
+    waits = [start_rules(made, [Episode({"prompt": "a"}, "b", 1, True)], timeout=60.0, stage="ppo") for _ in range(3)]
     assert [wait() for wait in waits] == [{"function": [0.0]}] * 3
     assert most == [1, 1, 1]
 
@@ -446,13 +448,13 @@ def test_a_function_s_mistake_names_it(tmp_path: Path, monkeypatch: pytest.Monke
     def rewards(name: str) -> RewardsConfig:
         return RewardsConfig(function=FunctionRuleConfig(weight=1.0, path=f"rewards_of_mine:{name}"))
 
-    assert columns_read(rewards("right")).every
+    assert columns_read(rewards("right"), stage="ppo").every
     assert scores_of(rewards("right"), *episodes) == {"function": [2.0, 2.0]}
     for name, said in [("short", "expected 2 numbers"), ("broken", "KeyError: 'x'")]:
         with pytest.raises(RuntimeError, match=rf"ppo\.rewards\.function: .*rewards_of_mine:{name}: .*{said}"):
             scores_of(rewards(name), *episodes)
     with pytest.raises(ConfigError, match=r"ppo\.rewards\.function\.path: rewards_of_mine:none: the module has no"):
-        make_rules(rewards("none"))
+        make_rules(rewards("none"), stage="ppo")
 
 
 def test_disagreement_costs() -> None:

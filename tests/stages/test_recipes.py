@@ -14,10 +14,11 @@ from jrlhf.models.functions import abstract_params, abstract_reward_params
 from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.parallel import make_mesh, tree_shardings
 from jrlhf.rollout.actors import Actors
+from jrlhf.stages import grpo as grpo_stage
 from jrlhf.stages.ppo import make_step
 from jrlhf.steps import DPOSettings, make_dpo_step, make_reward_step, make_sft_step
 from jrlhf.train.batches import device_share, gradient_slices
-from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer
+from jrlhf.train.optim import make_actor_critic_optimizer, make_optimizer, make_policy_optimizer
 from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
 from tests.support import ROOT
 
@@ -51,7 +52,7 @@ def test_every_stage_of_a_recipe_has_the_shapes_it_needs(path: Path) -> None:
     assert max(config.sft.data.max_length, config.reward.data.max_length) <= arch.max_positions
     assert not config.dpo.data.train or config.dpo.data.max_length <= arch.max_positions
     assert config.ppo.prompts.max_length + config.ppo.sampling.max_new_tokens <= arch.max_positions
-    for check in (check_sft, check_reward, check_dpo, check_ppo):
+    for check in (check_sft, check_reward, check_dpo, check_ppo, check_grpo):
         state = check(config, arch)
         # The recipe's mesh on as many devices as there are here, each axis as large as fits.
         fsdp, tensor = min(config.mesh.fsdp, 2), min(config.mesh.tensor, 2)
@@ -133,6 +134,39 @@ def check_ppo(config: Config, arch: ArchConfig) -> TrainState:
     tokenizer: Any = None
     actors = Actors(policy, None, value, tokenizer, reward_tokenizer=None)
     step = make_step(ppo, actors, tx, accumulation=parts)
+    after, _ = jax.eval_shape(step, state, rollout, KEY)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    return state
+
+
+def check_grpo(config: Config, arch: ArchConfig) -> TrainState:
+    grpo = config.grpo
+    fns = decoder_fns(arch, dtype=grpo.model.dtype, remat=grpo.model.remat)
+    tx, _ = make_policy_optimizer(grpo.optim, updates=100)
+    state = start(abstract_params(arch), tx)
+    shape = grpo.episodes, grpo.prompts.max_length + grpo.sampling.max_new_tokens
+    per_token, marks, per_answer = struct(shape), struct(shape, jnp.bool_), struct(shape[:1])
+    rollout = Rollout(
+        tokens=struct(shape, jnp.int32),
+        mask=marks,
+        response_mask=marks,
+        logprobs=per_token,
+        ref_logprobs=per_token,
+        sampler_logprobs=per_token,
+        entropy=per_token,
+        values=None,
+        rewards=per_token,
+        advantages=per_token,
+        returns=None,
+        scores=per_answer,
+        stopped=struct(shape[:1], jnp.bool_),
+        kl_coef=per_answer,
+    )
+    policy: Any = SimpleNamespace(arch=arch, **fns._asdict())
+    tokenizer: Any = None
+    actors = Actors(policy, None, None, tokenizer, reward_tokenizer=None)
+    parts = slices(grpo.episodes // grpo.minibatches, grpo.microbatch)
+    step = grpo_stage.make_step(grpo, actors, tx, accumulation=parts)
     after, _ = jax.eval_shape(step, state, rollout, KEY)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     return state

@@ -148,3 +148,26 @@ def test_actor_and_critic_share_no_gradient(plain, rollout):
 def test_what_cannot_work_is_refused(plain, rollout, how, message):
     with pytest.raises(ValueError, match=message):
         ppo_step(plain, **how)(start(plain), rollout, KEY)
+
+
+def test_a_token_s_loss_is_weighted_by_what_its_sampler_did(plain):
+    """A weight of 1 everywhere changes nothing; elsewhere the loss is that of the advantages times the weights."""
+    rollout = rollout_batch(plain.apply_fn, plain.params)
+    state = start(plain)
+    after, _ = ppo_step(plain)(state, rollout, KEY)
+    same, metrics = ppo_step(plain, sampler_weight_cap=1.5)(state, rollout, KEY)
+    assert_same(same.params, after.params)
+    assert metrics["sampler/weight_max"] == 1.0
+    assert (metrics["sampler/weight_mean"], metrics["sampler/weight_capped"]) == (1.0, 0.0)
+    off = 0.5 * rollout.rewards
+    weights = np.minimum(np.exp(np.asarray(off)), 1.5)
+    expected, _ = ppo_step(plain)(state, rollout._replace(advantages=rollout.advantages * weights), KEY)
+    other = rollout._replace(sampler_logprobs=rollout.logprobs - off)
+    found, metrics = ppo_step(plain, sampler_weight_cap=1.5)(state, other, KEY)
+    assert_close(found.params, expected.params, atol=1e-6)
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_allclose(metrics["sampler/weight_mean"], weights[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["sampler/weight_max"], np.exp(np.asarray(off))[mask].max(), rtol=1e-5)
+    capped = (np.exp(np.asarray(off)) > 1.5)[mask].mean()
+    np.testing.assert_allclose(metrics["sampler/weight_capped"], capped, rtol=1e-5)
+    assert 0.0 < capped < 1.0
