@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from jrlhf.config.rewards_check import rewards_checks
+from jrlhf.config.rollout_check import policy_sampling_checks
 from jrlhf.config.schema_check import (
     Check,
     batch_checks,
@@ -32,6 +34,21 @@ def dpo_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:
     yield dpo.max_skipped >= 1, f"{path}.max_skipped", dpo.max_skipped, "1 or more"
     yield from gate_checks(f"{path}.gates", dpo.gates, dpo.data.eval, f"{path}.data.eval")
     yield from _loss_checks(path, dpo)
+    yield from _answer_checks(path, dpo)
+
+
+def _answer_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:
+    """Check the evaluation on held-out prompts, and that nothing is set for it where there is none."""
+    prompts, none = dpo.prompts, DPOConfig()
+    yield not prompts.train, f"{path}.prompts.train", prompts.train, f"empty, because {path} learns from rankings"
+    yield from data_checks(f"{path}.prompts", prompts)
+    if prompts.eval:
+        yield from policy_sampling_checks(f"{path}.sampling", dpo.sampling)
+        yield from rewards_checks(f"{path}.rewards", dpo.rewards)
+        return
+    unread = f"as by default, because {path}.prompts.eval is empty"
+    yield dpo.reward == none.reward, f"{path}.reward", dpo.reward, unread
+    yield dpo.rewards == none.rewards, f"{path}.rewards", dpo.rewards, unread
 
 
 def _loss_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:

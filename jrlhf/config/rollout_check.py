@@ -24,7 +24,7 @@ def rollout_checks(path: str, section: RolloutConfig) -> Iterator[Check]:
     yield from optim_checks(f"{path}.optim", section.optim)
     yield from checkpoint_checks(f"{path}.checkpoint", section.checkpoint)
     yield from log_checks(f"{path}.log", section.log)
-    yield from _sampling_checks(f"{path}.sampling", section.sampling)
+    yield from policy_sampling_checks(f"{path}.sampling", section.sampling)
     yield from _batch_checks(path, section)
     yield from _weight_cap_checks(path, section)
     penalty = section.missing_eos_penalty
@@ -43,7 +43,8 @@ def rollout_checks(path: str, section: RolloutConfig) -> Iterator[Check]:
     yield from rewards_checks(f"{path}.rewards", section.rewards)
 
 
-def _sampling_checks(path: str, sampling: SamplingConfig) -> Iterator[Check]:
+def policy_sampling_checks(path: str, sampling: SamplingConfig) -> Iterator[Check]:
+    """Check that answers are drawn from the policy itself, whose log-probs are compared with others."""
     same = "because the update uses the distribution of the sampler"
     yield from sampling_checks(path, sampling)
     yield sampling.temperature != 0, f"{path}.temperature", sampling.temperature, f"above 0, {same}"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from jrlhf.config.grpo import GRPOConfig
+from jrlhf.config.rewards import RewardsConfig
 from jrlhf.config.rollout import RolloutConfig
 from jrlhf.config.schema import (
     DataConfig,
@@ -87,7 +88,7 @@ class DPOConfig(StageConfig):
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, warmup=0.1))
     """AdamW. 5e-7 to 1e-6 is usual when all weights are trained, about ten times as much for LoRA."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """Sampling of sample texts and of answers to safety.prompts."""
+    """Sampling of sample texts and of answers to prompts.eval and safety.prompts."""
     epochs: float = 1.0
     """Number of passes over the rankings."""
     batch_size: int = 64
@@ -108,6 +109,29 @@ class DPOConfig(StageConfig):
     """Share of pairs that people are taken to have ordered wrongly (conservative DPO), for loss sigmoid; 0 is off."""
     gamma: float = 0.0
     """Margin γ by which SimPO's better answer must win; half of beta is a usual start. 0 is off."""
+    prompts: DataConfig = field(default_factory=DataConfig)
+    """Held-out prompts, in prompts.eval, which the policy answers at every evaluation. Scores, win rate and KL are those
+    of PPO; one more copy of the initial policy is then in memory. Empty: none."""
+    reward: ModelConfig = field(default_factory=ModelConfig)
+    """Reward model that scores answers to prompts.eval. Empty path: the reward stage."""
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    """Rules in the score of answers to prompts.eval, as in PPO."""
+
+    @property
+    def answering(self) -> RolloutConfig:
+        """The settings of answers to held-out prompts, in the form of an on-policy stage."""
+        return RolloutConfig(
+            model=self.model,
+            lora=self.lora,
+            reward=self.reward,
+            rewards=self.rewards,
+            prompts=self.prompts,
+            sampling=self.sampling,
+            episodes=self.batch_size,
+            microbatch=self.microbatch,
+            log=self.log,
+            export_dtype=self.export_dtype,
+        )
 
 
 @dataclass(frozen=True)

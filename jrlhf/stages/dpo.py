@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +18,19 @@ from jrlhf.models import Pretrained, load_pretrained, merge_adapters
 from jrlhf.parallel import fetch, shard_batch
 from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.parallel.step import jit_for
+from jrlhf.rollout.actors import load_actors
+from jrlhf.rollout.evaluation import make_evaluator
+from jrlhf.rollout.inputs import RolloutInputs
+from jrlhf.rollout.models import weight_reader
 from jrlhf.rollout.planning import sampling_program
+from jrlhf.rollout.rules import make_rules
 from jrlhf.rollout.safety import load_safety_prompts, make_safety
 from jrlhf.rollout.samples import make_sample_writer
-from jrlhf.rollout.sampling import jit_generate
+from jrlhf.rollout.sampling import GenerateFn, jit_generate
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source
 from jrlhf.runs.inputs import SAFETY, RowsInput, StageInputs, with_sources
+from jrlhf.runs.metrics import PROXY_AND_GOLD
 from jrlhf.stages.dpo_reference import reference_logprobs
 from jrlhf.stages.rankings import packed_or_plain, planned_rankings, rankings, row_tokens
 from jrlhf.stages.run import run_stage
@@ -95,15 +102,27 @@ class DPOInputs(StageInputs):
     def safety_prompts(self) -> PromptRows | None:
         return load_safety_prompts(self.config, self._dpo.data, self.tokenizer)
 
+    @cached_property
+    def answering(self) -> RolloutInputs | None:
+        """The inputs of the evaluation on held-out prompts; None without these."""
+        return RolloutInputs(self.config, self._dpo.answering, "dpo") if self._dpo.prompts.eval else None
+
+    def models(self) -> Mapping[str, Callable[[], str]]:
+        return {**super().models(), **({} if self.answering is None else self.answering.models())}
+
     def rows(self) -> Mapping[str, RowsInput]:
-        data = self._dpo.data
-        return with_sources(
-            {
-                "dpo.data.train": RowsInput(data.train, lambda: self.train),
-                "dpo.data.eval": RowsInput(data.eval, lambda: self.heldout),
-                SAFETY: RowsInput(self.config.safety.prompts, lambda: self.safety_prompts),
-            }
-        )
+        data, answering = self._dpo.data, self.answering
+        own = {
+            "dpo.data.train": RowsInput(data.train, lambda: self.train),
+            "dpo.data.eval": RowsInput(data.eval, lambda: self.heldout),
+            SAFETY: RowsInput(self.config.safety.prompts, lambda: self.safety_prompts),
+        }
+        if answering is not None:
+            own["dpo.prompts.eval"] = RowsInput(self._dpo.prompts.eval, lambda: answering.heldout)
+        return with_sources(own)
+
+    def files(self) -> Mapping[str, Callable[[], Path | None]]:
+        return {} if self.answering is None else self.answering.files()
 
 
 class DPOPrograms(NamedTuple):
@@ -131,7 +150,8 @@ def build_dpo(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, upd
 
 
 def check_dpo(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError if the batch does not divide over the devices."""
+    """Raise ConfigError if a rule lacks something, or if the batch does not divide over the devices."""
+    make_rules(config.dpo.rewards, stage="dpo")
     device_share(config.dpo.batch_size, mesh, key="dpo.batch_size")
 
 
@@ -167,13 +187,14 @@ def prepare_dpo(site: Site, inputs: DPOInputs) -> Prepared:
     generate = jit_generate(model.decode_fns, dpo.sampling, tokenizer, mesh, option="dpo.sampling")
     samples = make_sample_writer(site, shown, generate, batch_size=dpo.batch_size)
     score = _evaluator(dpo, programs, compared_rows, mesh, at_once=at_once)
+    answer_figures = _answer_evaluator(site, inputs.answering, generate)
     safety = make_safety(site, inputs.safety_prompts, generate, batch_size=dpo.batch_size, positions=answering)
     exported = exported_form(model, dpo.export_dtype)
 
     def evaluate(state: RunState, number: int) -> dict[str, float]:
         params = exported(combine(state.train.params, frozen))
         samples(params, number)
-        return score(params) | safety(params, number)
+        return score(params) | answer_figures(state, number) | safety(params, number)
 
     def export(outcome: Outcome) -> Export:
         learnt = combine(outcome.state.train.params, frozen)
@@ -262,6 +283,19 @@ def _evaluator(
     return evaluate
 
 
+def _answer_evaluator(
+    site: Site, inputs: RolloutInputs | None, generate: GenerateFn
+) -> Callable[[RunState, int], dict[str, float]]:
+    """Return a function that answers held-out prompts and scores the answers as PPO's evaluation does."""
+    if inputs is None:
+        return lambda state, number: {}
+    section, models = site.config.dpo.answering, weight_reader(site.config, site.mesh)
+    actors = load_actors(section, "dpo", models, value_from=None)
+    for positions in actors.positions(section, "dpo"):
+        positions.check({"dpo.prompts.eval": inputs.heldout})
+    return make_evaluator(site, section, actors, generate, inputs.heldout, models)
+
+
 def plan_dpo(config: PlanConfig, target: Target) -> Sized:
     """Plan the start, the update, the reference and, if there is held-out data, the evaluation and the samples."""
     dpo, completions = config.dpo, config.completions
@@ -315,6 +349,9 @@ DPO = Stage(
         "Implicit-reward accuracy": ("accuracy", "eval/accuracy"),
         "Implicit-reward margin": ("margin", "eval/margin"),
         "Held-out log-probs of better and worse answers": ("eval/logprobs/chosen", "eval/logprobs/rejected"),
+        "Reward of held-out answers": PROXY_AND_GOLD,
+        "Win rate over the first answers": ("eval/win_rate",),
+        "KL of held-out answers, nats per sequence": ("eval/kl",),
         "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
     },
     inputs=DPOInputs,

@@ -25,9 +25,11 @@ from jrlhf.config import (
     OptimConfig,
     PlanConfig,
     SamplingConfig,
+    check,
     to_yaml,
 )
 from jrlhf.config.gates import GatesFailed
+from jrlhf.config.rewards import RequiredRuleConfig, RewardsConfig
 from jrlhf.config.tools import ExportConfig
 from jrlhf.config.watch import SafetyConfig
 from jrlhf.data import load_rankings, load_tokenizer
@@ -334,3 +336,43 @@ def test_it_is_planned(tmp_path: Path) -> None:
     assert names(pack_length=256) == ["reference", "start", "update", "evaluation", "answers"]
     assert names(loss="simpo") == ["start", "update", "evaluation", "answers"]
     assert names(data=DataConfig(max_length=64)) == ["reference", "start", "update"]
+
+
+def test_held_out_prompts_are_answered_and_scored_as_by_ppo(tmp_path: Path) -> None:
+    """The first answers are the reference's: no KL, as many wins as losses, and scores that the rule gives."""
+    prompts = DataConfig(eval=first_rows("prompts_heldout", 8, tmp_path), max_length=12, buckets=1)
+    rules = RewardsConfig(model_weight=0.0, required=RequiredRuleConfig(weight=1.0, patterns=("a", "b", "c")))
+    config = config_of(tmp_path, "answers", prompts=prompts, rewards=rules)
+    run_dpo(config)
+    first, *_, last = lines_of(config, "eval/score_mean")
+    assert abs(first["eval/kl"]) < 1e-4
+    assert first["eval/win_rate"] == 0.5
+    assert abs(last["eval/kl"]) > 1e-4
+    rows = read_jsonl(Path(config.run) / "dpo" / "evals" / "000004.jsonl")
+    assert len(rows) == 8
+    scores = [sum(letter in row["completion"] for letter in "abc") / 3 for row in rows]
+    np.testing.assert_allclose([row["score"] for row in rows], scores, rtol=1e-6)
+    assert last["eval/score_mean"] == pytest.approx(np.mean(scores), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"prompts": DataConfig(train="p.jsonl")},
+            r"dpo.prompts.train: must be empty, because dpo learns from rankings",
+        ),
+        ({"reward": ModelConfig("r")}, r"dpo.reward: must be as by default, because dpo.prompts.eval is empty, got"),
+        (
+            {"rewards": RewardsConfig(model_weight=0.5)},
+            r"dpo.rewards: must be as by default, because dpo.prompts.eval is empty, got",
+        ),
+        (
+            {"prompts": DataConfig(eval="p.jsonl"), "sampling": SamplingConfig(temperature=0.0)},
+            r"dpo.sampling.temperature: must be above 0, because",
+        ),
+    ],
+)
+def test_settings_of_an_evaluation_that_is_not_there_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        check(Config(dpo=DPOConfig(**settings)))
