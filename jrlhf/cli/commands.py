@@ -134,7 +134,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             quickstart = tool_config(command, QuickstartConfig, argv)
             from jrlhf.tools.quickstart import run_quickstart
 
-            run_quickstart(Path(quickstart.out), quickstart.seed, quickstart.preset)
+            run_quickstart(quickstart)
         case _:
             run_training(command, stage_config(command, argv))
     return OK

@@ -110,8 +110,8 @@ class DPOConfig(StageConfig):
     gamma: float = 0.0
     """Margin γ by which SimPO's better answer must win; half of beta is a usual start. 0 is off."""
     prompts: DataConfig = field(default_factory=DataConfig)
-    """Held-out prompts, in prompts.eval, which the policy answers at every evaluation. Scores, win rate and KL are those
-    of PPO; one more copy of the initial policy is then in memory. Empty: none."""
+    """Held-out prompts, in prompts.eval, which the policy answers at every evaluation, for scores, win rate and KL as
+    in PPO; one more copy of the initial policy is then in memory. Empty: none."""
     reward: ModelConfig = field(default_factory=ModelConfig)
     """Reward model that scores answers to prompts.eval. Empty path: the reward stage."""
     rewards: RewardsConfig = field(default_factory=RewardsConfig)

@@ -171,12 +171,15 @@ class ReportConfig(WithPaths):
 
 @dataclass(frozen=True)
 class QuickstartConfig(WithPaths):
-    """Run all three stages on the small model and the film reviews that ship with jrlhf."""
+    """Run SFT, a reward model and PPO, GRPO or DPO on the small model and the film reviews that ship with jrlhf."""
 
     out: PathText = "jrlhf-quickstart"
     """Folder of the run."""
     seed: int = 0
     """Seed of every random choice in the run."""
+    algorithm: Literal["ppo", "grpo", "dpo"] = "ppo"
+    """Last stage. ppo and grpo learn from scores of the reward model. dpo learns from the rankings alone, and the
+    reward model only scores its answers."""
     preset: Literal["full", "smoke"] = "full"
     """Length of the run. full: reaches the reported figures, in up to ten minutes on two CPU cores. smoke: every stage,
     briefly."""

@@ -120,7 +120,7 @@ def print_summary(
     console.print(table)
     if samples:
         answers = Table(title="The same prompts, the same seed", title_justify="left", show_lines=True)
-        for title in ("prompt", "before PPO", "after PPO"):
+        for title in ("prompt", "before", "after"):
             answers.add_column(title, overflow="fold", ratio=1 if title == "prompt" else 2)
         for sample in samples:
             answers.add_row(*(Text(sample[key].strip()) for key in ("prompt", "before", "after")))

@@ -393,10 +393,11 @@ def test_every_recipe_is_strictly_valid_and_names_its_data(path):
     config = load_config(path)
     assert config.sft.model.path
     # After SFT a recipe goes by a reward model and PPO, by DPO, or by GRPO, which can do without a reward model.
-    by_ppo, by_dpo = (config.reward.data, config.ppo.prompts), (config.dpo.data,)
-    later = next(ways for ways in (by_dpo, (config.grpo.prompts,), by_ppo) if ways[-1].train)
-    assert all(data.train and data.eval for data in (config.sft.data, *later))
-    assert sum(data.train != "" for data in (config.dpo.data, config.grpo.prompts, config.ppo.prompts)) == 1
+    data = {"sft": config.sft.data, "reward": config.reward.data, "dpo": config.dpo.data}
+    data |= {"ppo": config.ppo.prompts, "grpo": config.grpo.prompts}
+    stages = pipeline_stages(config)
+    assert all(data[stage].train and data[stage].eval for stage in stages)
+    assert stages in (("sft", "reward", "ppo"), ("sft", "dpo"), ("sft", "grpo"), ("sft", "reward", "grpo"))
     assert config.run != Config().run
 
 

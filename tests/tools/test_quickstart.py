@@ -64,6 +64,22 @@ def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "eval/gold" in report
 
 
+@pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
+def test_smoke_ends_in_another_algorithm(algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the same SFT and reward model; its figures, answers and report are those of PPO's quick start."""
+    smoke_run(tmp_path)
+    shutil.rmtree(tmp_path / "ppo")
+    command = ["quickstart", "--out", str(tmp_path), "--preset", "smoke", "--seed", "5", "--algorithm", algorithm]
+    assert main(command) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    sampler = {"max_abs_logprob_diff", "first_minibatch_max_abs_log_ratio"}
+    assert KEYS["ppo"] - (sampler if algorithm == "dpo" else set()) <= summary[algorithm].keys()
+    assert all(math.isfinite(value) for value in summary[algorithm].values())
+    assert "ppo" not in summary
+    assert "gold" in capsys.readouterr().out
+    assert "eval/gold" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [0, 1, 2])
