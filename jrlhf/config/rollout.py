@@ -14,7 +14,7 @@ from jrlhf.config.schema import (
     WeightCap,
 )
 from jrlhf.config.stage import StageConfig
-from jrlhf.config.watch import GuardsConfig
+from jrlhf.config.watch import RolloutGuardsConfig
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RolloutConfig(StageConfig):
     """Penalty on the score of an answer that reached the length limit."""
     max_skipped: int = 3
     """Number of consecutive iterations without an update (loss or gradient not finite) that ends the run."""
-    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    guards: RolloutGuardsConfig = field(default_factory=RolloutGuardsConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     best_of_n: int = 0
     """Number of answers of the initial policy to each held-out prompt, of which the report draws the reward of best of

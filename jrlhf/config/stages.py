@@ -17,7 +17,7 @@ from jrlhf.config.schema import (
     SamplingConfig,
 )
 from jrlhf.config.stage import StageConfig
-from jrlhf.config.watch import CriticGuardsConfig, SafetyConfig
+from jrlhf.config.watch import GuardsConfig, SafetyConfig
 from jrlhf.system.paths import PathText, WithPaths
 
 
@@ -147,7 +147,7 @@ class PPOConfig(RolloutConfig):
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Low-rank adapters of the policy and the value network. The reference is then the policy's own base, so no base is
     in memory twice."""
-    guards: CriticGuardsConfig = field(default_factory=CriticGuardsConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
     value_lr: float = 0.0
     """Peak learning rate of the value network; 0: optim.lr."""
     gamma: float = 1.0

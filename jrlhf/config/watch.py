@@ -20,7 +20,7 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
-class GuardsConfig:
+class RolloutGuardsConfig:
     """Bounds whose crossing warns, stops the run or rolls it back."""
 
     kl: GuardConfig = field(default_factory=lambda: GuardConfig(bound=100.0, action="rollback"))
@@ -47,7 +47,7 @@ class GuardsConfig:
 
 
 @dataclass(frozen=True)
-class CriticGuardsConfig(GuardsConfig):
+class GuardsConfig(RolloutGuardsConfig):
     """Bounds whose crossing warns, stops the run or rolls it back; one of them on the value network."""
 
     explained_variance: GuardConfig = field(default_factory=lambda: GuardConfig(bound=-1.0, patience=20))

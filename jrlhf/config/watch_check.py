@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from jrlhf.config.rewards_check import pattern_checks
 from jrlhf.config.rollout import RolloutConfig
 from jrlhf.config.schema_check import Check
-from jrlhf.config.watch import GuardConfig, GuardsConfig, SafetyConfig
+from jrlhf.config.watch import GuardConfig, RolloutGuardsConfig, SafetyConfig
 
 
-def guards_checks(path: str, guards: GuardsConfig) -> Iterator[Check]:
+def guards_checks(path: str, guards: RolloutGuardsConfig) -> Iterator[Check]:
     for name, guard in vars(guards).items():
         if isinstance(guard, GuardConfig):
             yield guard.patience >= 1, f"{path}.{name}.patience", guard.patience, "1 or more"

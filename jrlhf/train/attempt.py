@@ -10,7 +10,7 @@ import numpy as np
 
 from jrlhf.config import CanaryConfig, ConfigError
 from jrlhf.config.gates import all_pass, unknown_metrics
-from jrlhf.config.watch import GuardsConfig
+from jrlhf.config.watch import RolloutGuardsConfig
 from jrlhf.parallel import is_first
 from jrlhf.parallel.compilation import Compilations
 from jrlhf.parallel.hosts import from_first
@@ -35,7 +35,7 @@ class Loop(NamedTuple):
     """Run step number i. It may return before the device is done: the loop waits only to log."""
     evaluate: Callable[[RunState, int], dict[str, float]]
     """Return held-out metrics after i steps; the dict is empty without held-out data."""
-    guards: GuardsConfig | None
+    guards: RolloutGuardsConfig | None
     """Guards on PPO's rollouts; None in the other stages."""
     canary: CanaryConfig | None
     """Canary on PPO's evaluations; None in the other stages."""

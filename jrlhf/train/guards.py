@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jrlhf.config.watch import GuardConfig, GuardsConfig
+from jrlhf.config.watch import GuardConfig, RolloutGuardsConfig
 from jrlhf.train.optim import scale_rate
 from jrlhf.train.state import RunState
 
@@ -44,7 +44,7 @@ class GuardStop(RuntimeError):
 class Watch:
     """Checks the metrics of each rollout. A resumed run passes the result of ``keep`` as ``snapshot``."""
 
-    def __init__(self, config: GuardsConfig, snapshot: Mapping[str, Any] | None) -> None:
+    def __init__(self, config: RolloutGuardsConfig, snapshot: Mapping[str, Any] | None) -> None:
         self._config = config
         self._guards: dict[str, GuardConfig] = {n: vars(config)[n] for n in CAUSES if n in vars(config)}
         snapshot = snapshot or {"baseline": {}, "in_row": {}, "rollbacks": 0}

@@ -19,7 +19,7 @@ from jrlhf.config import (
 )
 from jrlhf.config.files import apply_flags
 from jrlhf.config.rewards import RewardsConfig, StopRuleConfig
-from jrlhf.config.watch import CriticGuardsConfig, GuardsConfig
+from jrlhf.config.watch import GuardsConfig, RolloutGuardsConfig
 
 RULE = RewardsConfig(stop=StopRuleConfig(weight=1.0))
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -82,9 +82,9 @@ def test_what_makes_sense_is_not_refused() -> None:
 def test_there_is_nothing_of_a_critic() -> None:
     names = {*vars(GRPOConfig()), *vars(GRPOConfig().guards)}
     assert not names & {"value_from", "value_lr", "value_clip", "value_coef", "gamma", "lam", "explained_variance"}
-    assert isinstance(PPOConfig().guards, CriticGuardsConfig)
-    assert not isinstance(GRPOConfig().guards, CriticGuardsConfig)
-    assert isinstance(GRPOConfig().guards, GuardsConfig)
+    assert isinstance(PPOConfig().guards, GuardsConfig)
+    assert not isinstance(GRPOConfig().guards, GuardsConfig)
+    assert isinstance(GRPOConfig().guards, RolloutGuardsConfig)
 
 
 @pytest.mark.parametrize("section", [PPOConfig(), GRPOConfig()])

@@ -1,5 +1,6 @@
 """GRPO and its relatives on the shipped model: they learn a rule, repeat to the bit, and hold no critic."""
 
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from jrlhf.config import (
     ModelConfig,
     OptimConfig,
     PlanConfig,
+    PPOConfig,
     SamplingConfig,
     to_yaml,
 )
@@ -28,6 +30,7 @@ from jrlhf.models import load_pretrained
 from jrlhf.plan.run import planned_target
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.grpo import plan_grpo, run_grpo
+from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.tools.export import run_export
 from jrlhf.train.attempt import Event
 from jrlhf.train.programs import device_bytes
@@ -207,6 +210,50 @@ def test_a_method_of_everything_runs(tmp_path: Path) -> None:
     assert first["policy/updates"] == 1
     assert {"reward/rule/required", "reward/rule/length"} <= first.keys()
     assert "sampler/mean_ratio" not in first
+
+
+def test_adapters_off_are_the_reference_and_an_int8_cache_is_corrected(tmp_path: Path) -> None:
+    """The base is in memory once; what the cache's rounding does to the sampler is in a weight of each token."""
+    config = config_of(tmp_path, "run", lora=LoRAConfig(rank=2), iterations=2)
+    sampling = replace(config.grpo.sampling, kv_cache="int8")
+    frozen: list[set[int]] = []
+
+    def note(event: Event) -> None:
+        shards = [shard for leaf in jax.tree.leaves(event.state.train.frozen) for shard in leaf.addressable_shards]
+        frozen.append({shard.data.unsafe_buffer_pointer() for shard in shards})
+
+    run_grpo(replace(config, grpo=replace(config.grpo, sampling=sampling)), on_event=note)
+    assert frozen[0] == frozen[-1], "an update copied the frozen weights"
+    first, second = lines_of(config)
+    assert abs(first["kl"]) < 1e-4 < abs(second["kl"])
+    assert first["sampler/max_abs_logprob_diff"] > 1e-4
+    assert first["sampler/weight_mean"] == pytest.approx(1.0, abs=0.05)
+    assert first["sampler/weight_max"] > 1.0
+    assert (Path(config.run) / "grpo" / "peft" / "adapter_config.json").exists()
+
+
+def test_after_sft_and_the_reward_model_empty_paths_name_them(finished: tuple[Config, dict], tmp_path: Path) -> None:
+    """Two reward models and a rule, each set against its group by itself; the pipeline skips what is done."""
+    before, _ = finished
+    for stage in ("sft", "reward"):
+        shutil.copytree(Path(before.run) / stage, tmp_path / "run" / stage)
+    rewards = replace(WORDS, model_weight=1.0, models=(str(tmp_path / "run" / "reward"),))
+    config = config_of(
+        tmp_path,
+        "run",
+        model=ModelConfig(),
+        rewards=rewards,
+        normalise="each",
+        iterations=1,
+        gates=("score_mean > -99",),
+    )
+    config = replace(before, run=config.run, ppo=PPOConfig(), grpo=config.grpo)
+    summary = run_pipeline(config)
+    assert summary["grpo"]["iterations"] == 1
+    assert summary["grpo"]["before"]["eval/kl"] == 0.0
+    [line] = lines_of(config)
+    assert {"reward/model", "reward/rule/required"} <= line.keys()
+    assert (tmp_path / "run" / "report.html").stat().st_size > 0
 
 
 def test_without_a_reference_one_copy_of_the_policy_is_held(tmp_path: Path) -> None:
