@@ -30,19 +30,26 @@ def quick_start(out: Path, *flags: str) -> None:
     subprocess.run(command, env=environment, cwd=out, check=True, timeout=3000)
 
 
-def smoke_run(out: Path) -> None:
-    """A finished run of the smoke preset with seed 5: a copy of the one that SMOKE_RUN names, or one made here."""
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the smoke preset with seed 5: the one that SMOKE_RUN names, or one made here."""
     if "SMOKE_RUN" in os.environ:
-        shutil.copytree(os.environ["SMOKE_RUN"], out, dirs_exist_ok=True)
-        (out / "summary.json").unlink()
-        (out / "report.html").unlink()
-    else:
-        quick_start(out, "--preset", "smoke", "--seed", "5")
+        return Path(os.environ["SMOKE_RUN"])
+    out = tmp_path_factory.mktemp("smoke")
+    quick_start(out, "--preset", "smoke", "--seed", "5")
+    return out
 
 
-def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def copy_run(run: Path, out: Path) -> None:
+    """Copy the stages of a run without what the quick start makes of them."""
+    shutil.copytree(run, out, dirs_exist_ok=True)
+    (out / "summary.json").unlink()
+    (out / "report.html").unlink()
+
+
+def test_smoke_writes_every_figure(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The stages are done by then: what is made of them is made here, where the types of everything are checked."""
-    smoke_run(tmp_path)
+    copy_run(finished, tmp_path)
     trained = (tmp_path / "ppo" / "metrics.jsonl").read_bytes()
     assert main(["quickstart", "--out", str(tmp_path), "--preset", "smoke", "--seed", "5"]) == 0
     assert (tmp_path / "ppo" / "metrics.jsonl").read_bytes() == trained, "a stage that is done is not run again"
@@ -65,9 +72,11 @@ def test_smoke_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
-def test_smoke_ends_in_another_algorithm(algorithm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoke_ends_in_another_algorithm(
+    algorithm: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """After the same SFT and reward model; its figures, answers and report are those of PPO's quick start."""
-    smoke_run(tmp_path)
+    copy_run(finished, tmp_path)
     shutil.rmtree(tmp_path / "ppo")
     command = ["quickstart", "--out", str(tmp_path), "--preset", "smoke", "--seed", "5", "--algorithm", algorithm]
     assert main(command) == 0
