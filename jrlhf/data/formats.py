@@ -18,7 +18,7 @@ from jrlhf.data.messages import Content, Message, Tools, checked_content, last_a
 from jrlhf.data.repeats import Note, ignore_note, prompt_in_transcripts, separate_prompt, without_turns
 
 SFT_FORMS = "messages, conversations, prompt and completion, instruction and output, or chosen and rejected"
-UNPAIRED = "an answer by itself makes no pair; a reward model needs chosen and rejected, or completions and ranks"
+UNPAIRED = "an answer by itself makes no pair; a ranking needs chosen and rejected, or completions and ranks"
 BAD_ANSWER = "false, so the answer is not learnt"
 COMPARED = ("chosen", "rejected", "completions")
 ANSWERS = ("text", "messages", "conversations", "completion", "output", "response")

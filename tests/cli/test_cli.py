@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,7 +213,7 @@ def test_tools_take_positionals_and_flags_in_any_order(stage):
     assert calls == [(ExportConfig("runs/a", "out", stage="reward"),)]
     calls = stage("quickstart")
     assert main(["quickstart", "--out", "q", "--seed", "3", "--preset", "smoke"]) == 0
-    assert calls == [(Path("q"), 3, "smoke")]
+    assert calls == [(QuickstartConfig("q", 3, preset="smoke"),)]
 
 
 def test_verify_s_verdict_is_the_exit_code(stage):

@@ -303,7 +303,7 @@ def test_any_other_label_is_bad(label):
 
 
 def test_unpaired_answers_are_no_rankings():
-    with pytest.raises(BadRow, match=r"^label: an answer by itself makes no pair; a reward model needs chosen and rej"):
+    with pytest.raises(BadRow, match=r"^label: an answer by itself makes no pair; a ranking needs chosen and rej"):
         parse_ranking({"prompt": "P", "completion": "A", "label": True})
 
 

@@ -291,7 +291,7 @@ def test_bad_answers_are_left_out_and_counted_whatever_bad_rows_do(chat, config,
         [line] = caplog.messages
         assert line.startswith(f"{source}: skipped 2 rows: label: false, so the answer is not learnt (first: {source}")
     assert len(load_texts(config(), source, chat)) == len(load_prompts(config(), source, chat)) == 4
-    with pytest.raises(DataError, match="label: an answer by itself makes no pair; a reward model needs chosen"):
+    with pytest.raises(DataError, match="label: an answer by itself makes no pair; a ranking needs chosen"):
         load_rankings(config(), source, chat)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jrlhf.config import Config, DPOConfig, OptimConfig, PlanConfig
+from jrlhf.config import Config, DPOConfig, GRPOConfig, OptimConfig, PlanConfig
 from jrlhf.plan.run import planned_target
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.stage import Stage
@@ -22,6 +22,7 @@ PROGRAMS = {
     "reward": {"start", "update", "evaluation"},
     "dpo": {"reference", "start", "update", "evaluation"},
     "ppo": {"start", "rollout", "readings", "scores", "update"},
+    "grpo": {"start", "rollout", "readings", "scores", "update"},
 }
 
 
@@ -44,14 +45,18 @@ def run(dumped: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config,
     optim, rankings = OptimConfig(schedule="constant", warmup=0.0), str(config.reward.data.train)
     ranked = replace(config.reward.data, eval=rankings)
     quiet = replace(config.sft.log, samples=0)
+    # Widths are multiples of 8.
+    prompts = replace(config.ppo.prompts, max_length=16)
     config = replace(
         config,
         # The lengths of other prompts, and so the shapes of answers to them, are the data's.
         sft=replace(config.sft, optim=optim, microbatch=1, candidate_prompts="", log=quiet),
         reward=replace(config.reward, optim=optim, microbatch=1, data=ranked),
         dpo=DPOConfig(data=ranked, optim=optim, batch_size=8, microbatch=1, log=quiet),
-        # Widths are multiples of 8.
-        ppo=replace(config.ppo, optim=optim, prompts=replace(config.ppo.prompts, max_length=16)),
+        ppo=replace(config.ppo, optim=optim, prompts=prompts),
+        grpo=GRPOConfig(
+            prompts=prompts, sampling=config.ppo.sampling, optim=optim, samples=4, episodes=32, iterations=1, log=quiet
+        ),
     )
     run_pipeline(config)
     return config, {text_of(path.read_text(encoding="utf-8")) for path in dumped.glob("*.mlir")}
@@ -70,6 +75,7 @@ def planned(stage: Stage, config: Config) -> dict[str, Program]:
         reward=config.reward,
         dpo=config.dpo,
         ppo=config.ppo,
+        grpo=config.grpo,
     )
     sized = stage.plan(plan, planned_target(plan))
     return {program.name: program for program in sized.build(sized.rows).programs}

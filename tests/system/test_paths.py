@@ -38,7 +38,19 @@ CONFIGS = (
 )
 NO_PATHS = {
     *("attention", "dtype", "schedule", "targets", "on_bad_row", "project", "kv_cache", "train_on", "estimator"),
-    *("action", "value_from", "old_logprobs", "coordinator", "topology", "rater", "format", "host", "kind", "stage"),
+    *(
+        "action",
+        "value_from",
+        "old_logprobs",
+        "coordinator",
+        "topology",
+        "rater",
+        "format",
+        "host",
+        "kind",
+        "stage",
+        "stages",
+    ),
     *("preset", "combine", "unit", "column", "match", "url", "on_failure", "stop", "gates", "trackers", "patterns"),
 }
 """Texts that are none. ``path`` is one of a model's, and a module's name in ppo.rewards.function."""
