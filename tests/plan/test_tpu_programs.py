@@ -39,7 +39,9 @@ OTHERS = [
 PROGRAMS = {
     "sft": {"start", "update", "evaluation", "answers"},
     "reward": {"start", "update", "evaluation"},
+    "dpo": {"update"},
     "ppo": {"start", "rollout", "readings", "scores", "update"},
+    "grpo": {"update"},
 }
 
 

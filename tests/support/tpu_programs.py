@@ -14,6 +14,8 @@ import jax
 
 from jrlhf.config import (
     DataConfig,
+    DPOConfig,
+    GRPOConfig,
     LoRAConfig,
     MeshConfig,
     ModelConfig,
@@ -64,6 +66,10 @@ CLASSES = {
 """Classes of the language model and of the reward model in transformers, by family."""
 
 
+OWN = {"dpo": {"update"}, "grpo": {"update"}}
+"""Programs of the stages whose other programs are those of SFT and PPO, which are compiled anyway."""
+
+
 @dataclass(frozen=True)
 class Scenario:
     """Settings of a run whose programs are compiled."""
@@ -88,6 +94,8 @@ def main(text: str) -> None:
         for stage in STAGES:
             sized = stage.plan(config, target)
             for program in sized.build(sized.rows).programs:
+                if program.name not in OWN.get(stage.name, {program.name}):
+                    continue
                 print(json.dumps({"stage": stage.name} | facts(program, target)), flush=True)
 
 
@@ -121,6 +129,15 @@ def config_of(scenario: Scenario, folder: Path) -> PlanConfig:
             epochs=1,
             minibatches=1,
             value_from="shared" if scenario.shared else "auto",
+        ),
+        dpo=DPOConfig(**training),
+        grpo=GRPOConfig(
+            **common,
+            reward=replace(model, path=str(paths[1])),
+            prompts=replace(data, max_length=half),
+            sampling=sampling,
+            episodes=rows,
+            samples=4,
         ),
     )
 
