@@ -43,7 +43,8 @@ def _answer_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:
     yield not prompts.train, f"{path}.prompts.train", prompts.train, f"empty, because {path} learns from rankings"
     yield from data_checks(f"{path}.prompts", prompts)
     if prompts.eval:
-        yield from policy_sampling_checks(f"{path}.sampling", dpo.sampling)
+        same = f"because the KL of answers to {path}.prompts.eval is that of the policy itself"
+        yield from policy_sampling_checks(f"{path}.sampling", dpo.sampling, reason=same)
         yield from rewards_checks(f"{path}.rewards", dpo.rewards)
         return
     unread = f"as by default, because {path}.prompts.eval is empty"

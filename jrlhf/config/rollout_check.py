@@ -24,7 +24,8 @@ def rollout_checks(path: str, section: RolloutConfig) -> Iterator[Check]:
     yield from optim_checks(f"{path}.optim", section.optim)
     yield from checkpoint_checks(f"{path}.checkpoint", section.checkpoint)
     yield from log_checks(f"{path}.log", section.log)
-    yield from policy_sampling_checks(f"{path}.sampling", section.sampling)
+    same = "because the update uses the distribution of the sampler"
+    yield from policy_sampling_checks(f"{path}.sampling", section.sampling, reason=same)
     yield from _batch_checks(path, section)
     yield from _weight_cap_checks(path, section)
     penalty = section.missing_eos_penalty
@@ -43,13 +44,12 @@ def rollout_checks(path: str, section: RolloutConfig) -> Iterator[Check]:
     yield from rewards_checks(f"{path}.rewards", section.rewards)
 
 
-def policy_sampling_checks(path: str, sampling: SamplingConfig) -> Iterator[Check]:
-    """Check that answers are drawn from the policy itself, whose log-probs are compared with others."""
-    same = "because the update uses the distribution of the sampler"
+def policy_sampling_checks(path: str, sampling: SamplingConfig, *, reason: str) -> Iterator[Check]:
+    """Check that answers are drawn from the policy itself; ``reason`` says why they must be."""
     yield from sampling_checks(path, sampling)
-    yield sampling.temperature != 0, f"{path}.temperature", sampling.temperature, f"above 0, {same}"
-    yield sampling.top_k == 0, f"{path}.top_k", sampling.top_k, f"0 (off), {same}"
-    yield sampling.top_p == 1, f"{path}.top_p", sampling.top_p, f"1 (off), {same}"
+    yield sampling.temperature != 0, f"{path}.temperature", sampling.temperature, f"above 0, {reason}"
+    yield sampling.top_k == 0, f"{path}.top_k", sampling.top_k, f"0 (off), {reason}"
+    yield sampling.top_p == 1, f"{path}.top_p", sampling.top_p, f"1 (off), {reason}"
 
 
 def _batch_checks(path: str, section: RolloutConfig) -> Iterator[Check]:

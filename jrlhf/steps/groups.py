@@ -122,7 +122,7 @@ def make_group_targets(
 
 
 def overlong_excess(response: Bool[Array, "B T"], *, max_new_tokens: int, buffer: int) -> Float[Array, "B"]:
-    """How far an answer reaches into the last ``buffer`` of ``max_new_tokens`` tokens: from 0 to 1 at the limit.
+    """The share of the last ``buffer`` of ``max_new_tokens`` tokens that an answer fills: from 0 to 1 at the limit.
 
     DAPO's soft overlong punishment (Yu et al. 2025, arXiv 2503.14476, section 3.4); 0 for a ``buffer`` of 0.
     """

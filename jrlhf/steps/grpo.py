@@ -64,7 +64,7 @@ class GRPOSettings(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the loss reads of a minibatch, per token; packed or one answer a row."""
+    """The arrays of a minibatch that the loss reads, per token; answers are packed, or stand one in a row."""
 
     tokens: Array
     mask: TokenMask

@@ -101,8 +101,13 @@ def policy_figures(folder: Path, gold: dict[int, Float[np.ndarray, "N"]]) -> dic
 def gold_scores(folder: Path) -> dict[int, Float[np.ndarray, "N"]]:
     """Return the lexicon's scores of the held-out answers of each evaluation of a stage, by step."""
     lexicon = load_opinion_lexicon()
-    steps = sorted(int(path.stem) for path in (folder / "evals").glob("*.jsonl"))
+    steps = evaluated_steps(folder)
     return {s: lexicon_scores([prompt_and_answer(row) for row in read_answers(folder, s)], lexicon) for s in steps}
+
+
+def evaluated_steps(folder: Path) -> list[int]:
+    """Return the steps after which a stage wrote held-out answers, in order."""
+    return sorted(int(path.stem) for path in (folder / "evals").glob("*.jsonl"))
 
 
 def prompt_and_answer(row: dict[str, Any]) -> str:
@@ -125,7 +130,7 @@ def read_rankings(sources: Sources) -> list[Ranking]:
 
 def before_and_after(folder: Path) -> list[dict[str, str]]:
     """Return the first three held-out prompts, each with the answers of the SFT model and of the policy."""
-    steps = sorted(int(path.stem) for path in (folder / "evals").glob("*.jsonl"))
+    steps = evaluated_steps(folder)
     pairs = zip(read_answers(folder, steps[0])[:3], read_answers(folder, steps[-1])[:3], strict=True)
     return [
         {"prompt": before["prompt"], "before": before["completion"], "after": after["completion"]}
