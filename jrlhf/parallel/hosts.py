@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jrlhf.parallel.peers import PeerLost, PeerRefused, Peers, current
 from jrlhf.system.errors import USAGE_ERRORS, UsageError
@@ -116,7 +116,7 @@ class AnyProcess:
         self._pending: jax.Array | None = None
         self._several = current() is not None
         if self._several:
-            mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,), devices=jax.devices())
+            mesh = Mesh(np.asarray(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
             self._spread = NamedSharding(mesh, PartitionSpec("all"))
             self._any = jax.jit(lambda votes: votes.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -1,14 +1,19 @@
 """The device mesh and the placement of batches on it."""
 
+import logging
 from collections.abc import Sequence
+from math import gcd
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jrlhf.parallel.hosts import mark_progress
 from jrlhf.system.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -25,8 +30,40 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
     shape = (len(devices) // (fsdp * tensor) if data == -1 else data, fsdp, tensor)
     if np.prod(shape) != len(devices):
         raise UsageError(f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not use exactly {len(devices)} devices")
-    # The axis types are explicit because the default of jax.make_mesh differs between versions.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(device_array(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_array(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Return devices in the shape of a mesh; the later an axis, the faster the links between its neighbours.
+
+    Slices of TPUs, and hosts of GPUs, are joined by a slow network, which the earliest axes span: with 2 slices the
+    shape (4, 8, 1) has rows 0 and 1 in one and rows 2 and 3 in the other. Raises UsageError if slices differ in size.
+    """
+    slices = [getattr(device, "slice_index", 0) for device in devices]
+    sizes = {slices.count(number) for number in slices}
+    if len(sizes) > 1:
+        raise UsageError(f"{len(set(slices))} slices of {min(sizes)} to {max(sizes)} devices: a mesh needs equal ones")
+    outer = spread_over(len(set(slices)), shape)
+    if outer[-1] > 1:
+        log.warning("the mesh splits tensor over several slices or hosts, whose network is slow: make it smaller")
+    inner = [size // parts for size, parts in zip(shape, outer, strict=True)]
+    # Without this a torus takes only axes that are products of its own: no tensor = 2 on 4 x 4 chips.
+    options = {"allow_split_physical_axes": True}
+    if len(set(slices)) == 1:
+        return mesh_utils.create_device_mesh(inner, devices, **options)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
+
+
+def spread_over(slices: int, shape: Sequence[int]) -> list[int]:
+    """Return how many slices each axis of a mesh spans, the first axes as many as they can.
+
+    6 slices and the shape (4, 6, 2) give [2, 3, 1].
+    """
+    outer = []
+    for size in shape:
+        outer.append(gcd(slices, size))
+        slices //= outer[-1]
+    return outer
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

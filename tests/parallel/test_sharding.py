@@ -1,5 +1,12 @@
 """Meshes, sharding rules, and trees that are born sharded."""
 
+import logging
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +18,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jrlhf.parallel import batch_sharding, init_sharded, make_mesh, shard_batch, tree_shardings
+from jrlhf.parallel.mesh import device_array, spread_over
+from jrlhf.system.errors import UsageError
 from jrlhf.types import SFTBatch, TrainState
 
 
@@ -46,6 +55,56 @@ def test_axes_below_one_are_refused(axes: tuple[int, int, int]) -> None:
     data, fsdp, tensor = axes
     with pytest.raises(ValueError, match="at least 1"):
         make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def gpus(*hosts: int) -> list[Any]:
+    """Stand-ins for the GPUs of hosts; JAX counts a host's GPUs, or those with NVLink between them, as a slice."""
+    of = [host for host, count in enumerate(hosts) for _ in range(count)]
+    return [SimpleNamespace(platform="gpu", device_kind="H100", id=i, slice_index=host) for i, host in enumerate(of)]
+
+
+def test_only_the_first_axes_leave_a_host(caplog: pytest.LogCaptureFixture) -> None:
+    def hosts(*sizes: int) -> list[Any]:
+        grid = np.vectorize(lambda device: device.slice_index)(device_array(sizes, gpus(4, 4)))
+        return grid.reshape(sizes).tolist()
+
+    assert hosts(4, 2, 1) == [[[0], [0]], [[0], [0]], [[1], [1]], [[1], [1]]]
+    assert hosts(2, 2, 2) == [[[0, 0], [0, 0]], [[1, 1], [1, 1]]]
+    assert hosts(1, 8, 1) == [[[0], [0], [0], [0], [1], [1], [1], [1]]]
+    assert hosts(1, 2, 4) == [[[0, 0, 0, 0], [1, 1, 1, 1]]]
+    with caplog.at_level(logging.WARNING, "jrlhf"):
+        assert not caplog.records
+        assert hosts(1, 1, 8) == [[[0, 0, 0, 0, 1, 1, 1, 1]]]
+    assert "splits tensor over several slices" in caplog.text
+    with pytest.raises(UsageError, match="2 slices of 2 to 4 devices"):
+        device_array((6, 1, 1), gpus(4, 2))
+
+
+def test_any_number_of_slices_is_spread() -> None:
+    for *sizes, each in product(range(1, 7), repeat=4):
+        total = math.prod(sizes)
+        if total % each == 0:
+            outer = spread_over(each, sizes)
+            assert math.prod(outer) == each
+            assert all(size % parts == 0 for size, parts in zip(sizes, outer, strict=True))
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason='needs the TPU\'s compiler: pip install -e ".[tpu-compiler]"')
+def test_an_axis_of_a_torus_may_be_split() -> None:
+    """Two chips a tensor group on 4 x 4 and on 4 x 4 x 4, which have no axis of two."""
+    code = """
+        from jrlhf.parallel import make_mesh
+        from jrlhf.parallel.devices.compilers import described_topology
+        from jrlhf.parallel.devices.topology import parse_topology
+        for name, fsdp in (("v6e-16", 8), ("v5p:4x4x4", 32)):
+            devices = described_topology(parse_topology(name)).devices()
+            mesh = make_mesh(data=-1, fsdp=fsdp, tensor=2, devices=devices)
+            for one, other in mesh.devices.reshape(-1, 2):
+                steps = [min((a - b) % 4, (b - a) % 4) for a, b in zip(one.coords, other.coords)]
+                assert sum(steps) == 1, (one, other)
+    """
+    code = "\n".join(line.removeprefix("        ") for line in code.splitlines())
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 def test_the_first_rule_found_in_the_path_decides(mesh: Mesh) -> None:
