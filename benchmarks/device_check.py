@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from common import Timing, arch_of, arguments, report
 
+from jrlhf.core import answer_keys
 from jrlhf.models import ArchConfig, DecoderFns, decoder_fns, init_params, reward_params
 from jrlhf.steps import make_generate, make_reward_step, make_sft_step
 from jrlhf.types import RankingBatch, SFTBatch, TrainState
@@ -58,8 +59,9 @@ def results(fns: DecoderFns, given: Inputs, new: int) -> dict[str, Any]:
     sft = after(make_sft_step(fns.logprob_fn, tx, accumulation=2), given.params, given.text)
     reward = after(make_reward_step(fns.score_fn, tx, center_coef=0.1, accumulation=2), given.reward, given.rankings)
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "stop_tokens": (), "pad_token": 0}
+    keys = answer_keys(jax.random.key(1), jnp.arange(len(mask)), samples=1)
     drawn = jax.jit(make_generate(fns.decode_fns, max_new_tokens=new, **greedy))(
-        given.params, given.text.tokens[:, ::-1], given.text.mask[:, ::-1], jax.random.key(1)
+        given.params, given.text.tokens[:, ::-1], given.text.mask[:, ::-1], keys
     )
     found = {
         "log-probs": jnp.where(mask, logprobs, 0.0)[:, 1:],

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import Program, arch_of, arguments, batch_flops, beside_estimate, measure, peaks_of, report
 
+from jrlhf.core import answer_keys
 from jrlhf.models import decoder_fns, init_params, int8_cache
 from jrlhf.models.flops import decode_bytes
 from jrlhf.steps import make_generate
@@ -17,7 +18,8 @@ def main() -> None:
     decode_fns = {"compute": decode_fns, "int8": int8_cache(decode_fns)}[args.kv_cache]
     params = init_params(arch, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, arch.vocab_size, (args.batch, args.prompt), np.int32)
-    prompts, mask, key = jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.bool_), jax.random.key(1)
+    prompts, mask = jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.bool_)
+    keys = answer_keys(jax.random.key(1), jnp.arange(args.batch), samples=1)
 
     def sampler(new: int) -> Program:
         # No stop token: every row runs to the limit, so that the work is the same in every repeat.
@@ -25,8 +27,8 @@ def main() -> None:
         return Program(jax.jit(make_generate(decode_fns, max_new_tokens=new, **options)))
 
     whole, first = sampler(args.new), sampler(1)
-    timing = measure(lambda: whole(params, prompts, mask, key).tokens, repeats=args.repeats)
-    prefill = measure(lambda: first(params, prompts, mask, key).tokens, repeats=args.repeats)
+    timing = measure(lambda: whole(params, prompts, mask, keys).tokens, repeats=args.repeats)
+    prefill = measure(lambda: first(params, prompts, mask, keys).tokens, repeats=args.repeats)
     peaks = peaks_of(args.dtype)
     decode_seconds = timing.median - prefill.median
     report(

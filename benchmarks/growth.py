@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from common import Timing, arch_of, arguments, batch_flops, report
 
+from jrlhf.core import answer_keys
 from jrlhf.models import ArchConfig, decoder_fns, init_params, reward_params
 from jrlhf.steps import make_generate, make_reward_step, make_sft_step
 from jrlhf.types import RankingBatch, SFTBatch, TrainState
@@ -73,7 +74,7 @@ def generation(arch: ArchConfig, dtype: str, rows: int, new: int) -> tuple[Any, 
     fns, prompt = decoder_fns(arch, dtype=dtype, remat=False).decode_fns, 16
     sampler = make_generate(fns, max_new_tokens=new, temperature=1.0, top_k=0, top_p=1.0, stop_tokens=(), pad_token=0)
     params, tokens = init_params(arch, jax.random.key(0)), jnp.ones((rows, prompt), jnp.int32)
-    inputs = params, tokens, tokens > 0, jax.random.key(1)
+    inputs = params, tokens, tokens > 0, answer_keys(jax.random.key(1), jnp.arange(rows), samples=1)
     program, first, memory = compiled(sampler, *inputs)
     return lambda: program(*inputs).tokens, first, memory, batch_flops(arch, rows, prompt + new, logits=rows * new)
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 from common import Program, arch_of, arguments, batch_flops, beside_estimate, measure, peaks_of, report, shares
 
+from jrlhf.core import answer_keys
 from jrlhf.models import decoder_fns, init_params, reward_params
 from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, score_sequences, separate
 from jrlhf.types import PPOParams, TrainState
@@ -62,10 +63,10 @@ def main() -> None:
     # Copies: the step donates its state, and reference and reward model, which share arrays, are still needed.
     params = jax.tree.map(jnp.copy, PPOParams(policy=policy, value=reward))
     state, key = TrainState(params, tx.init(params), jnp.int32(0)), jax.random.key(2)
-    kl_coef = jnp.float32(0.05)
+    kl_coef, keys = jnp.float32(0.05), answer_keys(key, jnp.arange(args.episodes), samples=1)
 
     def rollout():
-        return generate(state.params.policy, tokens, mask, key)
+        return generate(state.params.policy, tokens, mask, keys)
 
     def scoring(generation):
         scores = score(reward, generation.tokens, generation.mask)

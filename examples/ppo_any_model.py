@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen
 
-from jrlhf.core import from_logits, uncached_decode_fns
+from jrlhf.core import answer_keys, from_logits, uncached_decode_fns
 from jrlhf.steps import PPOSettings, make_experience, make_generate, make_ppo_step, separate
 from jrlhf.types import PPOParams, TrainState
 
@@ -44,10 +44,11 @@ def main():
     settings = PPOSettings(epochs=4, minibatches=2, temperature=TEMPERATURE, clip=0.2, value_clip=0.2, value_coef=0.1)
     step = jax.jit(make_ppo_step(networks, tx, settings))
 
+    numbers = jnp.arange(len(prompts))
     state, means = TrainState(params, tx.init(params), jnp.int32(0)), []
     for i in range(20):
         sample_key, update_key = jax.random.split(jax.random.key(i))
-        generation = generate(state.params.policy, prompts, mask, sample_key)
+        generation = generate(state.params.policy, prompts, mask, answer_keys(sample_key, numbers, samples=1))
         scores = jnp.sum((generation.tokens == 7) & generation.response_mask, axis=-1)  # your rule
         rollout = experience(state.params.policy, reference, state.params.value, generation, scores, jnp.float32(0.02))
         state, metrics = step(state, rollout, update_key)

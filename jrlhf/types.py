@@ -78,7 +78,10 @@ class ActorCriticFn(Protocol):
 
 @runtime_checkable
 class InitCacheFn(Protocol):
-    """An empty cache for ``batch`` rows of at most ``length`` tokens."""
+    """An empty cache for ``batch`` rows of at most ``length`` tokens.
+
+    All of its leaves but scalars have the rows on axis 0.
+    """
 
     def __call__(self, batch: int, length: int, /) -> Any: ...
 
@@ -95,6 +98,18 @@ class DecodeFn(Protocol):
     ) -> tuple[Float[Array, "B V"], Any]: ...
 
 
+@runtime_checkable
+class InsertFn(Protocol):
+    """Replace ``rows`` of the cache by the rows of ``prefilled``, a cache that holds ``P`` tokens of each and no more.
+
+    A row number past the last row is left out. The cache is a ring: ``decode`` writes a token to one column for all
+    rows, and after the last column to the first. So the tokens of ``prefilled`` go to the ``P`` columns before the next
+    one, and all other columns of these rows are empty.
+    """
+
+    def __call__(self, cache: Any, rows: Int[Array, "R"], prefilled: Any, /) -> Any: ...
+
+
 def unchanged(params: Params) -> Params:
     """The parameters as they are."""
     return params
@@ -108,6 +123,8 @@ class DecodeFns(NamedTuple):
     prepare: Callable[[Params], Params] = unchanged
     """Work on the parameters that ``decode`` would repeat at every token, done once before the first: such as a cast.
     ``decode`` must give the same with prepared parameters as without."""
+    insert: InsertFn | None = None
+    """Put further prompts into rows whose answers have ended; None: the sampler decodes all answers at once."""
 
 
 class SFTBatch(NamedTuple):
@@ -158,6 +175,9 @@ class Generation(NamedTuple):
     """The sampler's own log-probs of the response tokens, 0 elsewhere."""
     stopped: Bool[Array, "B"]
     """True where a stop token ended the response, False where the length limit did."""
+    steps_before: Int[Array, "B"] | None = None
+    """Decoding steps that were made before the response's first token was drawn, while other responses held its slot.
+    None if something else than ``make_generate`` drew them."""
 
 
 class Readings(NamedTuple):

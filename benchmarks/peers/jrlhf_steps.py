@@ -20,7 +20,7 @@ from peers.tokenizer import EOS, PAD, save_tokenizer, words
 
 import jrlhf.train.loop as stage_loop
 from jrlhf.config import Config, DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, SamplingConfig
-from jrlhf.core import partition
+from jrlhf.core import answer_keys, partition
 from jrlhf.models import (
     ArchConfig,
     add_adapters,
@@ -160,7 +160,7 @@ def generate(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
             stop_tokens=(EOS,) if stop else (),
             pad_token=PAD,
             # As the stages have it on one device.
-            drop_stopped=bool(stop),
+            drop_ended=bool(stop),
         )
     )
     params, key = init_params(arch, jax.random.key(0)), jax.random.key(1)
@@ -171,7 +171,8 @@ def generate(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
     def call() -> dict[str, Any]:
         nonlocal number
         number += 1
-        drawn = sampler(params, np.where(mask, next(tokens), PAD), mask, jax.random.fold_in(key, number))
+        keys = answer_keys(jax.random.fold_in(key, number), np.arange(len(mask)), samples=1)
+        drawn = sampler(params, np.where(mask, next(tokens), PAD), mask, keys)
         return {"tokens": int(drawn.response_mask.sum())}
 
     rounds.start(**facts(params, (), f"float32 parameters, computed in {spec['dtype']}; `make_generate` under `jit`"))

@@ -47,8 +47,9 @@ def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str
     ``about`` is the first line of its help, ``resumes`` a hint that follows the message of an interrupted command.
     """
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
-    # Shows the progress of tokenising a large file.
-    logging.getLogger("jrlhf.data").setLevel(logging.INFO)
+    # The progress of tokenising a large file, and how many answers are sampled at once.
+    for name in ("jrlhf.data", "jrlhf.sampling"):
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         if "-h" in argv or "--help" in argv:
             print_help(command, PlanConfig if command == "plan" else TOOLS.get(command, Config), about)

@@ -117,6 +117,8 @@ def _checks(config: Any) -> Iterator[Check]:
             yield config.batch_size >= 1, "batch_size", config.batch_size, "1 or more"
             yield config.max_length >= 1, "max_length", config.max_length, "1 or more"
             yield from sampling_checks("sampling", config.sampling)
+            alone = "0, because batch_size is the number of answers that all devices decode at once"
+            yield config.sampling.slots == 0, "sampling.slots", config.sampling.slots, alone
         case RankConfig():
             yield bool(config.tasks.strip()), "tasks", config.tasks, "a file"
             yield bool(config.host.strip()), "host", config.host, "an address"

@@ -73,7 +73,7 @@ class RolloutConfig(StageConfig):
     """Number of prompts, and so of answers, in a rollout, over all devices."""
     rollout_parts: int = 1
     """Number of parts in which a rollout is sampled, one after the other; must divide episodes. Rules score one part
-    while the same policy samples the next, and the KV cache shrinks by this factor."""
+    while the same policy samples the next; what is sampled is the same. sampling.slots bounds the KV cache."""
     epochs: int = 4
     """Number of passes over each rollout."""
     minibatches: int = 1

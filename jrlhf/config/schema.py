@@ -183,3 +183,7 @@ class SamplingConfig:
     """Storage of keys and values while answers are sampled. compute: the compute dtype. int8: about half of bfloat16's
     memory, a quarter of float32's. With int8 the sampler's log-probs differ from the trainer's exact ones; PPO's log
     measures this (sampler/max_abs_logprob_diff, sampler/mean_ratio), and ppo.guards.sampler may need a higher bound."""
+    slots: int = 0
+    """Number of answers that a device decodes at once: where one has ended, the next prompt begins. The KV cache has
+    that many rows, and what is sampled is the same. 0: 64 on a CPU, 256 elsewhere, fewer if the cache would take more
+    than 30 % of a device's memory."""

@@ -86,6 +86,7 @@ def sampling_checks(path: str, sampling: SamplingConfig) -> Iterator[Check]:
     yield sampling.top_k >= 0, f"{path}.top_k", sampling.top_k, "0 or more"
     yield 0 < sampling.top_p <= 1, f"{path}.top_p", sampling.top_p, "above 0 and at most 1"
     yield all(sampling.stop), f"{path}.stop", sampling.stop, "without empty strings"
+    yield sampling.slots >= 0, f"{path}.slots", sampling.slots, "1 or more, or 0 (automatic)"
 
 
 def batch_checks(path: str, rows: int, microbatch: int) -> Iterator[Check]:

@@ -25,7 +25,7 @@ class GenerateConfig(WithPaths):
     """Seed of the sampler."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     batch_size: int = 16
-    """Number of answers sampled at once."""
+    """Number of answers sampled at once, over all devices; where one has ended, the next begins."""
     max_length: int = 1024
     """Maximum length of a prompt in tokens; longer ones are cut at their start."""
     dtype: Literal["float32", "bfloat16"] = "float32"

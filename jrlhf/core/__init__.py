@@ -33,7 +33,7 @@ from jrlhf.core.masks import (
     real_tokens,
 )
 from jrlhf.core.preferences import PreferenceLoss, dpo_loss, kwise_dpo_loss, normalises_length, pair_differences
-from jrlhf.core.sampling import sample, sample_at, truncate_logits, uniforms
+from jrlhf.core.sampling import answer_keys, sample, sample_at, truncate_logits, uniforms
 from jrlhf.core.trees import combine, partition
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "KLEstimator",
     "PreferenceLoss",
     "align_to_tokens",
+    "answer_keys",
     "at_last_token",
     "cispo_loss",
     "combine",

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+from jaxtyping import Key as Keys
 
 from jrlhf.types import Key
 
@@ -39,19 +40,40 @@ def sample(
     ``temperature=0`` is greedy: the likeliest token, with log-prob 0 as the distribution is a point mass.
     top-p: Holtzman et al. 2020, section 3.1.
     """
-    return sample_at(logits, uniforms(key, len(logits)), temperature=temperature, top_k=top_k, top_p=top_p)
+    draws = jax.random.uniform(key, (2, len(logits)), jnp.float32)
+    return sample_at(logits, draws, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
-def uniforms(key: Key, rows: int) -> Float[Array, "2 B"]:
-    """The random numbers that ``sample`` draws a token a row with, uniform on [0, 1)."""
-    # Two numbers a row in place of one a logit, and two so that even a token of little mass is hit in proportion.
-    return jax.random.uniform(key, (2, rows), jnp.float32)
+def answer_keys(key: Key, prompts: Int[Array, "B"], *, samples: int) -> Keys[Array, "B K"]:
+    """A key for each of ``samples`` answers to each prompt: key → prompt's number → number of the answer.
+
+    ``prompts`` are numbers of your own choice, one a prompt. A prompt that keeps its number keeps its answers, whatever
+    stands beside it; two prompts with one number would share their random draws.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+
+    def of_prompt(prompt: Int[Array, ""]) -> Keys[Array, "K"]:
+        own = jax.random.fold_in(key, prompt)
+        return jax.vmap(lambda sample: jax.random.fold_in(own, sample))(jnp.arange(samples, dtype=jnp.int32))
+
+    return jax.vmap(of_prompt)(prompts)
+
+
+def uniforms(keys: Keys[Array, "B"], tokens: Int[Array, "B"]) -> Float[Array, "2 B"]:
+    """The random numbers of a token a row, uniform on [0, 1): those of an answer's key and the token's index in it."""
+
+    def of_token(key: Keys[Array, ""], token: Int[Array, ""]) -> Float[Array, "2"]:
+        # Two numbers a row in place of one a logit, and two so that even a token of little mass is hit in proportion.
+        return jax.random.uniform(jax.random.fold_in(key, token), (2,), jnp.float32)
+
+    return jax.vmap(of_token)(keys, tokens).T
 
 
 def sample_at(
     logits: Float[Array, "B V"], draws: Float[Array, "2 B"], *, temperature: float, top_k: int, top_p: float
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """``sample`` with given ``uniforms`` as draws.
+    """``sample`` with given random numbers, such as ``uniforms``.
 
     By inversion of the cumulative mass: the first number chooses a group of tokens, the second a token within it.
     """

@@ -52,6 +52,21 @@ def append_entries(cached: CachedArray, new: Float[Array, "B K T H"], used: Int[
     return jax.tree.map(lambda old, x: lax.dynamic_update_slice(old, x, start[: x.ndim]), cached, entry)
 
 
+def insert_entries(
+    cached: CachedArray,
+    rows: Int[Array, "R"],
+    prefilled: Float[Array, "R K P H"] | Quantised,
+    next_slot: Int[Array, ""],
+) -> CachedArray:
+    """Replace rows of a ring whose next slot is ``next_slot`` by rows with their slots just before it."""
+
+    def insert(old: Array, new: Array) -> Array:
+        beyond = ((0, 0), (0, 0), (old.shape[2] - new.shape[2], 0)) + ((0, 0),) * (old.ndim - 3)
+        return old.at[rows].set(jnp.roll(jnp.pad(new, beyond), next_slot, axis=2), mode="drop")
+
+    return jax.tree.map(insert, cached, prefilled)
+
+
 def attend_cached(
     q_BKGTH: Float[Array, "B K G T H"],
     keys: CachedArray,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jrlhf.core import positions_from_mask
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import CHECKPOINT_NAME, AttentionKernel, attention_mask, soft_cap
-from jrlhf.models.cache import CachedArray, Quantised
+from jrlhf.models.cache import CachedArray, Quantised, insert_entries
 from jrlhf.models.decoding import layer_weights
 from jrlhf.models.layers import AttentionInputs, Block, LayerCache, Norm
 from jrlhf.models.linear import NORMAL, Linear, matmul_transposed
@@ -28,7 +28,7 @@ from jrlhf.types import DecodeFns, TokenMask
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer; all rows write to the same slots, and the first ``used`` slots are occupied.
+    """Keys and values of every layer; all rows write to the same slots, a ring whose next slot is ``used`` mod S.
 
     There is one array per layer, so that each is updated in place and read without a slice.
     """
@@ -38,6 +38,12 @@ class KVCache(NamedTuple):
     positions: Int[Array, "B S"]
     """Position of each slot's token; -1 for padding and empty slots, to which no query attends."""
     used: Int[Array, ""]
+    """Number of slots that were ever written, in turn."""
+
+    @property
+    def next_slot(self) -> Int[Array, ""]:
+        """The slot of the next token."""
+        return self.used % self.positions.shape[1]
 
 
 def init_cache(arch: ArchConfig, batch: int, length: int, dtype: Any) -> KVCache:
@@ -54,6 +60,22 @@ def init_cache(arch: ArchConfig, batch: int, length: int, dtype: Any) -> KVCache
     shape = (batch, arch.num_kv_heads, length, arch.head_dim)
     keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(arch.num_layers)) for _ in range(2))
     return KVCache(keys, values, jnp.full((batch, length), -1, jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def insert_rows(cache: KVCache, rows: Int[Array, "R"], prefilled: KVCache, /) -> KVCache:
+    """Replace rows of the cache by prefilled ones; see ``jrlhf.types.InsertFn``."""
+    place, (length, slots) = cache.next_slot, (prefilled.positions.shape[1], cache.positions.shape[1])
+
+    def insert(layers: tuple[Any, ...], new: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(insert_entries(old, rows, x, place) for old, x in zip(layers, new, strict=True))
+
+    positions = jnp.pad(prefilled.positions, ((0, 0), (slots - length, 0)), constant_values=-1)
+    return KVCache(
+        insert(cache.keys, prefilled.keys),
+        insert(cache.values, prefilled.values),
+        cache.positions.at[rows].set(jnp.roll(positions, place, axis=1), mode="drop"),
+        cache.used,
+    )
 
 
 def int8_cache(decode_fns: DecodeFns) -> DecodeFns:
@@ -161,18 +183,20 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B V"], KVCache]:
         """Append ``T`` tokens to the cache and return the logits after the last one. Layers are unrolled.
 
-        The caller must stay within the cache's length: writing past it silently overwrites the last slots.
+        Past the last slot a single token goes to the first. Several tokens must fit into the slots that are left: those
+        that do not would silently overwrite the last slots.
         """
         length, slots = tokens.shape[1], cache.positions.shape[1]
         if length > slots:
             raise ValueError(f"{length} tokens do not fit a cache of {slots}")
-        stored = lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), cache.used))
+        place = cache.next_slot
+        stored = lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), place))
         kinds = attention_inputs(self.arch, positions, stored, segments=None)
         block = Block(self.arch, self.dtype, "xla", self.mesh, parent=None)
         layers = self.variables["params"]["layers"]
         x_BTD, keys, values = self.lookup(tokens, positions), [], []
         for layer, kind in enumerate(self.arch.layer_kinds):
-            layer_cache = LayerCache(cache.keys[layer], cache.values[layer], cache.used)
+            layer_cache = LayerCache(cache.keys[layer], cache.values[layer], place)
             variables = {"params": layer_weights(layers, layer)}
             x_BTD, layer_cache = block.apply(variables, x_BTD, jnp.int32(0), (kinds[kind],), layer_cache)
             keys.append(layer_cache.keys)

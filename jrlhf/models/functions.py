@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jrlhf.models.arch import ArchConfig
 from jrlhf.models.attention import AttentionKernel
-from jrlhf.models.decoder import Decoder, KVCache, init_cache
+from jrlhf.models.decoder import Decoder, KVCache, init_cache, insert_rows
 from jrlhf.models.decoding import decoding_weights
 from jrlhf.models.hf.names import SHARDING_RULES
 from jrlhf.models.kernels import attention_kernel
@@ -129,7 +129,7 @@ def decoder_fns(
         logprobs, entropy = logprobs_of_hidden(params.policy, hidden, tokens, temperature=temperature, where=where)
         return logprobs, entropy, head_scores(params.value["head"], hidden)
 
-    decoding = DecodeFns(empty_cache, decode, prepare)
+    decoding = DecodeFns(empty_cache, decode, prepare, insert_rows)
     return DecoderFns(apply_fn, logprob_fn, decoding, score_fn, actor_critic_fn)
 
 

@@ -29,7 +29,7 @@ class LayerCache(NamedTuple):
 
     keys: CachedArray
     values: CachedArray
-    used: Int[Array, ""]
+    next_slot: Int[Array, ""]
 
 
 class AttentionInputs(NamedTuple):
@@ -161,9 +161,9 @@ class Attention(nn.Module):
         q_BKGTH = q_BTNH.reshape(rows, length, arch.num_kv_heads, groups, arch.head_dim).transpose(0, 2, 3, 1, 4)
         k_BKSH, v_BKSH = k_BTKH.transpose(0, 2, 1, 3), v_BTKH.transpose(0, 2, 1, 3)
         if cache is not None:
-            keys = append_entries(cache.keys, k_BKSH, cache.used)
-            values = append_entries(cache.values, v_BKSH, cache.used)
-            cache = LayerCache(keys, values, cache.used)
+            keys = append_entries(cache.keys, k_BKSH, cache.next_slot)
+            values = append_entries(cache.values, v_BKSH, cache.next_slot)
+            cache = LayerCache(keys, values, cache.next_slot)
             mixed = attend_cached(q_BKGTH, keys, values, inputs.mask, cap=arch.attention_softcap)
         else:
             mixed = causal_attend(q_BKGTH, k_BKSH, v_BKSH, inputs.mask, cap=arch.attention_softcap)

@@ -19,6 +19,8 @@ class PlatformSettings(NamedTuple):
     """Whether the backward pass recomputes whole layers by default."""
     rotary_products: bool
     """Whether rotary positions exchange the halves of a head by a product in bfloat16."""
+    slots: int
+    """Answers that a sampler decodes at once on a device by default; the prompts of further ones wait."""
     compiler_options: Mapping[str, str | bool | int]
     """Options that XLA compiles training steps, samplers and readings with."""
 
@@ -26,6 +28,8 @@ class PlatformSettings(NamedTuple):
 CPU = PlatformSettings(
     # 256 MB. More falls out of the caches of a CPU and is no faster.
     logits_at_once=2**26,
+    # A step takes as long as its rows are many, so that rows which have ended cost as much as others.
+    slots=64,
     rotary_products=False,
     # It takes about a third more time.
     remat=False,
@@ -34,6 +38,8 @@ CPU = PlatformSettings(
 GPU = PlatformSettings(
     # 1 GB. Small products leave a GPU's multiprocessors idle, and each slice reads and writes the LM head's gradient.
     logits_at_once=2**28,
+    # Up to about 300 rows a step takes as long as reading the weights (H100 in bfloat16: 989 TFLOP/s, 3.35 TB/s).
+    slots=256,
     rotary_products=False,
     # It takes about a third more time.
     remat=False,
@@ -42,6 +48,8 @@ GPU = PlatformSettings(
 TPU = PlatformSettings(
     # 1 GB, for the reasons of a GPU.
     logits_at_once=2**28,
+    # As on a GPU: up to 166 rows (v5p, 459 TFLOP/s, 2.77 TB/s), 240 (v5e) and 560 (v6e).
+    slots=256,
     # Halves of a head are 32 or 64 of a register's 128 lanes: to cut and join them takes the compiler three passes.
     rotary_products=True,
     # What a layer would store takes as long to write and read as to compute again (benchmarks/results/aot.md).

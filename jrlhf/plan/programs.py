@@ -80,7 +80,7 @@ def program_figures(program: Program, topology: Topology, mesh: Mesh, dtype: str
         temporaries = needed - device_bytes(program.args)
         return Figures(program.name, device_bytes(*program.alive), temporaries, 0.0, {}, program.flops, None)
     memory, hlo = executable.memory_analysis(), executable.as_text()
-    sent = bytes_sent(hlo, mesh.shape, trips=program.trips)
+    sent = bytes_sent(hlo, mesh.shape, trips=program.trips, loops=program.loops)
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     asked = program.timed and not topology.simulated and topology.chip is not None
     return Figures(
@@ -91,7 +91,7 @@ def program_figures(program: Program, topology: Topology, mesh: Mesh, dtype: str
         sent={"+".join(axes): size for axes, size in sent.items()},
         flops=program.flops,
         seconds=seconds(program, sent, topology, mesh.shape, dtype) if program.timed else None,
-        estimate=estimate(hlo, topology, trips=program.trips).seconds if asked else None,
+        estimate=estimate(hlo, topology, trips=program.trips, loops=program.loops).seconds if asked else None,
     )
 
 

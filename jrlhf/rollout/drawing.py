@@ -14,10 +14,10 @@ from jrlhf.core import equal_scores
 from jrlhf.data import Order, PromptRows
 from jrlhf.parallel import batch_sharding, fetch, shard_batch
 from jrlhf.rollout.actors import policy_of
-from jrlhf.rollout.sampling import GenerateFn, rollout_samples
+from jrlhf.rollout.sampling import GenerateFn, prompt_readings
 from jrlhf.rollout.scores import PendingScores, Rewards, ScoredAnswers
 from jrlhf.steps.groups import group_numbers
-from jrlhf.train.batches import device_share
+from jrlhf.train.batches import device_share, groups_of
 from jrlhf.train.performance import timed
 from jrlhf.train.site import Site
 from jrlhf.types import Generation, Key, Params
@@ -44,8 +44,8 @@ class Drawing(NamedTuple):
     """``(all parameters, prompts, key, seconds of the phases) -> Drawn``."""
     score: Callable[[Drawn], ScoredAnswers]
     """Begin the rules on the last part, and wait for all scores."""
-    together: int
-    """Number of answers to a prompt from one reading of it."""
+    readings: int
+    """Number of times that each prompt is read."""
 
 
 def jit_concatenate(mesh: Mesh) -> Callable[[Sequence[Generation]], Generation]:
@@ -63,20 +63,22 @@ def make_drawing(
     mesh, rollout_parts = site.mesh, section.rollout_parts
     concatenate = jit_concatenate(mesh)
     key = f"{site.stage}.episodes / {site.stage}.rollout_parts"
-    share = device_share(section.episodes // rollout_parts, mesh, key=key)
-    together = rollout_samples(samples, rows=share, devices=1)
+    part = section.episodes // rollout_parts
+    device_share(part, mesh, key=key)
+    readings = prompt_readings(samples, rows=part, devices=groups_of(mesh))
 
     def draw(params: Params, questions: Int[np.ndarray, "P"], key: Key, seconds: dict[str, Any]) -> Drawn:
         with timed(seconds, "seconds/input"):
             rows = np.repeat(questions, samples)
             row_parts = np.split(rows, rollout_parts)
-            read_rows = np.repeat(questions, samples // together)
-            tokens, mask = (np.split(array, rollout_parts) for array in prompts.batch(read_rows))
-            batches = [shard_batch(part, mesh) for part in zip(tokens, mask, strict=True)]
+            # A prompt's place, and not its row in the data, which may occur twice: the answers would be the same.
+            numbers = np.repeat(np.arange(len(questions), dtype=np.int32), readings)
+            arrays = *prompts.batch(np.repeat(questions, readings)), numbers
+            split = (np.split(array, rollout_parts) for array in arrays)
+            batches = [shard_batch(part, mesh) for part in zip(*split, strict=True)]
         with timed(seconds, "seconds/rollout") as wait:
-            keys = [key] if rollout_parts == 1 else jax.random.split(key, rollout_parts)
             # All parts are dispatched at once: the rules score a part while the devices sample the next one.
-            parts = [generate(policy_of(params), *batch, own) for batch, own in zip(batches, keys, strict=True)]
+            parts = [generate(policy_of(params), *batch, key) for batch in batches]
             pending = [score.begin(part, prompts, at) for part, at in zip(parts[:-1], row_parts[:-1], strict=True)]
             return Drawn(wait(concatenate(parts)), rows, parts[-1], pending)
 
@@ -85,7 +87,7 @@ def make_drawing(
         pending = [*drawn.pending, score.begin(drawn.last, prompts, last_rows)]
         return score.finish(drawn.generation, prompts, drawn.rows, pending)
 
-    return Drawing(draw, finish, together)
+    return Drawing(draw, finish, readings)
 
 
 class Resampled(NamedTuple):

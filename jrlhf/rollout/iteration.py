@@ -17,6 +17,7 @@ from jrlhf.rollout.actors import Actors, value_of
 from jrlhf.rollout.drawing import make_drawing, make_resampling
 from jrlhf.rollout.sampling import GenerateFn
 from jrlhf.rollout.scores import Rewards, ScoredAnswers, part_metrics
+from jrlhf.rollout.slots import log_slots, rollout_occupancy
 from jrlhf.rollout.work import iteration_work
 from jrlhf.steps import (
     Networks,
@@ -120,7 +121,7 @@ class RolloutPrograms(NamedTuple):
     """The jitted functions of an iteration."""
 
     generate: GenerateFn
-    """``(policy, tokens, mask, key) -> Generation``, with ``rollout_samples`` answers to each prompt."""
+    """The sampler, with all answers of a rollout to each prompt, which is read ``prompt_readings`` times."""
     read: Callable[[Params, Generation], Readings]
     """``(all parameters of the stage, generation) -> Readings`` of the answers."""
     targets: Callable[[ScoredAnswers, Readings, jax.Array], Rollout]
@@ -175,7 +176,9 @@ def make_iteration(
         groups = group_metrics(rollout, samples=samples) if samples > 1 else {}
         return rollout_metrics(rollout) | part_metrics(parts, has_score) | groups
 
-    work = iteration_work(section, actors, together=drawing.together)
+    work = iteration_work(section, actors, together=samples // drawing.readings)
+    occupancy = rollout_occupancy(section, actors.policy.decode_fns, mesh)
+    log_slots(section, actors.policy.decode_fns, mesh, stage=site.stage, prompt=max(prompts.buckets))
 
     def next_beta(coef: jax.Array, metrics: Metrics) -> jax.Array:
         if not section.kl.target:
@@ -221,6 +224,7 @@ def make_iteration(
             del metrics["sampler/mean_ratio"]
             metrics["sampler/max_abs_logprob_diff"] = update_metrics["policy/first_minibatch_max_abs_log_ratio"]
         metrics |= update_metrics | seconds
+        metrics["rollout/occupancy"] = occupancy(first)
         if actors.has_reference:
             metrics["kl_coef"] = state.kl_coef
         metrics |= work(first, further, rollout.ptx, update_metrics["policy/updates"])

@@ -15,7 +15,10 @@ from jrlhf.parallel import batch_sharding
 from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.actors import Actors
 from jrlhf.rollout.reward_models import jit_score, padded_width, reward_of
-from jrlhf.rollout.sampling import jit_sampler, rollout_samples
+from jrlhf.rollout.sampling import jit_sampler, prompt_readings
+from jrlhf.rollout.slots import slots_of
+from jrlhf.steps.decoding import steps_between
+from jrlhf.steps.refill import refill_size
 from jrlhf.train.batches import device_multiple
 from jrlhf.train.performance import rollout_work
 from jrlhf.train.programs import Program, Target
@@ -33,19 +36,27 @@ def sampling_program(
     target: Target,
     held: Any,
     samples: int = 1,
+    readings: int = 1,
 ) -> Program:
     """Return the sampler on prompts of the full length, ``prompt`` tokens, with the stop tokens of config.json.
 
-    Each of ``rows`` prompts gets ``samples`` answers.
+    ``rows`` prompts, each of which is read ``readings`` times, get ``samples`` answers. All are as long as can be: with
+    fewer slots than answers the slots are filled, and decode to the end, that many times over.
     """
     ends = model.config.get("eos_token_id") or 0
     stops = tuple(ends) if isinstance(ends, list) else (int(ends),)
     pad = int(model.config.get("pad_token_id") or 0)
-    sampler = jit_sampler(model.decode_fns, sampling, target.mesh, stop_tokens=stops, pad_token=pad, samples=samples)
-    prompts = target.rows((rows, prompt), jnp.int32), target.rows((rows, prompt), jnp.bool_)
-    args = (params, *prompts, target.whole(lambda: jax.random.key(0)))
+    at = {"stop_tokens": stops, "pad_token": pad, "samples": samples, "readings": readings}
+    sampler = jit_sampler(model.decode_fns, sampling, target.mesh, **at)
+    read = rows * readings
+    prompts = target.rows((read, prompt), jnp.int32), target.rows((read, prompt), jnp.bool_)
+    args = (params, *prompts, target.rows((read,), jnp.int32), target.whole(lambda: jax.random.key(0)))
     cache = prompt + sampling.max_new_tokens, model.arch.head_dim
-    return Program(name, sampler, args, (held, args), trips=max(1, sampling.max_new_tokens - 1), cache=cache)
+    count = rows * samples // target.groups
+    slots = slots_of(sampling, model.decode_fns, target.mesh, rows=count, prompt=prompt)
+    steps = max(1, sampling.max_new_tokens - 1) * -(-count // slots)
+    loops = sampler_trips(count, slots, steps=steps, shards=target.groups)
+    return Program(name, sampler, args, (held, args), trips=steps, loops=loops, cache=cache)
 
 
 def rollout_program(
@@ -63,18 +74,24 @@ def rollout_program(
     ``samples``: the answers to each prompt.
     """
     part = device_multiple(-(-episodes // section.rollout_parts), target.mesh)
-    together = rollout_samples(samples, rows=part, devices=target.groups)
-    prompt, at = section.prompts.max_length, {"target": target, "held": held, "samples": together}
-    program = sampling_program("rollout", policy, params, section.sampling, rows=part // together, prompt=prompt, **at)
-    read = section.rollout_parts * decode_read(section, policy.arch, part, target)
-    return program._replace(read=read, trips=section.rollout_parts * program.trips)
+    rows = -(-part // samples)
+    readings = prompt_readings(samples, rows=rows * samples, devices=target.groups)
+    prompt, at = section.prompts.max_length, {"target": target, "held": held, "samples": samples, "readings": readings}
+    program = sampling_program("rollout", policy, params, section.sampling, rows=rows, prompt=prompt, **at)
+    parts = section.rollout_parts
+    read = parts * decode_read(section, policy.arch, part, target, steps=program.trips)
+    # The outer of two nested loops.
+    outer = "refill" if "refill" in program.loops else "decode"
+    loops = dict(program.loops) | {outer: parts * program.loops[outer]}
+    return program._replace(read=read, trips=parts * program.trips, loops=loops)
 
 
 def generation_shapes(target: Target, rows: int, length: int) -> Generation:
     """Return the shapes of a rollout's answers."""
     shape = rows, length
     tokens, mask, response = (target.rows(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.bool_))
-    return Generation(tokens, mask, response, target.rows(shape, jnp.float32), target.rows((rows,), jnp.bool_))
+    ends = target.rows((rows,), jnp.bool_), target.rows((rows,), jnp.int32)
+    return Generation(tokens, mask, response, target.rows(shape, jnp.float32), *ends)
 
 
 def check_planned_lengths(section: RolloutConfig, actors: Actors, *, stage: str) -> None:
@@ -120,16 +137,29 @@ def row_work(section: RolloutConfig, actors: Actors, *, text_length: int = 0, to
     }
 
 
-def decode_read(section: RolloutConfig, arch: ArchConfig, episodes: int, target: Target) -> float:
+def decode_read(section: RolloutConfig, arch: ArchConfig, episodes: int, target: Target, *, steps: int) -> float:
     """Return the bytes that a device reads for a rollout: its ``tensor`` share of the weights and of the rows' cache.
 
-    A device reads the caches of its own rows only.
+    A device reads the weights at each of ``steps`` decoding steps, and the caches of its own rows only.
     """
     tensor = target.mesh.shape["tensor"]
-    first, steps = section.prompts.max_length, section.sampling.max_new_tokens - 1
+    first, fed = section.prompts.max_length, section.sampling.max_new_tokens - 1
     size = partial(
         decode_bytes, arch, itemsize=jnp.dtype(section.model.dtype).itemsize, kv_cache=section.sampling.kv_cache
     )
     weights = size(np.full(1, -1), steps=steps)
-    cached = size(np.arange(first, first + steps), steps=0)
+    cached = size(np.arange(first, first + fed), steps=0)
     return (float(weights) + float(cached) * episodes / target.groups) / tensor
+
+
+def sampler_trips(rows: int, slots: int, *, steps: int, shards: int) -> dict[str, float]:
+    """Return the trips of the sampler's loops over ``steps`` decoding steps, by name.
+
+    Where slots are refilled, the loop over decoding steps is inside that over refills. All answers of a plan end
+    together, so that nothing is left to the loop over the last of them.
+    """
+    looks = float(-(-steps // steps_between(shards)))
+    if slots == rows:
+        return {"decode": looks, "tail": 0.0}
+    refills = float(-(-rows // refill_size(slots)))
+    return {"refill": refills, "decode": looks / refills, "tail": 0.0}

@@ -3,22 +3,27 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from jrlhf.config import SamplingConfig
+from jrlhf.core import answer_keys
 from jrlhf.data import PromptRows, Tokenizer, stop_token_ids
-from jrlhf.models import int8_cache
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
 from jrlhf.parallel.step import jit_for
+from jrlhf.rollout.slots import slots_of, with_cache_of
 from jrlhf.runs.metrics import progress
 from jrlhf.steps import make_generate
-from jrlhf.train.batches import covering_batches, device_multiple
+from jrlhf.train.batches import covering_batches, device_multiple, groups_of
 from jrlhf.types import DecodeFns, Generation, Key, Params
 
 GenerateFn = Callable[..., Generation]
+"""A jitted sampler: ``(policy, prompts, mask, numbers of the prompts, key) -> Generation``.
+
+All but policy and key are sharded by rows over the mesh, like the answers. Key and number of a prompt decide the random
+draws of its answers.
+"""
 
 
 class Draw(NamedTuple):
@@ -33,15 +38,20 @@ class Draw(NamedTuple):
 
 
 def jit_generate(
-    decode_fns: DecodeFns, config: SamplingConfig, tokenizer: Tokenizer, mesh: Mesh, *, option: str, samples: int = 1
+    decode_fns: DecodeFns,
+    config: SamplingConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    *,
+    option: str,
+    samples: int = 1,
+    readings: int = 1,
 ) -> GenerateFn:
-    """Jit the sampler of a config; its answers are sharded by rows over the mesh, like the prompts.
-
-    ``option`` names the config in errors.
-    """
+    """Jit the sampler of a config. ``option`` names the config in errors."""
     stop_tokens = stop_token_ids(tokenizer, config.stop, option=f"{option}.stop")
     pad_token = int(tokenizer.pad_token_id)
-    return jit_sampler(decode_fns, config, mesh, stop_tokens=stop_tokens, pad_token=pad_token, samples=samples)
+    how = {"stop_tokens": stop_tokens, "pad_token": pad_token, "samples": samples, "readings": readings}
+    return jit_sampler(decode_fns, config, mesh, **how)
 
 
 def jit_sampler(
@@ -52,19 +62,35 @@ def jit_sampler(
     stop_tokens: tuple[int, ...],
     pad_token: int,
     samples: int = 1,
+    readings: int = 1,
 ) -> Any:
-    """Jit the sampler of a config for given stop and pad tokens, without a tokenizer."""
-    generate = make_generate(
-        int8_cache(decode_fns) if config.kv_cache == "int8" else decode_fns,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        stop_tokens=stop_tokens,
-        pad_token=pad_token,
-        samples=samples,
-        drop_stopped=mesh.size == 1 and bool(stop_tokens),
-    )
+    """Jit the sampler of a config for given stop and pad tokens, without a tokenizer.
+
+    Each prompt gets ``samples`` answers. It stands in as many neighbouring rows as it is read times, ``readings``, and
+    each of these rows gets an equal part of the answers.
+    """
+
+    def generate(
+        params: Params, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], numbers: Int[Array, "B"], key: Key
+    ) -> Generation:
+        together, shards = samples // readings, groups_of(mesh)
+        rows = len(prompts) * together // shards
+        slots = slots_of(config, decode_fns, mesh, rows=rows, prompt=prompts.shape[1])
+        sampler = make_generate(
+            with_cache_of(config, decode_fns),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            stop_tokens=stop_tokens,
+            pad_token=pad_token,
+            slots=slots,
+            shards=shards,
+            drop_ended=bool(stop_tokens) or slots < rows,
+        )
+        keys = answer_keys(key, numbers[::readings], samples=samples)
+        return sampler(params, prompts, mask, keys.reshape(-1, together))
+
     return jit_for(mesh, generate, out_shardings=batch_sharding(mesh))
 
 
@@ -73,12 +99,11 @@ def generate_all(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, Generation]]:
     """Yield ``(indices, real, generation)`` over the first ``limit`` prompts (0: all); see ``covering_batches``.
 
-    A prompt's batch and its row depend on the prompts alone, so two policies get the same random draws for one key.
+    A prompt's random draws depend on its index alone, so two policies get the same ones for one key.
     """
-    batches = covering_batches(prompts.lengths, batch_size=batch_size, limit=limit)
-    for number, (indices, real) in enumerate(batches):
-        tokens, mask = shard_batch(prompts.batch(indices), mesh)
-        yield indices, real, generate(params, tokens, mask, jax.random.fold_in(key, number))
+    for indices, real in covering_batches(prompts.lengths, batch_size=batch_size, limit=limit):
+        batch = *prompts.batch(indices), indices.astype(np.int32)
+        yield indices, real, generate(params, *shard_batch(batch, mesh), key)
 
 
 def texts_of(tokenizer: Tokenizer, generation: Generation) -> list[tuple[str, str]]:
@@ -95,23 +120,13 @@ def texts_of(tokenizer: Tokenizer, generation: Generation) -> list[tuple[str, st
     return pairs
 
 
-def samples_per_prompt(samples: int, *, batch_size: int, devices: int) -> int:
-    """Return the number of answers to a prompt that one batch samples from a single reading of the prompt.
+def prompt_readings(samples: int, *, rows: int, devices: int) -> int:
+    """Return how often a rollout reads each prompt for its ``samples`` answers.
 
-    It is the largest divisor of ``samples`` that leaves at most an eighth of a device's rows unused. For 9 samples and
-    16 rows it is 3, as 5 prompts take 15 rows.
+    It is the smallest divisor of ``samples`` with which the readings for ``rows`` answers divide over the devices.
+    Which it is changes no draw.
     """
-    rows = max(1, batch_size // devices)
-    return max(n for n in range(1, min(rows, samples) + 1) if samples % n == 0 and rows % n <= rows // 8)
-
-
-def rollout_samples(samples: int, *, rows: int, devices: int) -> int:
-    """Return the number of answers to a prompt that a rollout samples from a single reading of the prompt.
-
-    It is the largest divisor of ``samples`` with which the prompts of ``rows`` answers divide over the devices. Which
-    it is changes no draw, because a draw depends on the row of an answer.
-    """
-    return max(n for n in range(1, samples + 1) if samples % n == 0 and rows % (n * devices) == 0)
+    return min(n for n in range(1, samples + 1) if samples % n == 0 and rows // samples * n % devices == 0)
 
 
 def draws(
@@ -125,27 +140,24 @@ def draws(
     mesh: Mesh,
     batch_size: int,
     show_progress: bool,
-    together: int = 1,
 ) -> Iterator[Draw]:
-    """Yield batches of answers until each prompt has ``samples`` of them.
+    """Yield batches of answers until each prompt has ``samples`` of them, which one call of ``generate`` must give.
 
-    One call of ``generate`` must give ``together`` answers to each of its prompts, a divisor of ``samples``. A batch
-    has at most ``batch_size`` answers, rounded up so that the devices divide it.
+    A batch has at most ``batch_size`` answers, rounded so that the devices divide its prompts; it has all answers to at
+    least one prompt a device.
     """
-    batch_size = device_multiple(min(batch_size // together, len(prompts)), mesh)
-    total, done = samples * len(prompts), 0
+    batch_size = device_multiple(min(max(1, batch_size // samples), len(prompts)), mesh)
+    done = 0
     with progress(
-        total, "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True
+        samples * len(prompts), "Answers", start=0, enabled=show_progress and is_first(), unit="answers", to_stderr=True
     ) as bar:
-        for draw in range(samples // together):
-            at = {"key": jax.random.fold_in(key, draw), "mesh": mesh, "batch_size": batch_size, "limit": 0}
-            batches = generate_all(generate, params, prompts, **at)
-            for indices, real, generation in batches:
-                rows, real = np.repeat(indices, together), np.repeat(real, together)
-                texts = [answer for _, answer in texts_of(tokenizer, generation)]
-                yield Draw(rows, real, texts, generation)
-                done += int(real.sum())
-                bar.update(done)
+        at = {"key": key, "mesh": mesh, "batch_size": batch_size, "limit": 0}
+        for indices, real, generation in generate_all(generate, params, prompts, **at):
+            rows, real = np.repeat(indices, samples), np.repeat(real, samples)
+            texts = [answer for _, answer in texts_of(tokenizer, generation)]
+            yield Draw(rows, real, texts, generation)
+            done += int(real.sum())
+            bar.update(done)
 
 
 def answers(

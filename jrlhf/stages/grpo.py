@@ -33,7 +33,7 @@ from jrlhf.rollout.planning import (
 )
 from jrlhf.rollout.rules import make_rules
 from jrlhf.rollout.safety import make_safety
-from jrlhf.rollout.sampling import jit_generate, rollout_samples
+from jrlhf.rollout.sampling import GenerateFn, jit_generate, prompt_readings
 from jrlhf.rollout.scores import ScoredAnswers, make_rewards, weights_of
 from jrlhf.runs.exports import exported_form
 from jrlhf.runs.metrics import PROXY_AND_GOLD
@@ -41,6 +41,7 @@ from jrlhf.stages.run import run_stage
 from jrlhf.stages.stage import Export, Prepared, Stage, load_language
 from jrlhf.steps import GRPOSettings, make_group_targets, make_grpo_step, make_policy_readings
 from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
+from jrlhf.train.batches import groups_of
 from jrlhf.train.keys import stream_key
 from jrlhf.train.optim import make_policy_optimizer
 from jrlhf.train.performance import phase_rates, rates
@@ -155,13 +156,16 @@ def prepare_grpo(site: Site, inputs: RolloutInputs) -> Prepared:
     def read(params: Params, generation: Generation) -> Readings:
         return programs.read(params, actors.reference, generation)
 
-    def sampler(samples: int) -> Any:
-        sampling, option = grpo.sampling, "grpo.sampling"
-        return jit_generate(actors.policy.decode_fns, sampling, actors.tokenizer, mesh, option=option, samples=samples)
+    def sampler(**at: int) -> GenerateFn:
+        return jit_generate(
+            actors.policy.decode_fns, grpo.sampling, actors.tokenizer, mesh, option="grpo.sampling", **at
+        )
 
-    generate = sampler(1)
+    generate = sampler()
     score = make_rewards(grpo.rewards, actors, mesh, slices=slices.scoring, stage="grpo")
-    jitted = RolloutPrograms(sampler(prompt_samples(grpo, mesh)), read, programs.targets, programs.training.step)
+    jitted = RolloutPrograms(
+        sampler(samples=grpo.samples, readings=readings_of(grpo, mesh)), read, programs.targets, programs.training.step
+    )
     iterate, batch_of = make_iteration(
         site, grpo, actors, jitted, score, prompts, samples=grpo.samples, resample=grpo.resample
     )
@@ -202,10 +206,9 @@ def prepare_grpo(site: Site, inputs: RolloutInputs) -> Prepared:
     return Prepared(loop, begin(programs.training, mesh=mesh, key=key, kl_coef=coef), export)
 
 
-def prompt_samples(grpo: GRPOConfig, mesh: Mesh) -> int:
-    """Return the number of answers to a prompt from one reading of it; see ``rollout_samples``."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    return rollout_samples(grpo.samples, rows=grpo.episodes // grpo.rollout_parts, devices=devices)
+def readings_of(grpo: GRPOConfig, mesh: Mesh) -> int:
+    """Return how often a rollout reads each prompt; see ``prompt_readings``."""
+    return prompt_readings(grpo.samples, rows=grpo.episodes // grpo.rollout_parts, devices=groups_of(mesh))
 
 
 def plan_grpo(config: PlanConfig, target: Target) -> Sized:
@@ -222,7 +225,7 @@ def plan_grpo(config: PlanConfig, target: Target) -> Sized:
     loaded = actors.reference, [model.params for model in actors.reward_models]
     run = planned_training(programs.training, target, loaded=loaded)
     params = combine(run.state.params, programs.training.frozen)
-    work_of_row = row_work(grpo, actors, together=prompt_samples(grpo, mesh))
+    work_of_row = row_work(grpo, actors, together=grpo.samples // readings_of(grpo, mesh))
     traffic = 2 * device_bytes(run.state.params, run.state.opt_state) * grpo.epochs * grpo.minibatches
 
     def build(rows: int) -> StagePlan:
@@ -268,6 +271,7 @@ GRPO = Stage(
         "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
         "KL coefficient": ("kl_coef",),
         "Distinct-2": ("eval/distinct2",),
+        "Slots that draw tokens, share": ("rollout/occupancy",),
         "Time by phase, share": ("share/rollout", "share/scoring", "share/update", "share/evaluation"),
         "Share of the device's peak": ("perf/mfu", "perf/rollout_bandwidth_share"),
     },

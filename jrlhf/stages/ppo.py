@@ -256,6 +256,7 @@ PPO = Stage(
         "Refusals, where wanted and where not": ("eval/refusal_rate", "eval/benign_refusal_rate"),
         "KL coefficient": ("kl_coef",),
         "Distinct-2": ("eval/distinct2",),
+        "Slots that draw tokens, share": ("rollout/occupancy",),
         "Time by phase, share": ("share/rollout", "share/scoring", "share/update", "share/evaluation"),
         "Share of the device's peak": ("perf/mfu", "perf/rollout_bandwidth_share"),
     },

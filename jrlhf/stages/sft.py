@@ -168,7 +168,10 @@ def prepare_sft(site: Site, inputs: SFTInputs) -> Prepared:
         learnt = combine(outcome.state.train.params, frozen)
         params = merge_adapters(exported(learnt), model.exact)
         if candidates is not None:
-            _write_candidates(site, generate, params, candidates)
+            several = jit_generate(
+                model.decode_fns, sft.sampling, tokenizer, mesh, option="sft.sampling", samples=sft.candidates
+            )
+            _write_candidates(site, several, params, candidates)
         figures = {
             "base_nll": outcome.first.get("eval/nll"),
             "heldout_nll": outcome.last.get("eval/nll"),

@@ -1,40 +1,18 @@
-"""Sampling: one prefill, then one ``while_loop`` that ends when every row has stopped."""
+"""Sampling: a loop of decoding steps over slots; where an answer has ended, the next prompt begins."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
+from jaxtyping import Key as Keys
 
-from jrlhf.core import positions_from_mask, sample_at, uniforms
-from jrlhf.types import DecodeFns, Generation, Key, Params
+from jrlhf.steps.decoding import Queue, Sampler, SamplerState, begin_together, decode_until, without_ended
+from jrlhf.steps.refill import decode_refilling
+from jrlhf.steps.slots import Answers, by_shard, collect, flat, make_draw
+from jrlhf.types import DecodeFns, Generation, Params
 
-
-class SamplingState(NamedTuple):
-    """The loop's carry. Column ``length`` is the next to be written; every row writes the same column.
-
-    ``n`` rows are decoded, which ``rows`` names; None: all of them.
-    """
-
-    tokens: Int[Array, "B T"]
-    response_mask: Bool[Array, "B T"]
-    logprobs: Float[Array, "B T"]
-    stopped: Bool[Array, "B"]
-    length: Int[Array, ""]
-    rows: Int[Array, "n"] | None
-    logits: Float[Array, "n V"]
-    cache: Any
-
-    @property
-    def decoded(self) -> Any:
-        """The index of the rows that are decoded."""
-        return slice(None) if self.rows is None else self.rows
-
-
-def map_rows(take: Callable[[Array], Array], tree: Any) -> Any:
-    """``take`` applied to every leaf that has rows: all but scalars."""
-    return jax.tree.map(lambda x: take(x) if x.ndim else x, tree)
+MIN_SLOTS = 4
+"""Slots of a shard below which leaving out those that have ended saves nothing."""
 
 
 def make_generate(
@@ -46,97 +24,70 @@ def make_generate(
     top_p: float,
     stop_tokens: tuple[int, ...],
     pad_token: int,
-    samples: int = 1,
-    drop_stopped: bool = False,
-) -> Callable[[Params, Int[Array, "B P"], Bool[Array, "B P"], Key], Generation]:
-    """A pure sampler of ``max_new_tokens`` at most; a row ends with the first of ``stop_tokens``, which it keeps.
+    slots: int = 0,
+    shards: int = 1,
+    drop_ended: bool = False,
+) -> Callable[[Params, Int[Array, "B P"], Bool[Array, "B P"], Keys[Array, "B K"]], Generation]:
+    """A pure sampler of ``max_new_tokens`` at most; an answer ends with the first of ``stop_tokens``, which it keeps.
 
-    Prompts are left-padded, so that all rows write their next token to the same column; how wide the padding is does
-    not change what is drawn. After its stop token a row holds ``pad_token``, masked: by position, so ``pad_token`` may
-    be a stop token itself.
+    It returns ``(params, prompts, mask, keys) -> Generation``. Prompts are left-padded; how wide the padding is does
+    not change what is drawn. Each key draws one answer, so that each prompt gets ``K``, from one reading of it; they
+    are neighbours in the result. A token depends on the prompt, its answer's key and its index in the answer alone;
+    ``jrlhf.core.answer_keys`` makes such keys. Past its end an answer holds ``pad_token``, masked: by position, so
+    ``pad_token`` may be a stop token itself.
 
-    ``samples``: answers to each prompt, which is read once; they are neighbours, and what comes out has ``B · samples``
-    rows. ``drop_stopped``: once half of the rows have stopped, and again once three quarters have, only the others are
-    decoded further; what is drawn is the same. Rows that lie on several devices would have to be moved between them.
-    With either, every leaf of the cache but scalars must have the rows on axis 0.
+    ``slots``: number of answers that a shard decodes at once; the next prompt begins where an answer has ended, and the
+    cache has that many rows. It needs ``decode_fns.insert``. 0: all answers at once. ``shards``: number of devices that
+    the rows are spread over; each has a queue of its own, so that no row moves between devices. ``drop_ended``: once no
+    prompt waits, and half of the slots have ended, and again at three quarters, only the others are decoded further.
+    None of these changes what is drawn. With any of them, or ``K > 1``, every leaf of the cache but scalars must have
+    the rows on axis 0.
     """
+    if slots and decode_fns.insert is None:
+        raise ValueError("slots: these decode functions have no insert, so they decode all answers at once: slots=0")
+    draw = make_draw(temperature=temperature, top_k=top_k, top_p=top_p, stop_tokens=stop_tokens)
 
-    def is_stop(tokens: Int[Array, "B"]) -> Bool[Array, "B"]:
-        if not stop_tokens:
-            return jnp.zeros(tokens.shape, jnp.bool_)
-        return jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32))
-
-    def emit(state: SamplingState, key: Key) -> SamplingState:
-        """Sample the next column; rows that have stopped get padding."""
-        column = state.length
-        # Counted from the answer's first token: the draw must not depend on how far its prompt was padded.
-        key = jax.random.fold_in(key, column - (state.tokens.shape[1] - max_new_tokens))
-        # Of all rows, those that have left too: a row's draw must not depend on who is still there.
-        rows = state.decoded
-        draws = uniforms(key, len(state.tokens))[:, rows]
-        new_tokens, logprobs = sample_at(state.logits, draws, temperature=temperature, top_k=top_k, top_p=top_p)
-        live = ~state.stopped[rows]
-        return state._replace(
-            tokens=state.tokens.at[rows, column].set(jnp.where(live, new_tokens, jnp.int32(pad_token))),
-            response_mask=state.response_mask.at[rows, column].set(live),
-            logprobs=state.logprobs.at[rows, column].set(jnp.where(live, logprobs, 0.0)),
-            stopped=state.stopped.at[rows].set(~live | is_stop(new_tokens)),
-            length=column + 1,
-        )
-
-    def without_stopped(state: SamplingState, left: int) -> SamplingState:
-        """Decode only ``left`` rows further, those that have not stopped first."""
-        order = jnp.argsort(state.stopped[state.decoded], stable=True)[:left].astype(jnp.int32)
-        logits, cache = map_rows(lambda x: x[order], (state.logits, state.cache))
-        return state._replace(rows=order if state.rows is None else state.rows[order], logits=logits, cache=cache)
-
-    def generate(params: Params, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], key: Key) -> Generation:
-        total = prompts.shape[1] + max_new_tokens
-        params = decode_fns.prepare(params)
-        cache = decode_fns.init_cache(len(prompts), total)
-        logits, cache = decode_fns.decode(params, prompts, positions_from_mask(mask), cache)
-        if samples > 1:
-            prefill = (prompts, mask, logits, cache)
-            prompts, mask, logits, cache = map_rows(lambda x: jnp.repeat(x, samples, axis=0), prefill)
-        rows, prompt_length = prompts.shape
-        prompt_tokens = jnp.sum(mask, axis=-1, dtype=jnp.int32)
-
-        def advance(state: SamplingState) -> SamplingState:
-            last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=1)
-            position = prompt_tokens + state.length - 1 - prompt_length
-            position = jnp.where(state.stopped, -1, position)[:, None]
-            rows = state.decoded
-            logits, cache = decode_fns.decode(params, last[rows], position[rows], state.cache)
-            return emit(state._replace(logits=logits, cache=cache), key)
-
-        def until(state: SamplingState, left: int) -> SamplingState:
-            """Advance while more than ``left`` rows have not stopped."""
-            return jax.lax.while_loop(
-                lambda s: (s.length < total) & (jnp.sum(~s.stopped, dtype=jnp.int32) > left), advance, state
-            )
-
-        tail = ((0, 0), (0, max_new_tokens))
-        state = SamplingState(
-            tokens=jnp.pad(prompts, tail, constant_values=pad_token),
-            response_mask=jnp.zeros((rows, total), jnp.bool_),
-            logprobs=jnp.zeros((rows, total), jnp.float32),
-            stopped=jnp.zeros((rows,), jnp.bool_),
-            length=jnp.asarray(prompt_length, jnp.int32),
-            rows=None,
-            logits=logits,
-            cache=cache,
-        )
-        state = emit(state, key)
-        for left in (rows // 2, rows // 4) if drop_stopped else ():
-            if left:
-                state = without_stopped(until(state, left), left)
-        state = until(state, 0)
-        return Generation(
-            tokens=state.tokens,
-            mask=jnp.pad(mask, tail) | state.response_mask,
-            response_mask=state.response_mask,
-            logprobs=state.logprobs,
-            stopped=state.stopped,
-        )
+    def generate(
+        params: Params, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], keys: Keys[Array, "B K"]
+    ) -> Generation:
+        if len(prompts) % shards:
+            raise ValueError(f"shards: {len(prompts)} prompts do not divide over {shards}")
+        queue = Queue(by_shard(prompts, shards), by_shard(mask, shards), keys.reshape(shards, -1))
+        sampler = Sampler(decode_fns, decode_fns.prepare(params), queue, draw, max_new_tokens)
+        state = decode_queue(sampler, slots, drop_ended=drop_ended)
+        return as_generation(queue, collect(state.answers, state.slots), pad_token)
 
     return generate
+
+
+def decode_queue(sampler: Sampler, slots: int, *, drop_ended: bool) -> SamplerState:
+    """Answer all prompts, in ``slots`` slots a shard or, with 0 or if they are as many as the answers, all at once."""
+    count = sampler.queue.keys.shape[1]
+    refills = 0 < slots < count
+    rows = slots if refills else count
+    halves = [left for left in (rows // 2, rows // 4) if drop_ended and left >= MIN_SLOTS]
+    first, *following = [*halves, 0]
+    if refills:
+        state = decode_refilling(sampler, slots, left=first)
+    else:
+        state = decode_until(sampler, begin_together(sampler), first, name="decode")
+    for left, until in zip(halves, following, strict=True):
+        answers = collect(state.answers, state.slots)
+        state = decode_until(sampler, without_ended(state._replace(answers=answers), left), until, name="tail")
+    return state
+
+
+def as_generation(queue: Queue, answers: Answers, pad_token: int) -> Generation:
+    """The answers behind their prompts, all shards in one."""
+    prompts, mask = (jnp.repeat(flat(x), queue.samples, axis=0) for x in (queue.prompts, queue.mask))
+    answers = flat(answers)
+    real = jnp.arange(answers.tokens.shape[-1], dtype=jnp.int32)[None] < answers.length[:, None]
+    before = jnp.zeros(prompts.shape, jnp.bool_)
+    return Generation(
+        tokens=jnp.concatenate([prompts, jnp.where(real, answers.tokens, jnp.int32(pad_token))], axis=-1),
+        mask=jnp.concatenate([mask, real], axis=-1),
+        response_mask=jnp.concatenate([before, real], axis=-1),
+        logprobs=jnp.concatenate([before.astype(jnp.float32), jnp.where(real, answers.logprobs, 0.0)], axis=-1),
+        stopped=answers.stopped,
+        steps_before=answers.steps_before,
+    )

@@ -1,5 +1,6 @@
 """The sampler of ``jrlhf generate`` and ``jrlhf sample``: a model, the prompts of a file, and how they are answered."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -10,12 +11,15 @@ from jrlhf.config.tools import GenerateConfig
 from jrlhf.data import Columns, PromptRows, Tokenizer, load_prompts, load_tokenizer
 from jrlhf.models import Pretrained, load_pretrained
 from jrlhf.parallel import make_mesh
-from jrlhf.rollout.sampling import GenerateFn, jit_generate, samples_per_prompt
+from jrlhf.rollout.sampling import GenerateFn, jit_generate
 from jrlhf.runs.folder import last_export
 from jrlhf.train.keys import stream_key
 from jrlhf.train.positions import Positions
 
 NO_COLUMNS = Columns()
+
+BATCHES_AT_ONCE = 4
+"""Batches of answers that one call of the sampler draws, each answer in the slot of one that has ended."""
 
 
 class Sampler(NamedTuple):
@@ -39,14 +43,13 @@ def load_sampler(args: GenerateConfig, columns: Columns = NO_COLUMNS) -> Sampler
     mesh = make_mesh(data=-1, fsdp=1, tensor=1)
     model = load_pretrained(source, dtype=args.dtype, mesh=mesh, weights="auto", option="model")
     Positions(model.arch, "max_length").answering(args.sampling, "sampling").check({args.prompts: prompts})
-    together = samples_per_prompt(args.samples, batch_size=args.batch_size, devices=mesh.size)
-    generate = jit_generate(model.decode_fns, args.sampling, tokenizer, mesh, option="sampling", samples=together)
+    sampling = replace(args.sampling, slots=-(-args.batch_size // mesh.size))
+    generate = jit_generate(model.decode_fns, sampling, tokenizer, mesh, option="sampling", samples=args.samples)
     settings = {
         "samples": args.samples,
         "key": stream_key(args.seed, "generate", "samples"),
         "mesh": mesh,
-        "batch_size": args.batch_size,
-        "together": together,
+        "batch_size": BATCHES_AT_ONCE * args.batch_size,
         "show_progress": len(prompts) * args.samples > args.batch_size,
     }
     return Sampler(model, tokenizer, prompts, mesh, generate, settings)

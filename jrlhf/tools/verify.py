@@ -14,7 +14,7 @@ from rich.table import Table
 from jrlhf import assets
 from jrlhf.config import DataConfig, PPOConfig
 from jrlhf.config.tools import VerifyConfig
-from jrlhf.core import gae, kwise_ranking_loss, masked_whiten, positions_from_mask, ranking_loss
+from jrlhf.core import answer_keys, gae, kwise_ranking_loss, masked_whiten, positions_from_mask, ranking_loss
 from jrlhf.data import load_prompts, load_tokenizer, stop_token_ids
 from jrlhf.models import Pretrained, RewardModel, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
@@ -96,8 +96,8 @@ def _prepare(args: VerifyConfig) -> Subject:
         stop_tokens=stop_token_ids(tokenizer, ()),
         pad_token=int(tokenizer.pad_token_id),
     )
-    key = stream_key(args.seed, "verify", "samples")
-    generation = jax.jit(generate)(model.params, jnp.asarray(tokens), jnp.asarray(mask), key)
+    keys = answer_keys(stream_key(args.seed, "verify", "samples"), jnp.arange(rows), samples=1)
+    generation = jax.jit(generate)(model.params, jnp.asarray(tokens), jnp.asarray(mask), keys)
     scores = jax.jit(critic.score)(critic.params, generation.tokens, generation.mask)
     rollout = _experience(model, critic, generation, scores, args)
     step = jax.jit(_make_step(model, critic, temperature=args.temperature, accumulation=1))

@@ -27,9 +27,14 @@ def covering_batches(
         yield np.resize(rows_here, batch_size), np.arange(batch_size) < len(rows_here)
 
 
+def groups_of(mesh: jax.sharding.Mesh) -> int:
+    """Return the number of devices, or groups of them, that have different rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def device_multiple(batch_size: int, mesh: jax.sharding.Mesh) -> int:
     """Round ``batch_size`` up to a multiple of the mesh's data axes."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = groups_of(mesh)
     return -(-batch_size // parts) * parts
 
 

@@ -77,8 +77,7 @@ def rollout_work(
             of_text = _forward(policy, text.mask, jnp.sum(trained_tokens(text), dtype=jnp.float32))
         # The prompt yields the first answer token; each later one needs a decoding step on the token before it.
         fed = jnp.where(response & jnp.roll(response, -1, axis=1), positions, -1)
-        # Each part of a rollout reads the weights again.
-        steps = jnp.sum(jnp.max(jnp.sum(response, axis=-1).reshape(section.rollout_parts, -1), axis=-1) - 1)
+        steps = jnp.sum(decoding_steps(generation, section.rollout_parts))
         return {
             "flops/rollout": of_policy - (1.0 - 1.0 / together) * of_prompts,
             "flops/scoring": readings * of_policy + of_value + of_rewards,
@@ -89,6 +88,13 @@ def rollout_work(
         }
 
     return jax.jit(work)
+
+
+def decoding_steps(generation: Generation, parts: int) -> Float[Array, "parts"]:
+    """Return the number of decoding steps of each part of a rollout, without those at which all answers had ended."""
+    lengths = jnp.sum(generation.response_mask, axis=-1, dtype=jnp.int32)
+    before = jnp.zeros_like(lengths) if generation.steps_before is None else generation.steps_before
+    return (jnp.max((before + lengths).reshape(parts, -1), axis=-1) - 1).astype(jnp.float32)
 
 
 def rates(peaks: Peaks | None) -> tuple[Rate, ...]:

@@ -1,7 +1,8 @@
 """The programs of a stage for a plan: the same jitted functions as in a run, with shapes instead of arrays."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,8 @@ class Program(NamedTuple):
     """All arrays that the devices hold while it runs, including its arguments; the same object counts once."""
     trips: int = 1
     """Number of iterations of a loop whose end depends on the data."""
+    loops: Mapping[str, float] = MappingProxyType({})
+    """The same of such loops by name, the scope in which they are built."""
     timed: bool = True
     """Whether it is part of every step."""
     flops: float = 0.0

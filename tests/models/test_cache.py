@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrlhf.core import positions_from_mask
+from jrlhf.core import answer_keys, positions_from_mask
 from jrlhf.models import decoder_fns, init_params, int8_cache
 from jrlhf.models.attention import attend, attention_mask
 from jrlhf.models.cache import Quantised, append_entries, attend_cached, quantise
@@ -212,14 +212,16 @@ def test_reading_a_prompt_once_and_leaving_out_what_has_stopped_change_no_answer
     fns = int8_cache(decoder_fns(arch, dtype="float32", remat=False).decode_fns)
     settings = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": tuple(range(9))}
 
-    def answers(tokens, mask, **options):
-        generate = make_generate(fns, **settings, pad_token=0, **options)
-        return jax.jit(generate)(params, tokens, mask, jax.random.key(2))
+    keys = answer_keys(jax.random.key(2), jnp.arange(len(tokens)), samples=4)
 
-    expected = answers(*(jnp.asarray(np.repeat(x, 4, axis=0)) for x in (tokens, mask)))
+    def answers(tokens, mask, keys, **options):
+        generate = make_generate(fns, **settings, pad_token=0, **options)
+        return jax.jit(generate)(params, tokens, mask, keys)
+
+    expected = answers(*(jnp.asarray(np.repeat(x, 4, axis=0)) for x in (tokens, mask)), keys.reshape(-1, 1))
     lengths = np.sort(np.asarray(expected.response_mask).sum(axis=-1))
     assert lengths[len(lengths) // 2] < lengths[-1], "rows leave before the last one ends"
-    found = answers(tokens, mask, samples=4, drop_stopped=True)
+    found = answers(tokens, mask, keys, drop_ended=True)
     for name in ("tokens", "mask", "response_mask", "stopped"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=0.01)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
-from jrlhf.core import from_logits, positions_from_mask, predictable
+from jrlhf.core import answer_keys, from_logits, positions_from_mask, predictable
 from jrlhf.models import decoder, decoder_fns, init_params, reward_params, token_slices
 from jrlhf.models.arch import Rope
 from jrlhf.models.functions import abstract_params, abstract_reward_params
@@ -85,7 +85,7 @@ def test_sampler_logprobs_equal_the_forward(fns, params):
     generate = make_generate(
         fns.decode_fns, max_new_tokens=6, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(5,), pad_token=0
     )
-    out = jax.jit(generate)(params, tokens, mask, jax.random.key(2))
+    out = jax.jit(generate)(params, tokens, mask, answer_keys(jax.random.key(2), jnp.arange(len(tokens)), samples=1))
     logprobs, _ = fns.logprob_fn(params, out.tokens, out.mask, temperature=0.7)
     difference = jnp.where(out.response_mask, logprobs - out.logprobs, 0.0)
     assert float(jnp.max(jnp.abs(difference))) < 1e-5
@@ -96,14 +96,16 @@ def test_reading_a_prompt_once_and_leaving_out_what_has_stopped_change_no_answer
     tokens, _, mask = token_batch()
     settings = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": tuple(range(9))}
 
-    def drawn(tokens, mask, **options):
-        generate = make_generate(fns.decode_fns, **settings, pad_token=0, **options)
-        return jax.jit(generate)(params, tokens, mask, jax.random.key(2))
+    keys = answer_keys(jax.random.key(2), jnp.arange(len(tokens)), samples=4)
 
-    expected = drawn(*(jnp.asarray(np.repeat(x, 4, axis=0)) for x in (tokens, mask)))
+    def drawn(tokens, mask, keys, **options):
+        generate = make_generate(fns.decode_fns, **settings, pad_token=0, **options)
+        return jax.jit(generate)(params, tokens, mask, keys)
+
+    expected = drawn(*(jnp.asarray(np.repeat(x, 4, axis=0)) for x in (tokens, mask)), keys.reshape(-1, 1))
     lengths = np.sort(np.asarray(expected.response_mask).sum(axis=-1))
     assert lengths[len(lengths) // 2] < lengths[-1], "rows leave before the last one ends"
-    found = drawn(tokens, mask, samples=4, drop_stopped=True)
+    found = drawn(tokens, mask, keys, drop_ended=True)
     for name in ("tokens", "mask", "response_mask", "stopped"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
@@ -117,8 +119,9 @@ def test_weights_that_are_cast_once_give_the_same_tokens(arch, params):
     assert kinds["kernel"] == kinds["embed"] == "bfloat16"
     assert kinds["scale"] == "float32"
     settings = {"max_new_tokens": 6, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "stop_tokens": (), "pad_token": 0}
+    keys = answer_keys(jax.random.key(2), jnp.arange(len(tokens)), samples=1)
     found, expected = (
-        jax.jit(make_generate(given, **settings))(params, tokens, mask, jax.random.key(2))
+        jax.jit(make_generate(given, **settings))(params, tokens, mask, keys)
         for given in (fns, DecodeFns(fns.init_cache, fns.decode))
     )
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from jrlhf.core import answer_keys
 from jrlhf.models import decoder_fns, init_params
 from jrlhf.models.decoding import decoding_weights, gathers
 from jrlhf.models.hf.names import SHARDING_RULES
@@ -56,9 +57,9 @@ def test_a_mesh_samples_what_one_device_samples(arch, mesh, split):
     def sampler(mesh):
         return make_generate(decoder_fns(arch, dtype="float32", remat=False, mesh=mesh).decode_fns, **settings)
 
-    key, rows = jax.random.key(1), shard_batch(prompts, mesh)
-    found = jax.jit(sampler(mesh))(split, *rows, key)
-    expected = jax.jit(sampler(None))(jax.device_get(split), *map(jnp.asarray, prompts), key)
+    keys, rows = answer_keys(jax.random.key(1), jnp.arange(8), samples=1), shard_batch(prompts, mesh)
+    found = jax.jit(sampler(mesh))(split, *rows, keys)
+    expected = jax.jit(sampler(None))(jax.device_get(split), *map(jnp.asarray, prompts), keys)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
 
 
@@ -66,7 +67,7 @@ SENT_BY_A_SAMPLER = """
 import jax, jax.numpy as jnp
 from jrlhf.models import decoder_fns, init_params
 from jrlhf.models.hf.names import SHARDING_RULES
-from jrlhf.parallel import batch_sharding, make_mesh, replicated, tree_shardings
+from jrlhf.parallel import batch_sharding, make_mesh, tree_shardings
 from jrlhf.parallel.devices.collectives import bytes_sent
 from jrlhf.parallel.devices.compilers import described_topology
 from jrlhf.parallel.devices.topology import parse_topology
@@ -79,10 +80,10 @@ shapes = jax.eval_shape(lambda: init_params(arch, jax.random.key(0)))
 def placed(x, where): return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 params = jax.tree.map(placed, shapes, tree_shardings(shapes, mesh, SHARDING_RULES))
 rows = [jax.ShapeDtypeStruct((8, 4), dtype, sharding=batch_sharding(mesh)) for dtype in (jnp.int32, jnp.bool_)]
-key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
+keys = placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (8, 1))), batch_sharding(mesh))
 fns = decoder_fns(arch, dtype="bfloat16", mesh=mesh).decode_fns
 settings = dict(max_new_tokens=6, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(3,), pad_token=0)
-lowered = jax.jit(make_generate(fns, **settings)).trace(params, *rows, key).lower(lowering_platforms=("tpu",))
+lowered = jax.jit(make_generate(fns, **settings)).trace(params, *rows, keys).lower(lowering_platforms=("tpu",))
 hlo = lowered.compile().as_text()
 print(*(sum(bytes_sent(hlo, mesh.shape, trips=trips).values()) for trips in (1, 2)))
 """

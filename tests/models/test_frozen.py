@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jrlhf.core import combine, partition
+from jrlhf.core import answer_keys, combine, partition
 from jrlhf.models import add_adapters, is_trained, load_pretrained, reward_from_pretrained
 from jrlhf.parallel import make_mesh, shard_batch, tree_shardings
 from jrlhf.steps import make_generate, make_sft_step
@@ -52,6 +52,7 @@ def readers(model, mesh):
     start = jax.tree_util.tree_map_with_path(awake, adapted(model.params))
     trained, _ = partition(jax.device_put(start, tree_shardings(start, mesh, model.rules)), is_trained)
     tokens, mask = shard_batch(batch(), mesh)
+    keys = answer_keys(jax.random.key(3), jnp.arange(len(tokens)), samples=1)
 
     @jax.jit
     def read(base, trained, head):
@@ -68,7 +69,7 @@ def readers(model, mesh):
             "scores": reward.score({"decoder": decoder, "head": head}, tokens, mask),
             "loss": metrics["loss"],
             "gradients of the adapters": after.opt_state,
-            "samples": sample(combine(trained, frozen), tokens, mask, jax.random.key(3)),
+            "samples": sample(combine(trained, frozen), tokens, mask, keys),
         }
 
     return lambda base: jax.device_get(read(base, trained, reward.params["head"]))

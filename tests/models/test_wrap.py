@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jrlhf.core import uncached_decode_fns
+from jrlhf.core import answer_keys, uncached_decode_fns
 from jrlhf.models import decoder_fns, from_equinox, from_linen, from_nnx, init_params
 from jrlhf.steps import make_generate
 
@@ -91,7 +91,9 @@ def test_uncached_decoding_samples_what_the_cache_samples(arch, spread):
         generate = make_generate(
             decode_fns, max_new_tokens=5, temperature=1.0, top_k=0, top_p=1.0, stop_tokens=(3,), pad_token=0
         )
-        return jax.jit(generate)(params, TOKENS, MASK, jax.random.key(4))
+        return jax.jit(generate)(
+            params, TOKENS, MASK, answer_keys(jax.random.key(4), jnp.arange(len(TOKENS)), samples=1)
+        )
 
     cached, uncached = sample(fns.decode_fns), sample(uncached_decode_fns(fns.apply_fn))
     np.testing.assert_array_equal(cached.tokens, uncached.tokens)

@@ -135,7 +135,9 @@ def test_a_chat_goes_through_the_reward_model_s_own_template(reward_folder: Path
     )
     rows = np.arange(8)
     tokens, mask = prompts.batch(rows)
-    generation = generate(actors.policy.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0))
+    generation = generate(
+        actors.policy.params, jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens)), jax.random.key(0)
+    )
     found = np.asarray(make_scorer(actors, mesh, slices=1, option="ppo.reward")(generation, prompts, rows))
     answers = [answer for _, answer in texts_of(policy_tokenizer, generation)]
     theirs, alone = actors.reward_tokenizer, scorer_alone(actors.reward)

@@ -17,7 +17,7 @@ from jrlhf.models import load_pretrained
 from jrlhf.models.cache import CacheKind
 from jrlhf.parallel import make_mesh, shard_batch
 from jrlhf.rollout import sampling
-from jrlhf.rollout.sampling import jit_sampler, samples_per_prompt
+from jrlhf.rollout.sampling import jit_sampler
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.tools.inference import run_generate
@@ -25,19 +25,6 @@ from jrlhf.types import DecodeFns
 from tests.support.runs import small_config
 
 PROMPTS = ["Once", "Lily and Tom went to the", "One day, a little girl", "The dog", "Tim saw a big"]
-
-
-@pytest.mark.parametrize(
-    ("samples", "batch_size", "devices", "expected"),
-    [
-        (1, 16, 1, 1), (4, 16, 1, 4), (9, 16, 1, 3), (5, 16, 1, 5), (7, 16, 1, 7), (6, 16, 1, 3), (64, 16, 1, 16),
-        (4, 16, 8, 2), (4, 8, 8, 1), (4, 3, 8, 1), (5, 3, 1, 1),
-    ],
-)  # fmt: skip
-def test_as_many_answers_are_drawn_together_as_nearly_fill_a_device_s_rows(
-    samples: int, batch_size: int, devices: int, expected: int
-) -> None:
-    assert samples_per_prompt(samples, batch_size=batch_size, devices=devices) == expected
 
 
 def drawn(
@@ -56,14 +43,14 @@ def drawn(
     return [row["completions"] for row in rows]
 
 
-@pytest.mark.parametrize(("samples", "batch_size"), [(3, 24), (4, 16), (5, 3)])
-def test_each_prompt_gets_its_own_answers(tmp_path: Path, samples: int, batch_size: int) -> None:
-    greedy = drawn(tmp_path, samples=1, batch_size=16, temperature=0.0)
-    assert len({answer for (answer,) in greedy}) == len(PROMPTS)
-    again = drawn(tmp_path, samples=samples, batch_size=batch_size, temperature=0.0)
-    assert again == [answers * samples for answers in greedy]
-    free = drawn(tmp_path, samples=samples, batch_size=batch_size, temperature=1.0)
+def test_each_prompt_gets_its_own_answers_however_many_are_sampled_at_once(tmp_path: Path) -> None:
+    greedy = drawn(tmp_path, samples=2, batch_size=8, temperature=0.0)
+    assert all(one == other for one, other in greedy)
+    assert len({answer for answer, _ in greedy}) == len(PROMPTS)
+    # One slot a device, where an answer waits for the one before it, and a slot for each answer.
+    free = drawn(tmp_path, samples=5, batch_size=8, temperature=1.0)
     assert all(len(set(answers)) > 1 for answers in free), "each is a draw of its own"
+    assert drawn(tmp_path, samples=3, batch_size=64, temperature=1.0) == [answers[:3] for answers in free]
 
 
 @pytest.mark.parametrize(("kv_cache", "dtype"), [("compute", "float32"), ("int8", "int8")])
@@ -94,7 +81,8 @@ def test_answers_from_a_cache_in_int8_do_not_depend_on_the_devices(axes: tuple[i
         mesh = make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices()[: data * fsdp * tensor])
         model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32", mesh=mesh)
         generate = jit_sampler(model.decode_fns, config, mesh, stop_tokens=(*range(300, 400),), pad_token=0)
-        return generate(model.params, *shard_batch((tokens, mask), mesh), jax.random.key(1))
+        prompts = *shard_batch((tokens, mask, np.arange(8, dtype=np.int32)), mesh), jax.random.key(1)
+        return generate(model.params, *prompts)
 
     found, expected = answers(*axes), answers(1, 1, 1)
     for name in ("tokens", "mask", "response_mask", "stopped"):
@@ -117,7 +105,7 @@ def test_a_run_on_a_cache_in_int8_says_how_far_the_sampler_is_from_the_trainer(t
     )
     run_ppo(replace(config, ppo=ppo))
     (line,) = (line for line in read_metrics(Path(config.run) / "ppo" / "metrics.jsonl") if "kl" in line)
-    assert 1e-3 < line["sampler/max_abs_logprob_diff"] < 1.0
+    assert 1e-3 < line["sampler/max_abs_logprob_diff"] < 2.0
     assert 1e-6 < abs(line["sampler/mean_ratio"] - 1.0) < 0.05
     assert line["policy/first_minibatch_max_abs_log_ratio"] <= 5e-5
     assert line["kl"] == 0.0

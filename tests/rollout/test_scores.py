@@ -324,7 +324,7 @@ def test_the_rules_score_a_part_of_a_rollout_while_the_next_is_drawn(
     """Both parts are handed out before a rule begins, the second part's rules wait for the networks' work to be so too;
     rows, draws and scores stay together."""
     told: list[str] = []
-    parts: list[tuple[jax.Array, Generation]] = []
+    parts: list[tuple[jax.Array, jax.Array, Generation]] = []
     rollouts: list[tuple[Generation, jax.Array]] = []
     make, start, targets = ppo.jit_generate, rewards.start_rules, ppo.jit_targets
     readings = ppo.jit_readings
@@ -332,10 +332,10 @@ def test_the_rules_score_a_part_of_a_rollout_while_the_next_is_drawn(
     def jit_generate(*args: Any, **kwargs: Any) -> Any:
         draw = make(*args, **kwargs)
 
-        def drawing(params: Any, tokens: Any, mask: Any, key: Any) -> Generation:
-            found = draw(params, tokens, mask, key)
+        def drawing(params: Any, tokens: Any, mask: Any, numbers: Any, key: Any) -> Generation:
+            found = draw(params, tokens, mask, numbers, key)
             told.append(f"drawn {len(tokens)}")
-            parts.append((key, found))
+            parts.append((key, numbers, found))
             return found
 
         return drawing
@@ -369,9 +369,9 @@ def test_the_rules_score_a_part_of_a_rollout_while_the_next_is_drawn(
     assert told == ["drawn 8", "drawn 8", "rules 8", "read", "rules 8"] * 2
     for number, (generation, scores) in enumerate(rollouts):
         sample_key, _ = jax.random.split(jax.random.fold_in(stream_key(config.seed, "ppo", "train"), number))
-        (first_key, first), (second_key, second) = parts[2 * number : 2 * number + 2]
-        drawn_by = jnp.stack([first_key, second_key])
-        assert np.array_equal(jax.random.key_data(drawn_by), jax.random.key_data(jax.random.split(sample_key)))
+        (first_key, places, first), (second_key, further, second) = parts[2 * number : 2 * number + 2]
+        assert first_key == second_key == sample_key
+        assert np.concatenate([places, further]).tolist() == list(range(16)), "no prompt shares another's draws"
         for whole, *halves in zip(generation, first, second, strict=True):
             assert np.array_equal(whole, np.concatenate(halves))
         answers = [answer for _, answer in texts_of(tokenizer, generation)]

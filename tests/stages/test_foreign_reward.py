@@ -153,7 +153,9 @@ def test_ppo_its_ensemble_and_the_canary_read_it_alike(foreign: Foreign, chat: b
     )
     rows = np.resize(np.arange(3), 8)
     tokens, mask = prompts.batch(rows)
-    generation = generate(actors.policy.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0))
+    generation = generate(
+        actors.policy.params, jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens)), jax.random.key(0)
+    )
     answers = [answer for _, answer in texts_of(actors.tokenizer, generation)]
 
     def recipe(model: Foreign) -> list[float]:

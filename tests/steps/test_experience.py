@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrlhf.core import from_logits, gae
+from jrlhf.core import answer_keys, from_logits, gae
 from jrlhf.steps import make_experience, make_generate, make_readings, rollout_metrics, separate, shared
 from jrlhf.steps.experience import repetition
 from jrlhf.types import DecodeFns, Generation
@@ -20,7 +20,10 @@ def generation_of(model, decode_fns=None, key=3):
     generate = make_generate(
         decode_fns, max_new_tokens=6, temperature=0.7, top_k=0, top_p=1.0, stop_tokens=(2,), pad_token=0
     )
-    return jit(generate)(model.params, *prompts(), jax.random.key(key))
+    tokens, mask = prompts()
+    return jit(generate)(
+        model.params, tokens, mask, answer_keys(jax.random.key(key), jnp.arange(len(tokens)), samples=1)
+    )
 
 
 @pytest.fixture(scope="module")

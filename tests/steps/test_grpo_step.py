@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jrlhf.core import from_logits, group_advantages
+from jrlhf.core import answer_keys, from_logits, group_advantages
 from jrlhf.models import decoder_fns, init_params
 from jrlhf.steps import make_generate, make_group_targets, make_grpo_step, make_policy_readings
 from jrlhf.types import DecodeFns
@@ -179,8 +179,9 @@ def experience(model, params, key, *, reference=None, **how):
         stop_tokens=(2,),
         pad_token=0,
     )
-    prompts = jnp.repeat(jnp.array([[0, 1], [0, 2], [3, 1], [4, 4], [0, 5], [6, 3]], jnp.int32), SAMPLES, axis=0)
-    generation = generate(params, prompts, prompts > 0, key)
+    prompts = jnp.array([[0, 1], [0, 2], [3, 1], [4, 4], [0, 5], [6, 3]], jnp.int32)
+    keys = answer_keys(key, jnp.arange(len(prompts)), samples=SAMPLES)
+    generation = generate(params, prompts, prompts > 0, keys)
     hits = jnp.sum((generation.tokens == 3) & generation.response_mask, axis=-1, dtype=jnp.float32)
     scores = hits / jnp.sum(generation.response_mask, axis=-1, dtype=jnp.float32)
     readings = make_policy_readings(from_logits(model.apply_fn), temperature=0.7)(params, reference, generation)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jrlhf.core import from_logits
+from jrlhf.core import answer_keys, from_logits
 from jrlhf.steps import make_experience, make_generate, rollout_metrics, separate
 from jrlhf.steps.minibatches import shuffled_minibatches
 from jrlhf.types import DecodeFns
@@ -93,7 +93,7 @@ def experience(model, params, reward, key):
     )
     prompts = jnp.array([[0, 1], [0, 2], [3, 1], [4, 4], [0, 5], [6, 3]] * 4, jnp.int32)
     mask = jnp.array([[False, True], [False, True], [True, True], [True, True], [False, True], [True, True]] * 4)
-    generation = generate(params.policy, prompts, mask, key)
+    generation = generate(params.policy, prompts, mask, answer_keys(key, jnp.arange(len(prompts)), samples=1))
     return make(params.policy, model.params, params.value, generation, reward(generation), jnp.float32(0.01))
 
 

@@ -31,7 +31,7 @@ def greedy_answers(folder: Path) -> list[tuple[list[int], list[int]]]:
     width = max(map(len, prompts))
     tokens = np.asarray([[0] * (width - len(prompt)) + prompt for prompt in prompts], np.int32)
     mask = np.arange(width)[None] >= width - np.asarray([[len(prompt)] for prompt in prompts])
-    drawn = generate(model.params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(0))
+    drawn = generate(model.params, jnp.asarray(tokens), jnp.asarray(mask), jnp.arange(len(tokens)), jax.random.key(0))
     rows = zip(prompts, np.asarray(drawn.tokens), np.asarray(drawn.response_mask), strict=True)
     return [(prompt, answer[response].tolist()) for prompt, answer, response in rows]
 

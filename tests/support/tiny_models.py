@@ -144,3 +144,7 @@ def plain_decode(params, tokens, positions, cache):
     total = total + jnp.sum(jnp.where(real[:, :, None], x, 0.0), axis=1)
     count = count + jnp.sum(real, axis=1, dtype=jnp.float32)
     return plain_head(params, x[:, -1], total / jnp.maximum(count, 1.0)[:, None]), (total, count)
+
+
+def plain_insert(cache, rows, prefilled):
+    return jax.tree.map(lambda old, new: old.at[rows].set(new, mode="drop"), cache, prefilled)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jrlhf.parallel.devices.executions import sum_over_executions
+from jrlhf.parallel.devices.executions import ALL_ALIKE, sum_over_executions
 from jrlhf.parallel.devices.hlo import Computation, Instruction, Module, parse_hlo, total_bytes
 
 SentBytes = dict[tuple[str, ...], float]
@@ -45,10 +45,11 @@ class Collective(NamedTuple):
         return tuple(axis for axis in mesh if axis in different)
 
 
-def bytes_sent(hlo: str, mesh: Mapping[str, int], *, trips: int) -> SentBytes:
+def bytes_sent(hlo: str, mesh: Mapping[str, int], *, trips: int, loops: Mapping[str, float] = ALL_ALIKE) -> SentBytes:
     """Return the bytes that a program sends, from its HLO text; ``mesh`` has axis sizes in the order of the devices.
 
-    ``trips`` is the number of trips of a loop whose end depends on data. Of a conditional the branch that sends most
+    ``trips`` is the number of trips of a loop whose end depends on data, ``loops`` that of such loops by name. Of a
+    conditional the branch that sends most
     counts.
     """
     module = parse_hlo(hlo)._replace(devices=math.prod(mesh.values()))
@@ -63,7 +64,7 @@ def bytes_sent(hlo: str, mesh: Mapping[str, int], *, trips: int) -> SentBytes:
                 sent[axes] = sent.get(axes, 0.0) + collective.bytes
         return sent
 
-    return sum_over_executions(module, of_instruction, weight=lambda sent: sum(sent.values()), trips=trips)
+    return sum_over_executions(module, of_instruction, weight=lambda sent: sum(sent.values()), trips=trips, loops=loops)
 
 
 def collectives_of(module: Module, instruction: Instruction) -> list[Collective] | None:

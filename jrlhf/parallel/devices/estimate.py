@@ -2,10 +2,11 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jrlhf.parallel.devices.collectives import Collective, collectives_of
-from jrlhf.parallel.devices.executions import Amounts, sum_over_executions
+from jrlhf.parallel.devices.executions import ALL_ALIKE, Amounts, sum_over_executions
 from jrlhf.parallel.devices.gpu_work import gpu_work
 from jrlhf.parallel.devices.hlo import Computation, Instruction, parse_hlo
 from jrlhf.parallel.devices.peaks import Chip
@@ -70,8 +71,10 @@ MEMORY = "memory"
 """Key of the bytes to and from main memory."""
 
 
-def estimate(hlo: str, topology: Topology, *, trips: int) -> Estimate:
-    """Estimate the time of a program from its optimised HLO; ``trips`` is that of a loop whose end depends on data.
+def estimate(hlo: str, topology: Topology, *, trips: int, loops: Mapping[str, float] = ALL_ALIKE) -> Estimate:
+    """Estimate the time of a program from its optimised HLO.
+
+    ``trips`` is the number of trips of a loop whose end depends on data, ``loops`` that of such loops by name.
 
     These are estimates by a compiler and a data sheet, not measurements: trust ratios of similar programs, and seconds
     to a third.
@@ -108,7 +111,8 @@ def estimate(hlo: str, topology: Topology, *, trips: int) -> Estimate:
     def of_body(loop: Instruction, body: Amounts) -> Amounts:
         return body if platform == "gpu" else _with_memory_wait(loop, body, chip)
 
-    return _summary(sum_over_executions(module, of_instruction, weight=_seconds, trips=trips, of_body=of_body))
+    at = {"trips": trips, "loops": loops, "of_body": of_body}
+    return _summary(sum_over_executions(module, of_instruction, weight=_seconds, **at))
 
 
 def place_of(instruction: Instruction) -> str:

@@ -2,13 +2,17 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jrlhf.parallel.devices.hlo import Computation, Instruction, Module
 
 TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 COPIES = frozenset({"copy", "bitcast", "copy-start", "copy-done", "opt-barrier"})
+
+ALL_ALIKE: Mapping[str, float] = MappingProxyType({})
+"""No loop with a number of trips of its own."""
 
 Amounts = dict[Any, float]
 """Amounts of whatever a sum is about, such as bytes by mesh axes."""
@@ -20,13 +24,15 @@ def sum_over_executions(
     *,
     weight: Callable[[Amounts], float],
     trips: int,
+    loops: Mapping[str, float] = ALL_ALIKE,
     of_body: Callable[[Instruction, Amounts], Amounts] = lambda loop, body: body,
 ) -> Amounts:
     """Sum ``of_instruction(computation, instruction)`` over all that one execution of the module executes.
 
     Where it returns None, the computations that the instruction calls are summed. A loop counts as often as it runs,
-    ``trips`` times if its end depends on data; ``of_body`` may change the sum of one iteration. Of a conditional the
-    branch with the highest ``weight`` counts.
+    ``trips`` times if its end depends on data, or as often as ``loops`` says of its name, the innermost scope in which
+    it is built. ``of_body`` may change the sum of one iteration. Of a conditional the branch with the highest
+    ``weight`` counts.
     """
     totals: dict[str, Amounts] = {}
 
@@ -49,7 +55,7 @@ def sum_over_executions(
         if instruction.opcode != "while":
             return inside
         known = loop_trips(module, computation, instruction)
-        count = trips if known is None else known
+        count = loops.get(scope_of(instruction), trips) if known is None else known
         return {key: count * value for key, value in of_body(instruction, inside).items()}
 
     return of(module.entry)
@@ -58,6 +64,12 @@ def sum_over_executions(
 def _add(total: Amounts, part: Amounts) -> None:
     for key, value in part.items():
         total[key] = total.get(key, 0.0) + value
+
+
+def scope_of(loop: Instruction) -> str:
+    """Return the innermost scope in which a loop is built: "decode" of ``jit(f)/refill/while/body/decode/while``."""
+    scopes = loop.quoted("op_name").split("/")
+    return scopes[-2] if len(scopes) > 1 else ""
 
 
 def loop_trips(module: Module, computation: Computation, loop: Instruction) -> int | None:

@@ -93,6 +93,14 @@ def test_what_a_loop_does_counts_at_each_trip() -> None:
     assert additions(loop(LESS), 99, of_body=lambda loop, body: {"add": body["add"] + 0.5}) == 4 * 1.5
 
 
+def test_a_loop_with_a_name_of_its_own_runs_as_often_as_is_said_of_it() -> None:
+    named = ', metadata={op_name="jit(f)/outer/while/body/decode/while"}'
+    text = loop("ROOT %go = pred[] copy(%f.2)", known=named)
+    assert additions(text, 99, loops={"decode": 2.5, "outer": 7.0}) == 2.5
+    assert additions(text, 99, loops={"tail": 3.0}) == 99
+    assert additions(loop(LESS, known=named), 99, loops={"decode": 2.5}) == 4, "a number that the program says"
+
+
 def test_of_branches_the_heaviest_counts() -> None:
     text = """\
 %none (x: f32[]) -> f32[] {
