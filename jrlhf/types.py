@@ -136,7 +136,10 @@ class SFTBatch(NamedTuple):
 
 
 class RankingBatch(NamedTuple):
-    """``K`` completions of each of ``B`` prompts; ``valid`` marks real ones. Rank 0 is best, equal ranks are ties."""
+    """``K`` completions of each of ``B`` prompts; ``valid`` marks real ones. Rank 0 is best, equal ranks are ties.
+
+    Of an answer that is labelled by itself, rank 0 says that it is desirable, and 1 that it is not.
+    """
 
     tokens: Int[Array, "B K T"]
     mask: Bool[Array, "B K T"]
@@ -162,6 +165,17 @@ class PackedRankingBatch(NamedTuple):
     margin: Float[Array, "B G"]
     loss_mask: Bool[Array, "B T"] | None = None
     ref_logprobs: Float[Array, "B G K"] | None = None
+
+
+class UnpairedBatch(NamedTuple):
+    """Answers that people have called desirable or not, one a ranking (``K`` = 1), for KTO.
+
+    Both parts have ``loss_mask`` and ``ref_logprobs``, and their rows are laid out alike.
+    """
+
+    answers: RankingBatch | PackedRankingBatch
+    mismatched: RankingBatch | PackedRankingBatch
+    """The same prompts, each with the answer to another prompt, from which the KL is estimated."""
 
 
 class Generation(NamedTuple):

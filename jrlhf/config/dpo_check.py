@@ -62,3 +62,8 @@ def _loss_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:
     yield dpo.gamma >= 0, f"{path}.gamma", dpo.gamma, "0 or more"
     margin = dpo.loss == "simpo" or dpo.gamma == 0
     yield margin, f"{path}.gamma", dpo.gamma, f"{only} and only simpo has this margin"
+    for name in ("desirable_weight", "undesirable_weight"):
+        weight: float = vars(dpo)[name]
+        yield weight > 0, f"{path}.{name}", weight, "above 0, because kto learns from both kinds of answers"
+        weighs = dpo.loss == "kto" or weight == 1
+        yield weighs, f"{path}.{name}", weight, f"1, because {path}.loss is {dpo.loss} and only kto has this weight"

@@ -16,9 +16,9 @@ class GroupKLConfig(KLConfig):
     """KL per sequence, in nats, that an adaptive β steers to (Ziegler et al. 2019); 0 keeps β fixed."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the per-token KL. k1 has no gradient of its own on average, so it belongs in the reward."""
-    place: Literal["loss", "reward"] = "loss"
+    place: Literal["auto", "loss", "reward"] = "auto"
     """Place of the penalty. loss: a term of the loss (Shao et al. 2024). reward: the KL of an answer is taken from its
-    score before answers are compared, as in PPO and RLOO."""
+    score before answers are compared, as in PPO and RLOO. auto: the loss; with coef 0 there is nothing to place."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,10 @@ class GRPOConfig(RolloutConfig):
     def has_reference(self) -> bool:
         """Whether there is a KL penalty, and so a reference."""
         return self.kl.coef > 0
+
+    @property
+    def kl_place(self) -> Literal["loss", "reward"] | None:
+        """Where the KL penalty stands; None without one."""
+        if not self.has_reference:
+            return None
+        return "loss" if self.kl.place == "auto" else self.kl.place

@@ -41,8 +41,10 @@ def _kl_checks(path: str, grpo: GRPOConfig) -> Iterator[Check]:
     kl = grpo.kl
     steers = kl.target <= 0 or kl.coef > 0
     yield steers, f"{path}.target", kl.target, f"0, because {path}.coef is 0, which leaves nothing to adapt"
+    is_placed = kl.place == "auto" or kl.coef > 0
+    yield is_placed, f"{path}.place", kl.place, f"auto, because {path}.coef is 0, which leaves no penalty to place"
     has_gradient = kl.place == "reward" or kl.estimator != "k1"
-    must = f"k2 or k3, because {path}.place is loss, where k1's gradient is 0 on average"
+    must = f"k2 or k3, because {path}.place is {kl.place}, and in the loss k1's gradient is 0 on average"
     yield has_gradient, f"{path}.estimator", kl.estimator, must
 
 
@@ -83,5 +85,5 @@ def _normalise_checks(path: str, grpo: GRPOConfig) -> Iterator[Check]:
     penalties = {"missing_eos_penalty": grpo.missing_eos_penalty, "overlong_penalty": grpo.overlong_penalty}
     for name, penalty in penalties.items():
         yield penalty == 0, f"{path}.{name}", penalty, alone
-    in_loss = not grpo.has_reference or grpo.kl.place == "loss"
+    in_loss = grpo.kl_place != "reward"
     yield in_loss, f"{path}.kl.place", grpo.kl.place, f"loss, because {key} each has no sum to take the KL from"

@@ -76,7 +76,8 @@ class RewardConfig(StageConfig):
 
 @dataclass(frozen=True)
 class DPOConfig(StageConfig):
-    """Direct preference optimisation (DPO) and its relatives: a policy trained on rankings, without a reward model."""
+    """Direct preference optimisation (DPO) and its relatives: a policy trained on rankings, or with KTO on answers that
+    are labelled one by one, without a reward model."""
 
     about: ClassVar[str] = "Train the policy on human rankings, without a reward model."
 
@@ -84,31 +85,36 @@ class DPOConfig(StageConfig):
     """Initial policy, and the reference, which is read once before the first step. Empty path: that of the nearest
     stage before."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Rankings, as in the reward stage."""
+    """Rankings, as in the reward stage. For loss kto, answers with a label, or pairs of answers."""
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-6, warmup=0.1))
     """AdamW. 5e-7 to 1e-6 is usual when all weights are trained, about ten times as much for LoRA."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling of sample texts and of answers to prompts.eval and safety.prompts."""
     epochs: float = 1.0
-    """Number of passes over the rankings."""
+    """Number of passes over the rankings or labelled answers."""
     batch_size: int = 64
-    """Number of prompts in an update, each with all its completions, over all devices."""
+    """Number of prompts in an update, each with all its completions, over all devices; with kto, of answers."""
     pack_length: int = 0
     """Length in tokens of packed rows, each of several short rows; batch_size and microbatch then count packed rows. 0:
     no packing."""
     microbatch: int = 0
     """Number of prompts that a device processes at once; 0: its whole share of the batch, or about 1,024 tokens on a
     CPU. The update is the same."""
-    loss: Literal["sigmoid", "ipo", "simpo"] = "sigmoid"
-    """Loss of a pair. sigmoid: DPO (Rafailov et al. 2023). ipo: a squared loss on mean log-probs, which does not grow
-    without bound where people always agree (Azar et al. 2023). simpo: mean log-probs without a reference (Meng et al.
-    2024)."""
+    loss: Literal["sigmoid", "ipo", "simpo", "kto"] = "sigmoid"
+    """Loss of a pair, or with kto of an answer. sigmoid: DPO (Rafailov et al. 2023). ipo: a squared loss on mean
+    log-probs, which does not grow without bound where people always agree (Azar et al. 2023). simpo: mean log-probs
+    without a reference (Meng et al. 2024). kto: answers that are labelled one by one (Ethayarajh et al. 2024)."""
     beta: float = 0.1
     """Scale β of the implicit reward; a smaller one moves the policy further from the reference. SimPO uses 2 to 10."""
     label_smoothing: float = 0.0
     """Share of pairs that people are taken to have ordered wrongly (conservative DPO), for loss sigmoid; 0 is off."""
     gamma: float = 0.0
     """Margin γ by which SimPO's better answer must win; half of beta is a usual start. 0 is off."""
+    desirable_weight: float = 1.0
+    """Weight λ_D of desirable answers in KTO. With fewer of them, raise it until both kinds weigh about as much: the
+    number of answers times their weight, at most a third more for the desirable ones."""
+    undesirable_weight: float = 1.0
+    """Weight λ_U of undesirable answers in KTO."""
     prompts: DataConfig = field(default_factory=DataConfig)
     """Held-out prompts, in prompts.eval, which the policy answers at every evaluation, for scores, win rate and KL as
     in PPO; one more copy of the initial policy is then in memory. Empty: none."""

@@ -32,7 +32,15 @@ from jrlhf.core.masks import (
     positions_from_mask,
     real_tokens,
 )
-from jrlhf.core.preferences import PreferenceLoss, dpo_loss, kwise_dpo_loss, normalises_length, pair_differences
+from jrlhf.core.preferences import (
+    PreferenceLoss,
+    dpo_loss,
+    kto_loss,
+    kwise_dpo_loss,
+    normalises_length,
+    pair_differences,
+    reference_point,
+)
 from jrlhf.core.sampling import answer_keys, sample, sample_at, truncate_logits, uniforms
 from jrlhf.core.trees import combine, partition
 
@@ -52,6 +60,7 @@ __all__ = [
     "group_advantages",
     "importance_ratio",
     "kl_penalty",
+    "kto_loss",
     "kwise_centering_loss",
     "kwise_dpo_loss",
     "kwise_ranking_loss",
@@ -71,6 +80,7 @@ __all__ = [
     "predictable",
     "ranking_loss",
     "real_tokens",
+    "reference_point",
     "sample",
     "sample_at",
     "shape_rewards",

@@ -1,4 +1,4 @@
-"""Losses that teach a policy people's preferences without a reward model: DPO and its relatives."""
+"""Losses that teach a policy people's preferences without a reward model: DPO and its relatives, and KTO."""
 
 from typing import Literal
 
@@ -75,3 +75,34 @@ def pair_differences(x: Float[Array, "B K"], mask: Bool[Array, "B K"]) -> Float[
     """x of answer i minus x of answer j at [b, i, j], in float32; a masked answer counts as 0."""
     x = jnp.where(mask, x.astype(jnp.float32), 0.0)
     return x[:, :, None] - x[:, None, :]
+
+
+def reference_point(total: Float[Array, ""], count: Float[Array, ""]) -> Float[Array, ""]:
+    """The point z₀ = max(0, total / count) from which KTO measures gains and losses, a constant, in float32.
+
+    ``total`` is Σ (log π(y'|x) - log π_ref(y'|x)) over ``count`` mismatched pairs, each a prompt x with the answer y'
+    to another prompt: a cheap and biased estimate of KL(π ‖ π_ref), since y' was not drawn from π. Ethayarajh et al.
+    2024 (arXiv 2402.01306), section 4. The mean is over the whole batch, on all devices; without a pair z₀ is 0.
+    """
+    mean = total.astype(jnp.float32) / jnp.maximum(count, 1.0)
+    return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
+
+
+def kto_loss(
+    log_ratios: Float[Array, "*S"],
+    desirable: Bool[Array, "*S"],
+    point: Float[Array, ""],
+    *,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Float[Array, "*S"]:
+    """λ_D·(1 - σ(β·(r - z₀))) of a desirable answer, λ_U·(1 - σ(β·(z₀ - r))) of an undesirable one, in float32.
+
+    r is log π - log π_ref of the whole answer, in ``log_ratios``; z₀ is ``point``, see ``reference_point``. This is
+    λ_y - v(x, y) of Ethayarajh et al. 2024 (arXiv 2402.01306), section 4. The loss lies between 0 and λ, and its
+    gradient vanishes on answers far from z₀ on either side, so that wrong labels do little harm.
+    """
+    gain = beta * (log_ratios.astype(jnp.float32) - point)
+    # 1 - σ(z) is σ(-z), without its cancellation.
+    return jnp.where(desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain))

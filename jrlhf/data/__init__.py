@@ -3,10 +3,11 @@
 from jrlhf.data.encode import Encoder
 from jrlhf.data.errors import BadRow, DataError
 from jrlhf.data.kinds import Columns
-from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts
+from jrlhf.data.load import load_prompts, load_rankings, load_sft, load_texts, load_unpaired
+from jrlhf.data.mismatched import UnpairedRows, pack_unpaired
 from jrlhf.data.order import Order, Part, steps_per_epoch
 from jrlhf.data.packing import PackedRankingRows, PackedSFTRows, pack_rankings, pack_sft
-from jrlhf.data.preferences import PreferenceRows
+from jrlhf.data.preferences import PreferenceRows, UnpairedPreferenceRows
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.recipe import encoder_for
 from jrlhf.data.rows import PromptRows, RankingRows, SFTRows, TextRows, bucket_lengths
@@ -31,6 +32,8 @@ __all__ = [
     "SourceRows",
     "TextRows",
     "Tokenizer",
+    "UnpairedPreferenceRows",
+    "UnpairedRows",
     "bucket_lengths",
     "encoder_for",
     "load_prompts",
@@ -38,9 +41,11 @@ __all__ = [
     "load_sft",
     "load_texts",
     "load_tokenizer",
+    "load_unpaired",
     "open_source",
     "pack_rankings",
     "pack_sft",
+    "pack_unpaired",
     "stamp",
     "stamps",
     "steps_per_epoch",

@@ -2,7 +2,8 @@
 
 TRL's formats are ``{"text"}``, ``{"messages"}``, ``{"prompt", "completion", "label"?}``,
 ``{"prompt"?, "chosen", "rejected", "margin"?}`` and ``{"prompt"}``; jrlhf adds
-``{"prompt"?, "completions": [...], "ranks": [...], "margin"?}``. Prompts and answers are strings or chat messages.
+``{"prompt"?, "completions": [...], "ranks": [...], "margin"?}``. Answers with a ``label`` are also read one by one
+(``jrlhf.data.unpaired``). Prompts and answers are strings or chat messages.
 Conversations and hh-rlhf transcripts imply their prompt. ShareGPT's ``{"conversations"}`` stand for messages, Alpaca's
 ``{"instruction", "input"?}`` for a prompt and its ``output`` for a completion (``jrlhf.data.foreign``). ``tools`` are
 the functions that messages may call.
@@ -13,12 +14,11 @@ from typing import Any, NamedTuple
 
 from jrlhf.data.errors import BadRow, ExcludedRow, missing_value
 from jrlhf.data.foreign import instruction, is_instruction, output_column, sharegpt, turns_of
-from jrlhf.data.labels import is_verdict, label_of, margin_of, ranks_of
+from jrlhf.data.labels import UNPAIRED, is_verdict, label_of, margin_of, ranks_of
 from jrlhf.data.messages import Content, Message, Tools, checked_content, last_assistant, tools_of
 from jrlhf.data.repeats import Note, ignore_note, prompt_in_transcripts, separate_prompt, without_turns
 
 SFT_FORMS = "messages, conversations, prompt and completion, instruction and output, or chosen and rejected"
-UNPAIRED = "an answer by itself makes no pair; a ranking needs chosen and rejected, or completions and ranks"
 BAD_ANSWER = "false, so the answer is not learnt"
 COMPARED = ("chosen", "rejected", "completions")
 ANSWERS = ("text", "messages", "conversations", "completion", "output", "response")
@@ -117,9 +117,19 @@ def parse_answers(row: Mapping[str, Any], *, chat: bool = True, note: Note = ign
         prompt, answers = separate_prompt(prompt, answers, note)
         return [Example(prompt, answer, _tools(row, prompt, answer)) for answer in answers]
     if _has(row, "chosen") and _has(row, "rejected"):
-        prompt, chosen, rejected = _preference(row, chat, note)
-        return [Example(prompt, answer, _tools(row, prompt, answer)) for answer in (chosen, rejected)]
-    return [_parse_example(row, chat, note, use_label=False)]
+        return parse_pair(row, chat=chat, note=note)
+    return [parse_answer(row, chat=chat, note=note)]
+
+
+def parse_pair(row: Mapping[str, Any], *, chat: bool = True, note: Note = ignore_note) -> list[Example]:
+    """Parse the chosen and the rejected answer of a preference."""
+    prompt, *answers = _preference(row, chat, note)
+    return [Example(prompt, answer, _tools(row, prompt, answer)) for answer in answers]
+
+
+def parse_answer(row: Mapping[str, Any], *, chat: bool = True, note: Note = ignore_note) -> Example:
+    """Parse the answer of a row that has one, whatever its label."""
+    return _parse_example(row, chat, note, use_label=False)
 
 
 def _parse_example(row: Mapping[str, Any], chat: bool, note: Note, *, use_label: bool) -> Example:

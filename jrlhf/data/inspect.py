@@ -9,11 +9,20 @@ import numpy as np
 
 from jrlhf.config import DataConfig
 from jrlhf.data.errors import BadRow, DataError, PlacedRow, Row
-from jrlhf.data.kinds import TRUNCATION_NOTE, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind
+from jrlhf.data.kinds import (
+    TRUNCATION_NOTE,
+    Columns,
+    Kind,
+    TrainOn,
+    prompts_kind,
+    rankings_kind,
+    sft_kind,
+    unpaired_kind,
+)
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.tally import InspectedRow, InspectedSequence, Tally
 
-KindName = Literal["sft", "reward", "prompts"]
+KindName = Literal["sft", "reward", "kto", "prompts"]
 NO_LIMIT = 2**31 - 1
 """A max_length that cuts nothing."""
 COMPARED = {"chosen", "rejected", "completions"}
@@ -23,7 +32,7 @@ ANSWERED = {"completion", "output", "response", "text", "messages", "conversatio
 
 
 class RowInspector:
-    """Encodes rows with the code of ``load_sft``, ``load_rankings`` and ``load_prompts`` and keeps the uncut tokens."""
+    """Encodes rows with the code of the loaders (``load_sft`` and others) and keeps the uncut tokens."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, kind: KindName, train_on: TrainOn) -> None:
         self._max_length = config.max_length
@@ -34,6 +43,8 @@ class RowInspector:
                     return sft_kind(config, tokenizer, train_on=train_on)
                 case "reward":
                     return rankings_kind(config, tokenizer)
+                case "kto":
+                    return unpaired_kind(config, tokenizer)
                 case "prompts":
                     return prompts_kind(config, tokenizer, Columns())
 
@@ -46,14 +57,15 @@ class RowInspector:
         # Only a sequence of full length can have been longer.
         full = any(len(ids) >= self._max_length for ids in tokens)
         uncut = self._uncut_kind.encode(row).ragged["tokens"] if full else tokens
-        ranks = encoded.ragged["ranks"][0] if "ranks" in encoded.ragged else []
+        # Those of a ranking, or of each labelled answer.
+        ranks = [rank for ranks in encoded.ragged.get("ranks", []) for rank in ranks]
         # The marks of all sequences of a row, one after the other; prompts have none.
         lengths = [len(ids) for ids in tokens]
         marks = np.asarray(encoded.flat.get("learnt", np.zeros(sum(lengths))), np.bool_)
         mask = np.split(marks, np.cumsum(lengths)[:-1])
         sequences = [InspectedSequence(*parts) for parts in zip(tokens, mask, uncut, strict=True)]
         notes = [note for note in encoded.notes if note != TRUNCATION_NOTE]
-        return InspectedRow(place, sequences, list(ranks), self._kind.unread(row), notes)
+        return InspectedRow(place, sequences, ranks, self._kind.unread(row), notes)
 
 
 def guess_kind(row: Row) -> KindName:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+import xxhash
 
 from jrlhf.config import DataConfig
 from jrlhf.data.columns import Encoded, Schema
@@ -15,6 +15,7 @@ from jrlhf.data.formats import Example, parse_answers, parse_prompt, parse_ranki
 from jrlhf.data.messages import Content, Tools, has_weights
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.recipe import encoder_for
+from jrlhf.data.unpaired import parse_unpaired
 from jrlhf.data.unread import unread_of
 from jrlhf.models.reading import STOP_TOKEN, Reading
 
@@ -73,7 +74,7 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> Kind:
         notes = list[str]()
         prompt, completions, ranks, margin, tools = parse_ranking(row, chat=encoder.chat, note=notes.append)
         segments = [encoder.example_segments(Example(prompt, completion, tools)) for completion in completions]
-        tokens, learnt = zip(*(_ranked_answer(encoder, each, config.max_length) for each in segments), strict=True)
+        tokens, learnt, _ = zip(*(_judged_answer(encoder, each, config.max_length) for each in segments), strict=True)
         texts = [ids.tobytes() for ids in tokens]
         if len(set(zip(texts, ranks, strict=True))) > len(set(texts)):
             reason = f"two answers of unequal rank have the same tokens after the cut to max_length {config.max_length}"
@@ -87,17 +88,48 @@ def rankings_kind(config: DataConfig, tokenizer: Tokenizer) -> Kind:
     return Kind("rankings", {}, schema, encode, unread_of("rankings", tokenizer))
 
 
-def _ranked_answer(
-    encoder: Encoder, segments: list[Segment], max_length: int
-) -> tuple[Int[np.ndarray, "T"], Bool[np.ndarray, "T"]]:
-    """Return the ids of a prompt with one of its answers, cut to ``max_length``, and a mask of the answer's tokens."""
+def unpaired_kind(config: DataConfig, tokenizer: Tokenizer) -> Kind:
+    """Return the kind of rows that ``load_unpaired`` loads."""
+    encoder = Encoder(tokenizer)
+
+    def encode(row: Row) -> Encoded:
+        notes = list[str]()
+        answers = parse_unpaired(row, chat=encoder.chat, note=notes.append)
+        segments = [encoder.example_segments(answer.example) for answer in answers]
+        judged = [_judged_answer(encoder, each, config.max_length) for each in segments]
+        if len({answer.tokens.tobytes() for answer in judged}) < len(judged):
+            raise BadRow("chosen", f"has the same tokens as rejected after the cut to max_length {config.max_length}")
+        # Answers to one prompt are known by it, since it may be cut to different lengths before each.
+        prompts = [xxhash.xxh3_64_intdigest(np.asarray(each[0].ids, np.int32).tobytes()) for each in segments]
+        ragged = {"tokens": [a.tokens for a in judged], "ranks": [[int(not answer.desirable)] for answer in answers]}
+        flat = {"learnt": np.concatenate([a.marks for a in judged]), "start": [a.start for a in judged]}
+        notes += truncation_notes((sum(len(s.ids) for s in each) for each in segments), config.max_length)
+        return Encoded(ragged, flat | {"prompt": prompts}, notes)
+
+    flat_types = {"learnt": np.bool_, "start": np.int32, "prompt": np.uint64}
+    schema = Schema(ragged={"tokens": np.int32, "ranks": np.int32}, flat=flat_types)
+    return Kind("unpaired", {}, schema, encode, unread_of("unpaired", tokenizer))
+
+
+class _Judged(NamedTuple):
+    """A prompt with one of its answers, cut to ``max_length``."""
+
+    tokens: np.ndarray
+    marks: np.ndarray
+    """True at the answer's own tokens."""
+    start: int
+    """Number of tokens of the prompt."""
+
+
+def _judged_answer(encoder: Encoder, segments: list[Segment], max_length: int) -> _Judged:
+    """Return the ids of a prompt with one of its answers, and a mask of the answer's tokens."""
     before, *after = segments
     prompt = encoder.cut_prompt(before.ids, sum(len(s.ids) for s in after), max_length)
     tokens = np.asarray((prompt + [token for s in after for token in s.ids])[:max_length], np.int32)
     marks = np.repeat([False, *(s.answer for s in after)], [len(prompt), *(len(s.ids) for s in after)])
     # Nothing predicts a row's first token.
     marks[0] = False
-    return tokens, marks[:max_length]
+    return _Judged(tokens, marks[:max_length], len(prompt))
 
 
 class Columns(NamedTuple):

@@ -8,6 +8,11 @@ from jrlhf.data.errors import BadRow, missing_value
 MAX_MAGNITUDE = 2**31
 """Upper bound of ranks and margins, which become int32 and float32."""
 
+UNPAIRED = (
+    "an answer by itself makes no pair; a ranking needs chosen and rejected, or completions and ranks, and only "
+    "dpo.loss kto learns from labelled answers"
+)
+
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 

@@ -11,8 +11,20 @@ import numpy as np
 from jrlhf.config import DataConfig, Sources
 from jrlhf.data.cache import cache_folder, cache_key, cached_table
 from jrlhf.data.columns import Encoded, Table, Writer, concatenate, memory_table
-from jrlhf.data.errors import BadRow, Row, Skips
-from jrlhf.data.kinds import TRUNCATION_NOTE, Columns, Kind, TrainOn, prompts_kind, rankings_kind, sft_kind, texts_kind
+from jrlhf.data.encode import Encoder
+from jrlhf.data.errors import BadRow, DataError, Row, Skips
+from jrlhf.data.kinds import (
+    TRUNCATION_NOTE,
+    Columns,
+    Kind,
+    TrainOn,
+    prompts_kind,
+    rankings_kind,
+    sft_kind,
+    texts_kind,
+    unpaired_kind,
+)
+from jrlhf.data.mismatched import UnpairedRows, unpaired_rows
 from jrlhf.data.order import Part
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.ragged import Objects, Ragged
@@ -58,6 +70,30 @@ def load_rankings(config: DataConfig, sources: Sources, tokenizer: Tokenizer) ->
         pad=_pad(tokenizer),
         **loaded.source_fields("ranks"),
     )
+
+
+def load_unpaired(config: DataConfig, sources: Sources, tokenizer: Tokenizer) -> UnpairedRows:
+    """Load answers that are labelled as desirable or not; of a preference each answer is one.
+
+    Raises ``DataError`` if all answers have the same label or the same prompt.
+    """
+    loaded = _load(config, sources, tokenizer, unpaired_kind(config, tokenizer))
+    tokens, ranks = loaded.ragged("tokens"), loaded.ragged("ranks")
+    answers = RankingRows(
+        tokens=tokens,
+        loss_mask=loaded.beside("tokens", "learnt"),
+        ranks=ranks,
+        margin=np.zeros(len(ranks), np.float32),
+        lengths=tokens.lengths,
+        buckets=_buckets(config, tokens),
+        pad=_pad(tokenizer),
+        **loaded.source_fields("ranks"),
+    )
+    starts, prompts = loaded.flat("start"), loaded.flat("prompt")
+    try:
+        return unpaired_rows(answers, starts=starts, prompts=prompts, bos=Encoder(tokenizer).bos, config=config)
+    except ValueError as error:
+        raise DataError(f"{', '.join(source.source for source in loaded.sources)}: {error}") from error
 
 
 def load_prompts(

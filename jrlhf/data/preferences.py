@@ -1,7 +1,7 @@
-"""Rankings as preference losses read them: which tokens are the answers', and how likely the reference finds them."""
+"""Rows as preference losses read them: which tokens are the answers', and how likely the reference finds them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -9,7 +9,9 @@ from jaxtyping import Float, Int
 from jrlhf.data.order import Part
 from jrlhf.data.packing import PackedRankingRows
 from jrlhf.data.rows import RankingRows
-from jrlhf.types import PackedRankingBatch, RankingBatch
+from jrlhf.types import PackedRankingBatch, RankingBatch, UnpairedBatch
+
+RefLogprobs = Float[np.ndarray, "N"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class PreferenceRows:
     """Rankings, one to a row or packed, whose batches have a ``loss_mask`` and the log-probs of a reference."""
 
     rows: RankingRows | PackedRankingRows
-    ref_logprobs: Float[np.ndarray, "N"] | None
+    ref_logprobs: RefLogprobs | None
     """Log-prob of each completion, in the order of the rankings' ``tokens``. None: the batches have none."""
 
     def __len__(self) -> int:
@@ -31,6 +33,19 @@ class PreferenceRows:
     def parts(self) -> Sequence[Part]:
         return self.rows.parts
 
+    @property
+    def plain(self) -> RankingRows:
+        """The rankings, one to a row."""
+        return self.rows.rows if isinstance(self.rows, PackedRankingRows) else self.rows
+
+    def views(self) -> dict[str, "PreferenceRows"]:
+        """All rows that the reference reads, by names that end those of its log-probs."""
+        return {"": self}
+
+    def with_reference(self, logprobs: Mapping[str, RefLogprobs]) -> "PreferenceRows":
+        """The same rows with the log-probs of ``views``."""
+        return replace(self, ref_logprobs=logprobs[""])
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> RankingBatch | PackedRankingBatch:
         """Return the batch of these rows."""
         reference = None
@@ -39,3 +54,35 @@ class PreferenceRows:
             reference = np.where(places >= 0, self.ref_logprobs[places], np.float32(0.0))
         marks = self.rows.batch_loss_mask(indices)
         return self.rows.batch(indices)._replace(loss_mask=marks, ref_logprobs=reference)
+
+
+@dataclass(frozen=True)
+class UnpairedPreferenceRows:
+    """Labelled answers and their mismatched pairs, the members of which are the same row by row."""
+
+    answers: PreferenceRows
+    mismatched: PreferenceRows
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "N"]:
+        return self.answers.lengths
+
+    @property
+    def parts(self) -> Sequence[Part]:
+        return self.answers.parts
+
+    def views(self) -> dict[str, PreferenceRows]:
+        """All rows that the reference reads, by names that end those of its log-probs."""
+        return {"": self.answers, "_mismatched": self.mismatched}
+
+    def with_reference(self, logprobs: Mapping[str, RefLogprobs]) -> "UnpairedPreferenceRows":
+        """The same rows with the log-probs of ``views``."""
+        views = self.views()
+        return UnpairedPreferenceRows(*(replace(views[name], ref_logprobs=logprobs[name]) for name in views))
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> UnpairedBatch:
+        """Return the batch of these rows."""
+        return UnpairedBatch(self.answers.batch(indices), self.mismatched.batch(indices))

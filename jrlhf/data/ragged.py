@@ -63,6 +63,11 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the values."""
+        return self._flats[0].values.dtype
+
     def __getitem__(self, row: int) -> np.ndarray:
         source = bisect_right(self._firsts, row) - 1
         end = int(self._ends[source][row - self._firsts[source]])
@@ -81,7 +86,7 @@ class Ragged:
 
         The padding is ``fill``, to the right of the values or, with ``left``, to their left.
         """
-        values = np.full((len(rows), width), fill, self._flats[0].values.dtype)
+        values = np.full((len(rows), width), fill, self.dtype)
         mask = np.zeros((len(rows), width), np.bool_)
         for place, row in enumerate(rows):
             length = int(self.lengths[row])

@@ -38,7 +38,7 @@ class InspectedSequence(NamedTuple):
 
 
 class InspectedRow(NamedTuple):
-    """A row as a stage sees it: one sequence, or one sequence and rank per completion."""
+    """A row as a stage sees it: one sequence, or one sequence and rank per completion (KTO: 0 if it is desirable)."""
 
     place: str
     sequences: list[InspectedSequence]
@@ -86,6 +86,8 @@ class Tally:
     cut: int = 0
     """Number of tokens that max_length cut off."""
     pairs: int = 0
+    desirable: int = 0
+    """Number of answers that are labelled as desirable (KTO only); the others are not."""
     longer_wins: float = 0.0
     """Number of pairs whose better answer has more tokens; a pair of equal lengths counts one half."""
 
@@ -95,7 +97,7 @@ class Tally:
         special = sorted({str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens))
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._token_digests, self._prompt_digests = set[bytes](), set[bytes]()
-        ends = {"sft": [NO_STOP_LEARNT], "reward": [NO_FINAL_STOP], "prompts": []}[self.kind]
+        ends = {"sft": [NO_STOP_LEARNT], "reward": [NO_FINAL_STOP], "kto": [NO_FINAL_STOP], "prompts": []}[self.kind]
         names = (TRUNCATION_NOTE, *ends, REPEATED_ROW, REPEATED_PROMPT, UNKNOWN_TOKENS, PAD_TOKENS, SPECIAL_TOKENS)
         self.oddities = {name: Count() for name in names}
 
@@ -114,7 +116,10 @@ class Tally:
             self.lengths.append(len(ids))
             self.learnt += int(mask.sum()) if self.kind == "sft" else 0
             self.cut += len(uncut) - len(ids)
-        self._add_pairs(inspected)
+        if self.kind == "kto":
+            self.desirable += inspected.ranks.count(0)
+        else:
+            self._add_pairs(inspected)
         for note in inspected.notes:
             self.notes.setdefault(note, Count()).add(inspected.place)
         for name in inspected.unread:
@@ -139,7 +144,7 @@ class Tally:
         yield REPEATED_PROMPT, bool(prompt) and _is_repeat(self._prompt_digests, prompt)
         if self.kind == "sft":
             yield NO_STOP_LEARNT, not all(np.isin(s.tokens[s.mask], self._stops).any() for s in inspected.sequences)
-        elif self.kind == "reward":
+        elif self.kind in ("reward", "kto"):
             yield NO_FINAL_STOP, not all(s.tokens[-1] in self._stops for s in inspected.sequences)
 
     def _add_pairs(self, inspected: InspectedRow) -> None:

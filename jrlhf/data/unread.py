@@ -56,6 +56,10 @@ READ_COLUMNS: Mapping[str, Shapes] = {
         **_prompt_shapes("chosen", reads=_PAIR | {"margin"}),
         **_prompt_shapes("completions", reads=frozenset({"ranks", "margin"})),
     },
+    "unpaired": {
+        **_prompt_shapes("chosen", reads=_PAIR),
+        **{shape: columns for shape, columns in _LEARNT.items() if shape != ("text",)},
+    },
     "prompts": {
         ("messages",): _ANSWERS[("messages",)],
         **_prompt_shapes("chosen", "rejected"),
@@ -102,7 +106,7 @@ def unread_of(kind: str, tokenizer: Tokenizer, extra: Iterable[str] = ()) -> Cal
             if len(shape_cache) < MAX_CACHED_SHAPES:
                 shape_cache[present] = shape
         names = [column for column in shape.unread if row[column] not in EMPTY]
-        if shape.class_label and not is_verdict(row["label"]):
+        if kind == "sft" and shape.class_label and not is_verdict(row["label"]):
             names.append("label")
         for column in shape.messages:
             if isinstance(value := row[column], list | dict):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jrlhf.config import Config, Sources
-from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, Tokenizer, load_tokenizer
+from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, Tokenizer, UnpairedRows, load_tokenizer
 
-Rows = SFTRows | RankingRows | PromptRows | TextRows
+Rows = SFTRows | RankingRows | UnpairedRows | PromptRows | TextRows
 SAFETY = "safety.prompts"
 
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO) trains the policy on people's rankings, without a reward model."""
+"""Direct preference optimisation (DPO) and KTO train the policy on people's judgements, without a reward model."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,9 +13,8 @@ from jax.sharding import Mesh
 
 from jrlhf.config import Config, DPOConfig, PlanConfig, stages_before
 from jrlhf.core import combine
-from jrlhf.data import Order, PreferenceRows, PromptRows, RankingRows, load_rankings
+from jrlhf.data import Order, PromptRows
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
-from jrlhf.parallel import fetch, shard_batch
 from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.actors import load_actors
@@ -31,24 +30,20 @@ from jrlhf.runs.exports import exported_form
 from jrlhf.runs.folder import model_source
 from jrlhf.runs.inputs import SAFETY, RowsInput, StageInputs, with_sources
 from jrlhf.runs.metrics import PROXY_AND_GOLD
+from jrlhf.stages.dpo_kto import kto_method
+from jrlhf.stages.dpo_method import BatchRows, LoadedRows, Method, Reader
+from jrlhf.stages.dpo_pairs import pairs_method
 from jrlhf.stages.dpo_reference import reference_logprobs
-from jrlhf.stages.rankings import packed_or_plain, planned_rankings, rankings, row_tokens
+from jrlhf.stages.rankings import planned_preferences, row_tokens
 from jrlhf.stages.run import run_stage
 from jrlhf.stages.stage import Export, Prepared, Stage, load_language
-from jrlhf.steps import (
-    DPOSettings,
-    answer_logprobs,
-    compared,
-    make_dpo_step,
-    preference_means,
-    preference_sums,
-)
+from jrlhf.steps import answer_logprobs
 from jrlhf.train.attempt import Loop, OnEvent, Outcome, no_event
-from jrlhf.train.batches import covering_batches, device_multiple, device_share, reading_slices
+from jrlhf.train.batches import device_multiple, device_share, reading_slices
 from jrlhf.train.keys import stream_key
 from jrlhf.train.lora import trainable
 from jrlhf.train.optim import make_optimizer
-from jrlhf.train.performance import rates, training_flops
+from jrlhf.train.performance import rates, training_flops, training_passes
 from jrlhf.train.positions import Positions
 from jrlhf.train.programs import (
     PLANNED_UPDATES,
@@ -66,7 +61,6 @@ from jrlhf.train.site import Site
 from jrlhf.train.start import Training, begin, build_training, compute_options
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
-from jrlhf.types import PackedRankingBatch, Params, RankingBatch
 
 
 def run_dpo(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
@@ -78,7 +72,7 @@ def run_dpo(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
 
 
 class DPOInputs(StageInputs):
-    """The initial policy, the rankings and the safety prompts of DPO."""
+    """The initial policy, the rankings or labelled answers, and the safety prompts of DPO."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config, "dpo")
@@ -90,13 +84,13 @@ class DPOInputs(StageInputs):
         return model_source(self.config, self._dpo.model.path, key="dpo.model.path", before=before)
 
     @cached_property
-    def train(self) -> RankingRows:
-        return load_rankings(self._dpo.data, self._dpo.data.train, self.tokenizer)
+    def train(self) -> LoadedRows:
+        return method_of(self._dpo).load(self._dpo.data, self._dpo.data.train, self.tokenizer)
 
     @cached_property
-    def heldout(self) -> RankingRows | None:
+    def heldout(self) -> LoadedRows | None:
         data = self._dpo.data
-        return load_rankings(data, data.eval, self.tokenizer) if data.eval else None
+        return method_of(self._dpo).load(data, data.eval, self.tokenizer) if data.eval else None
 
     @cached_property
     def safety_prompts(self) -> PromptRows | None:
@@ -125,28 +119,33 @@ class DPOInputs(StageInputs):
         return {} if self.answering is None else self.answering.files()
 
 
+def method_of(dpo: DPOConfig) -> Method:
+    """Return what the config's loss reads and does."""
+    match dpo.loss:
+        case "kto":
+            return kto_method(dpo)
+        case kind:
+            return pairs_method(dpo, kind)
+
+
 class DPOPrograms(NamedTuple):
     """The jitted functions of the stage."""
 
     training: Training
     logprobs: Any
-    """``(params, batch) -> AnswerLogprobs``, for the reference and for held-out rankings."""
-    figures: Any
-    """``(AnswerLogprobs, batch) -> sums`` of the figures of held-out rankings."""
+    """``(params, batch) -> AnswerLogprobs``, for the reference and for held-out rows."""
     schedule: optax.Schedule
 
 
 def build_dpo(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, updates: int) -> DPOPrograms:
     """Build the programs that a run executes and a plan compiles; a device reads its prompts in ``slices`` slices."""
     dpo = config.dpo
-    settings = DPOSettings(dpo.loss, dpo.beta, label_smoothing=dpo.label_smoothing, gamma=dpo.gamma)
     tx, schedule = make_optimizer(dpo.optim, updates=updates)
-    step = make_dpo_step(model.logprob_fn, tx, settings, accumulation=slices)
+    step = method_of(dpo).make_step(model.logprob_fn, tx, slices)
     trained, frozen = trainable(model, dpo.lora, stream_key(config.seed, "dpo", "lora"), mesh=mesh, path="dpo.lora")
     training = build_training(step, tx, trained, frozen, mesh=mesh, rules=model.rules)
     logprobs = jit_for(mesh, lambda params, batch: answer_logprobs(model.logprob_fn, params, batch))
-    figures = jit_for(mesh, lambda answers, batch: preference_sums(compared(answers, batch, settings), settings))
-    return DPOPrograms(training, logprobs, figures, schedule)
+    return DPOPrograms(training, logprobs, schedule)
 
 
 def check_dpo(config: Config, mesh: Mesh) -> None:
@@ -168,25 +167,27 @@ def prepare_dpo(site: Site, inputs: DPOInputs) -> Prepared:
     answering = positions.answering(dpo.sampling, "dpo.sampling")
     answering.check({"dpo.log.samples (of dpo.data.eval)": shown})
 
-    packed = packed_or_plain(rows, dpo.pack_length, key="dpo")
-    order = Order(config.seed, batch_size=dpo.batch_size, lengths=packed.lengths, parts=packed.parts)
+    method = method_of(dpo)
+    arranged = {"train": method.arrange(rows, dpo.pack_length)}
+    if heldout is not None:
+        arranged["eval"] = method.arrange(heldout, 0)
+    lengths, parts = arranged["train"].lengths, arranged["train"].parts
+    order = Order(config.seed, batch_size=dpo.batch_size, lengths=lengths, parts=parts)
     total = math.ceil(dpo.epochs * order.steps_per_epoch)
     share = device_share(dpo.batch_size, mesh, key="dpo.batch_size")
-    tokens, platform = row_tokens(rows, dpo.pack_length), mesh.devices.flat[0].platform
+    tokens = row_tokens(arranged["train"].views()[""].plain, dpo.pack_length)
+    platform = mesh.devices.flat[0].platform
     slices = reading_slices(share, microbatch=dpo.microbatch, tokens=tokens, platform=platform)
     programs = build_dpo(config, model, mesh, slices=slices, updates=total)
     training, frozen = programs.training, programs.training.frozen
     at_once = dpo.batch_size // slices
-    batches, compared_rows = _with_reference(site, programs, packed, heldout, at_once=at_once)
-    flops = training_flops(model.arch, frozen=frozen is not None)
-
-    def flops_of(batch: Any, metrics: dict[str, Any]) -> jax.Array:
-        return flops(batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask, metrics["tokens"])
-
-    steps = row_steps(training, batches, order, mesh, flops=flops_of)
+    if method.has_reference:
+        arranged = _with_reference(site, programs, arranged, at_once=at_once)
+    steps = row_steps(training, arranged["train"], order, mesh, flops=_flops_of(method, model, frozen))
     generate = jit_generate(model.decode_fns, dpo.sampling, tokenizer, mesh, option="dpo.sampling")
     samples = make_sample_writer(site, shown, generate, batch_size=dpo.batch_size)
-    score = _evaluator(dpo, programs, compared_rows, mesh, at_once=at_once)
+    reader = Reader(programs.logprobs, mesh, at_once, dpo.log.eval_rows)
+    score = method.make_figures(arranged["eval"], reader) if heldout is not None else lambda params: {}
     answer_figures = _answer_evaluator(site, inputs.answering, generate)
     safety = make_safety(site, inputs.safety_prompts, generate, batch_size=dpo.batch_size, positions=answering)
     exported = exported_form(model, dpo.export_dtype)
@@ -220,67 +221,42 @@ def prepare_dpo(site: Site, inputs: DPOInputs) -> Prepared:
         gates=dpo.gates,
         learning_rate=programs.schedule,
         rates=(
-            Rate("pairs", "pairs_per_second"),
+            Rate(method.counted, f"{method.counted}_per_second"),
             Rate("tokens", "tokens_per_second"),
             *rates(device_peaks(dpo.model.dtype)),
         ),
         best_metric="eval/accuracy",
         best_mode="max",
-        shown=("loss", "accuracy", "pairs_per_second"),
+        shown=("loss", "accuracy", f"{method.counted}_per_second"),
     )
     return Prepared(loop, begin(training, mesh=mesh, key=stream_key(config.seed, "dpo", "train")), export)
 
 
+def _flops_of(method: Method, model: Pretrained, frozen: Any) -> Callable[[Any, dict[str, Any]], jax.Array]:
+    """Return a function that counts the model FLOPs of a step, from its batch and its metrics."""
+    flops, passes = training_flops(model.arch, frozen=frozen is not None), training_passes(frozen is not None)
+    return lambda batch, metrics: method.flops(flops, passes, batch, metrics)
+
+
 def _with_reference(
-    site: Site,
-    programs: DPOPrograms,
-    packed: Any,
-    heldout: RankingRows | None,
-    *,
-    at_once: int,
-) -> tuple[PreferenceRows, PreferenceRows | None]:
-    """Return training and held-out rankings with the log-probs of the initial policy; SimPO's have none."""
+    site: Site, programs: DPOPrograms, rows: Mapping[str, BatchRows], *, at_once: int
+) -> dict[str, BatchRows]:
+    """Return training and held-out rows with the log-probs of the initial policy."""
     dpo, training = site.config.dpo, programs.training
-    rows = {"train": PreferenceRows(packed, None)}
-    if heldout is not None:
-        rows["eval"] = PreferenceRows(heldout, None)
-    if dpo.loss != "simpo":
-        # New adapters change nothing yet, so the initial policy is the reference with them too.
-        initial = combine(training.trained, training.frozen)
-        logprobs = reference_logprobs(
-            site,
-            dpo.model,
-            rows,
-            lambda batch: programs.logprobs(initial, batch).total,
-            at_once=at_once,
-            progress_bar=dpo.log.progress,
-        )
-        rows = {name: PreferenceRows(some.rows, logprobs[name]) for name, some in rows.items()}
-    return rows["train"], rows.get("eval")
-
-
-def _evaluator(
-    dpo: DPOConfig, programs: DPOPrograms, heldout: PreferenceRows | None, mesh: Mesh, *, at_once: int
-) -> Callable[[Params], dict[str, float]]:
-    """Return a function that computes loss, accuracy, margin and log-probs of held-out pairs."""
-    if heldout is None:
-        return lambda params: {}
-    rows = heldout
-
-    def evaluate(params: Params) -> dict[str, float]:
-        parts = []
-        for indices, real in covering_batches(rows.lengths, batch_size=at_once, limit=dpo.log.eval_rows):
-            batch = rows.batch(indices)
-            batch = shard_batch(batch._replace(valid=batch.valid & real[:, None]), mesh)
-            # The program of the reference, which has no log-probs yet.
-            answers = programs.logprobs(params, batch._replace(ref_logprobs=None))
-            parts.append(programs.figures(answers, batch))
-        fetched = fetch(parts)
-        sums = {name: sum(float(part[name]) for part in fetched) for name in fetched[0]}
-        means = preference_means(sums, max(sums["rankings"], 1.0), max(sums["pairs"], 1.0))
-        return {f"eval/{name}": value for name, value in (means | {"pairs": sums["pairs"]}).items()}
-
-    return evaluate
+    # New adapters change nothing yet, so the initial policy is the reference with them too.
+    initial = combine(training.trained, training.frozen)
+    logprobs = reference_logprobs(
+        site,
+        dpo.model,
+        {f"{name}{view}": viewed for name, some in rows.items() for view, viewed in some.views().items()},
+        lambda batch: programs.logprobs(initial, batch).total,
+        at_once=at_once,
+        progress_bar=dpo.log.progress,
+    )
+    return {
+        name: some.with_reference({view: logprobs[f"{name}{view}"] for view in some.views()})
+        for name, some in rows.items()
+    }
 
 
 def _answer_evaluator(
@@ -298,7 +274,8 @@ def _answer_evaluator(
 
 def plan_dpo(config: PlanConfig, target: Target) -> Sized:
     """Plan the start, the update, the reference and, if there is held-out data, the evaluation and the samples."""
-    dpo, completions = config.dpo, config.completions
+    dpo, method = config.dpo, method_of(config.dpo)
+    completions = method.completions(config.completions)
     longest, packed = dpo.data.max_length, dpo.pack_length
     share = device_share(dpo.batch_size, target.mesh, key="dpo.batch_size")
     tokens, platform = float(packed or completions * longest), target.topology.platform()
@@ -310,22 +287,22 @@ def plan_dpo(config: PlanConfig, target: Target) -> Sized:
     programs = build_dpo(config, model, target.mesh, slices=slices, updates=PLANNED_UPDATES)
     run, frozen = planned_training(programs.training, target, loaded=()), programs.training.frozen
     whole, traffic = combine(run.state.params, frozen), 2 * device_bytes(run.state.params, run.state.opt_state)
-    row = jnp.ones((1, packed) if packed else (1, completions, longest), jnp.bool_)
-    row_flops = training_flops(model.arch, frozen=frozen is not None)(row, jnp.float32(row.size))
+    one = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), method.planned(target, 1, completions, longest, packed))
+    of_row = jnp.float32(packed or completions * longest)
+    row_flops = _flops_of(method, model, frozen)(one, {"tokens": of_row})
 
     def build(rows: int) -> StagePlan:
         batch = rows * slices * target.groups
-        update = _with_marks(target, planned_rankings(target, batch, completions, longest, packed))
+        update = method.planned(target, batch, completions, longest, packed)
         at_once = rows * target.groups
         parts = list[Program]()
-        if dpo.loss != "simpo":
-            update = update._replace(ref_logprobs=target.rows(update.ranks.shape, jnp.float32))
-            read = _with_marks(target, planned_rankings(target, at_once, completions, longest, packed))
+        if method.has_reference:
+            read = planned_preferences(target, at_once, completions, longest, packed, reference=False)
             args = combine(programs.training.trained, frozen), read
             parts.append(Program("reference", programs.logprobs, args, alive=(args,), timed=False))
         parts += [run.start, run.update(update, flops=float(row_flops) * batch, read=traffic)]
         if dpo.data.eval:
-            args = whole, _with_marks(target, rankings(target, (at_once, completions), longest))
+            args = whole, planned_preferences(target, at_once, completions, longest, 0, reference=False)
             parts.append(Program("evaluation", programs.logprobs, args, alive=(run.held, args), timed=False))
             if dpo.log.samples:
                 prompts = device_multiple(min(batch, dpo.log.samples), target.mesh)
@@ -336,11 +313,6 @@ def plan_dpo(config: PlanConfig, target: Target) -> Sized:
     return Sized(share // slices, dpo.model.dtype, build)
 
 
-def _with_marks(target: Target, batch: RankingBatch | PackedRankingBatch) -> RankingBatch | PackedRankingBatch:
-    """Add the shape of the mask of the answers' tokens."""
-    return batch._replace(loss_mask=target.rows(batch.tokens.shape, jnp.bool_))
-
-
 DPO = Stage(
     name="dpo",
     label="DPO",
@@ -348,6 +320,8 @@ DPO = Stage(
         "Preference loss": ("loss", "eval/loss"),
         "Implicit-reward accuracy": ("accuracy", "eval/accuracy"),
         "Implicit-reward margin": ("margin", "eval/margin"),
+        "KTO: held-out rewards of desirable and other answers": ("eval/rewards/chosen", "eval/rewards/rejected"),
+        "KTO: the point z₀ that answers are held against": ("reference_point", "eval/reference_point"),
         "Held-out log-probs of better and worse answers": ("eval/logprobs/chosen", "eval/logprobs/rejected"),
         "Reward of held-out answers": PROXY_AND_GOLD,
         "Win rate over the first answers": ("eval/win_rate",),

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jrlhf.config import ModelConfig
-from jrlhf.data import PackedRankingRows, PreferenceRows
+from jrlhf.data import PreferenceRows
 from jrlhf.parallel import fetch, is_first, shard_batch
 from jrlhf.parallel.hosts import from_first
 from jrlhf.runs.metrics import progress
@@ -41,7 +41,7 @@ def reference_logprobs(
     folder, with a key of the model and the rows: a resumed run reads the file, and other weights or rows replace it.
     """
     path, key = site.folder / REFERENCE_FILE, reference_key(site, model)
-    sizes = {name: len(completions(some)) for name, some in rows.items()}
+    sizes = {name: len(some.plain.tokens) for name, some in rows.items()}
     if from_first("look for the reference's log-probs", lambda: _stored(path, key, sizes) is not None):
         if (stored := _stored(path, key, sizes)) is None:
             raise UsageError(f"{path}: not here, but on the first process; all processes must share the run's folder")
@@ -51,8 +51,8 @@ def reference_logprobs(
     with progress(total, "Reference", start=0, enabled=shown, unit="rows", to_stderr=True) as bar:
         done = 0
         for name, some in rows.items():
-            found[name] = _read_all(
-                some, read, site.mesh, at_once, lambda count, before=done: bar.update(before + count)
+            found[name] = read_logprobs(
+                some, read, site.mesh, at_once, report=lambda count, before=done: bar.update(before + count)
             )
             done += len(some)
     if is_first():
@@ -60,14 +60,8 @@ def reference_logprobs(
     return found
 
 
-def completions(rows: PreferenceRows) -> Any:
-    """Return the completions of rankings, plain or packed, one after the other."""
-    plain = rows.rows
-    return plain.rows.tokens if isinstance(plain, PackedRankingRows) else plain.tokens
-
-
 def reference_key(site: Site, model: ModelConfig) -> str:
-    """Return the digest of all that decides the log-probs: the model's weights, how it computes, and the rows."""
+    """Return the digest of all that decides the log-probs: the weights, how they are used, the rows and their cut."""
     origin = read_origin(site.stage, site.folder)
     inputs = [] if origin is None else origin.inputs
     of_model, of_rows = f"{site.stage}.model", f"{site.stage}.data."
@@ -77,14 +71,26 @@ def reference_key(site: Site, model: ModelConfig) -> str:
         if (item.kind in ("weights", "config") and item.key.startswith(of_model))
         or (item.kind == "rows" and item.key.startswith(of_rows))
     ]
-    return xxhash.xxh3_128_hexdigest(json.dumps([deciding, model.dtype, model.weights]).encode())
+    # Mismatched pairs may be cut where none of the rows is.
+    cut = site.config.dpo.data.max_length
+    return xxhash.xxh3_128_hexdigest(json.dumps([deciding, model.dtype, model.weights, cut]).encode())
 
 
-def _read_all(
-    rows: PreferenceRows, read: Read, mesh: Mesh, at_once: int, report: Callable[[int], None]
+def read_logprobs(
+    rows: PreferenceRows,
+    read: Read,
+    mesh: Mesh,
+    at_once: int,
+    *,
+    limit: int = 0,
+    report: Callable[[int], None] = lambda count: None,
 ) -> Float[np.ndarray, "N"]:
-    logprobs, done = np.zeros(len(completions(rows)), np.float32), 0
-    for indices, real in covering_batches(rows.lengths, batch_size=at_once, limit=0):
+    """Return the log-prob of each completion of the first ``limit`` rows (0: all), 0 for completions of the others.
+
+    ``report`` is called with the number of rows after every batch.
+    """
+    logprobs, done = np.zeros(len(rows.plain.tokens), np.float32), 0
+    for indices, real in covering_batches(rows.lengths, batch_size=at_once, limit=limit):
         of_batch = fetch(read(shard_batch(rows.batch(indices), mesh)))
         places = rows.rows.places(indices).reshape(of_batch.shape)
         logprobs[places[places >= 0]] = of_batch[places >= 0]

@@ -97,7 +97,7 @@ def jit_group_targets(grpo: GRPOConfig, mesh: Mesh) -> Any:
         baseline=grpo.baseline,
         scale=grpo.scale,
         weights=weights_of(grpo.rewards) if grpo.normalise == "each" else None,
-        kl_place=grpo.kl.place if grpo.has_reference else None,
+        kl_place=grpo.kl_place,
         kl_estimator=grpo.kl.estimator,
         missing_eos_penalty=grpo.missing_eos_penalty,
         max_new_tokens=grpo.sampling.max_new_tokens,

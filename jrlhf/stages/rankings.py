@@ -1,6 +1,7 @@
 """Rankings in the stages that train on them: packed rows, and the shapes of batches for plans."""
 
 import jax.numpy as jnp
+from jax import Array
 
 from jrlhf.config import ConfigError
 from jrlhf.data import PackedRankingRows, RankingRows, pack_rankings
@@ -45,3 +46,17 @@ def planned_rankings(
         return rankings(target, (rows, completions), longest)
     in_row = max(1, pack_length // (completions * longest))
     return packed_rankings(target, (rows, in_row, completions), pack_length)
+
+
+def planned_preferences(
+    target: Target, rows: int, completions: int, longest: int, pack_length: int, *, reference: bool
+) -> RankingBatch | PackedRankingBatch:
+    """Return the shapes of a batch for a preference loss, with those of ``ref_logprobs`` if there is a reference."""
+    batch = planned_rankings(target, rows, completions, longest, pack_length)
+    logprobs = target.rows(batch.ranks.shape, jnp.float32) if reference else None
+    return batch._replace(loss_mask=target.rows(batch.tokens.shape, jnp.bool_), ref_logprobs=logprobs)
+
+
+def token_mask(batch: RankingBatch | PackedRankingBatch) -> Array:
+    """Return the mask of a batch's real tokens, or the numbers of their completions in packed rows."""
+    return batch.segments if isinstance(batch, PackedRankingBatch) else batch.mask

@@ -13,6 +13,7 @@ from jrlhf.steps.experience import make_experience, make_readings, make_targets,
 from jrlhf.steps.generate import make_generate
 from jrlhf.steps.groups import group_metrics, make_group_targets, make_policy_readings
 from jrlhf.steps.grpo import GRPOSettings, make_grpo_step
+from jrlhf.steps.kto import KTOSettings, Labelled, kto_figures, labelled, make_kto_step
 from jrlhf.steps.networks import Networks, separate, shared
 from jrlhf.steps.packing import without_padding
 from jrlhf.steps.ppo import PPOSettings, make_ppo_step
@@ -23,16 +24,21 @@ __all__ = [
     "AnswerLogprobs",
     "DPOSettings",
     "GRPOSettings",
+    "KTOSettings",
+    "Labelled",
     "Networks",
     "PPOSettings",
     "answer_logprobs",
     "compared",
     "group_metrics",
+    "kto_figures",
+    "labelled",
     "make_dpo_step",
     "make_experience",
     "make_generate",
     "make_group_targets",
     "make_grpo_step",
+    "make_kto_step",
     "make_policy_readings",
     "make_ppo_step",
     "make_readings",

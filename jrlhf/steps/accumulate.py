@@ -13,7 +13,10 @@ from jrlhf.types import Metrics, Params, TrainState
 
 
 class Sums(NamedTuple):
-    """The figures of one slice. ``total`` is already divided by the count of the *whole* batch, so slices add up."""
+    """The figures of one slice. ``total`` is already divided by the count of the *whole* batch, so slices add up.
+
+    A figure may also be an array with one place for each row of the whole batch, 0 where the row is not in the slice.
+    """
 
     total: Metrics
     maximum: Metrics
@@ -76,6 +79,13 @@ def accumulate_gradients(
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grads), no_sums(sums)
     # The first slice too goes through the loop: outside of it, its program would be compiled a second time.
     return jax.lax.fori_loop(0, slices if used is None else used, add, start)
+
+
+def sum_slices(read: Callable[[Any], Any], batch: Any, *, slices: int) -> Any:
+    """Σ over slices of ``read(slice)``, as ``accumulate_gradients`` cuts them, without a gradient."""
+    if slices == 1:
+        return read(batch)
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.lax.map(read, split_rows(batch, slices)))
 
 
 def apply_gradients(

@@ -81,10 +81,13 @@ class Compared(NamedTuple):
 
 
 def compared(answers: AnswerLogprobs, batch: AnyRankingBatch, settings: DPOSettings) -> Compared:
-    """The completions of a batch with the margins of their rankings. SimPO's reference is 0 and is not read."""
+    """The completions of a batch with the margins of their rankings. SimPO's reference is 0, and it takes no other."""
     rankings = rankings_of(batch)
     reference = jnp.zeros_like(answers.total)
-    if settings.kind != "simpo":
+    if settings.kind == "simpo":
+        if batch.ref_logprobs is not None:
+            raise ValueError("the batch of rankings has ref_logprobs, but the loss simpo has no reference")
+    else:
         if batch.ref_logprobs is None:
             raise ValueError(f"the batch of rankings has no ref_logprobs, which the loss {settings.kind} needs")
         reference = batch.ref_logprobs.reshape(answers.total.shape).astype(jnp.float32)

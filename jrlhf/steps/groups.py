@@ -75,8 +75,11 @@ def make_group_targets(
 
     ``weights``: not the sum of the scores' parts but each part is set against its group, and the weighted sum of the
     advantages is whitened over the batch (GDPO, arXiv 2601.05242); None: the sum. A score of an answer with a response
-    that is not finite makes its advantage NaN, so that the step skips the update.
+    that is not finite makes its advantage NaN, so that the step skips the update. ValueError for a baseline of one
+    answer alone.
     """
+    if samples < 2 and baseline != "none":
+        raise ValueError(f"samples is {samples}, but the baseline {baseline} sets an answer against its group")
 
     def targets(
         generation: Generation,

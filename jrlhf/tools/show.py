@@ -23,7 +23,7 @@ LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_blac
 BAD, ODD = "red", "yellow"
 MAX_CUT_TOKENS = 12
 """Maximum number of tokens to show of a part that was cut off."""
-USES = {"sft": "SFT", "reward": "a reward model or DPO", "prompts": "PPO's prompts"}
+USES = {"sft": "SFT", "reward": "a reward model or DPO", "kto": "KTO", "prompts": "PPO's prompts"}
 
 
 def run_show(args: ShowConfig) -> None:
@@ -120,6 +120,8 @@ def legend(kind: str) -> Text:
             return line.append("⟦what is learnt⟧", LEARNT)
         case "reward":
             return line.append("⟦the answer⟧", LEARNT).append("; a reward model's score is read at the last token")
+        case "kto":
+            return line.append("⟦the answer⟧", LEARNT)
         case _:
             return line.append("an answer is sampled after the last token")
 
@@ -128,7 +130,7 @@ def row_lines(seen: InspectedRow, kind: str, spelling: Spelling) -> list[Text]:
     lines = [Text(seen.place, "bold")]
     for number, sequence in enumerate(seen.sequences):
         length, lost = len(sequence.tokens), len(sequence.uncut) - len(sequence.tokens)
-        labels = [f"rank {rank}" + " (best)" * (rank == 0) for rank in seen.ranks[number : number + 1]]
+        labels = [judgement(rank, kind) for rank in seen.ranks[number : number + 1]]
         labels.append(f"{length} tokens")
         labels += [f"{int(sequence.mask.sum())} learnt"] if kind == "sft" else []
         lines.append(Text(", ".join(labels), "bold"))
@@ -136,6 +138,13 @@ def row_lines(seen: InspectedRow, kind: str, spelling: Spelling) -> list[Text]:
             lines[-1].append(f", {lost} cut off: {cut_off(sequence, spelling)}", BAD)
         lines.append(token_line(sequence, spelling))
     return lines
+
+
+def judgement(rank: int, kind: str) -> str:
+    """Describe what people say of an answer: its rank or, for KTO, whether it is desirable."""
+    if kind == "kto":
+        return "undesirable" if rank else "desirable"
+    return f"rank {rank}" + " (best)" * (rank == 0)
 
 
 def token_line(sequence: InspectedSequence, spelling: Spelling) -> Text:
@@ -170,9 +179,12 @@ def summary_lines(tally: Tally) -> list[Text]:
     lines = [Text(f"rows {tally.rows:,}, tokens {sum(tally.lengths):,}{_learnt(tally)}", "bold")]
     if tally.rows:
         low, middle, high, longest = np.percentile(tally.lengths, [0, 50, 95, 100], method="lower")
-        each = "an answer with its prompt" if tally.kind == "reward" else "a row"
+        each = "an answer with its prompt" if tally.kind in ("reward", "kto") else "a row"
         spread = f"{low:,} to {longest:,}, half up to {middle:,}, 95 % up to {high:,}"
         lines.append(Text(f"tokens {each}: {spread}; {tally.cut:,} cut off"))
+    if tally.rows and tally.kind == "kto":
+        others = len(tally.lengths) - tally.desirable
+        lines.append(Text(f"desirable answers {tally.desirable:,}, undesirable ones {others:,}"))
     if tally.pairs:
         share = tally.longer_wins / tally.pairs
         lines.append(Text(f"pairs {tally.pairs:,}; the longer answer is the better one in {share:.1%} (no bias: 50 %)"))

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from jrlhf.config import ConfigError, SamplingConfig
-from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows
+from jrlhf.data import PromptRows, RankingRows, SFTRows, TextRows, UnpairedRows
 from jrlhf.models import ArchConfig
 
-Rows = SFTRows | RankingRows | PromptRows | TextRows
+Rows = SFTRows | RankingRows | UnpairedRows | PromptRows | TextRows
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def row_steps(
         return state._replace(train=train, cursor=state.cursor + 1), metrics
 
     def batch_of(state: RunState, number: int) -> dict[str, np.ndarray]:
-        arrays = batches.batch(order[number])._asdict()
-        return {name: array for name, array in arrays.items() if array is not None}
+        leaves = jax.tree_util.tree_leaves_with_path(batches.batch(order[number]))
+        return {jax.tree_util.keystr(path, simple=True, separator="."): array for path, array in leaves}
 
     return RowSteps(advance, batch_of)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jrlhf.core import dpo_loss, kwise_dpo_loss, kwise_ranking_loss, ranking_loss
+from jrlhf.core import dpo_loss, kto_loss, kwise_dpo_loss, kwise_ranking_loss, ranking_loss, reference_point
 from tests.support import oracles
 from tests.support.strategies import floats, masks, seeds, with_nan
 
@@ -153,3 +153,48 @@ def test_huge_log_probs_are_finite(kind, label_smoothing):
 def test_only_the_sigmoid_has_smooth_labels(kind):
     with pytest.raises(ValueError, match=f"the loss {kind} has no label smoothing"):
         dpo_loss(jnp.ones(1), jnp.ones(1), beta=0.1, kind=kind, label_smoothing=0.1)
+
+
+KTO = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+kto = jax.jit(
+    lambda ratios, desirable, mismatched: kto_loss(
+        ratios, desirable, reference_point(jnp.sum(mismatched), jnp.float32(len(mismatched))), **KTO
+    )
+)
+
+
+@given(seeds, masks(5), st.sampled_from([-3.0, 0.0, 3.0]))
+def test_labelled_answers_equal_the_loop(seed, desirable, shift):
+    ratios, mismatched = floats(seed, 5, scale=6.0), floats(seed + 1, 5, scale=2.0) + np.float32(shift)
+    expected = oracles.kto(ratios, desirable, mismatched, **KTO)
+    np.testing.assert_allclose(kto(ratios, desirable, mismatched), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_labelled_answers_by_hand():
+    # z₀ = mean(2, 0) = 1: of r = 1 half of λ is lost, and of r = 3 σ(-1) of λ = 2, or σ(1) of λ = 3
+    point = reference_point(jnp.float32(2.0), jnp.float32(2.0))
+    options = {"beta": 0.5, "desirable_weight": 2.0, "undesirable_weight": 3.0}
+    losses = kto_loss(jnp.array([1.0, 1.0, 3.0, 3.0]), jnp.array([True, False] * 2), point, **options)
+    np.testing.assert_allclose(losses, [1.0, 1.5, 2 * 0.268941, 3 * 0.731059], rtol=1e-5)
+    assert reference_point(jnp.float32(-4.0), jnp.float32(2.0)) == 0.0
+    assert reference_point(jnp.float32(0.0), jnp.float32(0.0)) == 0.0
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_gradient_of_a_labelled_answer_is_that_of_finite_differences(good):
+    def loss(ratio, mismatched):
+        point = reference_point(mismatched, jnp.float32(1.0))
+        return kto_loss(ratio, jnp.bool_(good), point, **KTO)
+
+    gradient, of_point = jax.grad(loss, argnums=(0, 1))(jnp.float32(1.3), jnp.float32(0.4))
+    above, below = (oracles.kto([1.3 + s], [good], [0.4], **KTO)[0] for s in (1e-5, -1e-5))
+    np.testing.assert_allclose(gradient, (above - below) / 2e-5, rtol=1e-4)
+    assert of_point == 0.0, "z₀ is a constant"
+
+
+def test_far_from_the_point_a_labelled_answer_has_no_gradient_and_is_finite():
+    ratios, desirable = jnp.array([1e4, -1e4, 1e4, -1e4], jnp.bfloat16), jnp.array([True, True, False, False])
+    loss, gradient = jax.value_and_grad(lambda r: jnp.sum(kto_loss(r, desirable, jnp.float32(1.0), **KTO)))(ratios)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, 1.3 + 0.7, rtol=1e-6)
+    np.testing.assert_array_equal(gradient, jnp.zeros(4))

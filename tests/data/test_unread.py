@@ -9,6 +9,7 @@ import pytest
 from jrlhf.data import BadRow, Columns, load_prompts, load_rankings, load_sft, load_texts
 from jrlhf.data.errors import MAX_COUNTED_NAMES, MAX_NAMES, Skips
 from jrlhf.data.formats import parse_answers, parse_prompt, parse_ranking, parse_sft, parse_tools
+from jrlhf.data.unpaired import parse_unpaired
 from jrlhf.data.unread import READ_COLUMNS, template_fields, unread_of
 from tests.support.chats import CHATML
 
@@ -28,6 +29,7 @@ LOADERS: dict[str, Any] = {
 PARSERS: dict[str, Any] = {
     "sft": parse_sft,
     "rankings": parse_ranking,
+    "unpaired": parse_unpaired,
     "prompts": lambda row: parse_tools(row, parse_prompt(row)),
     "texts": parse_answers,
 }

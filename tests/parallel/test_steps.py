@@ -21,14 +21,16 @@ from jrlhf.core import from_logits
 from jrlhf.parallel import ShardingRules, Step, init_sharded, jit_step, make_mesh, shard_batch, tree_shardings
 from jrlhf.steps import (
     DPOSettings,
+    KTOSettings,
     PPOSettings,
     make_dpo_step,
+    make_kto_step,
     make_ppo_step,
     make_reward_step,
     make_sft_step,
     separate,
 )
-from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState
+from jrlhf.types import PPOParams, RankingBatch, Rollout, SFTBatch, TrainState, UnpairedBatch
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 32, 16, 16, 6
 MESHES = {"8,1,1": (8, 1, 1), "2,2,2": (2, 2, 2), "1,8,1": (1, 8, 1)}
@@ -121,6 +123,20 @@ def dpo_case() -> Case:
     )
 
 
+def kto_case() -> Case:
+    """The first two completions of the rankings, each by itself; rank 0 is about a third of them."""
+    rankings = dpo_case().batch
+    # The reference finds the mismatched pairs unlikely, so that z₀ is not at its bound of 0.
+    shifted = rankings._replace(ref_logprobs=rankings.ref_logprobs - 3.0)
+    single = lambda batch, k: jax.tree.map(lambda x: x[:, k : k + 1] if x.ndim > 1 else x, batch)  # noqa: E731
+    settings = KTOSettings(beta=0.5, desirable_weight=1.3, undesirable_weight=1.0)
+    return Case(
+        lambda tx, slices: make_kto_step(from_logits(policy.apply), tx, settings, accumulation=slices),
+        lambda key: init_of(policy, key),
+        UnpairedBatch(single(rankings, 0), single(shifted, 1)),
+    )
+
+
 def ppo_case() -> Case:
     rng = np.random.default_rng(2)
     mask = ragged_masks(rng, ROWS)
@@ -160,7 +176,7 @@ def ppo_case() -> Case:
     return Case(make_step, init, rollout)
 
 
-CASES = {"sft": sft_case, "reward": reward_case, "dpo": dpo_case, "ppo": ppo_case}
+CASES = {"sft": sft_case, "reward": reward_case, "dpo": dpo_case, "kto": kto_case, "ppo": ppo_case}
 
 
 def one_device() -> Mesh:

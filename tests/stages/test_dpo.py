@@ -14,12 +14,10 @@ import pytest
 
 from jrlhf import assets
 from jrlhf.config import (
-    CheckpointConfig,
     Config,
     ConfigError,
     DataConfig,
     DPOConfig,
-    LogConfig,
     LoRAConfig,
     ModelConfig,
     OptimConfig,
@@ -36,7 +34,6 @@ from jrlhf.data import load_rankings, load_tokenizer
 from jrlhf.models import load_pretrained
 from jrlhf.plan.run import planned_target
 from jrlhf.runs.folder import exported_folder
-from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.dpo import plan_dpo, run_dpo
 from jrlhf.stages.dpo_reference import REFERENCE_FILE
 from jrlhf.steps import answer_logprobs
@@ -44,56 +41,9 @@ from jrlhf.tools.export import run_export
 from jrlhf.train.attempt import Event
 from jrlhf.train.programs import device_bytes
 from jrlhf.train.signals import Interrupted
+from tests.support.dpo import MODEL, NAMES, config_of, lines_of, write_rankings
 from tests.support.processes import JRLHF, by_variables, running
 from tests.support.runs import compare_runs, deterministic, first_rows, read_jsonl
-
-MODEL = ModelConfig(path="asset:stories260k")
-LIKED, ENDS = "happy", (" and sad.", " and happy.", " and blue.")
-"""People like the happy end, and find the others alike: a ranking of three with a tie, or of two."""
-
-
-def write_rankings(path: Path, names: tuple[str, ...]) -> str:
-    """Rows of three answers with a tie, of two answers, and of two with a margin."""
-    rows: list[dict[str, Any]] = []
-    for i, name in enumerate(names):
-        row: dict[str, Any] = {"prompt": f"Once upon a time there was a {name}. It was big"}
-        if i % 3 == 0:
-            row |= {"completions": [*ENDS], "ranks": [1, 0, 1]}
-        else:
-            row |= {"chosen": ENDS[1], "rejected": ENDS[2 * (i % 2)]} | ({"margin": 0.5} if i % 3 == 2 else {})
-        rows.append(row)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-NAMES = ("cat", "dog", "boy", "girl", "bird", "bear", "car", "tree", "ball", "fish", "frog", "house", "man", "cow",
-         "pig", "king")  # fmt: skip
-
-
-def config_of(folder: Path, run: str, **changes: Any) -> Config:
-    """Four steps of eight rankings, a line and a checkpoint after each, an evaluation after every second."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = DataConfig(
-        train=write_rankings(folder / "train.jsonl", NAMES),
-        eval=write_rankings(folder / "heldout.jsonl", ("horse", "rat", "duck")),
-        max_length=64,
-        buckets=1,
-    )
-    dpo = DPOConfig(
-        model=MODEL,
-        data=data,
-        optim=OptimConfig(lr=1e-3, warmup=0.0),
-        sampling=SamplingConfig(max_new_tokens=4),
-        batch_size=8,
-        epochs=2.0,
-        log=LogConfig(every=1, eval_every=2, samples=2, progress=False, tensorboard=False),
-        checkpoint=CheckpointConfig(every=1, keep=3, keep_best=1),
-    )
-    return Config(run=str(folder / run), seed=3, dpo=replace(dpo, **changes))
-
-
-def lines_of(config: Config, name: str) -> list[dict[str, float]]:
-    return [line for line in read_metrics(Path(config.run) / "dpo" / "metrics.jsonl") if name in line]
 
 
 @pytest.fixture(scope="module")

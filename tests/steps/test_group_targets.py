@@ -83,6 +83,15 @@ def test_the_kl_is_in_the_score_or_in_the_loss_or_nowhere():
             targets(kl_place=place)
 
 
+def test_an_answer_alone_has_no_baseline():
+    for baseline in ("mean", "leave_one_out"):
+        with pytest.raises(
+            ValueError, match=f"samples is 1, but the baseline {baseline} sets an answer against its group"
+        ):
+            targets(samples=1, baseline=baseline)
+    np.testing.assert_allclose(advantages(samples=1, baseline="none"), SCORES)
+
+
 def test_rewards_apart_are_scaled_each_and_whitened_together():
     parts = {"model": jnp.array([100.0, 0.0, 50.0, 50.0]), "rule/stop": jnp.array([0.0, 1.0, 0.0, 1.0])}
     found = advantages(parts=parts, scale=True, weights={"model": 1.0, "rule/stop": 3.0})

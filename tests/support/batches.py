@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrlhf.steps import PPOSettings
-from jrlhf.types import RankingBatch, Rollout, SFTBatch, TrainState
+from jrlhf.types import PackedRankingBatch, RankingBatch, Rollout, SFTBatch, TrainState
 from tests.support.tiny_models import VOCABULARY
 
 KEY = jax.random.key(0)
@@ -53,6 +53,44 @@ def preference_batch(rows=4, seed=0, width=6):
         loss_mask=batch.mask & (jnp.arange(width) >= 1)[None, None, :],
         ref_logprobs=jnp.asarray(reference, jnp.float32),
     )
+
+
+def bigram(params, tokens, mask):
+    """A model that looks at one token alone, so that rows may be packed as they like."""
+    del mask
+    return params["embedding"][tokens] @ params["head"]
+
+
+def bigram_params():
+    rng = np.random.default_rng(5)
+    shapes = {"embedding": (VOCABULARY, 4), "head": (4, VOCABULARY)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def packed_batch(batch, layout, width):
+    """The rankings of a batch in rows of ``width``: row r holds the rankings ``layout[r]``."""
+    most, completions = max(map(len, layout)), batch.ranks.shape[1]
+    shape = len(layout), most, completions
+    found = PackedRankingBatch(
+        np.zeros((len(layout), width), np.int32), np.zeros((len(layout), width), np.int32), np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32), np.zeros(shape, bool), np.zeros(shape[:2], np.float32),
+        np.zeros((len(layout), width), bool), np.full(shape, np.nan, np.float32),
+    )  # fmt: skip
+    for row, members in enumerate(layout):
+        start, number = 0, 1
+        for place, b in enumerate(members):
+            found.margin[row, place] = batch.margin[b]
+            for place_of_answer, k in enumerate(np.flatnonzero(np.asarray(batch.valid[b]))):
+                real = np.asarray(batch.mask[b, k])
+                here, answer = slice(start, start + real.sum()), (row, place, place_of_answer)
+                found.tokens[row, here], found.segments[row, here] = np.asarray(batch.tokens[b, k])[real], number
+                found.loss_mask[row, here] = np.asarray(batch.loss_mask[b, k])[real]
+                found.ends[answer], found.ranks[answer], found.valid[answer] = here.stop - 1, batch.ranks[b, k], True
+                if batch.ref_logprobs is not None:
+                    found.ref_logprobs[answer] = batch.ref_logprobs[b, k]
+                start, number = here.stop, number + 1
+    found = found._replace(ref_logprobs=None) if batch.ref_logprobs is None else found
+    return jax.tree.map(jnp.asarray, found)
 
 
 def rollout_batch(apply_fn, params, *, rows=4, prompt=3, response=6, temperature=0.7, seed=0, noise=0.5):

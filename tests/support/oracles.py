@@ -157,3 +157,14 @@ def each(function, *arrays):
     return np.array([function(*(float(x) for x in xs)) for xs in zip(*map(np.ravel, arrays), strict=True)]).reshape(
         np.shape(arrays[0])
     )
+
+
+def kto(log_ratios, desirable, mismatched, beta, desirable_weight, undesirable_weight):
+    """Each answer, as the paper writes it: λ - λ·σ(β·(r - z₀)), or λ - λ·σ(β·(z₀ - r))."""
+    point = max(sum(float(x) for x in mismatched) / max(len(mismatched), 1), 0.0)
+    losses = []
+    for ratio, good in zip(log_ratios, desirable, strict=True):
+        weight = desirable_weight if good else undesirable_weight
+        gain = beta * (float(ratio) - point) * (1 if good else -1)
+        losses.append(weight - weight * math.exp(-minus_log_sigmoid(gain)))
+    return losses
