@@ -300,7 +300,8 @@ def test_the_defaults_pass():
         ("sft.checkpoint.every", "0"), ("sft.checkpoint.keep", "0"), ("ppo.checkpoint.keep_best", "-1"),
         ("sft.log.every", "0"), ("reward.log.eval_every", "0"), ("ppo.log.eval_rows", "-1"), ("sft.log.samples", "-1"),
         ("sft.sampling.max_new_tokens", "0"), ("sft.sampling.temperature", "-1"), ("sft.sampling.top_k", "-1"),
-        ("sft.sampling.top_p", "0"), ("sft.sampling.stop", ""), ("sft.epochs", "0"), ("sft.batch_size", "0"),
+        ("sft.sampling.top_p", "0"), ("sft.sampling.stop", ""), ("ppo.sampling.slots", "-1"), ("sft.epochs", "0"),
+        ("sft.batch_size", "0"),
         ("sft.microbatch", "-1"), ("sft.pack_length", "100"), ("reward.pack_length", "-1"),
         ("sft.lora.rank", "-1"), ("reward.lora.alpha", "0"), ("ppo.lora.targets", "("),
         ("sft.candidates", "0"), ("reward.epochs", "-1"),
@@ -367,6 +368,8 @@ def test_the_tools_values_are_checked_too():
         check(GenerateConfig("m", "p", samples=0))
     with pytest.raises(ConfigError, match="batch_size: must be 1 or more, got 0"):
         check(ScoreConfig("m", "d", batch_size=0))
+    with pytest.raises(ConfigError, match=r"sampling\.slots: must be 0, because batch_size is"):
+        check(GenerateConfig("m", "p", sampling=SamplingConfig(slots=4)))
     with pytest.raises(ConfigError, match="temperature: must be above 0, got 0"):
         check(VerifyConfig("m", temperature=0.0))
 

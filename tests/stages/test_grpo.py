@@ -47,6 +47,7 @@ GRPO_LOG = {
     "loss", "loss/policy", "policy/approxkl", "policy/clipfrac", "policy/ratio_mean", "policy/ratio_max",
     "policy/updates", "policy/first_minibatch_max_abs_log_ratio", "grad_norm", "lr", "eos_fraction",
     "sampler/max_abs_logprob_diff", "share/rollout", "share/scoring", "share/update", "perf/rollout_tokens_per_second",
+    "rollout/occupancy",
 }  # fmt: skip
 KL_LOG = {"kl", "kl_coef", "loss/kl"}
 
@@ -75,8 +76,9 @@ def lines_of(config: Config) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any], list[Event]]:
-    """A run, its summary, and what the loop told of it."""
+    """A run, its summary, and what the loop told of it. On each device two answers share one slot."""
     config = config_of(tmp_path_factory.mktemp("grpo"), "whole", epochs=2, minibatches=2, ema_decay=0.5)
+    config = replace(config, grpo=replace(config.grpo, sampling=replace(config.grpo.sampling, slots=1)))
     events: list[Event] = []
     return config, run_grpo(config, on_event=events.append), events
 
@@ -90,6 +92,7 @@ def test_it_logs_what_it_does_and_starts_on_policy(whole: tuple[Config, dict[str
         assert line["policy/first_minibatch_max_abs_log_ratio"] <= 5e-5
         assert line["policy/updates"] == 4
         assert 0.0 <= line["groups/degenerate"] < 1.0
+        assert 0.2 < line["rollout/occupancy"] <= 1.0
     assert abs(lines[0]["kl"]) == 0.0
     assert lines[-1]["kl_coef"] == pytest.approx(0.04)
     assert summary["before"]["eval/kl"] == 0.0
