@@ -47,6 +47,8 @@ from jrlhf.types import TrainState
 Evaluation = Callable[[RunState, int], dict[str, float]]
 """A function from a state and a step to the figures of the policy's held-out answers."""
 
+SEARCH = "best-of-n"
+"""Folder of the search among the SFT model's answers, which comes before the runs of a seed."""
 POINTS = 3
 """Evaluations of a run."""
 
@@ -164,8 +166,9 @@ def train(work: dict[str, Any], out: Path) -> dict[str, Any]:
     run = f"{name}-{work['purpose']}-{work['lr']:g}".lower().replace(" ", "-").replace(",", "").replace(".", "")
     config = method_config(out, name, work["seed"], run, lr=work["lr"])
     shutil.rmtree(config.run, ignore_errors=True)
+    # The answers of the SFT model, with which an evaluation compares.
     folder = Path(config.run) / "evaluation"
-    folder.mkdir(parents=True)
+    shutil.copytree(folder.parent.parent / SEARCH / "evaluation", folder)
     evaluation = partial(make_evaluation, config, out / HELDOUT, folder)
     watch = Watch(work["budget"], evaluation, reading=READING * method.reference_batches)
     with suppress(Spent):
@@ -175,7 +178,7 @@ def train(work: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def search(seed: int, out: Path) -> dict[str, Any]:
     """Return the figures of the SFT model, and of the best of several of its answers by the reward model."""
-    config = method_config(out, "DPO", seed, "best-of-n", lr=1.0)
+    config = method_config(out, "DPO", seed, SEARCH, lr=1.0)
     folder = Path(config.run) / "evaluation"
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_pretrained(last_export(config.dpo.model.path, "language"), dtype="float32").params

@@ -69,13 +69,13 @@ def train_base(out: Path, seed: int) -> None:
 
 def run_all(args: argparse.Namespace, out: Path) -> Results:
     results, first = Results(out), args.seeds[0]
-    train_base(out, first)
-    tried = {"factors": args.learning_rates, "seed": first}
-    rates = {name: best_rate(results, name, args.budget, **tried) for name in METHODS}
     for seed in args.seeds:
         train_base(out, seed)
         results.get(method=BEST_OF, seed=seed)
-        for name in METHODS:
+    tried = {"factors": args.learning_rates, "seed": first}
+    rates = {name: best_rate(results, name, args.budget, **tried) for name in args.methods}
+    for seed in args.seeds:
+        for name in args.methods:
             results.get(method=name, seed=seed, lr=rates[name], budget=args.budget, purpose="run")
     return results
 
@@ -83,6 +83,7 @@ def run_all(args: argparse.Namespace, out: Path) -> Results:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS, help="in the order of their runs")
     parser.add_argument("--budget", type=float, default=60.0, help="CPU seconds of training of each method")
     parser.add_argument(
         "--learning-rates",
