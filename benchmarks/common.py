@@ -6,6 +6,7 @@ import json
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -216,3 +217,29 @@ def cpu_name() -> str:
         return f"{len(names)} x {names[0]}"
     except (OSError, IndexError):
         return platform.processor()
+
+
+class Spent(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    cpu_seconds: float
+    """Over all cores: on a machine that others use too, what it would take alone is this over the cores that it
+    keeps busy."""
+
+
+def run_once(out: Path, command: str, *arguments: str, cwd: Path | None = None) -> Spent:
+    """Run a jrlhf command, unless it has finished in an earlier call; return what it took."""
+    done = out / f"{command}.spent.json"
+    if not done.is_file():
+        start, used = time.perf_counter(), children_cpu_seconds()
+        subprocess.run([sys.executable, "-m", "jrlhf", command, *arguments], check=True, stdout=sys.stderr, cwd=cwd)
+        spent = Spent(round(time.perf_counter() - start, 1), round(children_cpu_seconds() - used, 1))
+        done.write_text(json.dumps(spent._asdict()) + "\n", encoding="utf-8")
+    return Spent(**json.loads(done.read_text(encoding="utf-8")))
+
+
+def children_cpu_seconds() -> float:
+    """Return the CPU seconds of all finished child processes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

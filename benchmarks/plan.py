@@ -218,14 +218,10 @@ def plan(config: Path, topology: str, out: Path) -> dict[str, Any]:
     return json.loads((out / "plan.json").read_text())
 
 
-def cpu_seconds() -> float:
-    """Return the CPU seconds of all finished child processes: the time of a plan on an idle machine."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def plan_big(out: Path, only: str) -> None:
-    """Print a JSON line for each stage of each plan."""
+    """Print a JSON line for each stage of each plan; CPU seconds are those of a plan on an idle machine."""
+    from common import children_cpu_seconds
+
     for size, sizes in SIZES.items():
         for name, kind in ((size, {}), (f"{size}-reward", REWARD)):
             (out / name).mkdir(parents=True, exist_ok=True)
@@ -236,9 +232,9 @@ def plan_big(out: Path, only: str) -> None:
         config = out / f"{size}.yaml"
         rows = {"sft_rows": SFT_ROWS * fsdp, "episodes": EPISODES * fsdp}
         config.write_text(BIG.format(model=out / size, fsdp=fsdp, tensor=tensor, **rows))
-        start, used = time.perf_counter(), cpu_seconds()
+        start, used = time.perf_counter(), children_cpu_seconds()
         planned = plan(config, topology, out)
-        took = {"planned_in": round(time.perf_counter() - start), "cpu_seconds": round(cpu_seconds() - used)}
+        took = {"planned_in": round(time.perf_counter() - start), "cpu_seconds": round(children_cpu_seconds() - used)}
         about = {"model": size, "topology": topology, "mesh": planned["mesh"], "compiler": planned["compiler"]}
         for stage in planned["stages"]:
             print(json.dumps(about | stage_line(stage) | took), flush=True)

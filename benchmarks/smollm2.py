@@ -11,16 +11,14 @@ import argparse
 import gzip
 import json
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from common import cpu_name
+from common import cpu_name, run_once
 from gguf_llama import convert
 from scipy.stats import binomtest
 from tokenizers import Tokenizer
@@ -30,6 +28,7 @@ from jrlhf.data.formats import parse_ranking
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.reward import pair_metrics
 from jrlhf.stages.reward_figures import Ranking, bag_of_words_accuracy
+from jrlhf.system.lines import json_line, read_json_lines, write_text
 from jrlhf.tools.quickstart import BAG_OF_WORDS_L2
 
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
@@ -110,40 +109,26 @@ def is_ranking(line: str) -> bool:
 
 
 def rankings(path: Path) -> list[Ranking]:
-    return [(row.completions, row.ranks) for row in map(parse_ranking, read_lines(path))]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def run_once(out: Path, command: str, *arguments: str) -> float:
-    """Run a jrlhf command unless it has finished in an earlier call; return its seconds."""
-    done = out / f"{command}.seconds"
-    if not done.is_file():
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "jrlhf", command, *arguments], check=True, stdout=sys.stderr)
-        done.write_text(f"{time.perf_counter() - start:.1f}\n", encoding="utf-8")
-    return float(done.read_text(encoding="utf-8"))
+    return [(row.completions, row.ranks) for row in map(parse_ranking, read_json_lines(path))]
 
 
 def ask(out: Path) -> float:
     """Return the seconds of a greedy answer, which must be right, else the weights are wrong."""
     question = {"prompt": [{"role": "user", "content": QUESTION}]}
-    (out / "data/question.jsonl").write_text(json.dumps(question) + "\n", encoding="utf-8")
+    write_text(out / "data/question.jsonl", json_line(question))
     files = ["--prompts", str(out / "data/question.jsonl"), "--out", str(out / "answer.jsonl")]
     greedy = ["--sampling.temperature", "0", "--sampling.max-new-tokens", "24"]
-    seconds = run_once(out, "generate", "--model", str(out / "model"), *files, *greedy)
-    if ANSWER not in (answer := read_lines(out / "answer.jsonl")[0]["completions"][0]):
+    spent = run_once(out, "generate", "--model", str(out / "model"), *files, *greedy)
+    if ANSWER not in (answer := read_json_lines(out / "answer.jsonl")[0]["completions"][0]):
         sys.exit(f"{QUESTION} {answer}")
-    return seconds
+    return spent.seconds
 
 
 def reward_figures(out: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     """Compute the figures from the scores of the held-out answers, which come in pairs with the better one first."""
     summary = json.loads((out / "run/reward/summary.json").read_text(encoding="utf-8"))
     log = [line for line in read_metrics(out / "run/reward/metrics.jsonl") if "loss" in line]
-    rows = read_lines(out / "scores.jsonl")
+    rows = read_json_lines(out / "scores.jsonl")
     scores = np.asarray([row["score"] for row in rows]).reshape(-1, 2)
     lengths = np.asarray([len(tokenizer.encode(row["completion"]).ids) for row in rows]).reshape(-1, 2)
     # Undo the gain, which only normalises the scores to a standard deviation of 1.
@@ -195,11 +180,11 @@ def main() -> None:
     run_once(out, "reward", "--config", str(recipe))
     files = ["--data", str(out / "data/heldout.jsonl"), "--out", str(out / "scores.jsonl")]
     length = ["--max-length", str(args.max_length)]
-    seconds["score"] = run_once(out, "score", "--model", str(out / "run"), *files, *length)
+    seconds["score"] = run_once(out, "score", "--model", str(out / "run"), *files, *length).seconds
     run_once(out, "ppo", "--config", str(recipe))
     reward, ppo = reward_figures(out, Tokenizer.from_file(str(args.tokenizer))), ppo_figures(out)
     seconds |= {"reward": reward.pop("seconds")} | ppo.pop("seconds")
-    answer = read_lines(out / "answer.jsonl")[0]["completions"][0]
+    answer = read_json_lines(out / "answer.jsonl")[0]["completions"][0]
     figures = {"base": {"answer": answer}, "reward": reward, "ppo": ppo, "seconds": seconds}
     print(json.dumps(figures | {"cpu": cpu_name(), "jax": jax.__version__}))
     print("| | |\n| --- | ---: |", file=sys.stderr)

@@ -19,10 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from jrlhf.config import load_config
 from jrlhf.models import load_pretrained
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from jrlhf.system.lines import read_json_lines
 
 
 def answers_agree(out: Path) -> dict[str, Any]:
@@ -31,7 +28,8 @@ def answers_agree(out: Path) -> dict[str, Any]:
         AutoTokenizer.from_pretrained(out / "model"),
         AutoModelForCausalLM.from_pretrained(out / "model"),
     )
-    question, answer = read_lines(out / "data/question.jsonl")[0]["prompt"], read_lines(out / "answer.jsonl")[0]
+    question = read_json_lines(out / "data/question.jsonl")[0]["prompt"]
+    answer = read_json_lines(out / "answer.jsonl")[0]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = inputs["input_ids"]
     with torch.no_grad():
@@ -55,7 +53,7 @@ def scores_agree(out: Path, *, count: int) -> dict[str, Any]:
     """
     folder = out / "run/reward"
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
-    rows = read_lines(out / "scores.jsonl")
+    rows = read_json_lines(out / "scores.jsonl")
     texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
     longest = load_config(folder / "config.yaml").reward.data.max_length
     short = [i for i, text in enumerate(texts) if len(tokenizer(text)["input_ids"]) <= longest][:count]
