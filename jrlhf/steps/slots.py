@@ -114,7 +114,9 @@ def collect(answers: Answers, slots: Slots) -> Answers:
         limit = slots.tokens.shape[-1]
         # The prompt's own last step drew the first token.
         columns = (slots.steps_before[:, None] - 1 + jnp.arange(limit, dtype=jnp.int32)[None]) % limit
-        tokens, logprobs = (jnp.take_along_axis(x, columns, axis=-1) for x in (slots.tokens, slots.logprobs))
+        drawn = tuple(jnp.take_along_axis(x, columns, axis=-1) for x in (slots.tokens, slots.logprobs))
+        # The compiler of TPUs breaks off where it merges this gather into the scatter.
+        tokens, logprobs = lax.optimization_barrier(drawn)
         found = Answers(slots.steps_before, slots.length, slots.stopped, tokens, logprobs)
         return jax.tree.map(lambda old, new: old.at[slots.answer].set(new, mode="drop"), answers, found)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jrlhf.config.rewards import RepetitionRuleConfig, RewardsConfig
+from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.report.charts import overoptimisation_chart
 from jrlhf.report.record import read_run
 from jrlhf.rollout.best_of_n import best_mean, best_of_n_curve, best_of_n_kl, curve_sizes
@@ -48,7 +48,7 @@ def test_the_sizes_of_a_curve_double() -> None:
 
 
 def test_a_run_writes_the_curve_of_its_first_policy_and_the_report_draws_it(tmp_path: Path) -> None:
-    rules = RewardsConfig(model_weight=0.0, repetition=RepetitionRuleConfig(weight=1.0, n=1))
+    rules = RewardsConfig(model_weight=0.0, length=LengthRuleConfig(weight=1.0, unit="words", min=12, max=13))
     config = small_config(tmp_path, "run")
     model = replace(config.ppo.model, path="asset:stories260k")
     config = replace(config, ppo=replace(config.ppo, model=model, rewards=rules, iterations=1, best_of_n=3))
@@ -57,7 +57,7 @@ def test_a_run_writes_the_curve_of_its_first_policy_and_the_report_draws_it(tmp_
     assert [point["n"] for point in curve] == [1, 2, 3]
     scores = [point["score"] for point in curve]
     assert scores == sorted(scores)
-    assert scores[0] < scores[-1] <= 0.0
+    assert 0.0 < scores[0] < scores[-1] < 1.0
     run = read_run(Path(config.run), None, STAGES)
     assert run.best_of_n["ppo"] == curve
     chart, _ = overoptimisation_chart("ppo", run, "")

@@ -124,7 +124,8 @@ def config_of(scenario: Scenario, folder: Path) -> PlanConfig:
             **common,
             reward=replace(model, path=str(paths[1])),
             prompts=replace(data, max_length=half),
-            sampling=sampling,
+            # Half of the answers wait for the slot of one that has ended.
+            sampling=replace(sampling, slots=ROWS // 2),
             episodes=rows,
             epochs=1,
             minibatches=1,
