@@ -1,6 +1,6 @@
 """Compares what algorithms make of one SFT model in equal CPU time of training, on the quick start's model and data.
 
-    python benchmarks/algorithms.py --seeds 0 1 2 --budget 60 --out /tmp/algorithms --picture algorithms.png
+    python benchmarks/algorithms.py --seeds 0 1 2 --budget 60 --out DIR --picture algorithms.png
 
 A seed's SFT and reward model are trained once and shared by its methods. Each method trains, in a process of its own,
 until it has spent its CPU time; with several --learning-rates, shorter runs first choose each method's by the reward.

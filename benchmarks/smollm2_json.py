@@ -2,7 +2,7 @@
 which it can seldom do at first. Prints a JSON line with the curve; ``--picture`` draws it.
 
     python benchmarks/smollm2_json.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --tokenizer tokenizer.json \\
-        --out /tmp/smollm2-json --picture smollm2-json.png > smollm2-json.json
+        --out DIR --picture smollm2-json.png > smollm2-json.json
 
 A run that was cut goes on. Needs the package gguf.
 """
