@@ -1,4 +1,4 @@
-"""What the losses of the DPO stage do differently: losses of pairs read rankings, KTO reads labelled answers."""
+"""The functions in which the losses of the DPO stage differ."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ Flops = Callable[[Any, Any], jax.Array]
 
 
 class Reader(NamedTuple):
-    """What reads held-out rows."""
+    """The program and the limits with which a method reads held-out rows."""
 
     logprobs: Any
     """``(params, batch) -> AnswerLogprobs``, jitted; the program that has read the reference."""
@@ -48,4 +48,4 @@ class Method(NamedTuple):
     planned: Callable[[Target, int, int, int, int], Any]
     """Shapes of the batch of a step, for ``(target, rows, completions, longest, pack_length)``."""
     counted: str
-    """What the step counts: its metric, whose rate is logged."""
+    """Name of the metric that counts a step's pairs or answers; their rate is logged."""

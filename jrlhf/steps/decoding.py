@@ -23,7 +23,7 @@ def steps_between(shards: int) -> int:
 
 
 class Queue(NamedTuple):
-    """What each shard has to answer, ``A`` = ``E`` · ``K`` answers, numbered in the order of its prompts."""
+    """The prompts of each shard and the keys of their ``A`` = ``E`` · ``K`` answers, in the order of the prompts."""
 
     prompts: Int[Array, "D E P"]
     mask: Bool[Array, "D E P"]

@@ -50,7 +50,7 @@ def labelled(answers: AnswerLogprobs, batch: AnyRankingBatch) -> Labelled:
 
 
 def kto_figures(answers: Labelled, settings: KTOSettings) -> Metrics:
-    """What is logged beside the loss: implicit rewards β·(log π - log π_ref) and log-probs of both kinds of answers.
+    """Return the figures beside the loss: implicit rewards β·(log π - log π_ref) and log-probs of both kinds.
 
     ``accuracy`` is the share of all pairs of a desirable and an undesirable answer, to whatever prompts, in which the
     desirable one has the larger implicit reward. ``margin`` is the difference of the mean rewards. A mean of no

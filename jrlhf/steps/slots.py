@@ -16,7 +16,7 @@ from jrlhf.core import sample_at, uniforms
 
 
 class Slots(NamedTuple):
-    """What each slot of each shard is busy with.
+    """The state of each slot of each shard: its answer, and the tokens drawn so far.
 
     All slots write their tokens to the same column of a ring, whatever they are busy with. An answer begins at a column
     of its own, and N columns are enough for it.

@@ -105,6 +105,7 @@ def test_a_run_on_a_cache_in_int8_says_how_far_the_sampler_is_from_the_trainer(t
     )
     run_ppo(replace(config, ppo=ppo))
     (line,) = (line for line in read_metrics(Path(config.run) / "ppo" / "metrics.jsonl") if "kl" in line)
+    # The largest of 64 answers is 0.5 to 1.9 with eight keys each, their mean 0.05: a few tokens decide it.
     assert 1e-3 < line["sampler/max_abs_logprob_diff"] < 2.0
     assert 1e-6 < abs(line["sampler/mean_ratio"] - 1.0) < 0.05
     assert line["policy/first_minibatch_max_abs_log_ratio"] <= 5e-5
