@@ -193,12 +193,19 @@ class Decoder(nn.Module):
         stored = lax.dynamic_update_slice(cache.positions, positions, (jnp.int32(0), place))
         kinds = attention_inputs(self.arch, positions, stored, segments=None)
         block = Block(self.arch, self.dtype, "xla", self.mesh, parent=None)
+
+        # A function of its own, so that layers of one kind are traced and lowered once, not each.
+        @jax.jit
+        def run_layer(
+            params: Any, x_BTD: Array, inputs: AttentionInputs, layer_cache: LayerCache
+        ) -> tuple[Array, LayerCache]:
+            return block.apply({"params": params}, x_BTD, jnp.int32(0), (inputs,), layer_cache)
+
         layers = self.variables["params"]["layers"]
         x_BTD, keys, values = self.lookup(tokens, positions), [], []
         for layer, kind in enumerate(self.arch.layer_kinds):
             layer_cache = LayerCache(cache.keys[layer], cache.values[layer], place)
-            variables = {"params": layer_weights(layers, layer)}
-            x_BTD, layer_cache = block.apply(variables, x_BTD, jnp.int32(0), (kinds[kind],), layer_cache)
+            x_BTD, layer_cache = run_layer(layer_weights(layers, layer), x_BTD, kinds[kind], layer_cache)
             keys.append(layer_cache.keys)
             values.append(layer_cache.values)
         logits = self.unembed(self.final_norm(x_BTD[:, -1:]))[:, 0]
