@@ -55,7 +55,11 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._keep, self._keep_best = keep, keep_best
         self._best_metric, self._sign = best_metric, -1.0 if best_mode == "min" else 1.0
-        self._arrays = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        # Hosts share the work of writing what they all hold. In one process it would only be cut, by a program a slice,
+        # all of which the first save compiles.
+        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        self._arrays = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 

@@ -20,6 +20,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jrlhf.parallel import init_sharded, make_mesh, tree_shardings
+from jrlhf.parallel.compilation import counted_compilations
 from jrlhf.runs.checkpoints import CheckpointError, Checkpoints
 from jrlhf.runs.lock import RunLocked, run_lock
 from jrlhf.runs.manifest import write_manifest
@@ -57,6 +58,17 @@ def abstract(tree: Any, shardings: Any) -> Any:
 def run_python(code: str, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_save_of_what_all_devices_hold_compiles_nothing(tmp_path: Path) -> None:
+    everywhere = jax.sharding.NamedSharding(make_mesh(data=8, fsdp=1, tensor=1), PartitionSpec())
+    state = jax.device_put({"w": jnp.arange(24.0).reshape(3, 8), "b": jnp.arange(16.0)}, everywhere)
+    with open_checkpoints(tmp_path / "ck") as checkpoints:
+        with counted_compilations() as compilations:
+            checkpoints.save(1, state, metadata={}, metrics=None)
+            checkpoints.wait()
+        assert compilations.programs == 0
+        assert bits(checkpoints.restore(1, state)) == bits(state)
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_structure_and_metadata(tmp_path: Path) -> None:
