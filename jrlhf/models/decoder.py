@@ -196,9 +196,7 @@ class Decoder(nn.Module):
 
         # A function of its own, so that layers of one kind are traced and lowered once, not each.
         @jax.jit
-        def run_layer(
-            params: Any, x_BTD: Array, inputs: AttentionInputs, layer_cache: LayerCache
-        ) -> tuple[Array, LayerCache]:
+        def run_layer(params: Any, x_BTD: Array, inputs: AttentionInputs, layer_cache: LayerCache) -> Any:
             return block.apply({"params": params}, x_BTD, jnp.int32(0), (inputs,), layer_cache)
 
         layers = self.variables["params"]["layers"]

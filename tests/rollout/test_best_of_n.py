@@ -16,6 +16,7 @@ from jrlhf.rollout.best_of_n import best_mean, best_of_n_curve, best_of_n_kl, cu
 from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.table import STAGES
 from tests.support.runs import small_config
+from tests.support.short_model import SHORT_MODEL
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -50,7 +51,7 @@ def test_the_sizes_of_a_curve_double() -> None:
 def test_a_run_writes_the_curve_of_its_first_policy_and_the_report_draws_it(tmp_path: Path) -> None:
     rules = RewardsConfig(model_weight=0.0, length=LengthRuleConfig(weight=1.0, unit="words", min=12, max=13))
     config = small_config(tmp_path, "run")
-    model = replace(config.ppo.model, path="asset:stories260k")
+    model = replace(config.ppo.model, path=SHORT_MODEL)
     config = replace(config, ppo=replace(config.ppo, model=model, rewards=rules, iterations=1, best_of_n=3))
     run_ppo(config)
     curve = json.loads((Path(config.run) / "ppo" / "best_of_n.json").read_text())["curve"]

@@ -26,6 +26,7 @@ from jrlhf.stages.ppo import run_ppo
 from jrlhf.train.start import mesh_of
 from tests.support.checkpoints import SIZES, write_checkpoint
 from tests.support.runs import read_jsonl, small_config
+from tests.support.short_model import SHORT_MODEL
 
 TEMPLATE = (
     "{% if tools %}[tools]{{ tools[0].name }}<end>{% endif %}"
@@ -71,7 +72,7 @@ def config_with(reward: Path | str, folder: Path, **changes: Any) -> Config:
     config = small_config(folder, "run")
     ppo = replace(
         config.ppo,
-        model=replace(config.ppo.model, path="asset:stories260k"),
+        model=replace(config.ppo.model, path=SHORT_MODEL),
         reward=replace(config.ppo.reward, path=str(reward)),
         iterations=2,
         ptx_coef=0.0,

@@ -28,6 +28,7 @@ from jrlhf.config import (
 from jrlhf.config.rewards import JSONRuleConfig, RequiredRuleConfig, RewardsConfig
 from jrlhf.rules import same_number
 from tests.support.runs import read_jsonl
+from tests.support.short_model import SHORT_MODEL
 
 ROWS = Path(__file__).parents[1] / "fixtures" / "gsm8k-short" / "rows.jsonl"
 SHARE = 8
@@ -66,7 +67,7 @@ def config_of(
     return Config(
         run=str(folder / "run"),
         sft=SFTConfig(
-            model=ModelConfig(path="asset:stories260k"),
+            model=ModelConfig(path=SHORT_MODEL),
             data=data(sizes["text"], 2),
             optim=OptimConfig(lr=3e-3, warmup=0.05),
             epochs=sizes["epochs"],

@@ -45,6 +45,7 @@ from jrlhf.train.keys import stream_key
 from jrlhf.train.signals import Interrupted
 from jrlhf.types import Generation
 from tests.support.runs import compare_runs, read_jsonl, small_config
+from tests.support.short_model import SHORT_MODEL
 
 LENGTH = LengthRuleConfig(weight=2.0, min=3, max=5)
 RULES = RewardsConfig(model_weight=0.0, json=JSONRuleConfig(weight=1.0), length=LENGTH)
@@ -52,7 +53,7 @@ RULES = RewardsConfig(model_weight=0.0, json=JSONRuleConfig(weight=1.0), length=
 
 def rules_only(folder: Path, run: str, rewards: RewardsConfig, **changes: Any) -> Config:
     config = small_config(folder, run)
-    policy = replace(config.ppo.model, path="asset:stories260k")
+    policy = replace(config.ppo.model, path=SHORT_MODEL)
     return replace(config, ppo=replace(config.ppo, model=policy, rewards=rewards, ptx_coef=0.0, **changes))
 
 
@@ -168,7 +169,7 @@ def test_a_run_on_rules_can_be_planned() -> None:
     plan = PlanConfig(
         topology="cpu:8",
         ppo=PPOConfig(
-            model=ModelConfig(path="asset:stories260k"),
+            model=ModelConfig(path=SHORT_MODEL),
             prompts=DataConfig(max_length=16),
             sampling=SamplingConfig(max_new_tokens=8),
             episodes=16,

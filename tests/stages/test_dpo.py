@@ -44,6 +44,7 @@ from jrlhf.train.signals import Interrupted
 from tests.support.dpo import MODEL, NAMES, config_of, lines_of, write_rankings
 from tests.support.processes import JRLHF, by_variables, running
 from tests.support.runs import compare_runs, deterministic, first_rows, read_jsonl
+from tests.support.short_model import LAYERS
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_it_leaves_what_every_stage_leaves(whole: tuple[Config, dict[str, Any]],
     samples = read_jsonl(folder / "samples.jsonl")
     assert [row["step"] for row in samples] == [0, 0, 2, 2, 4, 4]
     assert samples[0]["prompt"].endswith("a horse. It was big")
-    assert load_pretrained(folder / "hf", dtype="float32").arch.num_layers == 5
+    assert load_pretrained(folder / "hf", dtype="float32").arch.num_layers == LAYERS
     assert exported_folder(config.run, stages=("ppo", "dpo", "sft")) == str(folder / "hf")
     run_export(ExportConfig(run=config.run, out=str(tmp_path / "out"), stage="dpo", step=4))
     weights = [place / "model.safetensors" for place in (tmp_path / "out", folder / "hf")]

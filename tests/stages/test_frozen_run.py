@@ -16,6 +16,7 @@ from jrlhf.stages.sft import run_sft
 from jrlhf.train.attempt import Event
 from jrlhf.types import TrainState
 from tests.support.runs import compare_runs, small_config
+from tests.support.short_model import SHORT_MODEL
 
 Weights = Literal["auto", "float32", "bfloat16"]
 
@@ -25,7 +26,7 @@ def config_of(folder: Path, run: str, weights: Weights, **ppo: Any) -> Config:
     config = small_config(folder, run)
     log = replace(config.sft.log, eval_every=100, samples=0, tensorboard=False)
     model = ModelConfig(dtype="bfloat16", weights=weights)
-    base = replace(model, path="asset:stories260k")
+    base = replace(model, path=SHORT_MODEL)
     lora = LoRAConfig(rank=2, alpha=8.0, targets="q_proj|v_proj|mlp")
     ppo = {"iterations": 1, "epochs": 1, "minibatches": 1, "ema_decay": 0.0, "ptx_coef": 0.0, "lora": lora} | ppo
     return replace(

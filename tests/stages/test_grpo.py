@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import pytest
 
-from jrlhf import assets
 from jrlhf.config import (
+    CheckpointConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -38,8 +38,9 @@ from jrlhf.train.signals import Interrupted
 from jrlhf.types import PPOParams
 from tests.support.processes import JRLHF, running
 from tests.support.runs import compare_runs, read_jsonl, small_config
+from tests.support.short_model import SHORT_MODEL
 
-MODEL = ModelConfig(path="asset:stories260k")
+MODEL = ModelConfig(path=SHORT_MODEL)
 WORDS = RewardsConfig(model_weight=0.0, required=RequiredRuleConfig(weight=1.0, patterns=("the", "was", "and")))
 """The share of three words that an answer has."""
 GRPO_LOG = {
@@ -104,7 +105,7 @@ def test_it_logs_what_it_does_and_starts_on_policy(whole: tuple[Config, dict[str
 
 def test_there_is_no_critic(whole: tuple[Config, dict[str, Any], list[Event]]) -> None:
     config, _, events = whole
-    model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32")
+    model = load_pretrained(SHORT_MODEL, dtype="float32")
     for event in events:
         assert not isinstance(event.state.train.params, PPOParams)
         assert jax.tree.structure(event.state.train.params) == jax.tree.structure(model.params)
@@ -169,6 +170,7 @@ def test_it_learns_a_rule(method: str, tmp_path: Path) -> None:
     config = config_of(
         tmp_path,
         "run",
+        model=ModelConfig(path="asset:stories260k"),
         iterations=14,
         episodes=64,
         samples=8,
@@ -269,8 +271,10 @@ def test_without_a_reference_one_copy_of_the_policy_is_held(tmp_path: Path) -> N
             sizes.append(sum(x.nbytes for x in jax.live_arrays() if not x.is_deleted()))
 
     before = sum(x.nbytes for x in jax.live_arrays())
-    run_grpo(config_of(tmp_path, "run", iterations=2, kl=GroupKLConfig(coef=0.0)), on_event=note)
-    model = load_pretrained(assets.resolve("asset:stories260k"), dtype="float32")
+    # A checkpoint that is being written has arrays of its own.
+    later = CheckpointConfig(every=1000)
+    run_grpo(config_of(tmp_path, "run", iterations=2, kl=GroupKLConfig(coef=0.0), checkpoint=later), on_event=note)
+    model = load_pretrained(SHORT_MODEL, dtype="float32")
     policy = sum(x.nbytes for x in jax.tree.leaves(model.params))
     assert sizes[-1] - before < 3.5 * policy  # weights and two moments
 

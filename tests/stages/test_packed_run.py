@@ -9,6 +9,7 @@ from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
 from tests.support.runs import small_config
+from tests.support.short_model import SHORT_MODEL
 
 
 def first_loss(folder):
@@ -37,7 +38,7 @@ def test_both_stages_run_on_packed_rows(tmp_path):
 
 def test_a_ranking_that_fits_no_row_is_named(tmp_path):
     config = small_config(tmp_path, "run")
-    model = replace(config.reward.model, path="asset:stories260k")
+    model = replace(config.reward.model, path=SHORT_MODEL)
     config = replace(config, reward=replace(config.reward, model=model, pack_length=32))
     with pytest.raises(ConfigError, match=r"reward\.pack_length: all completions of a prompt stand in one row: a seq"):
         run_reward(config)

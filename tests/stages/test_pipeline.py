@@ -34,6 +34,7 @@ from jrlhf.tools.inference import run_generate, run_sample, run_score
 from jrlhf.train.attempt import Event
 from jrlhf.train.signals import Interrupted
 from tests.support.runs import compare_runs, read_jsonl, small_config
+from tests.support.short_model import LAYERS
 
 Finished = tuple[Config, dict[str, Any]]
 
@@ -200,7 +201,7 @@ def test_a_checkpoint_exports_to_what_the_stage_exported(finished: Finished, tmp
         run_export(ExportConfig(run=config.run, out=str(tmp_path / f"{stage}-step"), stage=stage, step=newest))
         weights = [tmp_path / name / "model.safetensors" for name in (stage, f"{stage}-step")]
         assert weights[0].read_bytes() == weights[1].read_bytes()
-        assert load_pretrained(tmp_path / f"{stage}-step", dtype="float32").arch.num_layers == 5
+        assert load_pretrained(tmp_path / f"{stage}-step", dtype="float32").arch.num_layers == LAYERS
         assert load_tokenizer(str(tmp_path / f"{stage}-step")).eos_token == "</s>"
         assert (tmp_path / f"{stage}-step" / "jrlhf.yaml").read_text() == to_yaml(config)
     with pytest.raises(ConfigError, match="is not empty"):

@@ -26,8 +26,9 @@ from jrlhf.stages.ppo import run_ppo
 from jrlhf.stages.reward import run_reward
 from jrlhf.stages.sft import run_sft
 from jrlhf.train.attempt import Event
+from tests.support.short_model import SHORT_MODEL
 
-MODEL = ModelConfig(path="asset:stories260k")
+MODEL = ModelConfig(path=SHORT_MODEL)
 BUCKETS = 2
 LENGTHS = [pytest.param(24, id="24"), pytest.param(500, id="500", marks=pytest.mark.slow)]
 LOG = LogConfig(every=1, eval_every=1000, samples=0, progress=False, tensorboard=False)

@@ -13,6 +13,7 @@ from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.ppo import plan_ppo, run_ppo
 from jrlhf.train.programs import device_bytes
 from tests.support.runs import compare_runs, small_config
+from tests.support.short_model import SHORT_MODEL
 
 RULES = RewardsConfig(model_weight=0.0, length=LengthRuleConfig(weight=2.0, min=3, max=5))
 
@@ -22,7 +23,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
     config = small_config(tmp_path, "run")
     ppo = replace(
         config.ppo,
-        model=ModelConfig(path="asset:stories260k"),
+        model=ModelConfig(path=SHORT_MODEL),
         rewards=RULES,
         ptx_coef=0.0,
         value_from="shared",
@@ -53,7 +54,7 @@ def test_it_is_planned_with_one_network() -> None:
         plan = PlanConfig(
             topology="cpu:8",
             ppo=PPOConfig(
-                model=ModelConfig(path="asset:stories260k"),
+                model=ModelConfig(path=SHORT_MODEL),
                 prompts=DataConfig(max_length=16),
                 sampling=SamplingConfig(max_new_tokens=8),
                 episodes=16,

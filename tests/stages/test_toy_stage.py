@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import ROOT
 from tests.support.runs import first_rows
+from tests.support.short_model import SHORT_MODEL
 
 LINES = (
     ("jrlhf/stages/table.py", "from jrlhf.stages.stage import Stage\n", "from jrlhf.stages.toy import TOY\n"),
@@ -73,7 +74,7 @@ def test_every_command_knows_it(package: Path, tmp_path: Path) -> None:
         "batch_size": 8,
         "log": {"progress": False, "samples": 0, "tensorboard": False},
     }
-    sft = section | {"model": {"path": "asset:stories260k"}}
+    sft = section | {"model": {"path": SHORT_MODEL}}
     (tmp_path / "toy.yaml").write_text(json.dumps({"run": str(tmp_path / "run"), "sft": sft, "toy": section}))
     config, folder = ["--config", "toy.yaml"], str(tmp_path / "run")
     results = run(

@@ -16,8 +16,9 @@ from jrlhf.config import (
     SamplingConfig,
 )
 from jrlhf.runs.metrics import read_metrics
+from tests.support.short_model import SHORT_MODEL
 
-MODEL = ModelConfig(path="asset:stories260k")
+MODEL = ModelConfig(path=SHORT_MODEL)
 LIKED, ENDS = "happy", (" and sad.", " and happy.", " and blue.")
 """People like the happy end, and find the others alike: a ranking of three with a tie, or of two."""
 

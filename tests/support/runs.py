@@ -24,6 +24,7 @@ from jrlhf.config import (
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
 from tests.support.chat_model import write_chat_model, write_chats
+from tests.support.short_model import SHORT_MODEL
 
 
 def first_rows(name: str, count: int, folder: Path) -> str:
@@ -51,7 +52,7 @@ def small_config(folder: Path, run: str) -> Config:
         run=str(folder / run),
         seed=3,
         sft=SFTConfig(
-            model=ModelConfig(path="asset:stories260k"),
+            model=ModelConfig(path=SHORT_MODEL),
             data=rows("sft_train", 32, "sft_heldout"),
             optim=OptimConfig(lr=3e-3),
             epochs=2.0,

@@ -30,7 +30,7 @@ from jrlhf.parallel.devices.executions import sum_over_executions
 from jrlhf.parallel.devices.hlo import Module, parse_hlo
 from jrlhf.plan.programs import compile_program
 from jrlhf.plan.run import planned_target
-from jrlhf.stages.table import STAGES
+from jrlhf.stages.table import STAGES, stage_named
 from jrlhf.train.programs import Program, Target, device_bytes
 from jrlhf.types import TrainState
 
@@ -84,6 +84,8 @@ class Scenario:
     """Whether policy and value model share their layers."""
     int8: bool = False
     """Whether the sampler keeps keys and values in int8."""
+    stages: tuple[str, ...] = tuple(stage.name for stage in STAGES)
+    """Stages whose programs are compiled."""
 
 
 def main(text: str) -> None:
@@ -91,7 +93,7 @@ def main(text: str) -> None:
     with TemporaryDirectory() as folder:
         config = config_of(scenario, Path(folder))
         target = planned_target(config)
-        for stage in STAGES:
+        for stage in map(stage_named, scenario.stages):
             sized = stage.plan(config, target)
             for program in sized.build(sized.rows).programs:
                 if program.name not in OWN.get(stage.name, {program.name}):
