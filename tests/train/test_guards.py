@@ -52,7 +52,10 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def small(folder: Path, reward: Path, *, lr: float, iterations: int, stop: tuple[str, ...] = ()) -> Config:
+def small(
+    folder: Path, reward: Path, *, lr: float, iterations: int, stop: tuple[str, ...] = (), save_every: int = 1000
+) -> Config:
+    """A run of PPO; one that may go back to an earlier state saves each."""
     return Config(
         run=str(folder),
         ppo=PPOConfig(
@@ -67,7 +70,7 @@ def small(folder: Path, reward: Path, *, lr: float, iterations: int, stop: tuple
             epochs=2,
             minibatches=2,
             log=LogConfig(every=1, progress=False, tensorboard=False),
-            checkpoint=CheckpointConfig(every=1, keep=20),
+            checkpoint=CheckpointConfig(every=save_every, keep=20),
         ),
     )
 
@@ -104,7 +107,7 @@ def lucky_token(generation: Generation) -> jax.Array:
 def test_a_learning_rate_a_thousand_times_too_high_is_rolled_back_before_any_nan(
     tmp_path: Path, reward_folder: Path
 ) -> None:
-    config = small(tmp_path, reward_folder, lr=4.0, iterations=8)
+    config = small(tmp_path, reward_folder, lr=4.0, iterations=8, save_every=1)
     with pytest.raises(GuardStop, match="rolled back 2 times"):
         run_ppo(config)
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
@@ -121,7 +124,7 @@ def test_a_learning_rate_a_thousand_times_too_high_is_rolled_back_before_any_nan
 
 
 def test_a_milder_rate_after_a_rollback_lets_the_run_end(tmp_path: Path, reward_folder: Path) -> None:
-    config = small(tmp_path, reward_folder, lr=0.5, iterations=6)
+    config = small(tmp_path, reward_folder, lr=0.5, iterations=6, save_every=1)
     run_ppo(guarded(config, kl=GuardConfig(bound=100.0, action="rollback"), rollback_lr=1e-3))
     assert len(told(config, "rollback")) == 1
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
