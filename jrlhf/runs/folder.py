@@ -78,12 +78,12 @@ def pass_gates(stage: str, gates: Sequence[str], figures: Mapping[str, float], f
         raise failure(stage, verdicts)
 
 
-def model_source(config: Config, path: str, *, key: str, before: Sequence[str]) -> str:
+def model_source(config: Config, path: str, *, key: str, before: Sequence[str], otherwise: str = "") -> str:
     """Return the folder or hub id of a model from an asset, a stage's folder, a run's folder, an HF folder or a hub id.
 
     ``before`` are the stages whose exports may be meant, in order of preference. In a run's folder the first that
     exported a model counts. An empty ``path`` means the first that is a part of this run or has exported a model.
-    Errors name the config field ``key``.
+    Errors name the config field ``key``; ``otherwise`` is what to do where no model is needed.
     """
     if path:
         return exported_folder(assets.resolve(path), stages=before)
@@ -94,7 +94,8 @@ def model_source(config: Config, path: str, *, key: str, before: Sequence[str]) 
     stage = next(in_run, before[-1])
     folder = folders[stage]
     if not folder.is_dir():
-        raise ConfigError(f"{key}: is empty, and {folder} does not exist; run the {stage} stage first or name a model")
+        advice = f"run the {stage} stage first or name a model{otherwise}"
+        raise ConfigError(f"{key}: is empty, and {folder} does not exist; {advice}")
     return str(folder)
 
 

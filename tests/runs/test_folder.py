@@ -26,6 +26,7 @@ from jrlhf.config import (
 from jrlhf.config.files import apply_flags
 from jrlhf.config.tools import ExportConfig
 from jrlhf.runs.checkpoints import FORMAT_VERSION, CheckpointError
+from jrlhf.rollout.inputs import RolloutInputs
 from jrlhf.runs.folder import last_export, model_source, open_stage, read_summary
 from jrlhf.runs.manifest import write_manifest
 from jrlhf.stages.sft import run_sft
@@ -186,6 +187,14 @@ def test_an_empty_path_is_the_export_of_the_nearest_stage_before(tmp_path: Path)
         source(config, "sft", "language")
     with pytest.raises(ConfigError, match=r"^k: is empty, and .*sft/hf does not exist; run the sft stage first"):
         source(Config(run=str(tmp_path / "new")), "ppo", "language")
+
+
+def test_a_missing_reward_model_is_not_needed_where_rules_score(tmp_path: Path) -> None:
+    config = Config(run=str(tmp_path))
+    sources = RolloutInputs(config, config.grpo, "grpo").models()
+    alone = r"or name a model, or set grpo\.rewards\.model_weight to 0 to score by rules alone$"
+    with pytest.raises(ConfigError, match=alone):
+        sources["grpo.reward"]()
 
 
 def test_tools_read_the_last_export_in_the_order_of_the_run(tmp_path: Path) -> None:
