@@ -25,8 +25,8 @@ from jrlhf.config import (
 )
 from jrlhf.config.files import apply_flags
 from jrlhf.config.tools import ExportConfig
-from jrlhf.runs.checkpoints import FORMAT_VERSION, CheckpointError
 from jrlhf.rollout.inputs import RolloutInputs
+from jrlhf.runs.checkpoints import FORMAT_VERSION, CheckpointError
 from jrlhf.runs.folder import last_export, model_source, open_stage, read_summary
 from jrlhf.runs.manifest import write_manifest
 from jrlhf.stages.sft import run_sft
