@@ -39,6 +39,7 @@ from jrlhf.parallel import is_first
 from jrlhf.parallel.hosts import first_goes_ahead, from_first, same_everywhere
 from jrlhf.runs.lock import run_lock
 from jrlhf.system.lines import json_text, write_text
+from jrlhf.system.suggest import either
 
 
 def stage_folder(config: Config, stage: str) -> Path:
@@ -100,10 +101,21 @@ def model_source(config: Config, path: str, *, key: str, before: Sequence[str], 
 
 
 def exported_folder(path: str, *, stages: Sequence[str] = ()) -> str:
-    """Return the HF folder in a stage's folder or in a run's first folder of ``stages``; otherwise ``path`` itself."""
-    for inside in (Path(path) / "hf", *(Path(path) / stage / "hf" for stage in stages)):
+    """Return the HF folder in a stage's folder or in a run's first folder of ``stages``; otherwise ``path`` itself.
+
+    Raise ConfigError for a stage that has exported no model yet, and for a run none of whose ``stages`` has.
+    """
+    folder = Path(path)
+    for inside in (folder / "hf", *(folder / stage / "hf" for stage in stages)):
         if (inside / "config.json").exists():
             return str(inside)
+    if (folder / "config.json").exists():
+        return path
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"{path}: this stage has not exported a model yet; start it again to finish it")
+    if begun := [name for name in stage_sections() if (folder / name / "config.yaml").exists()]:
+        missing = f"no exported model of {either(stages)}" if stages else "more than one model; name a stage's folder"
+        raise ConfigError(f"{path}: this run has {missing}; its stages: {', '.join(begun)}")
     return path
 
 

@@ -1,6 +1,7 @@
 """What a run's folder holds, and what may change before it is gone on with."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -162,6 +163,19 @@ def test_a_model_is_named_by_its_stage_or_by_the_run_it_came_from(tmp_path):
     for path in (tmp_path, tmp_path / "sft", tmp_path / "sft" / "hf"):
         assert model_source(Config(), str(path), key="ppo.model.path", before=("sft",)) == str(tmp_path / "sft" / "hf")
     assert model_source(Config(), str(tmp_path), key="k", before=("reward",)) == str(tmp_path / "reward" / "hf")
+
+
+def test_a_run_or_a_stage_without_the_model_says_so(tmp_path: Path) -> None:
+    for stage in ("sft", "dpo"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "config.yaml").write_text("", encoding="utf-8")
+    run = re.escape(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"^{run}: this run has no exported model of reward; its stages: sft, dpo$"):
+        last_export(str(tmp_path), "reward")
+    with pytest.raises(ConfigError, match=f"^{run}: this run has more than one model; name a stage's folder; its"):
+        model_source(Config(), str(tmp_path), key="k", before=())
+    with pytest.raises(ConfigError, match=r"/dpo: this stage has not exported a model yet; start it again to finish it"):
+        last_export(str(tmp_path / "dpo"), "language")
 
 
 def exported(run: Path, *stages: str) -> Config:
