@@ -1,7 +1,6 @@
 """Runs `jrlhf data show`: rows as the model sees them, then counts over the whole source."""
 
 from functools import lru_cache
-from typing import get_args
 
 import numpy as np
 from rich.console import Console
@@ -25,7 +24,11 @@ BAD, ODD = "red", "yellow"
 MAX_CUT_TOKENS = 12
 """Maximum number of tokens to show of a part that was cut off."""
 USES = {"sft": "SFT", "reward": "a reward model or DPO", "kto": "KTO", "prompts": "the prompts of PPO or GRPO"}
-KINDS: dict[str, KindName] = {name: name for name in get_args(KindName)} | {
+KINDS: dict[str, KindName] = {
+    "sft": "sft",
+    "reward": "reward",
+    "kto": "kto",
+    "prompts": "prompts",
     "dpo": "reward",
     "ppo": "prompts",
     "grpo": "prompts",

@@ -174,7 +174,7 @@ def test_a_run_or_a_stage_without_the_model_says_so(tmp_path: Path) -> None:
         last_export(str(tmp_path), "reward")
     with pytest.raises(ConfigError, match=f"^{run}: this run has more than one model; name a stage's folder; its"):
         model_source(Config(), str(tmp_path), key="k", before=())
-    with pytest.raises(ConfigError, match=r"/dpo: this stage has not exported a model yet; start it again to finish it"):
+    with pytest.raises(ConfigError, match=r"/dpo: this stage has not exported a model yet; start it again"):
         last_export(str(tmp_path / "dpo"), "language")
 
 
