@@ -92,7 +92,11 @@ def model_source(config: Config, path: str, *, key: str, before: Sequence[str], 
         raise ConfigError(f"{key}: is empty; name a Hugging Face folder, a hub id or asset:stories260k")
     folders = {stage: stage_folder(config, stage) / "hf" for stage in before}
     in_run = (stage for stage in before if required_value(config, stage) or folders[stage].is_dir())
-    stage = next(in_run, before[-1])
+    stage = next(in_run, "")
+    if not stage and config.stages:
+        order = f"no stage before it in stages ({', '.join(config.stages)}) has such a model"
+        raise ConfigError(f"{key}: is empty, and {order}; name a model or another order{otherwise}")
+    stage = stage or before[-1]
     folder = folders[stage]
     if not folder.is_dir():
         advice = f"run the {stage} stage first or name a model{otherwise}"

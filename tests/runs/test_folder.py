@@ -203,6 +203,16 @@ def test_an_empty_path_is_the_export_of_the_nearest_stage_before(tmp_path: Path)
         source(Config(run=str(tmp_path / "new")), "ppo", "language")
 
 
+def test_a_first_stage_without_a_model_names_the_order_and_no_stage_that_is_not_in_it(tmp_path: Path) -> None:
+    config = Config(run=str(tmp_path), stages=("grpo", "sft"), sft=SFTConfig(data=DataConfig(train="rows.jsonl")))
+    expected = (
+        r"^grpo\.model\.path: is empty, and no stage before it in stages \(grpo, sft\) has such a model; "
+        r"name a model or another order$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        _ = RolloutInputs(config, config.grpo, "grpo").source
+
+
 def test_a_missing_reward_model_is_not_needed_where_rules_score(tmp_path: Path) -> None:
     config = Config(run=str(tmp_path))
     sources = RolloutInputs(config, config.grpo, "grpo").models()
