@@ -94,9 +94,11 @@ def run_command(argv: list[str]) -> int:
 
         return ended(run_reporting(command, rest, about=known[command], resumes=resumes))
     kind = "flag" if command.startswith("-") else "command"
+    from jrlhf.config.methods import method_advice
     from jrlhf.system.suggest import did_you_mean
 
-    complain(f"{command}: unknown {kind}{did_you_mean(command, known)}")
+    advice = method_advice(command)
+    complain(f"{command}: unknown {kind}{f'; {advice}' if advice else did_you_mean(command, known)}")
     return USAGE
 
 
@@ -124,7 +126,7 @@ def overview() -> str:
     lines = "\n".join(f"  {name:<12}{summary}" for name, summary in commands().items())
     return f"""usage: jrlhf COMMAND [--config FILE.yaml] [--FLAG VALUE ...]
 
-RLHF in JAX: SFT, a reward model from human rankings, and PPO under a KL penalty.
+RLHF in JAX: SFT, a reward model from human rankings, and PPO, GRPO or DPO.
 
 {lines}
 

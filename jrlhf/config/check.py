@@ -8,6 +8,7 @@ from jrlhf.config.dpo_check import dpo_checks
 from jrlhf.config.errors import LOGIN, ConfigError
 from jrlhf.config.grpo import GRPOConfig
 from jrlhf.config.grpo_check import grpo_checks
+from jrlhf.config.methods import method_advice
 from jrlhf.config.schema_check import (
     Check,
     distributed_checks,
@@ -86,7 +87,8 @@ def _stage_checks(name: str, section: StageConfig) -> Iterator[Check]:
 def _order_checks(config: Config) -> Iterator[Check]:
     sections = stage_sections()
     known = all(name in sections for name in config.stages)
-    yield known, "stages", config.stages, f"some of {', '.join(sections)}"
+    advice = "".join(f"; {text}" for text in map(method_advice, config.stages) if text)
+    yield known, "stages", config.stages, f"some of {', '.join(sections)}{advice}"
     yield len({*config.stages}) == len(config.stages), "stages", config.stages, "different stages"
     for name in config.stages if known else ():
         path, value = f"{name}.{sections[name].required}", required_value(config, name)

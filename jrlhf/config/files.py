@@ -15,6 +15,7 @@ import yaml
 
 from jrlhf.config.check import check, leaves
 from jrlhf.config.errors import ConfigError
+from jrlhf.config.methods import method_advice
 from jrlhf.config.schema import Sources, Switch, WeightCap
 from jrlhf.config.stages import Config
 from jrlhf.config.yaml_merge import MergeError, merged_pairs
@@ -180,7 +181,9 @@ def _read_section(node: yaml.Node | None, current: T, path: str, file: str, prob
         elif not path and key.startswith(ANCHORS):
             pass
         elif key not in hints:
-            problems.append(f"{where}: unknown key{did_you_mean(name, schema(Config))}")
+            advice = method_advice(name)
+            guess = f"; {advice}" if advice else did_you_mean(name, schema(Config))
+            problems.append(f"{where}: unknown key{guess}")
         elif is_dataclass(hints[key]):
             changes[key] = _read_section(value_node, vars(current)[key], name, file, problems)
         else:

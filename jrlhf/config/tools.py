@@ -104,9 +104,9 @@ class ShowConfig(WithPaths):
     """Source of the tokenizer: a Hugging Face folder, a hub id, asset:NAME, or a run or stage folder."""
     data: PathText
     """Rows from one source, in the forms of sft.data.train (docs/data.md)."""
-    kind: Literal["auto", "sft", "reward", "kto", "prompts"] = "auto"
-    """Purpose of the rows. kto: answers with a label, for dpo.loss kto. auto: one of the others, decided by the columns
-    of the first row."""
+    kind: Literal["auto", "sft", "reward", "dpo", "kto", "prompts", "ppo", "grpo"] = "auto"
+    """Purpose of the rows. dpo: rankings, as for reward. kto: answers with a label, for dpo.loss kto. ppo and grpo: as
+    prompts. auto: sft, reward or prompts, decided by the columns of the first row."""
     rows: int = 3
     """Number of first rows to show; the counts cover all rows."""
     max_length: int = 1024

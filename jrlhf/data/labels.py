@@ -19,7 +19,7 @@ LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0
 def label_of(value: Any) -> bool:
     """Parse whether an answer is good: true or false, 1 or 0, or their texts in CSV."""
     if (good := LABELS.get(str(value).strip().lower())) is None:
-        raise BadRow("label", "expected true or false", f", found {value!r}")
+        raise BadRow("label", "expected true or false, or 1 or 0", f", found {value!r}")
     return good
 
 

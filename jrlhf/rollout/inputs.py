@@ -45,11 +45,12 @@ class RolloutInputs(StageInputs):
         section, stage, sources = self._section, self.stage, {**super().models()}
         scorers = stages_before(self.config, stage, "reward")
 
-        def add(name: str, path: str, key: str, before: Sequence[str]) -> None:
-            sources[name] = lambda: model_source(self.config, path, key=key, before=before)
+        def add(name: str, path: str, key: str, before: Sequence[str], otherwise: str = "") -> None:
+            sources[name] = lambda: model_source(self.config, path, key=key, before=before, otherwise=otherwise)
 
         if section.rewards.uses_model:
-            add(f"{stage}.reward", section.reward.path, f"{stage}.reward.path", scorers)
+            alone = f", or set {stage}.rewards.model_weight to 0 to score by rules alone"
+            add(f"{stage}.reward", section.reward.path, f"{stage}.reward.path", scorers, alone)
             for number, path in enumerate(section.rewards.models, 1):
                 add(f"{stage}.rewards.models[{number}]", path, f"{stage}.rewards.models", ())
         if has_judge(section.canary) and section.prompts.eval:

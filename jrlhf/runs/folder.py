@@ -39,6 +39,7 @@ from jrlhf.parallel import is_first
 from jrlhf.parallel.hosts import first_goes_ahead, from_first, same_everywhere
 from jrlhf.runs.lock import run_lock
 from jrlhf.system.lines import json_text, write_text
+from jrlhf.system.suggest import either
 
 
 def stage_folder(config: Config, stage: str) -> Path:
@@ -78,12 +79,12 @@ def pass_gates(stage: str, gates: Sequence[str], figures: Mapping[str, float], f
         raise failure(stage, verdicts)
 
 
-def model_source(config: Config, path: str, *, key: str, before: Sequence[str]) -> str:
+def model_source(config: Config, path: str, *, key: str, before: Sequence[str], otherwise: str = "") -> str:
     """Return the folder or hub id of a model from an asset, a stage's folder, a run's folder, an HF folder or a hub id.
 
     ``before`` are the stages whose exports may be meant, in order of preference. In a run's folder the first that
     exported a model counts. An empty ``path`` means the first that is a part of this run or has exported a model.
-    Errors name the config field ``key``.
+    Errors name the config field ``key``; ``otherwise`` is what to do where no model is needed.
     """
     if path:
         return exported_folder(assets.resolve(path), stages=before)
@@ -91,18 +92,34 @@ def model_source(config: Config, path: str, *, key: str, before: Sequence[str]) 
         raise ConfigError(f"{key}: is empty; name a Hugging Face folder, a hub id or asset:stories260k")
     folders = {stage: stage_folder(config, stage) / "hf" for stage in before}
     in_run = (stage for stage in before if required_value(config, stage) or folders[stage].is_dir())
-    stage = next(in_run, before[-1])
+    stage = next(in_run, "")
+    if not stage and config.stages:
+        order = f"no stage before it in stages ({', '.join(config.stages)}) has such a model"
+        raise ConfigError(f"{key}: is empty, and {order}; name a model or another order{otherwise}")
+    stage = stage or before[-1]
     folder = folders[stage]
     if not folder.is_dir():
-        raise ConfigError(f"{key}: is empty, and {folder} does not exist; run the {stage} stage first or name a model")
+        advice = f"run the {stage} stage first or name a model{otherwise}"
+        raise ConfigError(f"{key}: is empty, and {folder} does not exist; {advice}")
     return str(folder)
 
 
 def exported_folder(path: str, *, stages: Sequence[str] = ()) -> str:
-    """Return the HF folder in a stage's folder or in a run's first folder of ``stages``; otherwise ``path`` itself."""
-    for inside in (Path(path) / "hf", *(Path(path) / stage / "hf" for stage in stages)):
+    """Return the HF folder in a stage's folder or in a run's first folder of ``stages``; otherwise ``path`` itself.
+
+    Raise ConfigError for a stage that has exported no model yet, and for a run none of whose ``stages`` has.
+    """
+    folder = Path(path)
+    for inside in (folder / "hf", *(folder / stage / "hf" for stage in stages)):
         if (inside / "config.json").exists():
             return str(inside)
+    if (folder / "config.json").exists():
+        return path
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"{path}: this stage has not exported a model yet; start it again to finish it")
+    if begun := [name for name in stage_sections() if (folder / name / "config.yaml").exists()]:
+        missing = f"no exported model of {either(stages)}" if stages else "more than one model; name a stage's folder"
+        raise ConfigError(f"{path}: this run has {missing}; its stages: {', '.join(begun)}")
     return path
 
 

@@ -4,6 +4,7 @@ Most of them must be set before Python or JAX starts: flags of the compiler, a c
 Imports no JAX; JAX's own settings are in ``jrlhf.parallel.settings``.
 """
 
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -157,8 +158,14 @@ def quiet_compiler() -> None:
 
 
 def quiet_transformers() -> None:
-    """Transformers does not advise to install PyTorch: only its tokenizers are used."""
+    """Transformers does not advise to install PyTorch, since only its tokenizers are used, and does not foretell
+    "indexing errors" from a long row, which jrlhf cuts to max_length and counts."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_no_warning_of_length)
+
+
+def _is_no_warning_of_length(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Token indices sequence length is longer than")
 
 
 def allow_wide_cells(characters: int) -> None:

@@ -12,7 +12,7 @@ from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
 from jrlhf.data.errors import names_with_rows
-from jrlhf.data.inspect import RowInspector, first_row, guess_kind, inspect_rows
+from jrlhf.data.inspect import KindName, RowInspector, first_row, guess_kind, inspect_rows
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.sources import open_source
 from jrlhf.data.tally import InspectedRow, InspectedSequence, Tally
@@ -23,7 +23,17 @@ LEARNT, CONTEXT, SPECIAL, GAP = "bold green", "default", "magenta", "bright_blac
 BAD, ODD = "red", "yellow"
 MAX_CUT_TOKENS = 12
 """Maximum number of tokens to show of a part that was cut off."""
-USES = {"sft": "SFT", "reward": "a reward model or DPO", "kto": "KTO", "prompts": "PPO's prompts"}
+USES = {"sft": "SFT", "reward": "a reward model or DPO", "kto": "KTO", "prompts": "the prompts of PPO or GRPO"}
+KINDS: dict[str, KindName] = {
+    "sft": "sft",
+    "reward": "reward",
+    "kto": "kto",
+    "prompts": "prompts",
+    "dpo": "reward",
+    "ppo": "prompts",
+    "grpo": "prompts",
+}
+"""Kinds of rows by their own names, and by those of the stages that read them."""
 
 
 def run_show(args: ShowConfig) -> None:
@@ -32,7 +42,7 @@ def run_show(args: ShowConfig) -> None:
     tokenizer = load_tokenizer(last_export(assets.resolve(args.model), "language", "reward"))
     source = open_source(args.data)
     first, rows = first_row(source.rows)
-    kind = guess_kind(first) if args.kind == "auto" else args.kind
+    kind = guess_kind(first) if args.kind == "auto" else KINDS[args.kind]
     inspector = RowInspector(DataConfig(max_length=args.max_length), tokenizer, kind, args.train_on)
     tally = Tally(tokenizer, kind)
     # Without a terminal, lines keep their full length.

@@ -297,7 +297,7 @@ def test_a_bad_answer_is_left_out(row, label):
 
 @pytest.mark.parametrize("label", ["good", "", 2, 0.5, [], {}])
 def test_any_other_label_is_bad(label):
-    with pytest.raises(BadRow, match=r"^label: expected true or false, found ") as error:
+    with pytest.raises(BadRow, match=r"^label: expected true or false, or 1 or 0, found ") as error:
         parse_sft({"prompt": "P", "completion": "A", "label": label})
     assert not isinstance(error.value, ExcludedRow)
 

@@ -87,6 +87,13 @@ def test_the_end_of_a_turn_is_a_special_token_or_none(make_tokenizer):
         end_of_turn(refuses)
 
 
+def test_transformers_foretells_no_errors_from_rows_that_are_cut(caplog):
+    tokenizer = load_tokenizer(assets.resolve("asset:stories260k"))
+    assert len(tokenizer("once upon a time " * 300)["input_ids"]) > 512
+    logging.getLogger("transformers.tokenization_utils_base").warning("Another warning.")
+    assert caplog.messages == ["Another warning."]
+
+
 def test_the_shipped_tokenizer():
     tokenizer = load_tokenizer(assets.resolve("asset:stories260k"))
     assert tokenizer("Once")["input_ids"][0] == tokenizer.bos_token_id

@@ -51,7 +51,7 @@ def test_what_is_read_as_labelled_answers(row, expected):
     [
         ({"prompt": "Q", "completion": "A"},
          "label: no such column; the loss kto reads prompt, completion and label, or chosen and rejected"),
-        ({"prompt": "Q", "completion": "A", "label": 0.7}, "label: expected true or false, found 0.7"),
+        ({"prompt": "Q", "completion": "A", "label": 0.7}, "label: expected true or false, or 1 or 0, found 0.7"),
         ({"prompt": "Q", "completions": ["A", "B"], "ranks": [0, 1]},
          "completions: their ranks say which answer is better, not which is good; the loss kto reads prompt, "
          "completion and label, or chosen and rejected"),

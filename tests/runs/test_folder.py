@@ -1,6 +1,7 @@
 """What a run's folder holds, and what may change before it is gone on with."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from jrlhf.config import (
 )
 from jrlhf.config.files import apply_flags
 from jrlhf.config.tools import ExportConfig
+from jrlhf.rollout.inputs import RolloutInputs
 from jrlhf.runs.checkpoints import FORMAT_VERSION, CheckpointError
 from jrlhf.runs.folder import last_export, model_source, open_stage, read_summary
 from jrlhf.runs.manifest import write_manifest
@@ -163,6 +165,19 @@ def test_a_model_is_named_by_its_stage_or_by_the_run_it_came_from(tmp_path):
     assert model_source(Config(), str(tmp_path), key="k", before=("reward",)) == str(tmp_path / "reward" / "hf")
 
 
+def test_a_run_or_a_stage_without_the_model_says_so(tmp_path: Path) -> None:
+    for stage in ("sft", "dpo"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "config.yaml").write_text("", encoding="utf-8")
+    run = re.escape(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"^{run}: this run has no exported model of reward; its stages: sft, dpo$"):
+        last_export(str(tmp_path), "reward")
+    with pytest.raises(ConfigError, match=f"^{run}: this run has more than one model; name a stage's folder; its"):
+        model_source(Config(), str(tmp_path), key="k", before=())
+    with pytest.raises(ConfigError, match=r"/dpo: this stage has not exported a model yet; start it again"):
+        last_export(str(tmp_path / "dpo"), "language")
+
+
 def exported(run: Path, *stages: str) -> Config:
     """A run whose stages have exported models."""
     for stage in stages:
@@ -186,6 +201,24 @@ def test_an_empty_path_is_the_export_of_the_nearest_stage_before(tmp_path: Path)
         source(config, "sft", "language")
     with pytest.raises(ConfigError, match=r"^k: is empty, and .*sft/hf does not exist; run the sft stage first"):
         source(Config(run=str(tmp_path / "new")), "ppo", "language")
+
+
+def test_a_first_stage_without_a_model_names_the_order_and_no_stage_that_is_not_in_it(tmp_path: Path) -> None:
+    config = Config(run=str(tmp_path), stages=("grpo", "sft"), sft=SFTConfig(data=DataConfig(train="rows.jsonl")))
+    expected = (
+        r"^grpo\.model\.path: is empty, and no stage before it in stages \(grpo, sft\) has such a model; "
+        r"name a model or another order$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        _ = RolloutInputs(config, config.grpo, "grpo").source
+
+
+def test_a_missing_reward_model_is_not_needed_where_rules_score(tmp_path: Path) -> None:
+    config = Config(run=str(tmp_path))
+    sources = RolloutInputs(config, config.grpo, "grpo").models()
+    alone = r"or name a model, or set grpo\.rewards\.model_weight to 0 to score by rules alone$"
+    with pytest.raises(ConfigError, match=alone):
+        sources["grpo.reward"]()
 
 
 def test_tools_read_the_last_export_in_the_order_of_the_run(tmp_path: Path) -> None:

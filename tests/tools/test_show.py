@@ -1,6 +1,7 @@
 """What `jrlhf data show` prints, to the letter, and how it ends."""
 
 import json
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jrlhf.cli import main
+from jrlhf.config.stages import stage_sections
+from jrlhf.config.tools import ShowConfig
+from jrlhf.data.inspect import KindName
 from jrlhf.data.tally import InspectedSequence
-from jrlhf.tools.show import Spelling, about, token_line, visible
+from jrlhf.tools.show import KINDS, Spelling, about, token_line, visible
 from tests.support.chat_templates import MARKED, QWEN2
 
 MODEL = "asset:stories260k"
@@ -210,6 +214,17 @@ rows 1, tokens 4
 """
         in out
     )
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("dpo", "reward"), ("ppo", "prompts"), ("grpo", "prompts")])
+def test_the_name_of_a_stage_is_a_kind_of_rows(stage, kind, rows, capsys):
+    data = rows({"prompt": "Once", "chosen": "upon a time", "rejected": "more"})
+    assert shown(capsys, MODEL, data, "--kind", stage) == shown(capsys, MODEL, data, "--kind", kind)
+
+
+def test_every_stage_and_every_kind_can_be_named():
+    assert KINDS.keys() == {*stage_sections(), *get_args(KindName)}
+    assert KINDS.keys() | {"auto"} == {*get_args(get_type_hints(ShowConfig)["kind"])}
 
 
 def test_a_prompt_may_lose_all_and_its_answer_the_end(rows, capsys):
