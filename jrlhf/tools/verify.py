@@ -126,7 +126,10 @@ def _invariants(subject: Subject) -> Iterator[Invariant]:
     yield Invariant("KL(policy, reference) at step 0, nats a sequence", abs(float(stats["kl"])), EXACT)
     yield Invariant("sampler and trainer: max |Δ log-prob|", float(stats["sampler/max_abs_logprob_diff"]), LOGITS)
     state, metrics = _update(subject, rate=0.0, rollout=subject.rollout)
-    yield Invariant("first minibatch: max |log ratio|", float(metrics["policy/max_abs_log_ratio"]), FLOAT32)
+    # Float32 rounds in proportion to a number's size, so the ratio is held against the log-probs that it is made of.
+    largest = max(1.0, float(np.max(np.abs(np.where(subject.rollout.response_mask, subject.rollout.logprobs, 0.0)))))
+    ratio = float(metrics["policy/max_abs_log_ratio"])
+    yield Invariant("first minibatch: max |log ratio| / max |log-prob|", ratio / largest, FLOAT32)
     yield Invariant("first minibatch: approximate KL", float(metrics["policy/approxkl"]), FLOAT32)
     yield Invariant("learning rate 0: max |Δ parameter|", _distance(state.params, _params(subject)), EXACT)
     full, _ = _update(subject, rate=1.0, rollout=subject.rollout)
