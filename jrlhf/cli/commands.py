@@ -121,6 +121,7 @@ def run(command: str, argv: Sequence[str]) -> int:
             from jrlhf.tools.export import run_export
 
             run_export(export)
+            print(f"export done: {export.out}")
         case "verify":
             verify = tool_config(command, VerifyConfig, argv)
             from jrlhf.tools.verify import run_verify
