@@ -137,7 +137,7 @@ def run(job: Job, args: argparse.Namespace) -> tuple[dict[str, Any], Estimate | 
         args.save_hlo.mkdir(parents=True, exist_ok=True)
         with gzip.open(args.save_hlo / f"{job.case}-{job.program}.hlo.gz", "wt", encoding="utf-8") as out:
             out.write(text)
-    cost = estimate(text, parse_topology(job.topology), trips=figures["trips"])
+    cost = estimate(text, parse_topology(job.topology), trips=figures["trips"], loops=figures["loops"])
     return name | line_of(cost, figures, job.topology), cost
 
 
@@ -179,6 +179,7 @@ def compile_one(case: Case, program: str, hlo: str) -> None:
         package=PACKAGES[topology.platform()],
         flops=planned.flops,
         trips=planned.trips,
+        loops=planned.loops,
     )
 
 

@@ -69,7 +69,8 @@ HloModule jit_step, num_partitions=4
 
 ENTRY %main (p: f32[8]) -> f32[32] {
   %p = f32[8]{0} parameter(0)
-  %w = f32[8]{0} while(%p), condition=%goes, body=%body
+  %t = f32[8]{0} while(%p), condition=%goes, body=%body, metadata={op_name="jit(f)/tail/while"}
+  %w = f32[8]{0} while(%t), condition=%goes, body=%body, metadata={op_name="jit(f)/decode/while"}
   ROOT %g = f32[45000000]{0} all-gather(%w), replica_groups={{0,1,2,3}}, dimensions={0}
 }
 """
@@ -86,7 +87,8 @@ def pretended(aot: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_line_has_the_estimate_of_what_the_child_compiled(
     aot: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures = {"bytes": 3.5e9, "flops": 4 * 459e12 * 0.01, "trips": 20, "devices": 4, "compile_s": 1.5, "compiler": "c"}
+    figures = {"bytes": 3.5e9, "flops": 4 * 459e12 * 0.01, "devices": 4, "compile_s": 1.5, "compiler": "c"}
+    figures |= {"trips": 20, "loops": {"tail": 0.0}}
     script = f"import sys; open(sys.argv[1], 'w').write({PROGRAM!r}); print('noise'); print({json.dumps(figures)!r})"
     line, place = pretended(aot, tmp_path, capsys, script)
     # 20 ms of work; 135 MB over two links of 100 GB/s at 90 %.
