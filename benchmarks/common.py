@@ -80,6 +80,11 @@ def arch_of(args: argparse.Namespace) -> ArchConfig:
     )
 
 
+def arch_of_shape(shape: str) -> ArchConfig:
+    """Return the architecture of one of ``SHAPES``."""
+    return arch_of(argparse.Namespace(shape=shape, hidden=0, layers=0, heads=0, kv_heads=0, ffn=0, vocab=0))
+
+
 def save_random_model(folder: Path, arch: ArchConfig) -> int:
     """Write a Llama with random weights as a Hugging Face folder without a tokenizer; return the bytes of its
     parameters."""

@@ -19,13 +19,13 @@ from pathlib import Path
 
 from common import SHAPES, cpu_name
 from peers import page
-from peers.cases import DTYPES, WORKS, Case, spec, units
+from peers.cases import DTYPES, STEPS, WORKS, Case, spec, units
 from peers.results import Peaks, Result, SideResult
 from peers.sides import BENCHMARKS, MODULES, Side, SideEnded, command, shown, variables
 
 
 def main() -> None:
-    args = arguments()
+    args = arguments(argument_parser(__doc__, works=list(STEPS)))
     run = page.Run(args.machine, masked(sys.argv, args.before), args.rounds, missing(args))
     results: list[Result] = []
     with ExitStack() as stack:
@@ -38,9 +38,10 @@ def main() -> None:
     page.draw(args.out.with_suffix(".png"), results)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", nargs="+", default=list(WORKS), choices=WORKS)
+def argument_parser(description: str | None, *, works: list[str]) -> argparse.ArgumentParser:
+    """The flags of every comparison of these works."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", default=works, choices=works)
     parser.add_argument("--shape", nargs="+", default=["S"], choices=SHAPES)
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3)
@@ -58,6 +59,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an earlier commit of jrlhf, as one more side")
     parser.add_argument("--machine", default=cpu_name(), help="name of the machine on the page")
     parser.add_argument("--out", type=Path, required=True, help="Markdown page to write; the picture goes beside it")
+    return parser
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; each side gets its interpreter and its variables."""
     args = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the picture needs matplotlib")
@@ -119,7 +125,9 @@ def measure(case: Case, args: argparse.Namespace, peaks: list[Side]) -> Result:
             if name not in args.python:
                 continue
             settings = variables(name, case.work, args.env[name])
-            folder = args.before / "benchmarks" if name == "before" else BENCHMARKS
+            # Of an earlier commit its own side, but for rollouts, whose side knows the samplers of both.
+            own = name == "before" and case.work in STEPS
+            folder = args.before / "benchmarks" if own else BENCHMARKS
             try:
                 running[name] = stack.enter_context(
                     Side(command(name, args.python[name], spec(case)), settings, folder)
@@ -128,7 +136,8 @@ def measure(case: Case, args: argparse.Namespace, peaks: list[Side]) -> Result:
             except SideEnded as error:
                 failed[name] = str(error)
         for _ in range(args.rounds):
-            limits.append(Peaks.best([side.go(1) for side in peaks], case.dtype))
+            if peaks:
+                limits.append(Peaks.best([side.go(1) for side in peaks], case.dtype))
             for name, side in list(running.items()):
                 try:
                     outcomes[name].lines.append(side.go(WORKS[case.work].calls))

@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import SHAPES, arch_of, batch_flops
+from common import SHAPES, arch_of_shape, batch_flops
 from ppo_iteration import iteration_flops
 
 from jrlhf.models import flops as model_flops
@@ -25,7 +25,7 @@ class Work(NamedTuple):
     """Calls a round."""
 
 
-WORKS = {
+STEPS = {
     "sft": Work("SFT step", "tokens", ("jrlhf", "trl", "tunix"), 4),
     "sft-lora": Work("SFT step, LoRA of rank 8", "tokens", ("jrlhf", "trl"), 4),
     "reward": Work("reward step, pairs", "pairs", ("jrlhf", "trl", "tunix"), 3),
@@ -35,6 +35,21 @@ WORKS = {
     "ppo": Work("PPO iteration", "iterations", ("jrlhf", "trl-ppo", "tunix"), 1),
     "ppo-shared": Work("PPO iteration, critic on the policy's network", "iterations", ("jrlhf",), 1),
 }
+"""What compare.py compares."""
+ROLLOUT_SIDES = ("jrlhf", "vllm", "trl", "tunix")
+ROLLOUTS = {
+    "rollout-64": Work("one answer a prompt, 64 slots", "new tokens", ROLLOUT_SIDES, 1),
+    "rollout-16": Work("one answer a prompt, 16 slots", "new tokens", ROLLOUT_SIDES, 1),
+    "rollout-4x64": Work("four answers a prompt, 64 slots", "new tokens", ROLLOUT_SIDES, 1),
+    "rollout-4x16": Work("four answers a prompt, 16 slots", "new tokens", ROLLOUT_SIDES, 1),
+}
+"""What rollouts.py compares."""
+RAGGED_PPO = {
+    "ppo-ragged": Work("PPO iteration", "iterations", ("jrlhf",), 1),
+    "ppo-ragged-lean": Work("PPO iteration, one epoch, critic on the policy's network", "iterations", ("jrlhf",), 1),
+}
+"""Iterations around a rollout, which rollouts.py compares with those of an earlier commit."""
+WORKS = STEPS | ROLLOUTS | RAGGED_PPO
 PPO_EPOCHS = 4
 OPTIMIZER = {"lr": 1e-5, "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "max_grad_norm": 1.0}
 
@@ -63,7 +78,36 @@ def spec(case: Case) -> dict[str, Any]:
         case "ppo" | "ppo-shared":
             shared = {"value_from": "shared" if case.work == "ppo-shared" else "auto"}
             told |= answers(32 // share, prompt, prompt, stops=False) | {"epochs": PPO_EPOCHS} | shared
+        case "ppo-ragged" | "ppo-ragged-lean":
+            lean = case.work == "ppo-ragged-lean"
+            slots = 4 if tiny else 16
+            told |= {"slots": slots} | ragged_answers(4 * slots, 1, prompt, 16 if tiny else 256)
+            told |= {"epochs": 1 if lean else PPO_EPOCHS, "value_from": "shared" if lean else "auto"}
+        case _:
+            samples, slots = rollout_of(case.work)
+            count, new = (48, 128) if case.shape == "M" else (128, 16 if tiny else 256)
+            told |= {"samples": samples, "slots": min(slots, count)} | ragged_answers(count, samples, prompt, new)
     return told
+
+
+def rollout_of(work: str) -> tuple[int, int]:
+    """Answers to a prompt and slots of a work of ``ROLLOUTS``."""
+    *samples, slots = map(int, work.removeprefix("rollout-").split("x"))
+    return samples[0] if samples else 1, slots
+
+
+def ragged_answers(count: int, samples: int, prompt: int, new: int) -> dict[str, Any]:
+    """Answers in any order of lengths: log-normal with sigma 0.7, a quarter of the limit in the middle, 2 at least."""
+    normal = NormalDist(math.log(new / 4), 0.7)
+    lengths = [min(max(round(math.exp(normal.inv_cdf((i + 0.5) / count))), 2), new) for i in range(count)]
+    random.Random(0).shuffle(lengths)
+    return {"rows": count // samples, "prompt": prompt, "new": new, "lengths": lengths}
+
+
+def batch_occupancy(told: dict[str, Any]) -> float:
+    """The share of slots whose decoding step draws a token where a rollout is drawn in batches of ``slots`` answers."""
+    lengths = np.asarray(told["lengths"]).reshape(-1, told["slots"])
+    return float((lengths - 1).sum() / (lengths.shape[1] * (lengths.max(axis=1) - 1).sum()))
 
 
 def answers(rows: int, prompt: int, new: int, *, stops: bool) -> dict[str, Any]:
@@ -83,11 +127,6 @@ def answers(rows: int, prompt: int, new: int, *, stops: bool) -> dict[str, Any]:
     return sizes | {"prompts": prompts, "lengths": lengths, "stop_at": stop_at}
 
 
-def arch(shape: str):
-    """The Llama of a shape."""
-    return arch_of(Namespace(shape=shape, hidden=0, layers=0, heads=0, kv_heads=0, ffn=0, vocab=0))
-
-
 def units(case: Case) -> int:
     """What a call does, in the work's unit."""
     told = spec(case)
@@ -96,7 +135,7 @@ def units(case: Case) -> int:
             return told["rows"] * told["length"]
         case "reward" | "reward-k4":
             return told["rows"] * math.comb(told["completions"], 2)
-        case "ppo" | "ppo-shared":
+        case "ppo" | "ppo-shared" | "ppo-ragged" | "ppo-ragged-lean":
             return 1
         case _:
             return sum(told["lengths"])
@@ -104,7 +143,7 @@ def units(case: Case) -> int:
 
 def flops(case: Case) -> float:
     """Model FLOPs of a call; attention halved for causality, log-probs where they are needed."""
-    told, model = spec(case), arch(case.shape)
+    told, model = spec(case), arch_of_shape(case.shape)
     match case.work:
         case "sft" | "sft-lora":
             tokens = told["rows"] * told["length"]
@@ -122,7 +161,7 @@ def flops(case: Case) -> float:
 
 def decode_bytes(case: Case) -> float:
     """The least that a generation must read: weights once a step, each row's cache as far as it is filled."""
-    told, model = spec(case), arch(case.shape)
+    told, model = spec(case), arch_of_shape(case.shape)
     rows = zip(told["prompts"], told["lengths"], strict=True)
     fed = np.concatenate([np.arange(prompt, prompt + length - 1) for prompt, length in rows])
     steps, itemsize = max(told["lengths"]) - 1, 4 if case.dtype == "float32" else 2

@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from common import peaks_of, save_random_model
-from peers import cases
+from common import arch_of_shape, peaks_of, save_random_model
 from peers.protocol import Rounds, open_rounds, read_spec, repeat
 from peers.tokenizer import EOS, PAD, save_tokenizer, words
 
+import jrlhf.core
 import jrlhf.train.loop as stage_loop
 from jrlhf.config import Config, DataConfig, KLConfig, LogConfig, ModelConfig, OptimConfig, PPOConfig, SamplingConfig
-from jrlhf.core import answer_keys, partition
+from jrlhf.core import partition
 from jrlhf.models import (
     ArchConfig,
     add_adapters,
@@ -46,7 +46,7 @@ from jrlhf.types import DecodeFns, Params, RankingBatch, SFTBatch
 
 def main() -> None:
     spec, rounds = read_spec(), open_rounds()
-    arch = cases.arch(spec["shape"])
+    arch = arch_of_shape(spec["shape"])
     match spec["work"]:
         case "peaks":
             peaks(rounds, spec)
@@ -171,7 +171,7 @@ def generate(rounds: Rounds, spec: dict[str, Any], arch: ArchConfig) -> None:
     def call() -> dict[str, Any]:
         nonlocal number
         number += 1
-        keys = answer_keys(jax.random.fold_in(key, number), np.arange(len(mask)), samples=1)
+        keys = jrlhf.core.answer_keys(jax.random.fold_in(key, number), np.arange(len(mask)), samples=1)
         drawn = sampler(params, np.where(mask, next(tokens), PAD), mask, keys)
         return {"tokens": int(drawn.response_mask.sum())}
 
@@ -231,7 +231,7 @@ def ppo_config(spec: dict[str, Any], arch: ArchConfig, folder: Path) -> Config:
             prompts=DataConfig(train=str(prompts), max_length=spec["prompt"], buckets=1, cache=""),
             optim=optimizer(spec),
             log=LogConfig(every=1, eval_every=10**6, progress=False),
-            sampling=SamplingConfig(max_new_tokens=spec["new"], temperature=1.0),
+            sampling=SamplingConfig(max_new_tokens=spec["new"], temperature=1.0, **spec.get("sampling", {})),
             kl=KLConfig(coef=0.05, target=0.0),
             iterations=10**6,
             episodes=spec["rows"],

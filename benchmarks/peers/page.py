@@ -7,8 +7,9 @@ from typing import NamedTuple
 from peers.cases import WORKS, spec
 from peers.results import Range, Result
 
-LABELS = {"jrlhf": "jrlhf", "before": "jrlhf before", "trl": "TRL / Hugging Face", "trl-ppo": "TRL", "tunix": "Tunix"}
-COLOURS = {"before": "#777777", "trl": "#d95f02", "trl-ppo": "#d95f02", "tunix": "#7570b3"}
+LABELS = {"jrlhf": "jrlhf", "before": "jrlhf before", "trl": "TRL / Hugging Face", "trl-ppo": "TRL"}
+LABELS |= {"tunix": "Tunix", "vllm": "vLLM"}
+COLOURS = {"before": "#777777", "trl": "#d95f02", "trl-ppo": "#d95f02", "tunix": "#7570b3", "vllm": "#1b9e77"}
 HEADER = (
     "| work | side | figure | seconds a call (low to high) | jrlhf is times as fast (low to high) | of the matmul peak "
     "| of the copy peak | first call, s | peak memory, MB | parameters: all, trained |\n"
@@ -126,7 +127,7 @@ def settings(results: list[Result]) -> str:
     return "".join(sizes) + "\n" + "".join(f"{how}. {'; '.join(names)}.\n" for how, names in sorted(works.items()))
 
 
-SIZES = ("rows", "length", "completions", "rank", "prompt", "new", "epochs")
+SIZES = ("rows", "samples", "slots", "length", "completions", "rank", "prompt", "new", "epochs")
 
 
 def draw(path: Path, results: list[Result]) -> None:

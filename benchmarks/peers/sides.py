@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from peers.cases import RAGGED_PPO, ROLLOUTS
+
 BENCHMARKS = Path(__file__).parent.parent
 MODULES = {
     "jrlhf": "peers.jrlhf_steps",
@@ -15,8 +17,12 @@ MODULES = {
     "trl": "peers.trl_steps",
     "trl-ppo": "peers.trl_steps",
     "tunix": "peers.tunix_steps",
+    "vllm": "peers.vllm_steps",
 }
-TRAINING = ("sft", "sft-lora", "reward", "reward-k4", "ppo", "ppo-shared")
+ROLLOUT_MODULE = "peers.jrlhf_rollouts"
+"""jrlhf's side of rollouts, which runs earlier commits too."""
+TRAINING = ("sft", "reward", "ppo", "rollout")
+"""How works begin in which `jrlhf` sets variables for itself."""
 SHOWN_VARIABLES = ("GLIBC_TUNABLES", "XLA_FLAGS", "OMP_NUM_THREADS", "LD_PRELOAD")
 
 
@@ -82,13 +88,18 @@ class Side:
 
 
 def command(side: str, python: str, spec: dict[str, Any]) -> list[str]:
-    return [python, "-m", MODULES[side], json.dumps(spec)]
+    return [python, "-m", module(side, spec["work"]), json.dumps(spec)]
+
+
+def module(side: str, work: str) -> str:
+    rollout = work in ROLLOUTS | RAGGED_PPO and side in ("jrlhf", "before")
+    return ROLLOUT_MODULE if rollout else MODULES[side]
 
 
 def variables(side: str, work: str, given: dict[str, str]) -> dict[str, str]:
     """What `jrlhf` sets for itself when it trains; of all sides, what the caller gives them."""
-    own = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if side in ("jrlhf", "before") and work in TRAINING else {}
-    return own | given
+    trains = side in ("jrlhf", "before") and work.startswith(TRAINING)
+    return ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if trains else {}) | given
 
 
 def shown(variables: dict[str, str]) -> str:

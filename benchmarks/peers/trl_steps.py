@@ -19,9 +19,10 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from peers.llama import llama, size
 from peers.protocol import Rounds, median_seconds, open_rounds, read_spec, repeat
-from peers.tokenizer import EOS, PAD, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+from peers.tokenizer import PAD, make_tokenizer
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
 STEPS = 10**6
 """More than anybody waits for: the trainer is ended from its callback."""
@@ -44,16 +45,14 @@ def main() -> None:
         case "ppo":
             with TemporaryDirectory() as folder:
                 ppo(rounds, spec, Path(folder))
+        case _:
+            rollout(rounds, spec)
 
 
 def facts(parameters: int, trained: int, setting: str) -> dict[str, Any]:
     versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl")]
     versions = ", ".join([f"Python {platform.python_version()}", *versions])
     return {"parameters": parameters, "trained": trained, "versions": versions, "setting": setting}
-
-
-def size(*models: torch.nn.Module, trained: bool = False) -> int:
-    return sum(p.numel() for model in models for p in model.parameters() if p.requires_grad or not trained)
 
 
 def peaks(rounds: Rounds, spec: dict[str, Any], *, side: int = 2048, megabytes: int = 256) -> None:
@@ -68,26 +67,6 @@ def peaks(rounds: Rounds, spec: dict[str, Any], *, side: int = 2048, megabytes: 
 
     rounds.start(**facts(0, 0, "eager"))
     repeat(rounds, call)
-
-
-def llama(spec: dict[str, Any], kind: type, **options: Any) -> Any:
-    hidden, layers, heads, kv_heads, ffn, vocabulary, tied = spec["sizes"]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=65536,
-        rms_norm_eps=1e-5,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **options,
-    )
-    return kind(config)
 
 
 def tokens(spec: dict[str, Any], rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -201,6 +180,35 @@ def generate(rounds: Rounds, spec: dict[str, Any]) -> None:
         return {"tokens": int(lengths.sum())}
 
     how = f"{spec['dtype']} parameters; `generate` with its dynamic cache, SDPA attention"
+    rounds.start(**facts(size(model), 0, how))
+    repeat(rounds, call)
+
+
+def rollout(rounds: Rounds, spec: dict[str, Any]) -> None:
+    """Batches of ``slots`` answers; a batch ends with its longest one."""
+    model = llama(spec, LlamaForCausalLM).to(getattr(torch, spec["dtype"])).eval()
+    batches = torch.tensor(spec["lengths"]).split(spec["slots"])
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": spec["new"]}
+    seeds = itertools.count()
+
+    def call() -> dict[str, Any]:
+        rows = tokens(spec, spec["rows"], spec["prompt"], seed=next(seeds)).repeat(spec["samples"], axis=0)
+        for lengths, prompts in zip(batches, torch.from_numpy(rows).split(spec["slots"]), strict=True):
+            stops = [lambda ids, scores, lengths=lengths, **rest: ids.shape[1] - spec["prompt"] >= lengths]
+            criteria = transformers.StoppingCriteriaList(stops)
+            with torch.no_grad():
+                drawn = model.generate(
+                    prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    eos_token_id=None,
+                    pad_token_id=PAD,
+                    stopping_criteria=criteria,
+                    **options,
+                )
+            assert drawn.shape[1] == spec["prompt"] + lengths.max()
+        return {"tokens": sum(spec["lengths"])}
+
+    how = f"{spec['dtype']} parameters; `generate` with its dynamic cache, SDPA attention, a batch after the other"
     rounds.start(**facts(size(model), 0, how))
     repeat(rounds, call)
 

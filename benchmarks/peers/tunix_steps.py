@@ -44,6 +44,8 @@ def main() -> None:
                 generate(rounds, spec)
             case "ppo":
                 ppo(rounds, spec, mesh)
+            case _:
+                rollout(rounds, spec)
 
 
 class Llama(llama3.Llama3):
@@ -53,12 +55,16 @@ class Llama(llama3.Llama3):
         return super().__call__(input_tokens, positions, cache, attention_mask)
 
 
+class StopAt(nnx.Variable):
+    """The position after the last token of each row."""
+
+
 class StoppingLlama(llama3.Llama3):
-    """Says EOS for the token at position ``stop_at`` - 1, and never before."""
+    """Says EOS for the token at position ``stop_at`` - 1 of each row, and never before."""
 
     def __call__(self, input_tokens, positions, cache, attention_mask):
         logits, cache = super().__call__(input_tokens, positions, cache, attention_mask)
-        ends = positions >= self.stop_at - 2
+        ends = positions >= self.stop_at[...] - 2
         return logits.at[:, :, EOS].set(jnp.where(ends, 1e9, -1e9).astype(logits.dtype)), cache
 
 
@@ -165,16 +171,46 @@ def prompts(spec: dict[str, Any], drawn: np.ndarray) -> list[str]:
     return [Numbers().decode(row[:length]) for row, length in zip(drawn, spec["prompts"], strict=True)]
 
 
-def generate(rounds: Rounds, spec: dict[str, Any]) -> None:
+def make_sampler(model: Any, spec: dict[str, Any]) -> Sampler:
     hidden, layers, heads, kv_heads, *_ = spec["sizes"]
+    return Sampler(model, Numbers(), CacheConfig(spec["prompt"] + spec["new"], layers, kv_heads, hidden // heads))
+
+
+def rollout(rounds: Rounds, spec: dict[str, Any]) -> None:
+    """Batches of ``slots`` answers; a batch ends with its longest one."""
+    model = llama(spec, StoppingLlama)
+    batches = np.split(np.asarray(spec["lengths"], np.int32), len(spec["lengths"]) // spec["slots"])
+    model.stop_at = StopAt(jnp.zeros((spec["slots"], 1), jnp.int32))
+    drawn, seeds = tokens(spec, spec["rows"], spec["prompt"]), itertools.count()
+    parameters, sampler = size(model), make_sampler(model, spec)
+
+    def call() -> dict[str, Any]:
+        rows, total = np.repeat(next(drawn), spec["samples"], axis=0), 0
+        for lengths, prompts in zip(batches, np.split(rows, len(batches)), strict=True):
+            model.stop_at.value = jnp.asarray(spec["prompt"] + lengths[:, None])
+            sampler.transformer_state = nnx.variables(model)
+            result = sampler(
+                [Numbers().decode(row) for row in prompts],
+                max_generation_steps=spec["new"],
+                max_prompt_length=spec["prompt"],
+                temperature=1.0,
+                top_p=1.0,
+                seed=next(seeds),
+                eos_tokens=[EOS],
+            )
+            # What it returns is without the EOS; answers that reach the limit have none.
+            total += sum(min(len(answer) + 1, spec["new"]) for answer in result.tokens)
+        return {"tokens": total}
+
+    rounds.start(**facts(parameters, 0, spec, "`Sampler`, a batch after the other"))
+    repeat(rounds, call)
+
+
+def generate(rounds: Rounds, spec: dict[str, Any]) -> None:
     model = llama(spec, StoppingLlama if spec["stop_at"] else Llama)
-    model.stop_at = spec["stop_at"]
-    cache = CacheConfig(spec["prompt"] + spec["new"], layers, kv_heads, hidden // heads)
-    sampler, drawn, seeds = (
-        Sampler(model, Numbers(), cache),
-        tokens(spec, spec["rows"], spec["prompt"]),
-        itertools.count(),
-    )
+    model.stop_at = StopAt(jnp.int32(spec["stop_at"]))
+    drawn, seeds = tokens(spec, spec["rows"], spec["prompt"]), itertools.count()
+    sampler = make_sampler(model, spec)
     eos, unsaid = (EOS, spec["rows"]) if spec["stop_at"] else (NO_TOKEN, 0)
 
     def call() -> dict[str, Any]:
