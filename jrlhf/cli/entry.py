@@ -90,7 +90,7 @@ def run_command(argv: list[str]) -> int:
         resumes = "; the same command resumes it" if trains(command) else ""
         set_last_words(f"{command} interrupted{resumes}")
         # A slow import comes last: by now a signal ends the process cleanly.
-        from jrlhf.cli.commands import run_reporting
+        from jrlhf.cli.dispatch import run_reporting
 
         return ended(run_reporting(command, rest, about=known[command], resumes=resumes))
     kind = "flag" if command.startswith("-") else "command"

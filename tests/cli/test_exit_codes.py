@@ -62,5 +62,5 @@ def test_what_a_user_can_put_right_has_one_root() -> None:
 
 
 def test_no_part_of_the_package_is_read_back_to_choose_an_exit_code() -> None:
-    source = (Path(jrlhf.__file__).parent / "cli" / "commands.py").read_text(encoding="utf-8")
+    source = (Path(jrlhf.__file__).parent / "cli" / "dispatch.py").read_text(encoding="utf-8")
     assert "extract_tb" not in source

@@ -1,6 +1,8 @@
 """The floors of the house, read from the imports of every file."""
 
 import ast
+import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 
@@ -117,6 +119,16 @@ def test_the_floors_are_in_order():
     assert circle(FLOORS) is None
     assert circle({1: [2], 2: [3], 3: [2]}) == [2, 3, 2]
     assert len({*file_imports(ROOT / "stages" / "ppo.py")}) > 5
+
+
+def test_no_module_takes_the_name_of_what_its_package_exports():
+    """A module that is imported later takes the place of a function of its name in the package."""
+    for found in pkgutil.walk_packages(jrlhf.__path__, "jrlhf."):
+        package = importlib.import_module(found.name) if found.ispkg else None
+        for name in getattr(package, "__all__", ()):
+            if importlib.util.find_spec(f"{found.name}.{name}"):
+                # Its own module is there before it.
+                assert getattr(package, name).__module__ == f"{found.name}.{name}"
 
 
 def test_nothing_is_loose_at_the_top():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jrlhf.cli import commands
-from jrlhf.cli.commands import TOOLS
+from jrlhf.cli.dispatch import TOOLS
 from jrlhf.cli.flags import PLAN_ONLY, read_flags, sections, stage_flags, tool_config
 from jrlhf.config import Config, ConfigError, PlanConfig, check, load_config
 from jrlhf.config.files import apply_flags, flag_types, schema

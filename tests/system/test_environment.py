@@ -156,7 +156,7 @@ def can_run_as(user: int, folder: Path) -> bool:
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return False
     # A virtual environment's libraries may be closed to them though its interpreter is not.
-    libraries = "import jrlhf.cli.commands, jax, flax, transformers, orbax.checkpoint"
+    libraries = "import jrlhf.cli.dispatch, jax, flax, transformers, orbax.checkpoint"
     program = ["setpriv", "--reuid", str(user), "--clear-groups", sys.executable, "-c", libraries]
     with tempfile.TemporaryDirectory() as home:
         kept = {"PATH": os.environ["PATH"], "HOME": home, "PYTHONPATH": str(Path(environment.__file__).parents[2])}

@@ -170,7 +170,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (143, "still here\n", "jrlhf: interrupted\n")
 
 
-@pytest.mark.parametrize("module", ["jrlhf", "jrlhf.cli", "jrlhf.cli.commands", "jrlhf.train.signals"])
+@pytest.mark.parametrize("module", ["jrlhf", "jrlhf.cli", "jrlhf.cli.dispatch", "jrlhf.train.signals"])
 def test_a_library_leaves_signals_alone(module: str) -> None:
     code = (
         f"import signal, {module}\n"
