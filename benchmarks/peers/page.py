@@ -1,6 +1,7 @@
 """The Markdown page and the picture of a comparison."""
 
 import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,41 +43,61 @@ class Run(NamedTuple):
 
 def write(path: Path, run: Run, results: list[Result]) -> None:
     """The whole page, anew."""
+    tables = f"{case_table(results)}\n{peaks_line(results)}\n"
+    write_page(path, run, results, title="jrlhf and its peers", tables=tables, notes=NOTES + differences(results))
+
+
+def write_page(
+    path: Path, run: Run, results: list[Result], *, title: str, tables: str, notes: str, after: str = ""
+) -> None:
+    """A page of ``tables`` with the picture, and what stands ``after`` it, before the notes on how it was measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     absent = f" Not installed here, and left out: {', '.join(run.missing)}." if run.missing else ""
     path.write_text(
-        f"# jrlhf and its peers\n\n"
+        f"# {title}\n\n"
         f"Date {datetime.date.today().isoformat()}; {run.machine}; rounds: {run.rounds}.{absent}\n\n"
-        f"```\n{run.command}\n```\n\n{case_table(results)}\n{peaks_line(results)}\n\n"
+        f"```\n{run.command}\n```\n\n{tables}\n"
         f"![How many times as fast as its peers jrlhf is]({path.with_suffix('.png').name})\n\n"
-        f"## How it was measured\n\n{NOTES}{differences(results)}\n## Settings\n\n{settings(results)}",
+        f"{after}## How it was measured\n\n{notes}\n## Settings\n\n{settings(results)}",
         encoding="utf-8",
     )
 
 
 def case_table(results: list[Result]) -> str:
-    return HEADER + "".join(row(result, side) for result in results for side in [*result.sides, *result.failed])
+    return table(HEADER, results, more_cells)
 
 
-def row(result: Result, side: str) -> str:
-    case, name = result.case, LABELS[side]
-    work = f"{WORKS[case.work].title}, {case.shape}, {case.dtype}"
-    if side in result.failed:
-        return f"| {work} | {name} | none: {result.failed[side]} | | | | | | | |\n"
+def more_cells(result: Result, side: str) -> list[str]:
+    """What compare.py says of a side beside its speed."""
     found = result.sides[side]
-    cells = [
-        work,
-        name,
-        figure(result, side),
-        spread(found.seconds(), 3),
-        spread(result.ratio(side), 2) if side != "jrlhf" and "jrlhf" in result.sides else "",
+    return [
         f"{result.share_of_matmul(side):.0%}",
-        f"{result.share_of_copy(side):.0%}" if case.work.startswith("generate") else "",
+        f"{result.share_of_copy(side):.0%}" if result.case.work.startswith("generate") else "",
         f"{found.facts['first_seconds']:.1f}",
         f"{found.peak_mb():,}",
         f"{found.facts['parameters']:,}, {found.facts['trained']:,}",
     ]
-    return f"| {' | '.join(cells)} |\n"
+
+
+def table(header: str, results: list[Result], more: Callable[[Result, str], list[str]]) -> str:
+    """A row for each side of each result: its speed and the cells of ``more``, or why there are none."""
+    columns = header.splitlines()[1].count("|") - 1
+    rows = []
+    for result in results:
+        case = result.case
+        work = f"{WORKS[case.work].title}, {case.shape}, {case.dtype}"
+        for side in result.sides:
+            cells = [work, LABELS[side], *speed(result, side), *more(result, side)]
+            rows.append(f"| {' | '.join(cells)} |\n")
+        for side, reason in result.failed.items():
+            rows.append(f"| {work} | {LABELS[side]} | none: {reason} |{' |' * (columns - 3)}\n")
+    return header + "".join(rows)
+
+
+def speed(result: Result, side: str) -> list[str]:
+    """The figure of a side, its seconds, and how many times as fast jrlhf is."""
+    times = spread(result.ratio(side), 2) if side != "jrlhf" and "jrlhf" in result.sides else ""
+    return [figure(result, side), spread(result.sides[side].seconds(), 3), times]
 
 
 def figure(result: Result, side: str) -> str:

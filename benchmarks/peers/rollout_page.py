@@ -1,10 +1,9 @@
 """The Markdown page of rollouts.py."""
 
-import datetime
 from pathlib import Path
 
-from peers.cases import ROLLOUTS, WORKS, batch_occupancy, spec
-from peers.page import LABELS, Run, figure, settings, spread
+from peers.cases import ROLLOUTS, batch_occupancy, spec
+from peers.page import Run, spread, table, write_page
 from peers.results import Result, SideResult
 
 HEADER = (
@@ -35,39 +34,13 @@ NOTES = """\
 
 def write(path: Path, run: Run, results: list[Result], growth: dict[int, SideResult]) -> None:
     """The whole page, anew."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    absent = f" Not installed here, and left out: {', '.join(run.missing)}." if run.missing else ""
     grown = f"## Growth with the number of prompts\n\n{growth_table(growth)}\n" if growth else ""
-    path.write_text(
-        f"# Rollouts with answers of ragged lengths\n\n"
-        f"Date {datetime.date.today().isoformat()}; {run.machine}; rounds: {run.rounds}.{absent}\n\n"
-        f"```\n{run.command}\n```\n\n{case_table(results)}\n"
-        f"![How many times as fast as its peers jrlhf is]({path.with_suffix('.png').name})\n\n"
-        f"{grown}## How it was measured\n\n{NOTES}\n## Settings\n\n{settings(results)}",
-        encoding="utf-8",
-    )
+    title = "Rollouts with answers of ragged lengths"
+    write_page(path, run, results, title=title, tables=case_table(results), notes=NOTES, after=grown)
 
 
 def case_table(results: list[Result]) -> str:
-    return HEADER + "".join(row(result, side) for result in results for side in [*result.sides, *result.failed])
-
-
-def row(result: Result, side: str) -> str:
-    case, name = result.case, LABELS[side]
-    work = f"{WORKS[case.work].title}, {case.shape}, {case.dtype}"
-    if side in result.failed:
-        return f"| {work} | {name} | none: {result.failed[side]} | | | | |\n"
-    found = result.sides[side]
-    cells = [
-        work,
-        name,
-        figure(result, side),
-        spread(found.seconds(), 3),
-        spread(result.ratio(side), 2) if side != "jrlhf" and "jrlhf" in result.sides else "",
-        occupancy(result, side),
-        program(found),
-    ]
-    return f"| {' | '.join(cells)} |\n"
+    return table(HEADER, results, lambda result, side: [occupancy(result, side), program(result.sides[side])])
 
 
 def occupancy(result: Result, side: str) -> str:
