@@ -35,3 +35,18 @@ def test_a_cache_that_forgets_the_order_is_found(
     monkeypatch.setattr(verify, "load_pretrained", load_broken)
     assert not verify.run_verify(ARGS)
     assert "broken" in capsys.readouterr().out
+
+
+def test_a_temperature_that_is_a_thousandth_off_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bound on the first log ratio grows with the log-probs; it must still tell rounding from an error."""
+    make = verify._make_step
+
+    def make_other(*models, temperature, accumulation):
+        return make(*models, temperature=1.001 * temperature, accumulation=accumulation)
+
+    monkeypatch.setattr(verify, "_make_step", make_other)
+    assert not verify.run_verify(ARGS)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "broken" in line]
+    assert "first minibatch: max |log ratio|" in line
