@@ -24,7 +24,7 @@ from jrlhf.config import (
     SamplingConfig,
     to_yaml,
 )
-from jrlhf.config.rewards import LengthRuleConfig, RequiredRuleConfig, RewardsConfig
+from jrlhf.config.rewards import LengthRuleConfig
 from jrlhf.config.tools import ExportConfig
 from jrlhf.models import load_pretrained
 from jrlhf.plan.run import planned_target
@@ -36,13 +36,11 @@ from jrlhf.train.attempt import Event
 from jrlhf.train.programs import device_bytes
 from jrlhf.train.signals import Interrupted
 from jrlhf.types import PPOParams
+from tests.support.grpo_run import MODEL, WORDS, config_of
 from tests.support.processes import JRLHF, running
-from tests.support.runs import compare_runs, read_jsonl, small_config
+from tests.support.runs import compare_runs, read_jsonl
 from tests.support.short_model import SHORT_MODEL
 
-MODEL = ModelConfig(path=SHORT_MODEL)
-WORDS = RewardsConfig(model_weight=0.0, required=RequiredRuleConfig(weight=1.0, patterns=("the", "was", "and")))
-"""The share of three words that an answer has."""
 GRPO_LOG = {
     "reward/score_mean", "reward/rule/required", "groups/degenerate", "groups/score_std", "entropy", "length/mean",
     "loss", "loss/policy", "policy/approxkl", "policy/clipfrac", "policy/ratio_mean", "policy/ratio_max",
@@ -51,24 +49,6 @@ GRPO_LOG = {
     "rollout/occupancy",
 }  # fmt: skip
 KL_LOG = {"kl", "kl_coef", "loss/kl"}
-
-
-def config_of(folder: Path, run: str, **changes: Any) -> Config:
-    """Three iterations of four answers to each of four prompts, of which two devices share one."""
-    small = small_config(folder, run)
-    grpo = GRPOConfig(
-        model=MODEL,
-        rewards=WORDS,
-        prompts=small.ppo.prompts,
-        sampling=small.ppo.sampling,
-        optim=OptimConfig(lr=1e-3, eps=1e-5),
-        iterations=3,
-        episodes=16,
-        samples=4,
-        log=small.ppo.log,
-        checkpoint=small.ppo.checkpoint,
-    )
-    return Config(run=small.run, seed=small.seed, grpo=replace(grpo, **changes))
 
 
 def lines_of(config: Config) -> list[dict[str, float]]:

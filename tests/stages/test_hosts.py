@@ -17,11 +17,14 @@ from jrlhf.config.rewards import LengthRuleConfig, RewardsConfig
 from jrlhf.config.watch import SafetyConfig
 from jrlhf.parallel import shard_batch
 from jrlhf.runs.metrics import read_metrics
+from jrlhf.stages.grpo import run_grpo
 from jrlhf.stages.pipeline import run_pipeline
 from jrlhf.stages.sft import run_sft
 from jrlhf.types import SFTBatch
+from tests.support.grpo_run import WORDS
+from tests.support.grpo_run import config_of as grpo_config
 from tests.support.processes import JRLHF, ROOT, WORKER, by_slurm, by_variables, running
-from tests.support.runs import small_config
+from tests.support.runs import read_jsonl, small_config
 from tests.support.saving import leaves, open_checkpoints, restored, sft_state
 
 TIMING = ("time", "per_second", "seconds", "share/", "perf/", "compile/", "bandwidth")
@@ -157,6 +160,26 @@ def test_the_pipeline_in_the_pods_of_a_jobset_is_that_of_one_process(processes, 
         assert completions[0] == completions[1]
     found = json.loads((Path(config.run) / "summary.json").read_text())
     assert found["ppo"]["after"] == pytest.approx(summary["ppo"]["after"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", [{"samples": 4, "rollout_parts": 2}, {"samples": 16}])
+def test_grpo_on_two_hosts_is_that_of_one(groups, tmp_path):
+    """Groups within a host or one over both, with two rewards; groups of equal scores are drawn again."""
+    rewards = replace(WORDS, length=LengthRuleConfig(weight=0.5, min=2, max=6))
+    changes = {"rewards": rewards, "normalise": "each", "resample": 2, "iterations": 2, **groups}
+    config, alone = (grpo_config(tmp_path, run, **changes) for run in ("two", "one"))
+    with running(
+        command(config, "grpo", tmp_path), processes=2, devices=4, engine=by_slurm, folder=tmp_path / "logs"
+    ) as started:
+        run_grpo(alone)
+        started.succeed(within=550)
+    found, expected = Path(config.run) / "grpo", Path(alone.run) / "grpo"
+    check_same_metrics(found, expected, within=1e-4)
+    no_step_twice(found)
+    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+    answers = [[row["completion"] for row in read_jsonl(folder / "evals/000002.jsonl")] for folder in (found, expected)]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.slow
