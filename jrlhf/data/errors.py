@@ -33,6 +33,11 @@ class BadRow(ValueError):
         super().__init__(self.reason + detail)
 
 
+def bad_row_error(problem: str) -> DataError:
+    """Return the error that ends a run on a bad row; ``problem`` is the row's place and what is wrong with it."""
+    return DataError(f"{problem}; with on_bad_row: skip training leaves such rows out")
+
+
 def missing_value(row: Mapping[str, Any], *columns: str, rest: str) -> BadRow:
     """Build the error of a row that has no value in any of these columns; it tells null cells from missing columns.
 
@@ -93,7 +98,7 @@ class Skips:
     def add(self, error: BadRow, place: str) -> None:
         """Count the row, or raise ``DataError`` with its place if bad rows end the run."""
         if not self._skip and not isinstance(error, ExcludedRow):
-            raise DataError(f"{place}: {error}") from None
+            raise bad_row_error(f"{place}: {error}") from None
         self.first.setdefault(error.reason, place)
         self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
 

@@ -65,7 +65,8 @@ class RowInspector:
         mask = np.split(marks, np.cumsum(lengths)[:-1])
         sequences = [InspectedSequence(*parts) for parts in zip(tokens, mask, uncut, strict=True)]
         notes = [note for note in encoded.notes if note != TRUNCATION_NOTE]
-        return InspectedRow(place, sequences, ranks, self._kind.unread(row), notes)
+        prompts = np.asarray(encoded.flat.get("prompt", [])).tolist()
+        return InspectedRow(place, sequences, ranks, self._kind.unread(row), notes, prompts)
 
 
 def guess_kind(row: Row) -> KindName:

@@ -20,13 +20,11 @@ def mismatches(prompts: UInt[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
 
     ``prompts`` are digests of the prompts. In their order, which has nothing to do with that of the rows, the answer
     number k to a prompt gets that of the k-th row after all answers to this prompt, and so on from the start. So it is
-    a pure function of the rows, and if all prompts have as many answers, each answer is used once. Raises ValueError if
-    all rows have the same prompt.
+    a pure function of the rows, and if all prompts have as many answers, each answer is used once. There must be two
+    prompts.
     """
     order, rows = np.argsort(prompts, kind="stable"), len(prompts)
     _, first, sizes = np.unique(prompts[order], return_index=True, return_counts=True)
-    if len(first) == 1:
-        raise ValueError(f"prompt: all {rows} answers have the same, but the loss kto also needs answers to others")
     starts, counts = np.repeat(first, sizes), np.repeat(sizes, sizes)
     others = (starts + counts + (np.arange(rows) - starts) % (rows - counts)) % rows
     partners = np.empty(rows, np.int64)
@@ -127,6 +125,15 @@ class UnpairedRows:
         return self.answers.prompts(count, tokenizer)
 
 
+def check_unpaired(answers: int, *, desirable: int, prompts: int) -> None:
+    """Raise ValueError if all ``answers`` are desirable or none is, or if they are answers to a single prompt."""
+    if desirable in (0, answers):
+        label = "true" if desirable else "false"
+        raise ValueError(f"label: all {answers} answers are labelled {label}, and the loss kto learns from both kinds")
+    if prompts == 1:
+        raise ValueError(f"prompt: all {answers} answers have the same, but the loss kto also needs answers to others")
+
+
 def unpaired_rows(
     answers: RankingRows,
     *,
@@ -139,10 +146,8 @@ def unpaired_rows(
 
     Raises ValueError if all answers have the same label or the same prompt.
     """
-    first, count = int(answers.ranks[0][0]), len(answers)
-    if all(int(answers.ranks[row][0]) == first for row in range(count)):
-        label = "false" if first else "true"
-        raise ValueError(f"label: all {count} answers are labelled {label}, and the loss kto learns from both kinds")
+    desirable = sum(int(answers.ranks[row][0]) == 0 for row in range(len(answers)))
+    check_unpaired(len(answers), desirable=desirable, prompts=len(np.unique(prompts)))
     joints = Joints(answers.tokens, starts, mismatches(prompts), bos, config.max_length)
     lengths = np.maximum(answers.tokens.lengths, joints.lengths)
     alike = replace(answers, lengths=lengths, buckets=bucket_lengths(int(lengths.max()), config.buckets))

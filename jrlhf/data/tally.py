@@ -47,6 +47,8 @@ class InspectedRow(NamedTuple):
     """Columns and message fields that nothing reads."""
     notes: Collection[str] = ()
     """The loader's notes on the row, without the note that it was cut."""
+    prompts: Collection[int] = ()
+    """Digests of the prompts of labelled answers (KTO only)."""
 
 
 @dataclass
@@ -88,6 +90,8 @@ class Tally:
     pairs: int = 0
     desirable: int = 0
     """Number of answers that are labelled as desirable (KTO only); the others are not."""
+    prompts: set[int] = field(default_factory=set)
+    """Digests of the prompts of labelled answers (KTO only)."""
     longer_wins: float = 0.0
     """Number of pairs whose better answer has more tokens; a pair of equal lengths counts one half."""
 
@@ -118,6 +122,7 @@ class Tally:
             self.cut += len(uncut) - len(ids)
         if self.kind == "kto":
             self.desirable += inspected.ranks.count(0)
+            self.prompts.update(inspected.prompts)
         else:
             self._add_pairs(inspected)
         for note in inspected.notes:

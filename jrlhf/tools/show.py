@@ -11,8 +11,9 @@ from jrlhf.config import DataConfig
 from jrlhf.config.tools import ShowConfig
 from jrlhf.data import DataError, load_tokenizer, stop_token_ids
 from jrlhf.data.chat import MARKER, template_of
-from jrlhf.data.errors import names_with_rows
+from jrlhf.data.errors import bad_row_error, names_with_rows
 from jrlhf.data.inspect import KindName, RowInspector, first_row, guess_kind, inspect_rows
+from jrlhf.data.mismatched import check_unpaired
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.sources import open_source
 from jrlhf.data.tally import InspectedRow, InspectedSequence, Tally
@@ -37,7 +38,7 @@ KINDS: dict[str, KindName] = {
 
 
 def run_show(args: ShowConfig) -> None:
-    """Show rows and counts. Then raise DataError if a row is bad and training would end there."""
+    """Show rows and counts. Then raise DataError if training on these rows would end with it."""
     show_all_characters()
     tokenizer = load_tokenizer(last_export(assets.resolve(args.model), "language", "reward"))
     source = open_source(args.data)
@@ -64,12 +65,25 @@ def run_show(args: ShowConfig) -> None:
     console.print()
     for line in summary_lines(tally):
         console.print(line)
-    if tally.bad and (args.on_bad_row == "error" or not tally.rows):
-        others = sum(count.rows for count in tally.bad.values()) - 1
-        raise DataError(tally.error + (f"; bad rows besides: {others}" if others else ""))
+    check_rows(tally, source.name, skip=args.on_bad_row == "skip")
+
+
+def check_rows(tally: Tally, name: str, *, skip: bool) -> None:
+    """Raise the DataError with which training on these rows would end; with ``skip`` bad rows alone do not end it."""
+    others = sum(count.rows for count in tally.bad.values()) - 1
+    problem = tally.error + (f"; bad rows besides: {others}" if others > 0 else "")
+    if tally.bad and not skip:
+        raise bad_row_error(problem)
+    if tally.bad and not tally.rows:
+        raise DataError(problem)
     if not tally.rows:
         reasons = "; all were left out: " + ", ".join(tally.excluded) if tally.excluded else ""
-        raise DataError(f"{source.name}: no rows{reasons}")
+        raise DataError(f"{name}: no rows{reasons}")
+    if tally.kind == "kto":
+        try:
+            check_unpaired(len(tally.lengths), desirable=tally.desirable, prompts=len(tally.prompts))
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
 
 
 class Spelling:

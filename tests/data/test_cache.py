@@ -340,7 +340,9 @@ def test_a_broken_off_build_leaves_nothing(chat, cached, write, monkeypatch):
 
 
 def test_rows_that_cannot_be_used_leave_nothing(chat, cached, write):
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: prompt: is empty$"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: prompt: is empty; with on_bad_row: skip training leaves such rows out$"
+    ):
         load_prompts(replace(cached, on_bad_row="error"), write(BAD), chat)
     with pytest.raises(DataError, match="no rows; all 3 were skipped, most for: prompt: is empty"):
         load_prompts(cached, write(BAD), chat)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jrlhf.data import DataError, load_prompts, load_rankings, load_sft, load_texts, load_tokenizer, stop_token_ids
+from jrlhf.data.errors import bad_row_error
 
 HH = "\n\nHuman: hi\n\nAssistant:"
 
@@ -230,12 +231,12 @@ def test_cut_until_nothing_is_left(metaspace, config, write):
     with pytest.raises(DataError) as error:
         load_sft(config(max_length=4), source, metaspace, train_on="completion")
     reason = "completion: starts beyond max_length (4), so nothing would be learnt"
-    assert str(error.value) == f"{source}:1: {reason}"
+    assert str(error.value) == str(bad_row_error(f"{source}:1: {reason}"))
     source = write([{"chosen": "Hello there, one", "rejected": "Hello there, two"}])
     with pytest.raises(DataError) as error:
         load_rankings(config(max_length=3), source, metaspace)
     reason = "chosen: two answers of unequal rank have the same tokens after the cut to max_length 3"
-    assert str(error.value) == f"{source}:1: {reason}"
+    assert str(error.value) == str(bad_row_error(f"{source}:1: {reason}"))
 
 
 WEIGHED = [MESSAGES[0], {**MESSAGES[1], "weight": 0}, MESSAGES[2], {**MESSAGES[3], "weight": 1}]
@@ -271,7 +272,7 @@ def test_a_row_of_weight_0_alone_is_bad(chat, config, write, train_on):
         with pytest.raises(DataError) as error:
             load_sft(config(), source, chat, train_on=train_on)
         reason = "weight: is 0 for every assistant turn, so nothing would be learnt"
-        assert str(error.value) == f"{source}:1: {reason}"
+        assert str(error.value) == str(bad_row_error(f"{source}:1: {reason}"))
         assert load_sft(config(on_bad_row="skip"), write([row, {"text": "a"}]), chat, train_on=train_on).skipped == {
             reason: 1
         }
@@ -435,7 +436,7 @@ def test_what_is_no_text_is_named_or_counted_and_the_rest_is_learnt(chat, config
         alone = write(b"\n\n" + line, "alone.jsonl")
         with pytest.raises(DataError) as error:
             load_sft(config(), alone, chat, train_on="completion")
-        assert str(error.value) == f"{alone}:3: {reason}"
+        assert str(error.value) == str(bad_row_error(f"{alone}:3: {reason}"))
 
 
 def test_rankings_without_a_pair_are_counted_by_reason(chat, config, write):
@@ -486,7 +487,7 @@ def test_nothing_left_is_an_error(chat, config, write, load):
 
 
 def test_empty_cells_are_empty_and_not_absent(chat, config, write):
-    with pytest.raises(DataError, match=r"rows\.csv:2: prompt: is empty$"):
+    with pytest.raises(DataError, match=r"rows\.csv:2: prompt: is empty; with on_bad_row: skip"):
         load_rankings(config(), write("prompt,chosen,rejected\n,a,b\n", "rows.csv"), chat)
     rows = load_rankings(config(), write("chosen,rejected,margin\na,007,\nNA,null,2\n", "rows.csv"), chat)
     texts = [chat.decode(rows.tokens[i], skip_special_tokens=True) for i in range(4)]
@@ -495,7 +496,9 @@ def test_empty_cells_are_empty_and_not_absent(chat, config, write):
 
 
 def test_messages_need_a_template(metaspace, config, write):
-    with pytest.raises(DataError, match=r":1: messages: chat messages, but the tokenizer has no chat template$"):
+    with pytest.raises(
+        DataError, match=r":1: messages: chat messages, but the tokenizer has no chat template; with on_bad_row: skip"
+    ):
         load_sft(config(), write([{"messages": MESSAGES}]), metaspace, train_on="completion")
 
 

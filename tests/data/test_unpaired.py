@@ -83,11 +83,13 @@ def test_a_loss_of_pairs_does_not_read_labelled_answers(chat, config, write):
         (ROWS[:2], "prompt: all 2 answers have the same, but the loss kto also needs answers to others"),
     ],
 )  # fmt: skip
-def test_rows_of_one_label_or_one_prompt_alone_are_refused(chat, config, write, rows, problem):
+def test_rows_of_one_label_or_one_prompt_alone_are_refused(chat, config, write, rows, problem, capsys):
     source = write(rows)
     with pytest.raises(DataError) as caught:
         load_unpaired(config(), source, chat)
     assert str(caught.value) == f"{source}: {problem}"
+    assert main(["data", "show", "--data", source, "--model", "asset:stories260k", "--kind", "kto"]) == 2
+    assert capsys.readouterr().err == f"jrlhf: {source}: {problem}\n"
 
 
 def test_every_prompt_gets_the_answer_to_another_one():

@@ -88,7 +88,8 @@ def test_pairs_are_shown_and_a_bad_row_is_a_usage_error_once_all_is_counted(rows
     data = rows(*PAIRS)
     code, out, err = shown(capsys, MODEL, data, "--rows", "1", "--max_length", "12")
     assert code == 2
-    assert err == f"jrlhf: {data}:2: chosen: is the same as rejected; bad rows besides: 1\n"
+    problem = f"{data}:2: chosen: is the same as rejected; bad rows besides: 1"
+    assert err == f"jrlhf: {problem}; with on_bad_row: skip training leaves such rows out\n"
     assert (
         out
         == f"""\
