@@ -15,6 +15,8 @@ from jrlhf.runs.trackers import TrackerThread
 from jrlhf.system.lines import complete_lines, json_line, read_complete_json_lines, write_bytes
 
 LINES_WITHOUT_TERMINAL = 20
+SECONDS_WITHOUT_TERMINAL = 10.0
+"""Least number of seconds between two lines of a long loop."""
 
 PROXY_AND_GOLD = ("eval/score_mean", "eval/judge_mean", "eval/gold")
 """Scores of held-out answers: by the reward model that PPO optimises, by a second one, and by the quick start's word
@@ -169,15 +171,23 @@ class ProgressReport(Protocol):
 
 @contextmanager
 def progress(
-    total: int, description: str, *, start: int, enabled: bool, unit: str = "steps", to_stderr: bool = False
+    total: int,
+    description: str,
+    *,
+    start: int,
+    enabled: bool,
+    unit: str = "steps",
+    to_stderr: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[ProgressReport]:
     """Show a progress bar from step ``start`` to ``total`` with key metrics, steps/s and the remaining time.
 
     steps/s excludes the time up to the first update, which compiles. If standard output (with ``to_stderr``, standard
-    error) is not a terminal, at most 20 plain lines are printed instead. Without ``enabled`` nothing is shown. The
-    terminal is restored at the end of the block, also after an error.
+    error) is not a terminal, plain lines are printed instead: one at the first update, one at the end, and at most 20
+    between them, no two within ten seconds of ``clock``. Without ``enabled`` nothing is shown. The terminal is restored
+    at the end of the block, also after an error.
     """
-    speed = Speed(unit)
+    speed = Speed(unit, clock)
     if not enabled:
         yield _Silent()
     elif not (sys.stderr if to_stderr else sys.stdout).isatty():
@@ -195,10 +205,11 @@ class Speed:
         self._first: tuple[int, float] | None = None
         self._last = (0, 0.0)
 
-    def update(self, step: int) -> None:
-        """Record that ``step`` steps are done."""
+    def update(self, step: int) -> float:
+        """Record that ``step`` steps are done; return the time in seconds."""
         self._last = (step, self._clock())
         self._first = self._first or self._last
+        return self._last[1]
 
     def describe(self, total: int) -> str:
         """Return a text such as ``"3.2 steps/s, 0:01:05 left"``; it is empty before the second update."""
@@ -220,18 +231,18 @@ class _Silent:
 
 
 class _Lines:
-    """Prints a line after every twentieth of all steps."""
+    """Prints a line at the first and the last step, and after a twentieth of all steps if ten seconds have passed."""
 
     def __init__(self, total: int, description: str, start: int, speed: Speed, to_stderr: bool) -> None:
         self._total, self._description, self._speed, self._to_stderr = total, description, speed, to_stderr
-        self._metrics, self._printed = "", self._twentieths(start)
+        self._metrics, self._printed, self._printed_at = "", self._twentieths(start), -math.inf
 
     def update(self, step: int, metrics: Mapping[str, SupportsFloat] | None = None) -> None:
-        self._speed.update(step)
+        now = self._speed.update(step)
         self._metrics = self._metrics if metrics is None else format_metrics(metrics)
-        twentieths = self._twentieths(step)
-        if twentieths > self._printed:
-            self._printed = twentieths
+        twentieths, ends = self._twentieths(step), step >= self._total or self._printed_at == -math.inf
+        if ends or (twentieths > self._printed and now - self._printed_at >= SECONDS_WITHOUT_TERMINAL):
+            self._printed, self._printed_at = twentieths, now
             parts = (f"{self._description} {step}/{self._total}", self._metrics, self._speed.describe(self._total))
             out = sys.stderr if self._to_stderr else sys.stdout
             print("  ".join(part for part in parts if part), file=out, flush=True)

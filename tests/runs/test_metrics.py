@@ -1,5 +1,6 @@
 """metrics.jsonl, TensorBoard, and progress with and without a terminal."""
 
+import itertools
 import json
 import os
 import pty
@@ -125,13 +126,27 @@ def test_metrics_are_formatted_shortly() -> None:
     assert format_metrics({"loss": 1.23456, "kl": np.float32(0.5), "x": float("nan")}) == "loss 1.235  kl 0.5  x nan"
 
 
-def test_without_a_terminal_a_bounded_number_of_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(1000, "sft", start=0, enabled=True) as bar:
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [
+        # 1,000 steps in a second: the ends alone.
+        (2**-10, [1, 1000]),
+        # In a minute: a twentieth is three seconds, and no two lines are within ten.
+        (2**-4, [1, 161, 321, 481, 641, 801, 961, 1000]),
+        # In an hour: every twentieth.
+        (4.0, [1, *range(50, 1001, 50)]),
+    ],
+)
+def test_without_a_terminal_plain_lines_are_few_and_far_between(
+    seconds: float, steps: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = itertools.count(0.0, seconds)
+    with progress(1000, "sft", start=0, enabled=True, clock=lambda: next(clock)) as bar:
         for step in range(1, 1001):
             bar.update(step, {"loss": 1 / step} if step % 10 == 0 else None)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 20
-    assert lines[0].startswith("sft 50/1000  loss 0.02  ")
+    assert [int(line.split()[1].partition("/")[0]) for line in lines] == steps
+    assert lines[0] == "sft 1/1000"
     assert re.fullmatch(r"sft 1000/1000  loss 0.001  \S+ steps/s, 0:00:00 left", lines[-1])
     assert "\x1b" not in "".join(lines)
 
@@ -140,7 +155,7 @@ def test_a_resumed_or_silent_loop_prints_no_more(capsys: pytest.CaptureFixture[s
     with progress(100, "ppo", start=50, enabled=True) as bar:
         bar.update(51)
         bar.update(100)
-    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["ppo 100/100"]
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == ["ppo 51/100", "ppo 100/100"]
     with progress(100, "ppo", start=0, enabled=False) as bar:
         bar.update(100, {"loss": 1.0})
     assert capsys.readouterr().out == ""
