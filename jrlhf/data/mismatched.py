@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int, UInt
 
 from jrlhf.config import DataConfig
-from jrlhf.data.order import Part
 from jrlhf.data.packing import PackedRankingRows, pack_parts
+from jrlhf.data.preferences import Unpaired
 from jrlhf.data.protocol import Tokenizer
 from jrlhf.data.ragged import Ragged
 from jrlhf.data.rows import PromptRows, RankingRows, bucket_lengths
@@ -86,27 +86,12 @@ class Mismatched(Ragged):
         self._joints.tokens.release()
 
 
-@dataclass(frozen=True)
-class UnpairedRows:
-    """Labelled answers, one to a row, and in row i of ``mismatched`` the prompt of row i with an answer to another.
+class UnpairedRows(Unpaired[RankingRows]):
+    """Labelled answers and their mismatched pairs, one to a row.
 
     Both have one completion a row, whose rank is 0 if the answer is desirable, else 1, and the same lengths: that of
     the longer of the two sequences, so that both are padded alike.
     """
-
-    answers: RankingRows
-    mismatched: RankingRows
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    @property
-    def lengths(self) -> Int[np.ndarray, "N"]:
-        return self.answers.lengths
-
-    @property
-    def parts(self) -> Sequence[Part]:
-        return self.answers.parts
 
     @property
     def skipped(self) -> dict[str, int]:

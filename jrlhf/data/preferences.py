@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -56,12 +57,15 @@ class PreferenceRows:
         return self.rows.batch(indices)._replace(loss_mask=marks, ref_logprobs=reference)
 
 
-@dataclass(frozen=True)
-class UnpairedPreferenceRows:
-    """Labelled answers and their mismatched pairs, the members of which are the same row by row."""
+R = TypeVar("R", RankingRows, PreferenceRows)
 
-    answers: PreferenceRows
-    mismatched: PreferenceRows
+
+@dataclass(frozen=True)
+class Unpaired(Generic[R]):
+    """Labelled answers, and in row i of ``mismatched`` the prompts of row i, each with an answer to another prompt."""
+
+    answers: R
+    mismatched: R
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -73,6 +77,10 @@ class UnpairedPreferenceRows:
     @property
     def parts(self) -> Sequence[Part]:
         return self.answers.parts
+
+
+class UnpairedPreferenceRows(Unpaired[PreferenceRows]):
+    """Labelled answers and their mismatched pairs, one to a row or packed, as KTO's batches have them."""
 
     def views(self) -> dict[str, PreferenceRows]:
         """All rows that the reference reads, by names that end those of its log-probs."""
