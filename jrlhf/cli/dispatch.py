@@ -21,7 +21,7 @@ from jrlhf.config.tools import (
     ShowConfig,
     VerifyConfig,
 )
-from jrlhf.system.errors import USAGE_ERRORS
+from jrlhf.system.errors import USAGE_ERRORS, reason_of
 from jrlhf.system.interrupts import Interrupted, raise_signals
 from jrlhf.system.terminal import complain
 
@@ -74,10 +74,10 @@ def run_reporting(command: str, argv: Sequence[str], *, about: str, resumes: str
         if os.environ.get("JRLHF_DEBUG", "0") != "0":
             traceback.print_exc()
         elif usage:
-            complain(message_of(error))
+            complain(reason_of(error))
         else:
-            summary = message_of(error).partition("\n")[0]
-            complain(f"{command} failed: {type(error).__name__}: {summary}\nJRLHF_DEBUG=1 shows the traceback")
+            summary = reason_of(error).partition("\n")[0]
+            complain(f"{command} failed: {summary}\nJRLHF_DEBUG=1 shows the traceback")
         return USAGE if usage else FAILURE
 
 
@@ -161,10 +161,3 @@ def run_training(command: str, config: Config) -> None:
         folder = Path(config.run) if command == "pipeline" else Path(config.run) / command
         if is_first():
             print(f"{command} done: {folder / 'summary.json'}")
-
-
-def message_of(error: Exception) -> str:
-    """Return the message of an error, with the file that it is about."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__

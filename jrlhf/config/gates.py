@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jrlhf.system.errors import UsageError
+from jrlhf.system.errors import RunError, UsageError
 
 HOLDS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _GATE = re.compile(r"\s*(?P<metric>[\w/.-]+)\s*(?P<sign><=|>=|<|>)\s*(?P<bound>[-+.\deE]+)\s*")
@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     missed_by: float
 
 
-class GatesFailed(RuntimeError):
+class GatesFailed(RunError):
     """Gates failed, so the stage's model is not passed on. The message is a table of the failed gates and their
     distances."""
 

@@ -29,6 +29,7 @@ from jrlhf.data.protocol import Tokenizer
 from jrlhf.parallel.hosts import first_goes_ahead
 from jrlhf.parallel.peers import current
 from jrlhf.system.environment import cache_home, usable_cache
+from jrlhf.system.errors import reason_of
 from jrlhf.system.paths import expanded
 
 log = logging.getLogger("jrlhf.data")
@@ -209,7 +210,7 @@ def _open_table(folder: Path, schema: Schema, name: str) -> Table:
         skips.unread = meta["unread"]
         return mapped_table(schema, folder, meta["rows"], skips)._replace(digest=meta["digest"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise DataError(f"{folder}: {error!r}; remove the folder to tokenise again") from error
+        raise DataError(f"{folder}: {reason_of(error)}; remove the folder to tokenise again") from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jrlhf.parallel.coordination import client, coordinator_address, process_count, process_number
 from jrlhf.parallel.relay import Relay
-from jrlhf.system.errors import UsageError
+from jrlhf.system.errors import RunError, UsageError, reason_of
 from jrlhf.system.interrupts import set_farewell
 
 GRACE = 2.0
@@ -27,7 +27,7 @@ TABLE = "jrlhf/peers/"
 FAILURE = 1
 
 
-class PeerLost(RuntimeError):
+class PeerLost(RunError):
     """Another process of the run has died, failed or been silent for too long."""
 
 
@@ -280,7 +280,7 @@ def watching(*, heartbeat: float, stall: float, relay: Relay | None) -> Iterator
         peers.leave(str(error))
         raise
     except BaseException as error:
-        if fault := peers.leave(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"):
+        if fault := peers.leave(reason_of(error).partition("\n")[0]):
             raise PeerLost(fault) from error
         raise
     finally:

@@ -9,6 +9,7 @@ from jrlhf.rank import argilla, label_studio
 from jrlhf.rank.places import Ranking, as_decision, is_ranking
 from jrlhf.rank.store import Decision, Store
 from jrlhf.rank.tasks import Task, TaskError, json_lines, parse_task
+from jrlhf.system.errors import reason_of
 from jrlhf.system.lines import json_line, json_text
 
 Format = Literal["ranking", "argilla", "label-studio"]
@@ -84,7 +85,7 @@ def _read(path: Path, form: Format, tasks: Sequence[Task]) -> Iterator[tuple[str
         try:
             yield from parse(row)
         except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
-            raise TaskError(f"{path}: record {number}: not in the format of {form}: {error!r}") from error
+            raise TaskError(f"{path}: record {number}: not in the format of {form}: {reason_of(error)}") from error
 
 
 def _parse_row(row: Mapping[str, Any], ids: Mapping[str, str]) -> tuple[str, Ranking]:

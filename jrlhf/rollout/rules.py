@@ -45,6 +45,7 @@ from jrlhf.rules import (
     words,
     yes_or_no,
 )
+from jrlhf.system.errors import RunError, reason_of
 
 logger = logging.getLogger("jrlhf.rewards")
 
@@ -124,11 +125,11 @@ def start_rules(
             thread.join(max(0.0, deadline - time.monotonic()))
             result = results.get(rule.name)
             if result is None:
-                raise RuntimeError(f"{stage}.rewards.{rule.name}: not done in {timeout:g} s ({stage}.rewards.timeout)")
+                raise RunError(f"{stage}.rewards.{rule.name}: not done in {timeout:g} s ({stage}.rewards.timeout)")
             if isinstance(result, DataError):
                 raise DataError(f"{stage}.rewards.{rule.name}: {result}") from result
             if isinstance(result, Exception):
-                raise RuntimeError(f"{stage}.rewards.{rule.name}: {type(result).__name__}: {result}") from result
+                raise RunError(f"{stage}.rewards.{rule.name}: {reason_of(result)}") from result
             scores[rule.name] = result
         return scores
 
@@ -219,7 +220,7 @@ def _function(rule: FunctionRuleConfig, option: str) -> Callable[[Sequence[Episo
         try:
             return by_function(function, episodes)
         except Exception as error:
-            raise RuntimeError(f"{rule.path}: {type(error).__name__}: {error}") from error
+            raise RunError(f"{rule.path}: {reason_of(error)}") from error
 
     return score
 

@@ -3,6 +3,8 @@
 import re
 from fractions import Fraction
 
+from jrlhf.system.errors import UsageError
+
 MARK = "####"
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)])[-−])?\$?(?P<value>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
@@ -34,17 +36,17 @@ def text_in(text: str) -> str:
 
 
 def same_number(text: str, reference: str) -> float:
-    """Return 1.0 if the text has the number of the reference, else 0.0. ValueError for a reference without a number."""
+    """Return 1.0 if the text has the number of the reference, else 0.0. UsageError for a reference without a number."""
     expected = number_in(reference)
     if expected is None:
-        raise ValueError(f"the reference has no number: {reference[-80:]!r}")
+        raise UsageError(f"the reference has no number: {reference[-80:]!r}")
     return float(number_in(text) == expected)
 
 
 def same_text(text: str, reference: str) -> float:
-    """Return 1.0 if the text is the reference apart from case and white space, else 0.0. ValueError for an empty
+    """Return 1.0 if the text is the reference apart from case and white space, else 0.0. UsageError for an empty
     reference."""
     expected = text_in(reference)
     if not expected:
-        raise ValueError("the reference is empty")
+        raise UsageError("the reference is empty")
     return float(text_in(text) == expected)

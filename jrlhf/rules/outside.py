@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from jrlhf.rules.episode import Episode
-from jrlhf.system.errors import UsageError
+from jrlhf.system.errors import RunError, UsageError, reason_of
 
 MAX_REPLY_BYTES = 2**24
 """Maximum size of a server's reply; a longer one is a failure."""
@@ -33,7 +33,7 @@ def load_function(path: str) -> Callable[..., Any]:
         raise UsageError(f"{path}: the module has no function {name}") from error
     except Exception as error:
         # A user's module may raise anything when it is imported.
-        raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
+        raise UsageError(f"{path}: {reason_of(error)}") from error
     if not callable(function):
         raise UsageError(f"{path}: not a function but {type(function).__name__}")
     return function
@@ -71,18 +71,18 @@ def arguments(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
 
 
 def check_scores(scores: Any, count: int) -> list[float]:
-    """Return the scores as floats. ValueError unless they are ``count`` finite numbers."""
+    """Return the scores as floats. UsageError unless they are ``count`` finite numbers."""
     if not isinstance(scores, list | tuple):
-        raise ValueError(f"expected a list of {count} numbers, got {type(scores).__name__}")
+        raise UsageError(f"expected a list of {count} numbers, got {type(scores).__name__}")
     if len(scores) != count:
-        raise ValueError(f"expected {count} numbers, one for each answer, got {len(scores)}")
+        raise UsageError(f"expected {count} numbers, one for each answer, got {len(scores)}")
     for place, score in enumerate(scores):
         try:
             finite = not isinstance(score, str | None) and math.isfinite(score)
         except (TypeError, OverflowError):
             finite = False
         if not finite:
-            raise ValueError(f"expected finite numbers, got {score!r} for answer {place}")
+            raise UsageError(f"expected finite numbers, got {score!r} for answer {place}")
     return [float(score) for score in scores]
 
 
@@ -92,7 +92,7 @@ def by_function(function: Callable[..., Any], episodes: Sequence[Episode]) -> li
     return check_scores(function(**arguments(episodes)), len(episodes))
 
 
-class EndpointError(Exception):
+class EndpointError(RunError):
     """A server returned no scores: it was unreachable, too slow, refused, or replied with something else."""
 
 
@@ -144,11 +144,11 @@ def _answer(request: Request, timeout: float) -> Any:
     with build_opener(_NoRedirects(), *direct).open(request, timeout=timeout) as reply:
         text = reply.read(MAX_REPLY_BYTES + 1)
     if len(text) > MAX_REPLY_BYTES:
-        raise ValueError(f"the reply has more than {MAX_REPLY_BYTES} bytes")
+        raise UsageError(f"the reply has more than {MAX_REPLY_BYTES} bytes")
     return json.loads(text)
 
 
 def _scores(answer: Any, count: int) -> list[float]:
     if not isinstance(answer, Mapping) or "scores" not in answer:
-        raise ValueError('the reply has no "scores"')
+        raise UsageError('the reply has no "scores"')
     return check_scores(answer["scores"], count)

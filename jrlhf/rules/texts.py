@@ -6,6 +6,8 @@ from typing import Any
 
 import regex
 
+from jrlhf.system.errors import UsageError
+
 WORD = re.compile(r"\w+")
 REFUSALS = (
     r"(?i)\b(?:i|we) (?:cannot|can not|can['’]t|won['’]t|will not|must decline|have to decline)(?! wait)\b",
@@ -71,8 +73,8 @@ def refusal(
 
 
 def yes_or_no(value: Any) -> bool:
-    """Read a truth value of JSON or CSV; an empty cell is false. ValueError for any other text."""
+    """Read a truth value of JSON or CSV; an empty cell is false. UsageError for any other text."""
     cell = str(value).strip().lower()
     if cell not in {"true", "false", "1", "0", "1.0", "0.0", "yes", "no", "none", ""}:
-        raise ValueError(f"expected true or false, got {value!r}")
+        raise UsageError(f"expected true or false, got {value!r}")
     return cell in {"true", "1", "1.0", "yes"}

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from jrlhf.runs.leaves import by_path, differences, from_stored, stored_form, to_storable
 from jrlhf.runs.manifest import UnknownFormat, damage, write_manifest
+from jrlhf.system.errors import RunError, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ STATE_FOLDER, NOTES_FILE = "state", "notes.json"
 PARTIAL_SUFFIX, REMOVED_SUFFIX = ".partial", ".removed"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint cannot be written or read, or does not fit the state of the run."""
 
 
@@ -243,7 +244,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise CheckpointError(f"{what}: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"{what}: {reason_of(error)}") from error
 
 
 def _sync_names(folder: Path) -> None:

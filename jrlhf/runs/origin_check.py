@@ -25,6 +25,7 @@ from jrlhf.runs.origin import (
     tokenizer_differs,
     unchanged,
 )
+from jrlhf.system.errors import reason_of
 
 logger = logging.getLogger("jrlhf.origin")
 
@@ -119,7 +120,9 @@ def read_origin(stage: str, folder: Path) -> Origin | None:
             content = content if path.name == ORIGIN_FILE else content.get("metadata", {}).get("origin")
             return None if content is None else Origin.from_json(content).as_json()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{path}: damaged ({error!r}); remove it to resume without comparing inputs") from error
+            raise ConfigError(
+                f"{path}: damaged ({reason_of(error)}); remove it to resume without comparing inputs"
+            ) from error
 
     value = from_first(f"read what {stage} was made from", read)
     if value is None and is_first():

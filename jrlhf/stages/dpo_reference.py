@@ -20,7 +20,7 @@ from jrlhf.parallel import fetch, is_first, shard_batch
 from jrlhf.parallel.hosts import from_first
 from jrlhf.runs.metrics import progress
 from jrlhf.runs.origin_check import read_origin
-from jrlhf.system.errors import UsageError
+from jrlhf.system.errors import UsageError, reason_of
 from jrlhf.system.lines import write_bytes
 from jrlhf.train.batches import covering_batches
 from jrlhf.train.site import Site
@@ -109,7 +109,7 @@ def _stored(path: Path, key: str, sizes: Mapping[str, int]) -> Logprobs | None:
                 return None
             found = {name: np.asarray(file[name], np.float32) for name in sizes}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s: damaged (%r), so the reference is read again", path, error)
+        logger.warning("%s: damaged (%s), so the reference is read again", path, reason_of(error))
         return None
     return found if {name: len(values) for name, values in found.items()} == sizes else None
 

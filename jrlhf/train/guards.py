@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jrlhf.config.watch import GuardConfig, RolloutGuardsConfig
+from jrlhf.system.errors import RunError
 from jrlhf.train.optim import scale_rate
 from jrlhf.train.state import RunState
 
@@ -37,7 +38,7 @@ class Alarm(NamedTuple):
         return f"{self.guard} guard ({self.action}): {self.value:.4g}, bound {self.bound:.4g}: {CAUSES[self.guard]}"
 
 
-class GuardStop(RuntimeError):
+class GuardStop(RunError):
     """A guard has stopped the run; the newest checkpoint is from before that step."""
 
 

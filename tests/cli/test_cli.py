@@ -24,7 +24,9 @@ from jrlhf.config.tools import (
     ShowConfig,
     VerifyConfig,
 )
+from jrlhf.runs.checkpoints import CheckpointError
 from jrlhf.runs.lock import RunLocked
+from jrlhf.train.guards import GuardStop
 
 TOOLS = {
     "generate": GenerateConfig,
@@ -314,7 +316,10 @@ def test_a_value_error_that_jrlhf_raises_is_exit_code_2(stage, capsys):
     [
         (raising(RuntimeError("out of memory\nlong story")), "jrlhf: pipeline failed: RuntimeError: out of memory"),
         (lambda: np.ones(3) + np.ones(4), "jrlhf: pipeline failed: ValueError: operands could not be broadcast"),
-        (raising(FloatingPointError("step 3: loss not finite")), "jrlhf: pipeline failed: FloatingPointError: step 3"),
+        (raising(FloatingPointError("step 3: loss not finite")), "jrlhf: pipeline failed: step 3"),
+        (raising(CheckpointError("checkpoint runs/a/4 is damaged")), "jrlhf: pipeline failed: checkpoint runs/a/4"),
+        (raising(GuardStop("step 3: kl guard")), "jrlhf: pipeline failed: step 3"),
+        (raising(KeyError()), "jrlhf: pipeline failed: KeyError"),
     ],
 )
 def test_a_failure_is_exit_code_1_without_a_traceback(effect, line, stage, capsys):

@@ -10,11 +10,15 @@ import pytest
 import jrlhf
 from jrlhf import assets
 from jrlhf.config import ConfigError
+from jrlhf.config.gates import GatesFailed
 from jrlhf.data import DataError
-from jrlhf.parallel.peers import PeerRefused
+from jrlhf.parallel.peers import PeerLost, PeerRefused
 from jrlhf.rank.tasks import TaskError
+from jrlhf.rules import EndpointError
+from jrlhf.runs.checkpoints import CheckpointError
 from jrlhf.runs.lock import RunLocked
-from jrlhf.system.errors import USAGE_ERRORS, UsageError
+from jrlhf.system.errors import USAGE_ERRORS, RunError, UsageError, reason_of
+from jrlhf.train.guards import GuardStop
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +56,29 @@ def test_a_users_mistake_is_exit_code_2_without_sources(without_sources: Path) -
     assert done.returncode == 2, done.stderr
 
 
-def test_what_a_user_can_put_right_has_one_root() -> None:
+def test_what_a_user_can_put_right_has_one_root_and_known_failures_another() -> None:
     for kind in (ConfigError, DataError, TaskError, RunLocked, PeerRefused):
         assert issubclass(kind, UsageError)
+    for kind in (CheckpointError, EndpointError, GatesFailed, GuardStop, PeerLost):
+        assert issubclass(kind, RunError)
     assert issubclass(UsageError, ValueError)
     assert ValueError not in USAGE_ERRORS
     with pytest.raises(UsageError, match="no asset"):
         assets.resolve("asset:nothing")
+
+
+def test_a_reason_has_the_name_of_a_class_only_where_the_message_may_say_too_little() -> None:
+    plain = (
+        GuardStop("a"),
+        UsageError("a"),
+        FloatingPointError("a"),
+        TimeoutError("a"),
+        FileNotFoundError(2, "b", "a"),
+    )
+    assert [reason_of(error) for error in plain] == ["a"] * 4 + ["a: b"]
+    others = (KeyError("a"), ValueError("a"), OSError(28, "No space left", "a"), ValueError())
+    assert [reason_of(error) for error in others] == ["KeyError: 'a'", "ValueError: a", "OSError: a: No space left",
+                                                      "ValueError"]  # fmt: skip
 
 
 def test_no_part_of_the_package_is_read_back_to_choose_an_exit_code() -> None:

@@ -419,7 +419,7 @@ def test_answers_without_a_score_are_left_out_and_counted(tmp_path: Path, monkey
     assert {row["score"] for row in answers} == {5.0, None}
     assert all(row["score"] == row["rule/endpoint"] for row in answers)
     strict = RewardsConfig(endpoint=replace(rule, on_failure="error"))
-    with pytest.raises(RuntimeError, match=r"ppo\.rewards\.endpoint: EndpointError: down"):
+    with pytest.raises(RuntimeError, match=r"ppo\.rewards\.endpoint: down"):
         scores_of(strict, *[Episode({}, "a", 1, True)] * 12)
 
 
