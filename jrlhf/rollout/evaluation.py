@@ -24,6 +24,7 @@ from jrlhf.rollout.reward_models import Scorer, make_scorer, reward_of
 from jrlhf.rollout.sampling import GenerateFn, generate_all, texts_of
 from jrlhf.rollout.scores import make_rewards
 from jrlhf.runs.exports import exported_form
+from jrlhf.system.errors import RunError
 from jrlhf.system.lines import json_line, read_json_lines, write_text
 from jrlhf.train.batches import device_multiple
 from jrlhf.train.keys import stream_key
@@ -46,7 +47,8 @@ def make_evaluator(
 ) -> Callable[[RunState, int], dict[str, float]]:
     """Return a function that samples answers to held-out prompts, scores them and returns their metrics.
 
-    It writes the answers to ``evals/<iteration>.jsonl``, and uses the same random draws in every evaluation.
+    It writes the answers to ``evals/<iteration>.jsonl``, with the KL of an answer as a sum over its tokens and its
+    entropy as their mean, and uses the same random draws in every evaluation.
     """
     if heldout is None:
         return lambda state, number: {}
@@ -74,9 +76,10 @@ def make_evaluator(
             ref_logprobs, _ = logprob_fn(reference, tokens, mask, **at)
             kl = kl_penalty(logprobs, ref_logprobs, estimator="k1")
             distance["kl"] = jnp.sum(jnp.where(response, kl, 0.0), axis=-1)
+        length = jnp.sum(response, axis=-1, dtype=jnp.float32)
         return distance | {
-            "entropy": jnp.sum(jnp.where(response, entropy, 0.0), axis=-1),
-            "length": jnp.sum(response, axis=-1, dtype=jnp.float32),
+            "entropy": jnp.sum(jnp.where(response, entropy, 0.0), axis=-1) / jnp.maximum(length, 1.0),
+            "length": length,
             "stopped": generation.stopped,
         }
 
@@ -99,7 +102,7 @@ def make_evaluator(
                     rows[int(indices[place])] = {"prompt": prompt, "completion": answer} | numbers
         answers = [rows[index] for index in sorted(rows)]
         if all(row["score"] is None for row in answers):
-            raise RuntimeError(f"{stage}.prompts.eval: no answer to these prompts has a score")
+            raise RunError(f"{stage}.prompts.eval: no answer to these prompts has a score")
         _write_rows(answers_file(folder, number), answers)
         first = from_first("read the first answers", lambda: read_rows(answers_file(folder, 0)))
         return evaluation_metrics(answers) | win_rates(answers, first)
@@ -168,7 +171,7 @@ def evaluation_metrics(answers: list[dict[str, Any]]) -> dict[str, float]:
         "eval/score_mean": float(score.mean()),
         "eval/score_std": float(score.std()),
         "eval/score_stderr": standard_error(score),
-        "eval/entropy": float(column["entropy"].sum() / max(column["length"].sum(), 1.0)),
+        "eval/entropy": float((column["entropy"] * column["length"]).sum() / max(column["length"].sum(), 1.0)),
         "eval/length": float(column["length"].mean()),
         "eval/eos_fraction": float(column["stopped"].mean()),
         "eval/distinct2": distinct_n([words(row["completion"]) for row in answers], n=2),

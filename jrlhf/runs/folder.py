@@ -8,6 +8,8 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from jrlhf import assets
 from jrlhf.config import (
     Config,
@@ -38,6 +40,7 @@ from jrlhf.config.watch import SafetyConfig
 from jrlhf.parallel import is_first
 from jrlhf.parallel.hosts import first_goes_ahead, from_first, same_everywhere
 from jrlhf.runs.lock import run_lock
+from jrlhf.system.errors import reason_of
 from jrlhf.system.lines import json_text, write_text
 from jrlhf.system.suggest import either
 
@@ -58,9 +61,23 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         try:
             return {**json.loads(path.read_text("utf-8"))} if path.exists() else None
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path}: damaged ({error!r}); remove it to resume from the newest checkpoint") from error
+            raise ConfigError(
+                f"{path}: damaged ({reason_of(error)}); remove it to resume from the newest checkpoint"
+            ) from error
 
     return from_first("look for a summary", read)
+
+
+def plain_floats(value: Any) -> Any:
+    """Return a summary with each float32 in it as the shortest decimal that float32 reads as this value.
+
+    A setting that the state of a run holds in float32 then reads as it was set: 0.04, not 0.03999999910593033.
+    """
+    if isinstance(value, np.float32):
+        return float(str(value))
+    if isinstance(value, Mapping):
+        return {name: plain_floats(inner) for name, inner in value.items()}
+    return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

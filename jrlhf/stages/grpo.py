@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -181,7 +182,7 @@ def prepare_grpo(site: Site, inputs: RolloutInputs) -> Prepared:
         learnt = learnt_policy(outcome.state.train)
         figures = {"before": outcome.first, "after": outcome.last, "iterations": grpo.iterations, "cut": prompts.cut}
         if grpo.has_reference:
-            figures["kl_coef"] = float(outcome.state.kl_coef)
+            figures["kl_coef"] = np.float32(outcome.state.kl_coef)
         return Export(actors.policy, learnt, learnt, figures)
 
     peaks = device_peaks(grpo.model.dtype)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -169,7 +170,7 @@ def prepare_ppo(site: Site, inputs: PPOInputs) -> Prepared:
             "before": outcome.first,
             "after": outcome.last,
             "iterations": ppo.iterations,
-            "kl_coef": float(outcome.state.kl_coef),
+            "kl_coef": np.float32(outcome.state.kl_coef),
             "cut": prompts.cut,
         }
         return Export(actors.policy, learnt, learnt, figures)

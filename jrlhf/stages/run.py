@@ -4,7 +4,7 @@ from typing import Any
 
 from jrlhf.config import Config, StageConfig, stage_section, to_yaml
 from jrlhf.runs.exports import Companions, as_metadata, companions, write_adapter, write_export
-from jrlhf.runs.folder import open_stage, pass_gates, write_json
+from jrlhf.runs.folder import open_stage, pass_gates, plain_floats, write_json
 from jrlhf.runs.inputs import StageInputs
 from jrlhf.runs.origin import Origin
 from jrlhf.runs.origin_check import changed_inputs, check_origin, finished_summary
@@ -61,12 +61,14 @@ def finish(
     # The base is the input folder: if that holds an adapter, the frozen weights already include the adapter.
     write_adapter(export.model, export.adapter, section.lora, folder / "peft", base=inputs.source, beside=beside)
     write_export(export.model, export.params, folder / "hf", beside=beside, dtype=section.export_dtype)
-    summary = {
-        **export.figures,
-        "exported_step": outcome.step,
-        "export_dtype": section.export_dtype,
-        "seconds": outcome.seconds,
-        **changed_inputs(origin),
-    }
+    summary = plain_floats(
+        {
+            **export.figures,
+            "exported_step": outcome.step,
+            "export_dtype": section.export_dtype,
+            "seconds": outcome.seconds,
+            **changed_inputs(origin),
+        }
+    )
     write_json(folder / "summary.json", summary)
     return summary

@@ -28,7 +28,7 @@ from jrlhf.config.files import apply_flags
 from jrlhf.config.tools import ExportConfig
 from jrlhf.rollout.inputs import RolloutInputs
 from jrlhf.runs.checkpoints import FORMAT_VERSION, CheckpointError
-from jrlhf.runs.folder import last_export, model_source, open_stage, read_summary
+from jrlhf.runs.folder import last_export, model_source, open_stage, plain_floats, read_summary
 from jrlhf.runs.manifest import write_manifest
 from jrlhf.stages.sft import run_sft
 from jrlhf.tools.export import run_export
@@ -237,3 +237,13 @@ def test_a_damaged_summary_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"summary\.json: damaged"):
         read_summary(tmp_path)
+
+
+def test_a_summary_has_a_float32_as_its_shortest_decimal_and_every_digit_of_a_float() -> None:
+    plain = {"third": 1 / 3, "rounded": float(np.float32(0.04)), "steps": 7, "ended": True, "skipped": {}}
+    single = {name: np.float32(value) for name, value in (("kl_coef", 0.04), ("tiny", 1e-30), ("loss", 2 / 3))}
+    found = plain_floats(plain | {"before": single})
+    assert found == plain | {"before": {"kl_coef": 0.04, "tiny": 1e-30, "loss": 0.6666667}}
+    assert {name: np.float32(value) for name, value in found["before"].items()} == single
+    assert type(found["before"]["kl_coef"]) is float
+    assert np.isnan(plain_floats(np.float32("nan")))

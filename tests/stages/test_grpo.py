@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from jrlhf.config import (
@@ -76,11 +77,17 @@ def test_it_logs_what_it_does_and_starts_on_policy(whole: tuple[Config, dict[str
         assert 0.2 < line["rollout/occupancy"] <= 1.0
     assert abs(lines[0]["kl"]) == 0.0
     assert lines[-1]["kl_coef"] == pytest.approx(0.04)
+    assert summary["kl_coef"] == 0.04, "as in the config, although the state has it in float32"
     assert summary["before"]["eval/kl"] == 0.0
     assert summary["after"]["eval/kl"] != 0.0
     for name in ("config.yaml", "summary.json", "checkpoints", "hf/model.safetensors", "evals/000003.jsonl"):
         assert (Path(config.run) / "grpo" / name).exists(), name
-    assert len(read_jsonl(Path(config.run) / "grpo" / "evals" / "000003.jsonl")) == 16
+    answers = read_jsonl(Path(config.run) / "grpo" / "evals" / "000003.jsonl")
+    assert len(answers) == 16
+    entropy, kl, length = (np.asarray([row[name] for row in answers]) for name in ("entropy", "kl", "length"))
+    # The entropy of an answer is a mean over its tokens, its KL a sum.
+    assert summary["after"]["eval/entropy"] == pytest.approx(np.average(entropy, weights=length))
+    assert summary["after"]["eval/kl"] == pytest.approx(kl.mean())
 
 
 def test_there_is_no_critic(whole: tuple[Config, dict[str, Any], list[Event]]) -> None:
