@@ -19,6 +19,9 @@ from jrlhf.config.schema_check import (
 )
 from jrlhf.config.stages import DPOConfig
 
+LOW_SIMPO_BETA = 1.0
+"""Half of the lowest β in SimPO's paper."""
+
 
 def dpo_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:
     yield from data_checks(f"{path}.data", dpo.data)
@@ -35,6 +38,16 @@ def dpo_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:
     yield from gate_checks(f"{path}.gates", dpo.gates, dpo.data.eval, f"{path}.data.eval")
     yield from _loss_checks(path, dpo)
     yield from _answer_checks(path, dpo)
+
+
+def dpo_advice(path: str, dpo: DPOConfig) -> str:
+    """Return a warning about settings that are valid but most likely a mistake; empty if there are none."""
+    if dpo.loss != "simpo" or dpo.beta >= LOW_SIMPO_BETA:
+        return ""
+    return (
+        f"{path}.beta: {dpo.beta:g} is low for loss simpo, which scales log-probs that are means over tokens; "
+        "Meng et al. (2024, arXiv 2405.14734) use 2 to 2.5, and up to 10 with larger models"
+    )
 
 
 def _answer_checks(path: str, dpo: DPOConfig) -> Iterator[Check]:

@@ -16,13 +16,14 @@ from jrlhf.config.rewards import (
 )
 from jrlhf.config.schema_check import Check
 
+PENALTIES = "because what penalises is a rule with negative scores (repetition, banned, or a function of yours)"
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def rewards_checks(path: str, rewards: RewardsConfig) -> Iterator[Check]:
     weights = rule_weights(rewards)
     for name, weight in weights.items():
-        yield weight >= 0, f"{path}.{name}.weight", weight, "0 (off) or more"
+        yield weight >= 0, f"{path}.{name}.weight", weight, f"0 (off) or more, {PENALTIES}"
     yield rewards.model_weight >= 0, f"{path}.model_weight", rewards.model_weight, "0 (no reward model) or more"
     has_score = rewards.uses_model or any(weights.values())
     yield has_score, f"{path}.model_weight", rewards.model_weight, f"above 0, because no rule of {path} has a weight"

@@ -1,5 +1,6 @@
 """Direct preference optimisation (DPO) and KTO train the policy on people's judgements, without a reward model."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -12,9 +13,11 @@ import optax
 from jax.sharding import Mesh
 
 from jrlhf.config import Config, DPOConfig, PlanConfig, stages_before
+from jrlhf.config.dpo_check import dpo_advice
 from jrlhf.core import combine
 from jrlhf.data import Order, PromptRows
 from jrlhf.models import Pretrained, load_pretrained, merge_adapters
+from jrlhf.parallel import is_first
 from jrlhf.parallel.devices.peaks import device_peaks
 from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.actors import load_actors
@@ -61,6 +64,8 @@ from jrlhf.train.site import Site
 from jrlhf.train.start import Training, begin, build_training, compute_options
 from jrlhf.train.state import RunState
 from jrlhf.train.window import Rate
+
+logger = logging.getLogger(__name__)
 
 
 def run_dpo(config: Config, *, on_event: OnEvent = no_event) -> dict[str, Any]:
@@ -149,7 +154,12 @@ def build_dpo(config: Config, model: Pretrained, mesh: Mesh, *, slices: int, upd
 
 
 def check_dpo(config: Config, mesh: Mesh) -> None:
-    """Raise ConfigError if a rule lacks something, or if the batch does not divide over the devices."""
+    """Raise ConfigError if a rule lacks something, or if the batch does not divide over the devices.
+
+    Log a warning about settings that are valid but most likely a mistake.
+    """
+    if is_first() and (advice := dpo_advice("dpo", config.dpo)):
+        logger.warning("%s", advice)
     make_rules(config.dpo.rewards, stage="dpo")
     device_share(config.dpo.batch_size, mesh, key="dpo.batch_size")
 

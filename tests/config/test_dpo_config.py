@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from jrlhf.config import Config, ConfigError, DPOConfig, check, stage_sections
+from jrlhf.config.dpo_check import dpo_advice
 
 
 def test_the_stage_stands_between_the_reward_model_and_ppo():
@@ -27,6 +28,15 @@ def test_the_stage_stands_between_the_reward_model_and_ppo():
 )
 def test_what_makes_sense_is_accepted(dpo):
     check(Config(dpo=dpo))
+    assert dpo_advice("dpo", dpo) == ""
+
+
+def test_a_beta_of_dpo_in_simpo_is_warned_of():
+    dpo = DPOConfig(loss="simpo")
+    check(Config(dpo=dpo))
+    said = dpo_advice("dpo", dpo)
+    assert said.startswith("dpo.beta: 0.1 is low for loss simpo, ")
+    assert said.endswith("Meng et al. (2024, arXiv 2405.14734) use 2 to 2.5, and up to 10 with larger models")
 
 
 @pytest.mark.parametrize(
