@@ -26,6 +26,7 @@ from jrlhf.config import (
     check,
     to_yaml,
 )
+from jrlhf.config.dpo_check import dpo_advice
 from jrlhf.config.gates import GatesFailed
 from jrlhf.config.rewards import RequiredRuleConfig, RewardsConfig
 from jrlhf.config.tools import ExportConfig
@@ -34,14 +35,15 @@ from jrlhf.data import load_rankings, load_tokenizer
 from jrlhf.models import load_pretrained
 from jrlhf.plan.run import planned_target
 from jrlhf.runs.folder import exported_folder
-from jrlhf.stages.dpo import plan_dpo, run_dpo
+from jrlhf.stages.dpo import check_dpo, plan_dpo, run_dpo
 from jrlhf.stages.dpo_reference import REFERENCE_FILE
 from jrlhf.steps import answer_logprobs
 from jrlhf.tools.export import run_export
 from jrlhf.train.attempt import Event
 from jrlhf.train.programs import device_bytes
 from jrlhf.train.signals import Interrupted
-from tests.support.dpo import MODEL, NAMES, config_of, lines_of, write_rankings
+from jrlhf.train.start import mesh_of
+from tests.support.dpo import MODEL, NAMES, compare_interrupted, config_of, lines_of, write_rankings
 from tests.support.processes import JRLHF, by_variables, running
 from tests.support.runs import compare_runs, deterministic, first_rows, read_jsonl
 from tests.support.short_model import LAYERS
@@ -51,6 +53,13 @@ from tests.support.short_model import LAYERS
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
     """A finished run; tests read it."""
     config = config_of(tmp_path_factory.mktemp("dpo"), "whole")
+    return config, run_dpo(config)
+
+
+@pytest.fixture(scope="module")
+def simpo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, Any]]:
+    """A finished run with the loss simpo; tests read it."""
+    config = config_of(tmp_path_factory.mktemp("simpo"), "whole", loss="simpo", beta=2.0, gamma=1.0)
     return config, run_dpo(config)
 
 
@@ -109,33 +118,10 @@ def test_the_reference_is_the_initial_policy_on_every_answer(whole: tuple[Config
     assert (found < -1.0).all()
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "simpo"])
-def test_an_interrupted_run_ends_as_the_unbroken_one(
-    loss: str, whole: tuple[Config, dict[str, Any]], tmp_path: Path
-) -> None:
-    """SIGINT in the second step: the same call goes on to the same metrics and weights, without a second reference."""
-    changes: dict[str, Any] = {} if loss == "sigmoid" else {"loss": "simpo", "beta": 2.0, "gamma": 1.0}
-    unbroken = whole[0]
-    if loss == "simpo":
-        unbroken = config_of(tmp_path, "unbroken", **changes)
-        run_dpo(unbroken)
-    config = replace(unbroken, run=str(tmp_path / "run"))
-    folder = tmp_path / "run" / "dpo"
-
-    def interrupt(event: Event) -> None:
-        if (event.kind, event.step) == ("step", 2):
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(Interrupted, match="stopped at step"):
-        run_dpo(config, on_event=interrupt)
-    assert not (folder / "summary.json").exists()
-    reference = folder / REFERENCE_FILE
-    assert reference.exists() == (loss == "sigmoid")
-    before = reference.stat().st_mtime_ns if loss == "sigmoid" else 0
-    run_dpo(config)
-    compare_runs(Path(unbroken.run) / "dpo", folder)
-    if loss == "sigmoid":
-        assert reference.stat().st_mtime_ns == before
+@pytest.mark.parametrize("run", ["whole", "simpo"])
+def test_an_interrupted_run_ends_as_the_unbroken_one(run: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    unbroken, _ = request.getfixturevalue(run)
+    compare_interrupted(unbroken, tmp_path / "run", has_reference=run == "whole")
 
 
 def test_a_reference_that_is_lost_damaged_or_another_s_is_read_again(
@@ -209,13 +195,19 @@ def test_packed_rankings_are_the_same_step(whole: tuple[Config, dict[str, Any]],
         run_dpo(narrow)
 
 
-def test_simpo_keeps_no_reference(tmp_path: Path) -> None:
-    config = config_of(tmp_path, "run", loss="simpo", beta=2.0, gamma=1.0)
-    summary = run_dpo(config)
+def test_simpo_keeps_no_reference(simpo: tuple[Config, dict[str, Any]]) -> None:
+    config, summary = simpo
     assert not (Path(config.run) / "dpo" / REFERENCE_FILE).exists()
     assert summary["accuracy"] == 1.0
     losses = [line["eval/loss"] for line in lines_of(config, "eval/loss")]
     assert losses[-1] < losses[0]
+
+
+def test_simpo_with_the_beta_of_dpo_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = config_of(tmp_path, "run", loss="simpo")
+    check_dpo(config, mesh_of(config))
+    [message] = caplog.messages
+    assert message == dpo_advice("dpo", config.dpo) != ""
 
 
 def test_ipo_runs_on_mean_log_probs(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from jrlhf.plan.run import planned_target
 from jrlhf.stages.dpo import plan_dpo, run_dpo
 from jrlhf.stages.dpo_reference import REFERENCE_FILE
 from jrlhf.steps import answer_logprobs
-from tests.support.dpo import MODEL, NAMES, config_of, lines_of
+from tests.support.dpo import MODEL, NAMES, compare_interrupted, config_of, lines_of
 
 ENDS = (" and happy.", " and sad.", " and blue.")
 
@@ -73,6 +73,10 @@ def test_it_learns_what_people_find_desirable(whole: tuple[Config, dict[str, Any
     assert all(line["answers/desirable"] + line["answers/undesirable"] == 8 for line in lines)
     assert summary["accuracy"] == 1.0
     assert (summary["steps"], summary["rows"], summary["skipped"]) == (4, 16, {})
+
+
+def test_an_interrupted_run_ends_as_the_unbroken_one(whole: tuple[Config, dict[str, Any]], tmp_path: Path) -> None:
+    compare_interrupted(whole[0], tmp_path / "run", has_reference=True)
 
 
 def test_the_reference_has_read_every_answer_and_every_mismatched_pair(whole: tuple[Config, dict[str, Any]]) -> None:

@@ -1,9 +1,12 @@
 """Small runs of the DPO stage."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from jrlhf.config import (
     CheckpointConfig,
@@ -16,6 +19,11 @@ from jrlhf.config import (
     SamplingConfig,
 )
 from jrlhf.runs.metrics import read_metrics
+from jrlhf.stages.dpo import run_dpo
+from jrlhf.stages.dpo_reference import REFERENCE_FILE
+from jrlhf.train.attempt import Event
+from jrlhf.train.signals import Interrupted
+from tests.support.runs import compare_runs
 from tests.support.short_model import SHORT_MODEL
 
 MODEL = ModelConfig(path=SHORT_MODEL)
@@ -61,6 +69,29 @@ def config_of(folder: Path, run: str, **changes: Any) -> Config:
         checkpoint=CheckpointConfig(every=1, keep=3, keep_best=1),
     )
     return Config(run=str(folder / run), seed=3, dpo=replace(dpo, **changes))
+
+
+def compare_interrupted(unbroken: Config, run: Path, *, has_reference: bool) -> None:
+    """SIGINT in the second step: the same call goes on to the metrics and weights of the finished run ``unbroken``.
+
+    The reference is read once.
+    """
+    config, folder = replace(unbroken, run=str(run)), run / "dpo"
+
+    def interrupt(event: Event) -> None:
+        if (event.kind, event.step) == ("step", 2):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="stopped at step"):
+        run_dpo(config, on_event=interrupt)
+    assert not (folder / "summary.json").exists()
+    reference = folder / REFERENCE_FILE
+    assert reference.exists() == has_reference
+    before = reference.stat().st_mtime_ns if has_reference else 0
+    run_dpo(config)
+    compare_runs(Path(unbroken.run) / "dpo", folder)
+    if has_reference:
+        assert reference.stat().st_mtime_ns == before
 
 
 def lines_of(config: Config, name: str) -> list[dict[str, float]]:
