@@ -69,11 +69,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def plain_floats(value: Any) -> Any:
-    """Return a summary with each float32 in it as the shortest decimal that float32 reads as this value.
+    """Return a summary with each NumPy float in it as the shortest decimal that its own dtype reads as this value.
 
     A setting that the state of a run holds in float32 then reads as it was set: 0.04, not 0.03999999910593033.
     """
-    if isinstance(value, np.float32):
+    if isinstance(value, np.floating):
         return float(str(value))
     if isinstance(value, Mapping):
         return {name: plain_floats(inner) for name, inner in value.items()}
