@@ -78,12 +78,15 @@ def _outside(rollout):
 def test_it_is_ppo_s_policy_step_for_the_same_advantages(plain):
     """K = 1 and no baseline: what differs is the critic alone."""
     rollout = rollout_batch(plain.apply_fn, plain.params)
+    rollout = rollout._replace(sampler_logprobs=rollout.logprobs + 0.5 * rollout.rewards)
     how = {"epochs": 2, "minibatches": 2, "clip": 0.2, "entropy_coef": 0.1, "accumulation": 2}
+    how |= {"sampler_weight_cap": 1.2}
     expected, was = ppo_step(plain, value_coef=0.0, **how)(ppo_start(plain), rollout, KEY)
     after, metrics = grpo_step(plain, **how)(start(plain), rollout._replace(values=None, returns=None), KEY)
     assert_close(after.params, expected.params.policy, atol=1e-6)
     same = ("loss", "loss/policy", "policy/entropy", "policy/approxkl", "policy/clipfrac", "policy/ratio_mean")
     same += ("policy/ratio_max", "policy/max_abs_log_ratio", "policy/first_minibatch_max_abs_log_ratio")
+    same += ("sampler/weight_mean", "sampler/weight_capped", "sampler/weight_max")
     for name in same:
         np.testing.assert_allclose(metrics[name], was[name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert set(metrics) == {*was} - {"loss/value", "value/clipfrac"}
