@@ -23,9 +23,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 # What commands keep for a second start is kept for the tests alone.
 os.environ["JRLHF_CACHE"] = tempfile.mkdtemp(prefix="jrlhf-tests-")
 # Half of the tests' time is compiling, and most of that is what another test, or another process, has compiled before:
-# the first process of all makes one folder for what each of them finds.
+# the first process of all makes one folder for what each of them finds. Beside it is what tests.support.once keeps.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JRLHF_CACHE"], "of-all-tests")
+    os.environ["JRLHF_TESTS"] = os.path.join(os.environ["JRLHF_CACHE"], "of-all-tests")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JRLHF_TESTS"], "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

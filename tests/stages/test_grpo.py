@@ -138,6 +138,7 @@ def test_one_device_gives_the_run_of_eight(whole: tuple[Config, dict[str, Any], 
             assert one[name] == pytest.approx(eight[name], rel=2e-3, abs=1e-5), name
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("method", ["grpo", "rloo", "dr-grpo"])
 def test_it_learns_a_rule(method: str, tmp_path: Path) -> None:
     how: dict[str, dict[str, Any]] = {

@@ -1,9 +1,12 @@
 """A run small enough for tests: the shipped model, a few dozen sentences, a handful of steps, on all eight devices."""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import jax
 import pytest
 
 from jrlhf import assets
@@ -23,7 +26,9 @@ from jrlhf.config import (
 )
 from jrlhf.runs.metrics import read_metrics
 from jrlhf.stages.pipeline import run_pipeline
+from jrlhf.train import start
 from tests.support.chat_model import write_chat_model, write_chats
+from tests.support.once import once
 from tests.support.short_model import SHORT_MODEL
 
 
@@ -87,11 +92,22 @@ def small_config(folder: Path, run: str) -> Config:
     )
 
 
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages run on the first device alone: with a small model, the steps of eight mostly wait for each other."""
+    monkeypatch.setattr(start, "make_mesh", partial(start.make_mesh, devices=jax.devices()[:1]))
+
+
+def _finished_run(folder: Path) -> tuple[Config, dict]:
+    config = small_config(folder, "whole")
+    return config, run_pipeline(config)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict]:
-    """A whole run, once; tests read it and start their own copies."""
-    config = small_config(tmp_path_factory.mktemp("run"), "whole")
-    return config, run_pipeline(config)
+    """A whole run, once; each process of the tests has a copy, which its tests read, ask for again and copy."""
+    config, summary = once("finished", _finished_run)
+    return replace(config, run=str(shutil.copytree(config.run, tmp_path_factory.mktemp("run") / "whole"))), summary
 
 
 @pytest.fixture(scope="session")

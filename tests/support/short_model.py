@@ -1,22 +1,20 @@
 """The shipped model with two of its five layers: programs of whole runs compile in less time, and show the same."""
 
-import atexit
 import json
 import shutil
-import tempfile
 from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
 from jrlhf import assets
+from tests.support.once import once
 
 LAYERS = 2
 
 
-def short_model() -> str:
-    """Write the model to a folder that goes with this process."""
-    source, folder = Path(assets.resolve("asset:stories260k")), Path(tempfile.mkdtemp(prefix="jrlhf-short-model-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def short_model(folder: Path) -> str:
+    """Write the model to a folder and return its path."""
+    source = Path(assets.resolve("asset:stories260k"))
     shutil.copytree(source, folder, dirs_exist_ok=True)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     left_out = tuple(f"model.layers.{layer}." for layer in range(LAYERS, config["num_hidden_layers"]))
@@ -28,4 +26,4 @@ def short_model() -> str:
     return str(folder)
 
 
-SHORT_MODEL = short_model()
+SHORT_MODEL: str = once("short-model", short_model)

@@ -41,6 +41,7 @@ from jrlhf.types import Generation
 
 MODEL = "asset:stories260k"
 LIKELY_TOKEN = 261
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,15 @@ def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(
-    folder: Path, reward: Path, *, lr: float, iterations: int, stop: tuple[str, ...] = (), save_every: int = 1000
+    folder: Path,
+    reward: Path,
+    *,
+    iterations: int,
+    lr: float = 3e-3,
+    stop: tuple[str, ...] = (),
+    save_every: int = 1000,
 ) -> Config:
-    """A run of PPO; one that may go back to an earlier state saves each."""
+    """A run of PPO; one that may go back to an earlier state saves each. One rate is one compiled update for all."""
     return Config(
         run=str(folder),
         ppo=PPOConfig(
@@ -124,8 +131,8 @@ def test_a_learning_rate_a_thousand_times_too_high_is_rolled_back_before_any_nan
 
 
 def test_a_milder_rate_after_a_rollback_lets_the_run_end(tmp_path: Path, reward_folder: Path) -> None:
-    config = small(tmp_path, reward_folder, lr=0.5, iterations=6, save_every=1)
-    run_ppo(guarded(config, kl=GuardConfig(bound=100.0, action="rollback"), rollback_lr=1e-3))
+    config = small(tmp_path, reward_folder, lr=4.0, iterations=6, save_every=1)
+    run_ppo(guarded(config, kl=GuardConfig(bound=100.0, action="rollback"), rollback_lr=1e-4))
     assert len(told(config, "rollback")) == 1
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
     assert lines[1]["kl"] > 100.0 > 10.0 > lines[-1]["kl"]
@@ -136,7 +143,7 @@ def test_a_reward_for_length_trips_the_length_guard(
     tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewarded(monkeypatch, length)
-    config = small(tmp_path, reward_folder, lr=3e-3, iterations=8, stop=(".",))
+    config = small(tmp_path, reward_folder, iterations=8, stop=(".",))
     with pytest.raises(GuardStop, match="the reward pays for length"):
         run_ppo(guarded(config, length=GuardConfig(bound=1.5, patience=2, action="stop")))
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
@@ -145,6 +152,7 @@ def test_a_reward_for_length_trips_the_length_guard(
     assert told(config, "guard")[-1]["step"] == len(lines) + 1
     assert beyond[-1]
     assert not any(first and second for first, second in pairwise(beyond))
+    assert not {event["guard"] for event in told(config, "guard")} & {"sampler", "negative_kl"}, "the sampler is sound"
 
 
 def test_a_reward_for_one_token_trips_repetition_and_entropy(
@@ -152,7 +160,7 @@ def test_a_reward_for_one_token_trips_repetition_and_entropy(
 ) -> None:
     """How soon and how far one token takes over is a matter of the draws: the bound lies well inside what all reach."""
     rewarded(monkeypatch, lucky_token)
-    config = small(tmp_path, reward_folder, lr=3e-3, iterations=20)
+    config = small(tmp_path, reward_folder, iterations=14)
     config = guarded(config, entropy=GuardConfig(bound=1.0, patience=2))
     run_ppo(config)
     lines = [line for line in read_metrics(tmp_path / "ppo" / "metrics.jsonl") if "kl" in line]
@@ -219,16 +227,10 @@ def test_a_sampler_that_is_not_the_policy_is_named_as_the_cause(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(ppo, "jit_generate", broken(ppo.jit_generate))
-    config = small(tmp_path, reward_folder, lr=3e-3, iterations=step, stop=(".",))
+    config = small(tmp_path, reward_folder, iterations=step, stop=(".",))
     run_ppo(config)
     assert (guard, step) in {(event["guard"], event["step"]) for event in told(config, "guard")}
     assert "the sampler and the trained policy disagree" in caplog.text
-
-
-def test_a_sound_sampler_is_not_suspected(tmp_path: Path, reward_folder: Path) -> None:
-    config = small(tmp_path, reward_folder, lr=1e-4, iterations=3, stop=(".",))
-    run_ppo(config)
-    assert not told(config, "guard")
 
 
 def two_lucky_tokens(generation: Generation) -> jax.Array:
@@ -290,7 +292,7 @@ def test_a_model_that_breaks_a_gate_is_not_passed_on(
     tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewarded(monkeypatch, length)
-    config = small(tmp_path, reward_folder, lr=1e-4, iterations=2, stop=(".",))
+    config = small(tmp_path, reward_folder, iterations=2, stop=(".",))
     prompts = replace(config.ppo.prompts, eval="asset:prompts_heldout")
     log = replace(config.ppo.log, eval_every=1, eval_rows=16)
     strict = replace(config, ppo=replace(config.ppo, prompts=prompts, log=log, gates=("kl <= 100", "win_rate >= 1.0")))
