@@ -15,6 +15,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         # Programs run for milliseconds here and compile for seconds: LLVM's optimiser is not worth its time.
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        # As many modules as threads could compile at once cost nearly twice the work of one, and the cores are busy.
+        "--xla_cpu_parallel_codegen_split_count=1",
         # Half of what is left of compiling is MLIR's, for each fused loop. Later versions know no other way: with the
         # second Python the tests run what users run, as the quick start and the examples do with both.
         "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
@@ -64,6 +66,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What imports and collecting have made stays to the end: the garbage collector need not look at it each time."""
+    """What imports and collecting have made stays to the end: the garbage collector need not look at it each time.
+
+    Nor need it come after every 700 objects: tracing makes many, and keeps most of them.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)

@@ -255,11 +255,13 @@ def _with_reference(
     dpo, training = site.config.dpo, programs.training
     # New adapters change nothing yet, so the initial policy is the reference with them too.
     initial = combine(training.trained, training.frozen)
+    viewed = {name: {f"{name}{view}": some for view, some in of.views().items()} for name, of in rows.items()}
     logprobs = reference_logprobs(
         site,
         dpo.model,
-        {f"{name}{view}": viewed for name, some in rows.items() for view, viewed in some.views().items()},
+        {name: some for of in viewed.values() for name, some in of.items()},
         lambda batch: programs.logprobs(initial, batch).total,
+        limits=dict.fromkeys(viewed.get("eval", ()), dpo.log.eval_rows),
         at_once=at_once,
         progress_bar=dpo.log.progress,
     )

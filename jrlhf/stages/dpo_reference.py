@@ -33,35 +33,50 @@ Read = Callable[[Any], jax.Array]
 
 
 def reference_logprobs(
-    site: Site, model: ModelConfig, rows: Mapping[str, PreferenceRows], read: Read, *, at_once: int, progress_bar: bool
+    site: Site,
+    model: ModelConfig,
+    rows: Mapping[str, PreferenceRows],
+    read: Read,
+    *,
+    limits: Mapping[str, int],
+    at_once: int,
+    progress_bar: bool,
 ) -> Logprobs:
     """Return the log-prob of each completion of each of ``rows``, in the order of their rankings' tokens.
 
-    ``read`` computes them for a batch of ``at_once`` rows, in the shape of its ranks. They are kept in the stage's
-    folder, with a key of the model and the rows: a resumed run reads the file, and other weights or rows replace it.
+    ``limits`` has for some of them the number of first rows that are read (0: all); for completions of later rows the
+    log-prob is 0. ``read`` computes them for a batch of ``at_once`` rows, in the shape of its ranks. They are kept in
+    the stage's folder, with a key of the model, the rows and the limits: a resumed run reads the file, and other
+    weights, rows or limits replace it.
     """
-    path, key = site.folder / REFERENCE_FILE, reference_key(site, model)
+    path, key = site.folder / REFERENCE_FILE, reference_key(site, model, limits)
     sizes = {name: len(some.plain.tokens) for name, some in rows.items()}
     if from_first("look for the reference's log-probs", lambda: _stored(path, key, sizes) is not None):
         if (stored := _stored(path, key, sizes)) is None:
             raise UsageError(f"{path}: not here, but on the first process; all processes must share the run's folder")
         return stored
     found: Logprobs = {}
-    total, shown = sum(map(len, rows.values())), progress_bar and is_first()
+    counts = {name: min(len(some), limits.get(name) or len(some)) for name, some in rows.items()}
+    total, shown = sum(counts.values()), progress_bar and is_first()
     with progress(total, "Reference", start=0, enabled=shown, unit="rows", to_stderr=True) as bar:
         done = 0
         for name, some in rows.items():
             found[name] = read_logprobs(
-                some, read, site.mesh, at_once, report=lambda count, before=done: bar.update(before + count)
+                some,
+                read,
+                site.mesh,
+                at_once,
+                limit=counts[name],
+                report=lambda count, before=done: bar.update(before + count),
             )
-            done += len(some)
+            done += counts[name]
     if is_first():
         _store(path, key, found)
     return found
 
 
-def reference_key(site: Site, model: ModelConfig) -> str:
-    """Return the digest of all that decides the log-probs: the weights, how they are used, the rows and their cut."""
+def reference_key(site: Site, model: ModelConfig, limits: Mapping[str, int]) -> str:
+    """Return the digest of all that decides the log-probs: weights, how they are used, rows, their cut and limits."""
     origin = read_origin(site.stage, site.folder)
     inputs = [] if origin is None else origin.inputs
     of_model, of_rows = f"{site.stage}.model", f"{site.stage}.data."
@@ -73,7 +88,8 @@ def reference_key(site: Site, model: ModelConfig) -> str:
     ]
     # Mismatched pairs may be cut where none of the rows is.
     cut = site.config.dpo.data.max_length
-    return xxhash.xxh3_128_hexdigest(json.dumps([deciding, model.dtype, model.weights, cut]).encode())
+    given = [deciding, model.dtype, model.weights, cut, *([limits] if any(limits.values()) else [])]
+    return xxhash.xxh3_128_hexdigest(json.dumps(given).encode())
 
 
 def read_logprobs(

@@ -177,9 +177,10 @@ def test_one_device_and_several_processes_give_the_same_run(
 
 
 def test_packed_rankings_are_the_same_step(whole: tuple[Config, dict[str, Any]], tmp_path: Path) -> None:
-    """All sixteen rankings are in the first batch of either run."""
-    plain = config_of(tmp_path, "plain", batch_size=16, epochs=1.0)
-    packed = config_of(tmp_path, "packed", batch_size=8, epochs=1.0, pack_length=256)
+    """All sixteen rankings are in the first batch of either run; one held-out ranking is read, with three answers."""
+    log = replace(config_of(tmp_path, "plain").dpo.log, eval_rows=1)
+    plain = config_of(tmp_path, "plain", batch_size=16, epochs=1.0, log=log)
+    packed = config_of(tmp_path, "packed", batch_size=8, epochs=1.0, pack_length=256, log=log)
     for config in (plain, packed):
         run_dpo(config)
     first, other = (lines_of(config, "loss")[0] for config in (plain, packed))
@@ -189,6 +190,7 @@ def test_packed_rankings_are_the_same_step(whole: tuple[Config, dict[str, Any]],
     for config in (plain, packed):
         with np.load(Path(config.run) / "dpo" / REFERENCE_FILE) as file:
             references.append(file["train"])
+            assert np.flatnonzero(file["eval"]).tolist() == [0, 1, 2]
     np.testing.assert_allclose(*references, atol=1e-4)
     narrow = config_of(tmp_path, "narrow", data=replace(plain.dpo.data, max_length=32), pack_length=32)
     with pytest.raises(ConfigError, match=r"dpo\.pack_length: all completions of a prompt stand in one row: a seq"):

@@ -71,6 +71,7 @@ def test_smoke_writes_every_figure(finished: Path, tmp_path: Path, capsys: pytes
     assert "eval/gold" in report
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
 def test_smoke_ends_in_another_algorithm(
     algorithm: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
