@@ -243,7 +243,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
     20: (
         "a reward that can be had for length or for one token: the length, repetition and entropy guards",
         (
-            "tests/train/test_guards.py::test_a_reward_for_length_trips_the_length_guard",
+            "tests/train/test_guards.py::test_a_reward_for_length_trips_the_length_guard_and_the_sampler_is_not_suspected",
             "tests/train/test_guards.py::test_a_reward_for_one_token_trips_repetition_and_entropy",
         ),
     ),
@@ -251,7 +251,7 @@ FAULTS: dict[int, tuple[str, tuple[str, ...]]] = {
         "a sampler that masks the stop token, cuts the distribution or has old weights: an alarm that names the cause",
         (
             "tests/train/test_guards.py::test_a_sampler_that_is_not_the_policy_is_named_as_the_cause",
-            "tests/train/test_guards.py::test_a_sound_sampler_is_not_suspected",
+            "tests/train/test_guards.py::test_a_reward_for_length_trips_the_length_guard_and_the_sampler_is_not_suspected",
         ),
     ),
     26: (

@@ -139,7 +139,7 @@ def test_a_milder_rate_after_a_rollback_lets_the_run_end(tmp_path: Path, reward_
     assert (tmp_path / "ppo" / "hf" / "model.safetensors").exists()
 
 
-def test_a_reward_for_length_trips_the_length_guard(
+def test_a_reward_for_length_trips_the_length_guard_and_the_sampler_is_not_suspected(
     tmp_path: Path, reward_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rewarded(monkeypatch, length)
