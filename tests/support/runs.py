@@ -107,21 +107,34 @@ def _finished_run(folder: Path) -> tuple[Config, dict]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict]:
     """A whole run, once; each process of the tests has a copy, which its tests read, ask for again and copy."""
     config, summary = once("finished", _finished_run)
-    return replace(config, run=str(shutil.copytree(config.run, tmp_path_factory.mktemp("run") / "whole"))), summary
+    return _copy_of(config, tmp_path_factory), summary
+
+
+def _copy_of(config: Config, folders: pytest.TempPathFactory) -> Config:
+    """The config of a run, of which this process has a copy of its own."""
+    return replace(config, run=str(shutil.copytree(config.run, folders.mktemp("run") / "whole")))
+
+
+def _chat_model(folder: Path) -> Path:
+    return write_chat_model(folder / "base")
 
 
 @pytest.fixture(scope="session")
-def chat_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_base() -> Path:
     """The tiny chat model in bfloat16, whose pad token is its EOS."""
-    return write_chat_model(tmp_path_factory.mktemp("chat") / "base")
+    return once("chat-base", _chat_model)
 
 
-@pytest.fixture(scope="session")
-def chat_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """All three stages on four questions, which the model learns to answer and to stop after; PPO with adapters."""
-    config = chat_config(chat_base, tmp_path_factory.mktemp("chat-run"), epochs=40.0)
+def _chat_run(folder: Path) -> Config:
+    config = chat_config(once("chat-base", _chat_model), folder, epochs=40.0)
     run_pipeline(config)
     return config
+
+
+@pytest.fixture(scope="session")
+def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """All three stages on four questions, which the model learns to answer and to stop after; PPO with adapters."""
+    return _copy_of(once("chat-run", _chat_run), tmp_path_factory)
 
 
 def chat_config(base: Path, folder: Path, *, epochs: float) -> Config:
@@ -170,16 +183,19 @@ def chat_config(base: Path, folder: Path, *, epochs: float) -> Config:
 
 
 @pytest.fixture(scope="session")
-def rounded_run(chat_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def rounded_run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """All three stages of a bfloat16 base that export in its dtype."""
-    folder = tmp_path_factory.mktemp("rounded")
+    return _copy_of(once("rounded-run", _rounded_run), tmp_path_factory)
+
+
+def _rounded_run(folder: Path) -> Config:
     config = small_config(folder, "run")
     log = replace(config.sft.log, eval_every=100, samples=0, tensorboard=False)
     config = replace(
         config,
         sft=replace(
             config.sft,
-            model=ModelConfig(path=str(chat_base)),
+            model=ModelConfig(path=str(once("chat-base", _chat_model))),
             export_dtype="source",
             lora=LoRAConfig(rank=2),
             epochs=1.0,
