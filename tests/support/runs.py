@@ -115,18 +115,18 @@ def _copy_of(config: Config, folders: pytest.TempPathFactory) -> Config:
     return replace(config, run=str(shutil.copytree(config.run, folders.mktemp("run") / "whole")))
 
 
-def _chat_model(folder: Path) -> Path:
-    return write_chat_model(folder / "base")
+def _chat_base() -> Path:
+    return once("chat-base", lambda folder: write_chat_model(folder / "base"))
 
 
 @pytest.fixture(scope="session")
 def chat_base() -> Path:
     """The tiny chat model in bfloat16, whose pad token is its EOS."""
-    return once("chat-base", _chat_model)
+    return _chat_base()
 
 
 def _chat_run(folder: Path) -> Config:
-    config = chat_config(once("chat-base", _chat_model), folder, epochs=40.0)
+    config = chat_config(_chat_base(), folder, epochs=40.0)
     run_pipeline(config)
     return config
 
@@ -195,7 +195,7 @@ def _rounded_run(folder: Path) -> Config:
         config,
         sft=replace(
             config.sft,
-            model=ModelConfig(path=str(once("chat-base", _chat_model))),
+            model=ModelConfig(path=str(_chat_base())),
             export_dtype="source",
             lora=LoRAConfig(rank=2),
             epochs=1.0,
