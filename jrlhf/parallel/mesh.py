@@ -71,6 +71,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Put a pytree of arrays, which is the same on all hosts, on every device of the mesh."""
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of rows over ``data`` and ``fsdp``; the devices of a ``tensor`` group have the same rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

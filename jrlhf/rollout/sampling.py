@@ -11,6 +11,7 @@ from jrlhf.config import SamplingConfig
 from jrlhf.core import answer_keys
 from jrlhf.data import PromptRows, Tokenizer, stop_token_ids
 from jrlhf.parallel import batch_sharding, fetch, is_first, shard_batch
+from jrlhf.parallel.mesh import replicate
 from jrlhf.parallel.step import jit_for
 from jrlhf.rollout.slots import slots_of, with_cache_of
 from jrlhf.runs.metrics import progress
@@ -101,6 +102,8 @@ def generate_all(
 
     A prompt's random draws depend on its index alone, so two policies get the same ones for one key.
     """
+    # As the key of a rollout is: on one device alone it would make the same sampler a second program.
+    key = replicate(key, mesh)
     for indices, real in covering_batches(prompts.lengths, batch_size=batch_size, limit=limit):
         batch = *prompts.batch(indices), indices.astype(np.int32)
         yield indices, real, generate(params, *shard_batch(batch, mesh), key)

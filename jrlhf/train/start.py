@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jrlhf.config import Config, ConfigError, ModelConfig
 from jrlhf.models.frozen import FrozenDtype
 from jrlhf.models.kernels import has_splash
-from jrlhf.parallel import ShardingRules, make_mesh, replicated, tree_shardings
+from jrlhf.parallel import ShardingRules, make_mesh, tree_shardings
+from jrlhf.parallel.mesh import replicate
 from jrlhf.parallel.platforms import platform
 from jrlhf.parallel.step import Step, jit_moving
 from jrlhf.train.batches import tree_copy
@@ -104,8 +105,7 @@ def begin(training: Training, *, mesh: Mesh, key: Key, kl_coef: float = 0.0) -> 
     parts = training.trained, tree_copy(training.ema)
     train = training.start(*jax.device_put(parts, (training.shardings.params, training.shardings.ema)))
     # The scalars are replicated now, because a checkpoint would otherwise restore them to the first device only.
-    scalars = jax.jit(lambda: (key, jnp.int32(0), jnp.float32(kl_coef)), out_shardings=replicated(mesh))
-    run_key, cursor, coef = scalars()
+    run_key, cursor, coef = replicate((key, jnp.int32(0), jnp.float32(kl_coef)), mesh)
     return RunState(train._replace(frozen=training.frozen), run_key, cursor, coef)
 
 

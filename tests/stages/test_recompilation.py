@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,11 @@ def test_reward_model_and_ppo(lengths: int, tmp_path: Path, compiled: Counter[st
     check(tmp_path / "run/reward", compiled, "update", "flops")
 
     compiled.clear()
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": words(1 + n)} for n in range(lengths)])
     ppo = PPOConfig(
         MODEL,
-        prompts=write(tmp_path / "prompts.jsonl", [{"prompt": words(1 + n)} for n in range(lengths)]),
+        # Held-out prompts of the same lengths: their answers are drawn by the programs of the rollouts.
+        prompts=replace(prompts, eval=prompts.train),
         sampling=SamplingConfig(max_new_tokens=4),
         iterations=2 * lengths // 8,
         episodes=8,
