@@ -60,6 +60,15 @@ class Order:
         draws, batches = self._epoch(epoch)
         return self._batch(draws, int(batches[index]))
 
+    def drawn(self, steps: int) -> Int[np.ndarray, "M"]:
+        """Return the rows of the first ``steps`` batches, each once, in ascending order."""
+        found = np.zeros(len(self._lengths), np.bool_)
+        for step in range(steps):
+            if step % self.steps_per_epoch == 0 and found.all():
+                break
+            found[self[step]] = True
+        return np.flatnonzero(found)
+
     def _batch(self, draws: Int[np.ndarray, "N"], number: int) -> Int[np.ndarray, "B"]:
         """Return batch ``number`` of an epoch before batches are shuffled, sorting only its own window."""
         size = self._batch_size

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jrlhf.config import Config, DPOConfig, PlanConfig, stages_before
 from jrlhf.config.dpo_check import dpo_advice
@@ -192,7 +194,7 @@ def prepare_dpo(site: Site, inputs: DPOInputs) -> Prepared:
     training, frozen = programs.training, programs.training.frozen
     at_once = dpo.batch_size // slices
     if method.has_reference:
-        arranged = _with_reference(site, programs, arranged, at_once=at_once)
+        arranged = _with_reference(site, programs, arranged, drawn=order.drawn(total), at_once=at_once)
     steps = row_steps(training, arranged["train"], order, mesh, flops=_flops_of(method, model, frozen))
     generate = jit_generate(model.decode_fns, dpo.sampling, tokenizer, mesh, option="dpo.sampling")
     samples = make_sample_writer(site, shown, generate, batch_size=dpo.batch_size)
@@ -249,19 +251,28 @@ def _flops_of(method: Method, model: Pretrained, frozen: Any) -> Callable[[Any, 
 
 
 def _with_reference(
-    site: Site, programs: DPOPrograms, rows: Mapping[str, BatchRows], *, at_once: int
+    site: Site,
+    programs: DPOPrograms,
+    rows: Mapping[str, BatchRows],
+    *,
+    drawn: Int[np.ndarray, "M"],
+    at_once: int,
 ) -> dict[str, BatchRows]:
-    """Return training and held-out rows with the log-probs of the initial policy."""
+    """Return training and held-out rows with the log-probs of the initial policy, of training rows those ``drawn``."""
     dpo, training = site.config.dpo, programs.training
     # New adapters change nothing yet, so the initial policy is the reference with them too.
     initial = combine(training.trained, training.frozen)
     viewed = {name: {f"{name}{view}": some for view, some in of.views().items()} for name, of in rows.items()}
+    which = {"train": drawn}
+    if "eval" in rows:
+        heldout = len(rows["eval"])
+        which["eval"] = np.arange(min(dpo.log.eval_rows or heldout, heldout))
     logprobs = reference_logprobs(
         site,
         dpo.model,
         {name: some for of in viewed.values() for name, some in of.items()},
         lambda batch: programs.logprobs(initial, batch).total,
-        limits=dict.fromkeys(viewed.get("eval", ()), dpo.log.eval_rows),
+        which={name: which[part] for part, of in viewed.items() for name in of},
         at_once=at_once,
         progress_bar=dpo.log.progress,
     )

@@ -81,7 +81,7 @@ def _answer_figures(rows: UnpairedPreferenceRows, reader: Reader, settings: KTOS
             return reader.logprobs(params, batch._replace(ref_logprobs=None)).total
 
         logprobs = [
-            read_logprobs(some, read, reader.mesh, reader.at_once, limit=count)
+            read_logprobs(some, read, reader.mesh, reader.at_once, which=np.arange(count))
             for some in (rows.answers, rows.mismatched)
         ]
         found = figures_of([_first(values, count) for values in logprobs])

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import xxhash
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jrlhf.config import ModelConfig
 from jrlhf.data import PreferenceRows
@@ -38,26 +38,25 @@ def reference_logprobs(
     rows: Mapping[str, PreferenceRows],
     read: Read,
     *,
-    limits: Mapping[str, int],
+    which: Mapping[str, Int[np.ndarray, "M"]],
     at_once: int,
     progress_bar: bool,
 ) -> Logprobs:
     """Return the log-prob of each completion of each of ``rows``, in the order of their rankings' tokens.
 
-    ``limits`` has for some of them the number of first rows that are read (0: all); for completions of later rows the
-    log-prob is 0. ``read`` computes them for a batch of ``at_once`` rows, in the shape of its ranks. They are kept in
-    the stage's folder, with a key of the model, the rows and the limits: a resumed run reads the file, and other
-    weights, rows or limits replace it.
+    ``which`` has the indices of those that are read; for completions of other rows the log-prob is 0. ``read`` computes
+    them for a batch of ``at_once`` rows, in the shape of its ranks. They are kept in the stage's folder, with a key of
+    the model, the rows and the indices: a resumed run reads the file, and other weights, rows or indices replace it.
     """
-    path, key = site.folder / REFERENCE_FILE, reference_key(site, model, limits)
+    parts = {name: of for name, of in which.items() if len(of) < len(rows[name])}
+    path, key = site.folder / REFERENCE_FILE, reference_key(site, model, parts)
     sizes = {name: len(some.plain.tokens) for name, some in rows.items()}
     if from_first("look for the reference's log-probs", lambda: _stored(path, key, sizes) is not None):
         if (stored := _stored(path, key, sizes)) is None:
             raise UsageError(f"{path}: not here, but on the first process; all processes must share the run's folder")
         return stored
     found: Logprobs = {}
-    counts = {name: min(len(some), limits.get(name) or len(some)) for name, some in rows.items()}
-    total, shown = sum(counts.values()), progress_bar and is_first()
+    total, shown = sum(map(len, which.values())), progress_bar and is_first()
     with progress(total, "Reference", start=0, enabled=shown, unit="rows", to_stderr=True) as bar:
         done = 0
         for name, some in rows.items():
@@ -66,17 +65,20 @@ def reference_logprobs(
                 read,
                 site.mesh,
                 at_once,
-                limit=counts[name],
+                which=which[name],
                 report=lambda count, before=done: bar.update(before + count),
             )
-            done += counts[name]
+            done += len(which[name])
     if is_first():
         _store(path, key, found)
     return found
 
 
-def reference_key(site: Site, model: ModelConfig, limits: Mapping[str, int]) -> str:
-    """Return the digest of all that decides the log-probs: weights, how they are used, rows, their cut and limits."""
+def reference_key(site: Site, model: ModelConfig, parts: Mapping[str, Int[np.ndarray, "M"]]) -> str:
+    """Return the digest of all that decides the log-probs: weights, how they are used, rows and their cut.
+
+    ``parts`` has the indices of the rows that are read where not all are.
+    """
     origin = read_origin(site.stage, site.folder)
     inputs = [] if origin is None else origin.inputs
     of_model, of_rows = f"{site.stage}.model", f"{site.stage}.data."
@@ -88,7 +90,8 @@ def reference_key(site: Site, model: ModelConfig, limits: Mapping[str, int]) -> 
     ]
     # Mismatched pairs may be cut where none of the rows is.
     cut = site.config.dpo.data.max_length
-    given = [deciding, model.dtype, model.weights, cut, *([limits] if any(limits.values()) else [])]
+    read = {name: xxhash.xxh3_128_hexdigest(np.asarray(of, np.int64).tobytes()) for name, of in parts.items()}
+    given = [deciding, model.dtype, model.weights, cut, *([read] if read else [])]
     return xxhash.xxh3_128_hexdigest(json.dumps(given).encode())
 
 
@@ -98,15 +101,16 @@ def read_logprobs(
     mesh: Mesh,
     at_once: int,
     *,
-    limit: int = 0,
+    which: Int[np.ndarray, "M"],
     report: Callable[[int], None] = lambda count: None,
 ) -> Float[np.ndarray, "N"]:
-    """Return the log-prob of each completion of the first ``limit`` rows (0: all), 0 for completions of the others.
+    """Return the log-prob of each completion of the rows ``which``, 0 for completions of the others.
 
     ``report`` is called with the number of rows after every batch.
     """
     logprobs, done = np.zeros(len(rows.plain.tokens), np.float32), 0
-    for indices, real in covering_batches(rows.lengths, batch_size=at_once, limit=limit):
+    for places_of, real in covering_batches(rows.lengths[which], batch_size=at_once, limit=0):
+        indices = which[places_of]
         of_batch = fetch(read(shard_batch(rows.batch(indices), mesh)))
         places = rows.rows.places(indices).reshape(of_batch.shape)
         logprobs[places[places >= 0]] = of_batch[places >= 0]

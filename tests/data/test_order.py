@@ -175,6 +175,16 @@ def test_a_mixture_is_a_pure_function_of_seed_epoch_and_index(parts, batch_size,
         np.testing.assert_array_equal(order[step], expected[index])
 
 
+@given(
+    st.one_of(PARTS, st.builds(lambda rows: [Part(rows, 1.0)], st.integers(1, 200))),
+    st.integers(1, 16),
+    st.integers(0, 60),
+)
+def test_the_rows_that_are_drawn_are_those_of_the_batches(parts, batch_size, steps):
+    order = Order(11, batch_size=batch_size, lengths=lengths_of(sum(part.rows for part in parts)), parts=parts)
+    assert order.drawn(steps).tolist() == sorted({row for step in range(steps) for row in order[step].tolist()})
+
+
 def test_a_row_of_a_repeated_source_is_not_twice_in_a_batch():
     """Passes follow one another: a shuffle of all draws would put copies in a window, and sorting them in a batch."""
     parts = [Part(4000, 1.0), Part(1000, 1.0)]

@@ -118,6 +118,18 @@ def test_the_reference_is_the_initial_policy_on_every_answer(whole: tuple[Config
     assert (found < -1.0).all()
 
 
+@pytest.mark.parametrize("pack_length", [0, 80])
+def test_rows_that_no_step_draws_are_not_read(pack_length: int, tmp_path: Path) -> None:
+    """In the only step every log-ratio is 0: it has the reference's log-probs of all its rows."""
+    config = config_of(tmp_path, "run", epochs=0.1, pack_length=pack_length)
+    run_dpo(replace(config, dpo=replace(config.dpo, data=replace(config.dpo.data, eval=""))))
+    [line] = lines_of(config, "loss")
+    assert abs(line["margin"]) < 1e-4
+    with np.load(Path(config.run) / "dpo" / REFERENCE_FILE) as file:
+        read = file["train"] != 0.0
+    assert 0 < read.sum() < len(read)
+
+
 @pytest.mark.parametrize("run", ["whole", "simpo"])
 def test_an_interrupted_run_ends_as_the_unbroken_one(run: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     unbroken, _ = request.getfixturevalue(run)

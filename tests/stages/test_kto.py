@@ -52,6 +52,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str, A
     return config, run_dpo(config)
 
 
+def test_answers_that_no_step_draws_are_not_read(tmp_path: Path) -> None:
+    """Nor are their mismatched pairs. In the only step every log-ratio is 0: what it draws has been read."""
+    config = kto_config(tmp_path, "run", epochs=0.1)
+    run_dpo(config)
+    [line] = lines_of(config, "loss")
+    assert line["loss"] == pytest.approx(0.5, abs=1e-4)
+    with np.load(Path(config.run) / "dpo" / REFERENCE_FILE) as file:
+        read, mismatched = file["train"] != 0.0, file["train_mismatched"] != 0.0
+    assert read.sum() == 8 < len(read)
+    np.testing.assert_array_equal(read, mismatched)
+
+
 def test_it_learns_what_people_find_desirable(whole: tuple[Config, dict[str, Any]]) -> None:
     config, summary = whole
     lines, evaluations = lines_of(config, "loss"), lines_of(config, "eval/loss")
