@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from importlib.metadata import version
+from itertools import compress
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
@@ -35,6 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
+from tests.support.second_python import further_cases, read_list
 from tests.support.signatures import checked
 
 # From here on every jaxtyping signature of the package is checked at run time.
@@ -60,8 +62,21 @@ settings.load_profile("jrlhf")
 atexit.register(shutil.rmtree, os.environ["JRLHF_CACHE"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--second-python",
+        action="store_true",
+        help="test one case where tests/second_python.txt says that it is enough",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest tests come first: at the end of the run, one process alone would be busy with them."""
+    if config.getoption("--second-python"):
+        tests = [(item.path, item.nodeid.partition("[")[0]) for item in items]
+        further = further_cases(tests, read_list())
+        config.hook.pytest_deselected(items=list(compress(items, further)))
+        items[:] = [item for item, left_out in zip(items, further, strict=True) if not left_out]
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 

@@ -1,25 +1,30 @@
 """The list of what the gate tests with a second Python names files that exist, and says why."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.support import ROOT
+from tests.support.second_python import Entry, further_cases, read_list
 
-LINES = (ROOT / "tests" / "second_python.txt").read_text(encoding="utf-8").splitlines()
-ENTRIES = [line for line in LINES if not line.startswith("#")]
+ENTRIES = read_list()
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_an_entry_is_a_path_with_tests_and_a_reason(entry: str) -> None:
-    path, _, reason = entry.partition("#")
-    target = ROOT / path.strip()
-    assert reason.strip()
-    assert path.startswith("tests/")
-    assert target.match("test_*.py") if target.is_file() else any(target.glob("test_*.py"))
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: str(entry.path))
+def test_an_entry_is_a_path_with_tests_and_a_reason(entry: Entry) -> None:
+    target = ROOT / entry.path
+    assert entry.reason
+    assert entry.path.parts[0] == "tests"
+    assert target.match("test_*.py") if target.is_file() else any(target.rglob("test_*.py"))
 
 
 def test_no_entry_stands_twice_or_within_another() -> None:
-    paths = sorted(Path(entry.partition("#")[0].strip()) for entry in ENTRIES)
+    paths = sorted(entry.path for entry in ENTRIES)
     assert len(set(paths)) == len(paths)
     assert not any(path in other.parents for path in paths for other in paths)
+
+
+def test_one_case_is_left_of_each_test_where_the_list_says_so() -> None:
+    entries = [Entry(ENTRIES[0].path, False, "all"), Entry(ENTRIES[1].path, True, "one")]
+    whole, alone = (ROOT / entry.path for entry in entries)
+    tests = [(whole, "a"), (whole, "a"), (alone, "a"), (alone, "a"), (alone, "b"), (alone, "a"), (whole, "a")]
+    assert further_cases(tests, entries) == [False, False, False, True, False, True, False]
+    assert {entry.one_case for entry in ENTRIES} == {True, False}

@@ -55,7 +55,7 @@ RARE = RewardsConfig(model_weight=0.0, required=RequiredRuleConfig(weight=1.0, p
 
 
 def config_of(folder: Path, run: str, **changes: Any) -> Config:
-    small = small_config(folder, run)
+    small = small_config(folder, run, save_every=1)
     prompts = replace(small.ppo.prompts, buckets=2)
     grpo = GRPOConfig(
         model=ModelConfig(path="asset:stories260k"),

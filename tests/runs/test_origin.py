@@ -88,7 +88,7 @@ def changed(path: Path, change: Callable[[Path], None]) -> Iterator[None]:
 
 def make_config(folder: Path) -> Config:
     """A pipeline that reads every kind of input. Its models are copies of the shipped one, which nothing here runs."""
-    config = small_config(folder, "run")
+    config = small_config(folder, "run", save_every=1)
     for model in ("base", "second", "judge", "run/sft/hf", "run/reward/hf"):
         shutil.copytree(assets.resolve("asset:stories260k"), folder / model)
     write_rows(folder / "run" / "sft" / "candidates.jsonl", [{"prompt": "Once", "completions": [" upon", " more"]}] * 4)

@@ -31,7 +31,7 @@ def config_of(folder: Path, run: str, weights: Weights, **ppo: Any) -> Config:
     ppo = {"iterations": 1, "epochs": 1, "minibatches": 1, "ema_decay": 0.0, "ptx_coef": 0.0, "lora": lora} | ppo
     return replace(
         config,
-        sft=replace(config.sft, model=base, lora=lora, epochs=0.5, log=log),
+        sft=replace(config.sft, model=base, lora=lora, epochs=0.5, log=log, candidate_prompts=""),
         reward=replace(config.reward, model=model, lora=lora, epochs=0.5, log=log),
         ppo=replace(config.ppo, model=model, reward=model, log=log, **ppo),
     )

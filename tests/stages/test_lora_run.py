@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jrlhf.config import Config, ConfigError, LoRAConfig
+from jrlhf.config import CheckpointConfig, Config, ConfigError, LoRAConfig
 from jrlhf.config.tools import ExportConfig
 from jrlhf.models import load_pretrained, load_reward_model
 from jrlhf.runs.checkpoints import Checkpoints
@@ -31,7 +31,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, dict[str,
     config = small_config(tmp_path_factory.mktemp("lora"), "run")
     config = replace(
         config,
-        sft=replace(config.sft, lora=LORA, candidate_prompts=""),
+        sft=replace(config.sft, lora=LORA, candidate_prompts="", checkpoint=CheckpointConfig(every=1)),
         reward=replace(config.reward, lora=LORA),
         ppo=replace(config.ppo, lora=LORA, iterations=2),
     )

@@ -40,7 +40,7 @@ def scores(model: RewardModel) -> np.ndarray:
 
 def from_folder(folder: Path, tmp_path: Path, lora: LoRAConfig) -> Config:
     """Steps so small that nothing is learnt: what is exported is what was read."""
-    config = small_config(tmp_path, "run")
+    config = small_config(tmp_path, "run", save_every=1)
     stage = replace(config.reward, model=ModelConfig(path=str(folder)), lora=lora, epochs=1.0, normalise="")
     return replace(config, reward=replace(stage, optim=replace(stage.optim, lr=1e-12)))
 

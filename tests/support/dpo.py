@@ -50,7 +50,7 @@ NAMES = ("cat", "dog", "boy", "girl", "bird", "bear", "car", "tree", "ball", "fi
 
 
 def config_of(folder: Path, run: str, **changes: Any) -> Config:
-    """Four steps of eight rankings, a line and a checkpoint after each, an evaluation after every second."""
+    """Four steps of eight rankings, a line after each, an evaluation after every second."""
     folder.mkdir(parents=True, exist_ok=True)
     data = DataConfig(
         train=write_rankings(folder / "train.jsonl", NAMES),
@@ -66,7 +66,7 @@ def config_of(folder: Path, run: str, **changes: Any) -> Config:
         batch_size=8,
         epochs=2.0,
         log=LogConfig(every=1, eval_every=2, samples=2, progress=False, tensorboard=False),
-        checkpoint=CheckpointConfig(every=1, keep=3, keep_best=1),
+        checkpoint=CheckpointConfig(every=1000, keep=3, keep_best=1),
     )
     return Config(run=str(folder / run), seed=3, dpo=replace(dpo, **changes))
 

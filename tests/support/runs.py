@@ -40,8 +40,11 @@ def first_rows(name: str, count: int, folder: Path) -> str:
     return str(path)
 
 
-def small_config(folder: Path, run: str) -> Config:
-    """Two SFT epochs of two steps, four reward steps, three PPO iterations."""
+def small_config(folder: Path, run: str, *, save_every: int = 1000) -> Config:
+    """Two SFT epochs of two steps, four reward steps, three PPO iterations.
+
+    To save a state takes as long as several steps do: tests that read one of before the last step ask for it.
+    """
     data = folder / "data"
     data.mkdir(exist_ok=True)
 
@@ -50,7 +53,7 @@ def small_config(folder: Path, run: str) -> Config:
         return DataConfig(train=files[0], eval=files[1], max_length=32, buckets=1)
 
     log = LogConfig(every=1, eval_every=2, samples=2, progress=False)
-    checkpoint = CheckpointConfig(every=1, keep=3, keep_best=1)
+    checkpoint = CheckpointConfig(every=save_every, keep=3, keep_best=1)
     common = {"log": log, "checkpoint": checkpoint}
     prompts = rows("prompts_train", 16, "prompts_heldout")
     return Config(
@@ -99,7 +102,7 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _finished_run(folder: Path) -> tuple[Config, dict]:
-    config = small_config(folder, "whole")
+    config = small_config(folder, "whole", save_every=1)
     return config, run_pipeline(config)
 
 
