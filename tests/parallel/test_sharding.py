@@ -18,7 +18,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jrlhf.parallel import batch_sharding, init_sharded, make_mesh, shard_batch, tree_shardings
-from jrlhf.parallel.mesh import device_array, spread_over
+from jrlhf.parallel.compilation import counted_compilations
+from jrlhf.parallel.mesh import device_array, replicate, spread_over
 from jrlhf.system.errors import UsageError
 from jrlhf.types import SFTBatch, TrainState
 
@@ -34,6 +35,18 @@ def shape(*sizes: int) -> jax.ShapeDtypeStruct:
 @pytest.fixture
 def mesh() -> Mesh:
     return make_mesh(data=2, fsdp=2, tensor=2)
+
+
+def test_what_every_process_has_comes_to_all_devices_by_one_program(mesh: Mesh) -> None:
+    keys, five = [jax.random.key(seed) for seed in range(3)], jnp.int32(5)
+    with counted_compilations() as compiled:
+        on_all = [replicate((key, five), mesh) for key in keys]
+    assert compiled.programs == 1
+    for key, (found, number) in zip(keys, on_all, strict=True):
+        assert found.sharding.is_fully_replicated
+        assert found.sharding.device_set == set(mesh.devices.flat)
+        assert np.array_equal(jax.random.key_data(found), jax.random.key_data(key))
+        assert number == 5
 
 
 def test_the_mesh_has_three_auto_axes_and_data_fills_it() -> None:
