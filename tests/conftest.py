@@ -34,13 +34,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
-
+from tests.support import signatures
 from tests.support.second_python import further_cases, read_list
-from tests.support.signatures import checked
 
-# From here on every jaxtyping signature of the package is checked at run time.
-install_import_hook("jrlhf", f"{checked.__module__}.{checked.__name__}")
+# From here on every signature of the package is checked at run time.
+signatures.install("jrlhf")
 
 LONGEST = ("test_guards.py", "test_loop.py", "test_tpu_programs.py")
 """Files whose tests take half a minute each, or more."""

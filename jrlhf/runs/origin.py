@@ -46,7 +46,7 @@ class Origin(NamedTuple):
         return {"inputs": [item._asdict() for item in self.inputs], "changed": list(self.changed)}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Origin":
+    def from_json(cls, value: Any) -> "Origin":
         """Read an origin from JSON; raise KeyError or TypeError for anything else."""
         return cls(tuple(Input(**item) for item in value["inputs"]), tuple(value["changed"]))
 

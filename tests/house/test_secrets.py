@@ -9,7 +9,7 @@ import pytest
 
 from jrlhf.cli import main
 from jrlhf.config import Config, ConfigError, check
-from tests.support import ROOT
+from tests.support import ROOT, WITHOUT_TORCH
 from tests.support.processes import compiler_flags
 
 SECRET = "hf_0123456789secret"
@@ -48,7 +48,8 @@ def start(folder: Path, *command: str) -> int:
         Path(place).mkdir(exist_ok=True)
     quick = {"XLA_FLAGS": compiler_flags()}
     secrets = {name: f"{SECRET}-{name}" for name in VARIABLES}
-    environment = own | places | quick | secrets | {"PYTHONPATH": str(ROOT), "JRLHF_DEBUG": "1"}
+    path = os.pathsep.join(map(str, (ROOT, WITHOUT_TORCH)))
+    environment = own | places | quick | secrets | {"PYTHONPATH": path, "JRLHF_DEBUG": "1"}
     with (folder / "said.txt").open("ab") as said:
         done = subprocess.run(
             [sys.executable, *command], cwd=folder, env=environment, stdout=said, stderr=said, timeout=300, check=False
