@@ -93,8 +93,10 @@ def _trackers(folder: Path, log: LogConfig, metadata: Mapping[str, Any], *, resu
     with first_goes_ahead("find its trackers"):
         if is_first():
             trackers = make_trackers(log)
+    if not trackers:
+        return None
     about = yaml.safe_load(metadata.get("config", "")) or {}
-    return TrackerThread(trackers, folder, project=log.project, about=about, resumed=resumed) if trackers else None
+    return TrackerThread(trackers, folder, project=log.project, about=about, resumed=resumed)
 
 
 def _resume(checkpoints: Checkpoints, state: RunState) -> tuple[RunState, dict[str, Any]]:
