@@ -83,6 +83,20 @@ def test_a_scope_ends_with_its_call() -> None:
     outer(jnp.ones(4))
 
 
+def test_a_name_that_nobody_knows_is_not_passed_over() -> None:
+    @checked
+    def left_out(x: "Dataset | int") -> None:  # noqa: F821
+        pass
+
+    @checked
+    def misspelt(x: "Datazet | int") -> None:  # noqa: F821
+        pass
+
+    left_out("of any type")
+    with pytest.raises(NameError, match="Datazet"):
+        misspelt(1)
+
+
 def test_the_package_is_checked() -> None:
     """Methods, what is defined inside of functions, and dataclasses too."""
     with pytest.raises(SignatureError, match=r"jrlhf\.core\.masks\.masked_sum: the argument mask is bool\[3\]"):

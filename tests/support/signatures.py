@@ -22,6 +22,10 @@ NAME = "__checked__"
 """Name of the decorator in the modules that are checked."""
 
 
+LEFT_OUT = frozenset({"ArrayTree", "Dataset", "Path", "nnx", "pa"})
+"""Names in annotations that modules import for type checkers alone; the first is chex's, in optax's ``OptState``."""
+
+
 class SignatureError(Exception):
     """An argument or a result is not as annotated. No code expects it, as some do a TypeError."""
 
@@ -42,7 +46,7 @@ class Signature(NamedTuple):
     result: Any
 
 
-_signatures: dict[tuple[CodeType, str], Signature] = {}
+_signatures: dict[tuple[str, CodeType, str], Signature] = {}
 
 
 def checked(target: Any) -> Any:
@@ -57,7 +61,7 @@ def checked(target: Any) -> Any:
     if not target.__annotations__:
         return target
     # A nested function is defined again and again: annotations of one place that read alike demand the same.
-    key = target.__code__, repr(target.__annotations__)
+    key = target.__module__, target.__code__, repr(target.__annotations__)
     scope = jaxtyped("context")
 
     @wraps(target)
@@ -99,12 +103,13 @@ def _signature_of(function: Callable[..., Any]) -> Signature:
 
 
 def _resolved(annotation: Any, function: Any) -> Any:
-    """Return an annotation without names in quotes; Any if the function's module does not know one of them."""
+    """Return an annotation without names in quotes; Any if it has one of ``LEFT_OUT`` that its module does not know."""
     stub = SimpleNamespace(__annotations__={"it": annotation})
     try:
         return get_type_hints(stub, function.__globals__, include_extras=True)["it"]
-    except NameError:
-        # Optax's OptState names a type of chex.
+    except NameError as error:
+        if error.name not in LEFT_OUT:
+            raise
         return Any
 
 
